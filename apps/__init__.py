@@ -1,0 +1,1 @@
+"""The edgeattn command: one file a verb."""

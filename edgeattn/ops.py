@@ -1,0 +1,54 @@
+"""The operator table: one name for the ONNX node, the reference, the CPU kernel and the CUDA kernel."""
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib import import_module
+
+DOMAIN = "edgeattn"  # ONNX domain of our own operators
+PANEL = 16           # outputs that one panel of block-quantised weights holds
+
+
+@dataclass(frozen=True)
+class Op:
+    """`shapes` maps {input: shape} and attributes to {output: shape}; a dimension is an int or the name of a run-time
+    count ("tokens", "rows")."""
+    name: str                     # file name and function name everywhere; the op_type of nodes in our domain
+    inputs: tuple[str, ...]       # in call order; a trailing "?" marks an optional one
+    outputs: tuple[str, ...]
+    attributes: tuple[str, ...]
+    shapes: Callable[[dict, dict], dict]
+    onnx: str = ""                # op_type in the standard domain, for operators that ONNX already has
+
+
+def _same(name):
+    return lambda s, a: {"out": s[name]}
+
+
+def _cached_attention(s, a):
+    return {"out": s["q"]}
+
+
+OPS = {op.name: op for op in (
+    Op("embedding", ("ids", "weight"), ("out",), (), lambda s, a: {"out": (*s["ids"], s["weight"][1])}),
+    Op("embedding_nbits", ("ids", "codes", "scales", "zero_points?"), ("out",), ("bits", "block_size", "K", "N"),
+       lambda s, a: {"out": (*s["ids"], a["K"])}),
+    Op("rms_normalization", ("x", "weight"), ("out",), ("epsilon",), _same("x"), onnx="RMSNormalization"),
+    Op("add", ("x", "y"), ("out",), (), _same("x"), onnx="Add"),
+    Op("gather_rows", ("x", "indices"), ("out",), (), lambda s, a: {"out": (*s["indices"], *s["x"][1:])}, onnx="Gather"),
+    Op("linear", ("x", "weight", "bias?"), ("out",), (), lambda s, a: {"out": (*s["x"][:-1], s["weight"][0])}),
+    Op("matmul_nbits", ("x", "codes", "scales", "zero_points?", "bias?"), ("out",), ("bits", "block_size", "K", "N"),
+       lambda s, a: {"out": (*s["x"][:-1], a["N"])}),
+    Op("gated_activation", ("x",), ("out",), ("activation",), lambda s, a: {"out": (*s["x"][:-1], s["x"][-1] // 2)}),
+    Op("cached_attention", ("q", "k", "v", "cos", "sin", "past_key", "past_value", "positions"),
+       ("out", "present_key", "present_value"),
+       ("num_heads", "kv_heads", "head_dim", "rotary_dim", "interleaved", "scale", "window", "layer"), _cached_attention),
+    Op("sample", ("logits", "history"), ("token",),
+       ("temperature", "top_k", "top_p", "min_p", "repeat_penalty", "uniform"), lambda s, a: {"token": (1,)}),
+)}
+
+
+def load_kernel(name: str, device: str) -> Callable:
+    """The function that runs operator `name` on "cpu", "cuda" or "reference"; ValueError when there is no such operator."""
+    if name not in OPS:
+        raise ValueError(f"unknown operator {name!r}; known operators: {sorted(OPS)}")
+    folder = "reference" if device == "reference" else f"kernels_{device}"
+    return getattr(import_module(f"edgeattn.{folder}.{name}"), name)

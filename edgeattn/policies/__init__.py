@@ -1,0 +1,1 @@
+"""Sparse-attention and KV-compression methods, one file each."""

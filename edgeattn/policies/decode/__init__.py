@@ -1,0 +1,1 @@
+"""Policies that choose what a decode step reads."""

@@ -1,0 +1,1 @@
+"""What each operator means, in NumPy: the contract that every kernel is tested against. One operator a file."""

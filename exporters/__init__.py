@@ -1,0 +1,1 @@
+"""Hugging Face checkpoints to the exported folder: one file a model family."""

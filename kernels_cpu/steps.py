@@ -1,0 +1,174 @@
+"""How compiled code calls a kernel: a step is a C function over a row of int64 arguments.
+
+A kernel file declares `ARGS`, the meaning of its row, and `step`, the function. `resolve` fills a row once, when a model is
+loaded; afterwards the whole token runs inside one compiled loop over rows (`run`), so that Python costs nothing between
+operators. Numbers that change from call to call (tokens, rows ...) are read from `state`, a small int64 array, by index.
+
+Names in ARGS:
+    x            address of tensor x (0 when an optional one is absent)
+    x.rows       index in `state` of how many rows x has
+    x.stride     elements from one row of x to the next
+    x.groups     product of the dimensions between the first and the last
+    x.width      last dimension
+    x.0, x.1 ..  that dimension, a constant
+    x.type       0 float32, 1 float16 (as uint16 bits)
+    epsilon ...  an attribute: an int, the bits of a float32 (read with `as_f32`) or a code from CODES
+    others       an int looked up in `extra`, such as "workspace", "cache.k", "batch.slots"
+"""
+from dataclasses import dataclass
+
+import numpy as np
+from llvmlite import ir
+from numba import carray, get_num_threads, njit, types
+from numba.extending import intrinsic
+from numba.np.ufunc.parallel import _launch_threads
+
+_launch_threads()  # a step loaded from the cache finds the threading symbols only once the pool exists
+
+STEP = types.void(types.CPointer(types.int64), types.CPointer(types.int64))
+WIDTH = 48  # int64 arguments of one step, the function's address first
+CODES = {"silu": 0, "gelu_tanh": 1, "relu2": 2}
+
+
+@dataclass(frozen=True)
+class Tensor:
+    """Where a value lives. The first dimension may be the name of a count kept in `state`."""
+    address: int
+    shape: tuple
+    stride: int       # elements between rows of the first dimension
+    type: str = "float32"
+
+    @staticmethod
+    def of(array: np.ndarray, rows: str | None = None) -> "Tensor":
+        shape = array.shape if rows is None else (rows, *array.shape[1:])
+        stride = array.strides[0] // array.itemsize if array.ndim else 1
+        return Tensor(array.ctypes.data, shape, stride, str(array.dtype))
+
+
+def resolve(args: tuple[str, ...], tensors: dict, attributes: dict, counts: tuple[str, ...], extra: dict) -> list[int]:
+    """The row of int64 arguments (without the function's address) that `args` asks for."""
+    return [_resolve(name, tensors, attributes, counts, extra) for name in args]
+
+
+def _resolve(name, tensors, attributes, counts, extra):
+    if name in extra:
+        return int(extra[name])
+    if name in attributes:
+        value = attributes[name]
+        if isinstance(value, (float, np.floating)):
+            return int(np.float32(value).view(np.int32))
+        return CODES[value] if isinstance(value, str) else int(value)
+    tensor_name, _, field = name.partition(".")
+    tensor = tensors.get(tensor_name)
+    if tensor is None:
+        return 0
+    if not field:
+        return tensor.address
+    if field == "rows":
+        return counts.index(tensor.shape[0])
+    if field == "stride":
+        return tensor.stride
+    if field == "groups":
+        return int(np.prod(tensor.shape[1:-1], dtype=np.int64))
+    if field == "width":
+        return tensor.shape[-1]
+    if field == "type":
+        return {"float32": 0, "float16": 1, "uint16": 1}[tensor.type]
+    return tensor.shape[int(field)]
+
+
+def call(step, args: tuple[str, ...], tensors: dict, attributes: dict | None = None, extra: dict | None = None,
+         workspace_bytes=None) -> None:
+    """Run one step on NumPy arrays, each array's first dimension being its row count. For tests and scripts.
+
+    workspace_bytes(tensors, attributes, rows, threads) -> int: scratch memory that the step needs, if any.
+    """
+    tensors = {name: array for name, array in tensors.items() if array is not None}
+    attributes, extra = attributes or {}, dict(extra or {})
+    static = {name: Tensor.of(array) for name, array in tensors.items()}
+    counted = {name: Tensor.of(array, rows=name) for name, array in tensors.items()}
+    state = np.array([array.shape[0] for array in tensors.values()], np.int64)
+    if workspace_bytes is not None:
+        scratch = aligned(workspace_bytes(static, attributes, int(state.max()), get_num_threads()), np.uint8)
+        extra["workspace"] = scratch.ctypes.data
+    row = np.zeros((1, WIDTH), np.int64)
+    row[0, 0] = step.address
+    for i, name in enumerate(args):
+        row[0, 1 + i] = _resolve(name, counted if name.endswith(".rows") else static, attributes, tuple(tensors), extra)
+    run(row, state)
+
+
+def aligned(shape, dtype) -> np.ndarray:
+    """Zeros on a 64-byte boundary; NumPy promises 16, and then every 64-byte load may split over two cache lines."""
+    dtype = np.dtype(dtype)
+    size = int(np.prod(shape)) * dtype.itemsize
+    raw = np.zeros(size + 64, np.uint8)
+    start = -raw.ctypes.data % 64
+    return raw[start:start + size].view(dtype).reshape(shape)
+
+
+# ---- inside a step ---------------------------------------------------------------------------------------------
+@intrinsic
+def _pointer(typingctx, dtype, address):
+    pointer = types.CPointer(dtype.dtype)
+
+    def codegen(context, builder, sig, args):
+        return builder.inttoptr(args[1], context.get_value_type(pointer))
+    return pointer(dtype, types.int64), codegen
+
+
+@njit
+def f32_at(address, n):
+    """The n float32 at an address, as an array."""
+    return carray(_pointer(types.float32, address), n)
+
+
+@njit
+def i64_at(address, n):
+    return carray(_pointer(types.int64, address), n)
+
+
+@njit
+def i32_at(address, n):
+    return carray(_pointer(types.int32, address), n)
+
+
+@njit
+def u16_at(address, n):
+    return carray(_pointer(types.uint16, address), n)
+
+
+@njit
+def u8_at(address, n):
+    return carray(_pointer(types.uint8, address), n)
+
+
+@njit
+def i8_at(address, n):
+    return carray(_pointer(types.int8, address), n)
+
+
+@intrinsic
+def as_f32(typingctx, bits):
+    """The float32 whose bits are the low half of an int64."""
+    def codegen(context, builder, sig, args):
+        return builder.bitcast(builder.trunc(args[0], ir.IntType(32)), ir.FloatType())
+    return types.float32(types.int64), codegen
+
+
+# ---- the loop over steps ---------------------------------------------------------------------------------------
+@intrinsic
+def _call_step(typingctx, function, args, state):
+    def codegen(context, builder, sig, values):
+        pointer = ir.IntType(64).as_pointer()
+        target = ir.FunctionType(ir.VoidType(), [pointer, pointer]).as_pointer()
+        builder.call(builder.inttoptr(values[0], target), [builder.inttoptr(v, pointer) for v in values[1:]])
+        return context.get_dummy_value()
+    return types.void(types.int64, types.int64, types.int64), codegen
+
+
+@njit("void(int64[:,::1], int64[::1])", nogil=True, cache=True)
+def run(steps, state):
+    """Run every row of `steps`: column 0 is the step's address, the rest its arguments."""
+    for i in range(steps.shape[0]):
+        _call_step(steps[i, 0], steps.ctypes.data + (i * steps.shape[1] + 1) * 8, state.ctypes.data)
