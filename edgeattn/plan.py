@@ -1,0 +1,255 @@
+"""An exported graph as a flat list of native steps over preallocated buffers.
+
+Every node becomes a step of one operator, a view (Split, Reshape: no work at all), or part of an onnxruntime segment. Consecutive
+steps form one table, run by one compiled loop: between operators no Python runs.
+"""
+from dataclasses import dataclass
+from importlib import import_module
+
+import numpy as np
+
+from edgeattn.batch import COUNTS
+from edgeattn.graph import Graph, attributes
+from edgeattn.kernels_cpu import steps
+from edgeattn.kernels_cpu.steps import Tensor
+from edgeattn.ops import DOMAIN, OPS
+from edgeattn.segments import Segment
+
+STANDARD = {op.onnx: op for op in OPS.values() if op.onnx}
+VIEWS = ("Split", "Reshape", "Identity")
+DEFAULTS = {"epsilon": 1e-5}
+
+
+@dataclass
+class Value:
+    """A tensor of the graph while it is planned: `offset` elements into the buffer that the value `root` owns."""
+    root: str
+    shape: tuple          # the first dimension is an int or the name of a count
+    stride: int
+    offset: int = 0
+    dtype: np.dtype = np.dtype(np.float32)
+
+
+@dataclass(frozen=True)
+class Step:
+    """One native operator: which node it came from, and its row of the table."""
+    name: str
+    operator: str
+    row: np.ndarray
+
+
+class Plan:
+    """`items` holds tables of steps (int64 arrays) and Segments, in order; `run` executes them on `state`'s counts."""
+
+    def __init__(self, graph: Graph, extra: dict, layer_arguments, inputs: dict[str, np.ndarray], max_counts: dict[str, int],
+                 threads: int, progress=None):
+        """
+        extra            addresses and numbers that ARGS may name ("batch.slots" ...)
+        layer_arguments  layer -> more of them, for one layer's cache
+        inputs           graph inputs in fixed memory: {name: array}, first dimension a count
+        max_counts       the largest value of each count, for sizing buffers
+        """
+        self.graph, self.max_counts, self.threads = graph, max_counts, threads
+        self._extra, self._layer_arguments, self._inputs = extra, layer_arguments, inputs
+        self.values: dict[str, Value] = {}
+        for name, array in inputs.items():
+            count = "rows" if name == "logit_rows" else "tokens"
+            self.values[name] = Value(name, (count, *array.shape[1:]), int(np.prod(array.shape[1:], dtype=np.int64)), 0, array.dtype)
+        groups = self._group()
+        kernels = self._load_kernels(groups, progress)
+        self._describe(groups)
+        self._allocate(groups)
+        self.items = [self._connect(item) if isinstance(item, Segment) else self._table(item, kernels) for item in groups]
+
+    # ---- reading the graph --------------------------------------------------------------------------------------
+    def _group(self):
+        """Nodes in order: lists of native nodes, lists of unknown ones."""
+        groups = []
+        for node in self.graph.proto.graph.node:
+            native = self._operator(node) is not None or node.op_type in VIEWS and not node.domain
+            if not groups or groups[-1][0] != native:
+                groups.append((native, []))
+            groups[-1][1].append(node)
+        return groups
+
+    def _operator(self, node):
+        """The operator that runs this node natively, or None."""
+        if node.domain == DOMAIN:
+            return OPS.get(node.op_type)
+        op = STANDARD.get(node.op_type) if not node.domain else None
+        if op is None or (op.name == "rms_normalization" and attributes(node).get("axis", -1) != -1):
+            return None
+        if op.name == "gather_rows" and (attributes(node).get("axis", 0) or node.input[0] in self.graph.initializers):
+            return None
+        if op.name == "add" and any(name in self.graph.initializers for name in node.input):
+            return None
+        return op
+
+    def _load_kernels(self, groups, progress):
+        """Import the kernel files the graph needs; the first time on a machine this compiles them."""
+        names = sorted({self._operator(n).name for native, nodes in groups if native for n in nodes if n.op_type not in VIEWS})
+        kernels = {}
+        for i, name in enumerate(names):
+            if progress:
+                progress(name, i, len(names))
+            kernels[name] = import_module(f"edgeattn.kernels_cpu.{name}")
+        if progress:
+            progress("", len(names), len(names))
+        return kernels
+
+    def _describe(self, groups):
+        """Shapes of all values; unknown nodes become Segments in place."""
+        reads = [{name for node in nodes for name in node.input} for _, nodes in groups]
+        results = {o.name for o in self.graph.proto.graph.output}
+        for i, (native, nodes) in enumerate(groups):
+            if native:
+                for node in nodes:
+                    self._describe_node(node)
+            else:
+                known = {name: (v.dtype, v.shape) for name, v in self.values.items()}
+                segment = Segment(self.graph, nodes, known, results.union(*reads[i + 1:]))
+                for name, dtype, shape in segment.outputs:
+                    self.values[name] = Value(name, shape, int(np.prod(shape[1:], dtype=np.int64)), 0, np.dtype(dtype))
+                groups[i] = segment
+        groups[:] = [g if isinstance(g, Segment) else g[1] for g in groups]
+
+    def _describe_node(self, node):
+        if node.op_type in VIEWS and not node.domain:
+            return self._view(node)
+        op = self._operator(node)
+        shapes = {name.rstrip("?"): self._shape(source) for name, source in zip(op.inputs, node.input) if source}
+        made = op.shapes(shapes, attributes(node))
+        for name, result in zip(op.outputs, node.output):
+            if name in made:
+                shape = made[name]
+                self.values[result] = Value(result, shape, int(np.prod(shape[1:], dtype=np.int64)))
+
+    def _shape(self, name):
+        if name in self.graph.initializers:
+            return self.graph.initializers[name].shape
+        return self.values[name].shape if name in self.values else ()
+
+    def _view(self, node):
+        source = self.values[node.input[0]]
+        if node.op_type == "Split":
+            offset = source.offset
+            for name, width in zip(node.output, self.graph.initializers[node.input[1]]):
+                self.values[name] = Value(source.root, (source.shape[0], int(width)), source.stride, offset, source.dtype)
+                offset += int(width)
+            return
+        shape = source.shape
+        if node.op_type == "Reshape":  # rows stay rows: only what follows the first dimension is divided anew
+            target = [int(n) for n in self.graph.initializers[node.input[1]][1:]]
+            known = int(np.prod([n for n in target if n > 0], dtype=np.int64))
+            row = int(np.prod(source.shape[1:], dtype=np.int64))
+            shape = (source.shape[0], *(n if n > 0 else row // known for n in target))
+        self.values[node.output[0]] = Value(source.root, shape, source.stride, source.offset, source.dtype)
+
+    # ---- memory -------------------------------------------------------------------------------------------------
+    def _allocate(self, groups):
+        """Give every root value a place in one arena; places are reused once their last reader has run."""
+        order = [([name for node in g for name in node.input], [name for node in g for name in node.output])
+                 if not isinstance(g, Segment) else (g.inputs, [o[0] for o in g.outputs]) for g in self._singles(groups)]
+        last = {}
+        for i, (reads, makes) in enumerate(order):
+            for name in (*reads, *makes):
+                if name in self.values:
+                    last[self.values[name].root] = i
+        for output in self.graph.proto.graph.output:
+            if output.name in self.values:
+                last[self.values[output.name].root] = len(order)
+        live, offsets, size = [], {}, 0
+        for i, (_, makes) in enumerate(order):
+            for root in dict.fromkeys(self.values[n].root for n in makes if n in self.values):
+                if root not in offsets and root not in self._inputs:
+                    start = _first_fit(live, self._bytes(root))
+                    offsets[root] = start
+                    live.append((start, start + self._bytes(root), last[root]))
+                    size = max(size, start + self._bytes(root))
+            live = [entry for entry in live if entry[2] > i]
+        self.arena = steps.aligned(size, np.uint8)
+        self._address = {root: self.arena.ctypes.data + offset for root, offset in offsets.items()}
+        self._address |= {name: array.ctypes.data for name, array in self._inputs.items()}
+
+    def _singles(self, groups):
+        for g in groups:
+            yield from [g] if isinstance(g, Segment) else ([node] for node in g)
+
+    def _bytes(self, root):
+        value = self.values[root]
+        rows = self.max_counts.get(value.shape[0], value.shape[0])
+        return -(-rows * int(np.prod(value.shape[1:], dtype=np.int64)) * value.dtype.itemsize // 64) * 64
+
+    def tensor(self, name: str) -> Tensor:
+        """Address, shape and stride of a value or initializer."""
+        if name in self.graph.initializers:
+            return Tensor.of(self.graph.initializers[name])
+        value = self.values[name]
+        return Tensor(self._address[value.root] + value.offset * value.dtype.itemsize, value.shape, value.stride, str(value.dtype))
+
+    def view(self, name: str, state: np.ndarray) -> np.ndarray:
+        """The value as a NumPy array, at the present counts."""
+        value = self.values[name]
+        rows = int(state[COUNTS.index(value.shape[0])]) if isinstance(value.shape[0], str) else value.shape[0]
+        base = self._inputs.get(value.root, self.arena)
+        start = self._address[value.root] - base.ctypes.data + value.offset * value.dtype.itemsize
+        strides = [value.dtype.itemsize * int(np.prod(value.shape[i + 1:], dtype=np.int64)) for i in range(1, len(value.shape))]
+        return np.ndarray((rows, *value.shape[1:]), value.dtype, base, start, (value.stride * value.dtype.itemsize, *strides))
+
+    # ---- steps --------------------------------------------------------------------------------------------------
+    def _table(self, nodes, kernels):
+        found = [self._step(node, kernels) for node in nodes if node.op_type not in VIEWS or node.domain]
+        self._place_workspace(found, kernels)
+        self.steps = [*getattr(self, "steps", []), *(Step(name, op, row) for name, op, row, _ in found)]
+        return np.stack([row for _, _, row, _ in found])
+
+    def _step(self, node, kernels):
+        op = self._operator(node)
+        kernel, attrs = kernels[op.name], DEFAULTS | attributes(node)
+        tensors = {n.rstrip("?"): self.tensor(source) for n, source in zip((*op.inputs, *op.outputs[:1]), (*node.input, *node.output[:1]))
+                   if source in self.values or source in self.graph.initializers} \
+            if len(node.input) == len(op.inputs) else self._named(op, node)
+        extra = self._extra | (self._layer_arguments(attrs["layer"]) if "layer" in attrs else {})
+        row = np.zeros(steps.WIDTH, np.int64)
+        row[0] = kernel.step.address
+        values = steps.resolve(kernel.ARGS, tensors, attrs, COUNTS, extra | {"workspace": 0})
+        row[1:1 + len(values)] = values
+        return node.name, op.name, row, (tensors, attrs)
+
+    def _named(self, op, node):
+        pairs = [*zip(op.inputs, node.input), *zip(op.outputs, node.output)]
+        return {n.rstrip("?"): self.tensor(source) for n, source in pairs
+                if source and (source in self.values or source in self.graph.initializers)}
+
+    def _place_workspace(self, found, kernels):
+        """One scratch area serves all steps: only one runs at a time."""
+        rows = max(self.max_counts.values())
+        sizes = [kernels[op].workspace_bytes(*about, rows, self.threads) for _, op, _, about in found
+                 if hasattr(kernels[op], "workspace_bytes")]
+        if max(sizes, default=0) > getattr(self, "workspace", np.empty(0)).size:
+            self.workspace = steps.aligned(max(sizes), np.uint8)
+        for _, op, row, _ in found:
+            if "workspace" in kernels[op].ARGS:
+                row[1 + kernels[op].ARGS.index("workspace")] = self.workspace.ctypes.data
+
+    def _connect(self, segment):
+        names = [*segment.inputs, *(name for name, _, _ in segment.outputs)]
+        segment.connect({name: lambda state, name=name: self.view(name, state) for name in names})
+        return segment
+
+    def run(self, state: np.ndarray) -> None:
+        for item in self.items:
+            if isinstance(item, Segment):
+                item.run(state)
+            else:
+                steps.run(item, state)
+
+
+def _first_fit(live, size):
+    """The lowest offset at which `size` bytes overlap nothing in `live` [(start, end, ...)]."""
+    start = 0
+    for low, high, _ in sorted(live):
+        if start + size <= low:
+            break
+        start = max(start, high)
+    return start
