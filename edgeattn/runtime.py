@@ -1,0 +1,167 @@
+"""Load an exported folder and run it: prefill and decode of any number of sequences through one forward call."""
+import json
+from pathlib import Path
+
+import numba
+import numpy as np
+import psutil
+
+from edgeattn.batch import Batch
+from edgeattn.cache.kv_cache import KVCache, Sequence
+from edgeattn.cache.pages import CacheFull
+from edgeattn.graph import read_graph
+from edgeattn.plan import Plan
+
+MAX_SEQUENCES = 64
+LOGITS_BYTES = 64 << 20  # rows of logits are limited to this much at a time
+
+
+class Model:
+    """An exported model, ready to run. Not thread-safe: one forward call at a time.
+
+    ctx_size is how many tokens the cache holds, over all sequences; ubatch how many are computed at once in prefill.
+    """
+
+    def __init__(self, folder, kv_type: str | None = None, ctx_size: int | None = None, ubatch: int | None = None,
+                 threads: int | None = None, progress=None):
+        """progress(operator, done, total) is called while kernels are compiled or read from the kernel cache.
+
+        ValueError: the folder is not a complete export, or an option is out of range.
+        """
+        self.folder = Path(folder)
+        self.config = read_config(self.folder)
+        about, defaults = self.config["model"], self.config["defaults"]
+        self.vocab_size = about["vocab_size"]
+        self.ctx_size = min(ctx_size or about["ctx_size"], about["ctx_size"])
+        self.ubatch = min(ubatch or defaults["ubatch"], self.ctx_size)
+        self.threads = threads or defaults["threads"] or psutil.cpu_count(logical=False) or 1
+        if not 1 <= self.threads <= numba.config.NUMBA_NUM_THREADS:
+            raise ValueError(f"threads must be 1 to {numba.config.NUMBA_NUM_THREADS} (this machine's cores), got {self.threads}")
+        numba.set_num_threads(self.threads)
+        self.cache = KVCache(about["num_layers"], about["kv_heads"], about["head_dim"], self.ctx_size, kv_type or defaults["kv_type"])
+        self._max_rows = max(1, min(self.ubatch, LOGITS_BYTES // (4 * self.vocab_size)))
+        self._batch = Batch(self.ubatch, self._max_rows, MAX_SEQUENCES, len(self.cache.pool.references))
+        self.plan = self._plan(progress)
+
+    @classmethod
+    def load(cls, folder, **options) -> "Model":
+        return cls(folder, **options)
+
+    def _plan(self, progress):
+        batch = self._batch
+        inputs = {"token_ids": batch.token_ids, "positions": batch.positions, "logit_rows": batch.logit_rows}
+        counts = {"tokens": self.ubatch, "rows": self._max_rows, "sequences": MAX_SEQUENCES}
+        dense = {"selection.pages": 0, "selection.counts": 0, "selection.capacity": 0}
+        return Plan(read_graph(self.folder), batch.arguments() | dense, self.cache.arguments, inputs, counts, self.threads, progress)
+
+    # ---- sequences ----------------------------------------------------------------------------------------------
+    def new_sequence(self) -> Sequence:
+        return Sequence()
+
+    def fork(self, sequence: Sequence) -> Sequence:
+        """A second sequence with the same tokens so far; pages are shared until written."""
+        return self.cache.fork(sequence)
+
+    def truncate(self, sequence: Sequence, length: int) -> None:
+        self.cache.truncate(sequence, length)
+
+    def free(self, sequence: Sequence) -> None:
+        self.cache.truncate(sequence, 0)
+
+    # ---- running ------------------------------------------------------------------------------------------------
+    def forward(self, work: list[tuple[Sequence, np.ndarray]], logit_rows: str = "last") -> np.ndarray:
+        """Append tokens to sequences and compute them, in chunks of at most `ubatch` tokens.
+
+        work        (sequence, token ids) pairs; a sequence at most once
+        logit_rows  "last" (one row a sequence), "all" (every token) or "none"
+        ->          [rows, vocab] float32, in the order of `work`; a fresh array
+        ValueError for an empty list, an unknown token id or too many sequences; CacheFull when the cache is full: then no sequence
+        has changed.
+        """
+        work = [(sequence, np.asarray(ids, np.int64).ravel()) for sequence, ids in work]
+        self._check(work, logit_rows)
+        lengths = [sequence.length for sequence, _ in work]
+        try:
+            return self._run_chunks(work, logit_rows)
+        except BaseException:  # also Ctrl-C: a half-computed chunk must not stay in the cache
+            for (sequence, _), length in zip(work, lengths):
+                self.cache.truncate(sequence, length)
+            raise
+
+    def _run_chunks(self, work, logit_rows):
+        results = [[] for _ in work]
+        for chunk in self._chunks(work, logit_rows):
+            self._batch.clear()
+            owners = []
+            for i, start, end, rows in chunk:
+                sequence, ids = work[i]
+                slots = self.cache.append(sequence, end - start)
+                self._batch.add(sequence, ids[start:end], slots, rows)
+                owners += [i] * len(rows)
+            self.plan.run(self._batch.state)
+            if owners:
+                for i, row in zip(owners, self.plan.view("logits", self._batch.state).copy()):
+                    results[i].append(row)
+        rows = [row for result in results for row in result]
+        return np.stack(rows) if rows else np.empty((0, self.vocab_size), np.float32)
+
+    def _chunks(self, work, logit_rows):
+        """Lists of (index into work, start, end, rows that need logits) that fit one batch."""
+        chunk, tokens, rows = [], 0, 0
+        for i, (_, ids) in enumerate(work):
+            start = 0
+            while start < len(ids):
+                room = self.ubatch - tokens
+                if logit_rows == "all":
+                    room = min(room, self._max_rows - rows)
+                if room <= 0 or len(chunk) == MAX_SEQUENCES or (rows == self._max_rows and logit_rows != "none"):
+                    yield chunk
+                    chunk, tokens, rows = [], 0, 0
+                    continue
+                end = min(len(ids), start + room)
+                wanted = {"all": np.arange(end - start), "none": np.arange(0),
+                          "last": np.arange(end - start)[-1:] if end == len(ids) else np.arange(0)}[logit_rows]
+                chunk.append((i, start, end, wanted))
+                tokens, rows, start = tokens + end - start, rows + len(wanted), end
+        if chunk:
+            yield chunk
+
+    def _check(self, work, logit_rows):
+        if logit_rows not in ("last", "all", "none"):
+            raise ValueError(f"logit_rows must be last, all or none, got {logit_rows!r}")
+        if len({id(sequence) for sequence, _ in work}) != len(work):
+            raise ValueError("a sequence may stand only once in a forward call; join its tokens")
+        for sequence, ids in work:
+            if sequence.length + len(ids) > self.ctx_size:
+                raise CacheFull(f"context is full: {sequence.length} tokens and {len(ids)} more exceed the context size of {self.ctx_size}; "
+                                "raise --ctx-size (up to the export's) or shorten the text")
+            if not len(ids):
+                raise ValueError("no tokens to compute: give each sequence at least one token id")
+            if ids.min() < 0 or ids.max() >= self.vocab_size:
+                raise ValueError(f"token ids must be 0 to {self.vocab_size - 1}, got {ids.min()} to {ids.max()}")
+
+    # ---- figures ------------------------------------------------------------------------------------------------
+    def kv_bytes(self) -> int:
+        """Bytes of the pages in use."""
+        return self.cache.used_bytes
+
+    def memory(self) -> dict[str, int]:
+        """Bytes by what they are for. `runtime` is the process's other private memory: Python, libraries, compiled code."""
+        rss = psutil.Process().memory_full_info()
+        kv, workspace = self.kv_bytes(), self.plan.arena.nbytes + self.plan.workspace.nbytes
+        return {"weights_mapped": self.plan.graph.mapped_bytes, "kv": kv, "workspace": workspace,
+                "runtime": max(0, rss.uss - self.plan.graph.mapped_bytes - kv - workspace), "rss": rss.rss}
+
+
+def read_config(folder: Path) -> dict:
+    """edgeattn.json of an exported folder; ValueError when it is missing, broken or from a newer version."""
+    path = folder / "edgeattn.json"
+    if not path.is_file():
+        raise ValueError(f"{folder}: no edgeattn.json there; make the folder with `edgeattn export CHECKPOINT -o {folder}`")
+    try:
+        config = json.loads(path.read_text())
+    except ValueError as error:
+        raise ValueError(f"{path}: not valid JSON ({error}); export the model again") from None
+    if config.get("format_version") != 1:
+        raise ValueError(f"{path}: format version {config.get('format_version')}, this edgeattn reads version 1; export the model again")
+    return config

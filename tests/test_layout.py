@@ -1,0 +1,66 @@
+"""The structure of the source tree: imports go one way, every operator has its files, files stay small."""
+import ast
+from pathlib import Path
+
+import pytest
+
+from edgeattn.ops import OPS
+
+ROOT = Path(__file__).parent.parent
+FOLDERS = {"edgeattn": "edgeattn", "exporters": "edgeattn.exporters", "kernels_cpu": "edgeattn.kernels_cpu",
+           "kernels_cuda": "edgeattn.kernels_cuda", "apps": "edgeattn.apps"}
+LAYERS = [  # a file may import only from its own row or the rows above
+    ["edgeattn.ops", "edgeattn.reference", "edgeattn.__init__"],
+    ["edgeattn.kernels_cpu", "edgeattn.kernels_cuda"],
+    ["edgeattn.cache", "edgeattn.policies", "edgeattn.batch", "edgeattn.graph", "edgeattn.segments", "edgeattn.plan",
+     "edgeattn.tokenizer", "edgeattn.bandwidth"],
+    ["edgeattn.runtime", "edgeattn.generation"],
+    ["edgeattn.exporters"],
+    ["edgeattn.apps"],
+]
+HELPERS = {"__init__", "steps", "simd", "simd_tiles", "select_level"}  # kernel files that are no operator
+LONG = {"simd.py": 600}                                                # files that may pass 300 lines, and how far
+
+
+def sources():
+    for folder, package in FOLDERS.items():
+        for path in sorted((ROOT / folder).rglob("*.py")):
+            inside = path.relative_to(ROOT / folder).with_suffix("")
+            name = ".".join([package, *inside.parts]) if inside.name != "__init__" or inside.parent.name == "" else \
+                ".".join([package, *inside.parent.parts])
+            yield pytest.param(path, name, id=name)
+
+
+def level(module):
+    found = [i for i, names in enumerate(LAYERS) for n in names if module == n or module.startswith(n + ".")]
+    assert found, f"{module} is in no layer: add it to LAYERS"
+    return found[0]
+
+
+def imported(path):
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: write imports in full"
+            yield node.module
+
+
+@pytest.mark.parametrize("path, module", sources())
+def test_imports_go_one_way(path, module):
+    for name in imported(path):
+        assert name.split(".")[0] not in set(FOLDERS) - {"edgeattn"}, f"{path}: import edgeattn.{name}, not {name}"
+        if name.startswith("edgeattn."):
+            assert level(name) <= level(module), f"{module} may not import {name}"
+
+
+def test_every_operator_has_reference_and_cpu_kernel():
+    for folder in ("edgeattn/reference", "kernels_cpu"):
+        assert {p.stem for p in (ROOT / folder).glob("*.py")} >= set(OPS)
+    assert {p.stem for p in (ROOT / "edgeattn/reference").glob("*.py")} - {"__init__"} == set(OPS)
+
+
+@pytest.mark.parametrize("path", [pytest.param(p, id=str(p.relative_to(ROOT))) for f in (*FOLDERS, "tests", "benchmarks")
+                                  for p in sorted((ROOT / f).rglob("*.py"))])
+def test_files_stay_small(path):
+    assert len(path.read_text().splitlines()) <= LONG.get(path.name, 300)
