@@ -41,6 +41,8 @@ OPS = {op.name: op for op in (
     Op("cached_attention", ("q", "k", "v", "cos", "sin", "past_key", "past_value", "positions"),
        ("out", "present_key", "present_value"),
        ("num_heads", "kv_heads", "head_dim", "rotary_dim", "interleaved", "scale", "window", "layer"), _cached_attention),
+    Op("select_sink_window", ("kv_lengths",), ("pages", "counts"), ("kv_heads", "page_size", "capacity", "sink_pages", "window_pages"),
+       lambda s, a: {"pages": (*s["kv_lengths"], a["kv_heads"], a["capacity"]), "counts": (*s["kv_lengths"], a["kv_heads"])}),
     Op("sample", ("logits", "history"), ("token",),
        ("temperature", "top_k", "top_p", "min_p", "repeat_penalty", "uniform"), lambda s, a: {"token": (1,)}),
 )}

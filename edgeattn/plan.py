@@ -4,6 +4,7 @@ Every node becomes a step of one operator, a view (Split, Reshape: no work at al
 steps form one table, run by one compiled loop: between operators no Python runs.
 """
 from dataclasses import dataclass
+from functools import partial
 from importlib import import_module
 
 import numpy as np
@@ -32,24 +33,26 @@ class Value:
 
 @dataclass(frozen=True)
 class Step:
-    """One native operator: which node it came from, and its row of the table."""
+    """One native operator: which node it came from, and its row of the table (a function's address and its arguments)."""
     name: str
     operator: str
     row: np.ndarray
+    workspace_bytes: int
 
 
 class Plan:
     """`items` holds tables of steps (int64 arrays) and Segments, in order; `run` executes them on `state`'s counts."""
 
-    def __init__(self, graph: Graph, extra: dict, layer_arguments, inputs: dict[str, np.ndarray], max_counts: dict[str, int],
+    def __init__(self, graph: Graph, policy, extra: dict, layer_arguments, inputs: dict[str, np.ndarray], max_counts: dict[str, int],
                  threads: int, progress=None):
         """
+        policy           a DecodePolicy: operators to run before each layer's attention
         extra            addresses and numbers that ARGS may name ("batch.slots" ...)
         layer_arguments  layer -> more of them, for one layer's cache
         inputs           graph inputs in fixed memory: {name: array}, first dimension a count
         max_counts       the largest value of each count, for sizing buffers
         """
-        self.graph, self.max_counts, self.threads = graph, max_counts, threads
+        self.graph, self.policy, self.max_counts, self.threads = graph, policy, max_counts, threads
         self._extra, self._layer_arguments, self._inputs = extra, layer_arguments, inputs
         self.values: dict[str, Value] = {}
         for name, array in inputs.items():
@@ -59,7 +62,10 @@ class Plan:
         kernels = self._load_kernels(groups, progress)
         self._describe(groups)
         self._allocate(groups)
-        self.items = [self._connect(item) if isinstance(item, Segment) else self._table(item, kernels) for item in groups]
+        groups = [g if isinstance(g, Segment) else self._steps(g, kernels) for g in groups]
+        self.steps = [step for g in groups if not isinstance(g, Segment) for step in g]
+        self._place_workspace(kernels)
+        self.items = [self._connect(g) if isinstance(g, Segment) else np.stack([step.row for step in g]) for g in groups if g]
 
     # ---- reading the graph --------------------------------------------------------------------------------------
     def _group(self):
@@ -87,7 +93,8 @@ class Plan:
 
     def _load_kernels(self, groups, progress):
         """Import the kernel files the graph needs; the first time on a machine this compiles them."""
-        names = sorted({self._operator(n).name for native, nodes in groups if native for n in nodes if n.op_type not in VIEWS})
+        nodes = [node for native, group in groups if native for node in group if node.op_type not in VIEWS]
+        names = sorted({self._operator(node).name for node in nodes}.union(*({name for name, _ in self._before(node)} for node in nodes)))
         kernels = {}
         for i, name in enumerate(names):
             if progress:
@@ -197,44 +204,48 @@ class Plan:
         return np.ndarray((rows, *value.shape[1:]), value.dtype, base, start, (value.stride * value.dtype.itemsize, *strides))
 
     # ---- steps --------------------------------------------------------------------------------------------------
-    def _table(self, nodes, kernels):
-        found = [self._step(node, kernels) for node in nodes if node.op_type not in VIEWS or node.domain]
-        self._place_workspace(found, kernels)
-        self.steps = [*getattr(self, "steps", []), *(Step(name, op, row) for name, op, row, _ in found)]
-        return np.stack([row for _, _, row, _ in found])
+    def _before(self, node):
+        """(operator, attributes) that the policy wants run before this node."""
+        return self.policy.before_attention(attributes(node)["layer"]) if node.op_type == "cached_attention" else []
 
-    def _step(self, node, kernels):
+    def _steps(self, nodes, kernels):
+        found = []
+        for node in nodes:
+            if node.op_type not in VIEWS or node.domain:
+                about = self._named(node)
+                found += [self._step(f"{node.name}.{name}", name, about[0], about[1] | options, kernels)
+                          for name, options in self._before(node)]
+                found.append(self._step(node.name, self._operator(node).name, *about, kernels))
+        return found
+
+    def _named(self, node):
+        """A node's tensors by the operator's names for them, and its attributes."""
         op = self._operator(node)
-        kernel, attrs = kernels[op.name], DEFAULTS | attributes(node)
-        tensors = {n.rstrip("?"): self.tensor(source) for n, source in zip((*op.inputs, *op.outputs[:1]), (*node.input, *node.output[:1]))
-                   if source in self.values or source in self.graph.initializers} \
-            if len(node.input) == len(op.inputs) else self._named(op, node)
-        extra = self._extra | (self._layer_arguments(attrs["layer"]) if "layer" in attrs else {})
+        pairs = [*zip(op.inputs, node.input), *zip(op.outputs, node.output)]
+        tensors = {name.rstrip("?"): self.tensor(source) for name, source in pairs
+                   if source in self.values or source in self.graph.initializers}
+        return tensors, DEFAULTS | attributes(node)
+
+    def _step(self, name, operator, tensors, attrs, kernels):
+        kernel = kernels[operator]
+        extra = self._extra | (self._layer_arguments(attrs["layer"]) if "layer" in attrs else {}) | {"workspace": 0}
         row = np.zeros(steps.WIDTH, np.int64)
         row[0] = kernel.step.address
-        values = steps.resolve(kernel.ARGS, tensors, attrs, COUNTS, extra | {"workspace": 0})
-        row[1:1 + len(values)] = values
-        return node.name, op.name, row, (tensors, attrs)
+        row[1:1 + len(kernel.ARGS)] = steps.resolve(kernel.ARGS, tensors, attrs, COUNTS, extra)
+        scratch = kernel.workspace_bytes(tensors, attrs, max(self.max_counts.values()), self.threads) \
+            if hasattr(kernel, "workspace_bytes") else 0
+        return Step(name, operator, row, scratch)
 
-    def _named(self, op, node):
-        pairs = [*zip(op.inputs, node.input), *zip(op.outputs, node.output)]
-        return {n.rstrip("?"): self.tensor(source) for n, source in pairs
-                if source and (source in self.values or source in self.graph.initializers)}
-
-    def _place_workspace(self, found, kernels):
+    def _place_workspace(self, kernels):
         """One scratch area serves all steps: only one runs at a time."""
-        rows = max(self.max_counts.values())
-        sizes = [kernels[op].workspace_bytes(*about, rows, self.threads) for _, op, _, about in found
-                 if hasattr(kernels[op], "workspace_bytes")]
-        if max(sizes, default=0) > getattr(self, "workspace", np.empty(0)).size:
-            self.workspace = steps.aligned(max(sizes), np.uint8)
-        for _, op, row, _ in found:
-            if "workspace" in kernels[op].ARGS:
-                row[1 + kernels[op].ARGS.index("workspace")] = self.workspace.ctypes.data
+        self.workspace = steps.aligned(max((step.workspace_bytes for step in self.steps), default=0), np.uint8)
+        for step in self.steps:
+            if "workspace" in kernels[step.operator].ARGS:
+                step.row[1 + kernels[step.operator].ARGS.index("workspace")] = self.workspace.ctypes.data
 
     def _connect(self, segment):
         names = [*segment.inputs, *(name for name, _, _ in segment.outputs)]
-        segment.connect({name: lambda state, name=name: self.view(name, state) for name in names})
+        segment.connect({name: partial(self.view, name) for name in names})
         return segment
 
     def run(self, state: np.ndarray) -> None:

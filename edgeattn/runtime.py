@@ -11,6 +11,7 @@ from edgeattn.cache.kv_cache import KVCache, Sequence
 from edgeattn.cache.pages import CacheFull
 from edgeattn.graph import read_graph
 from edgeattn.plan import Plan
+from edgeattn.policies import load_policy
 
 MAX_SEQUENCES = 64
 LOGITS_BYTES = 64 << 20  # rows of logits are limited to this much at a time
@@ -23,8 +24,9 @@ class Model:
     """
 
     def __init__(self, folder, kv_type: str | None = None, ctx_size: int | None = None, ubatch: int | None = None,
-                 threads: int | None = None, progress=None):
-        """progress(operator, done, total) is called while kernels are compiled or read from the kernel cache.
+                 threads: int | None = None, policy=None, progress=None):
+        """policy: a DecodePolicy (see policies/__init__.py), dense by default.
+        progress(operator, done, total) is called while kernels are compiled or read from the kernel cache.
 
         ValueError: the folder is not a complete export, or an option is out of range.
         """
@@ -41,6 +43,7 @@ class Model:
         self.cache = KVCache(about["num_layers"], about["kv_heads"], about["head_dim"], self.ctx_size, kv_type or defaults["kv_type"])
         self._max_rows = max(1, min(self.ubatch, LOGITS_BYTES // (4 * self.vocab_size)))
         self._batch = Batch(self.ubatch, self._max_rows, MAX_SEQUENCES, len(self.cache.pool.references))
+        self.policy = policy or load_policy("decode", "dense")
         self.plan = self._plan(progress)
 
     @classmethod
@@ -51,8 +54,16 @@ class Model:
         batch = self._batch
         inputs = {"token_ids": batch.token_ids, "positions": batch.positions, "logit_rows": batch.logit_rows}
         counts = {"tokens": self.ubatch, "rows": self._max_rows, "sequences": MAX_SEQUENCES}
-        dense = {"selection.pages": 0, "selection.counts": 0, "selection.capacity": 0}
-        return Plan(read_graph(self.folder), batch.arguments() | dense, self.cache.arguments, inputs, counts, self.threads, progress)
+        return Plan(read_graph(self.folder), self.policy, batch.arguments() | self._selection(), self.cache.arguments, inputs, counts,
+                    self.threads, progress)
+
+    def _selection(self):
+        """Memory for the policy's page lists; address 0 tells attention to read everything."""
+        capacity = self.policy.capacity(len(self.cache.pool.references))
+        shape = (MAX_SEQUENCES, self.config["model"]["kv_heads"], capacity)
+        self._selected, self._selected_counts = np.zeros(shape, np.int32), np.zeros(shape[:2], np.int32)
+        return {"selection.pages": self._selected.ctypes.data if capacity else 0,
+                "selection.counts": self._selected_counts.ctypes.data if capacity else 0, "selection.capacity": capacity}
 
     # ---- sequences ----------------------------------------------------------------------------------------------
     def new_sequence(self) -> Sequence:

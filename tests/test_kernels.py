@@ -10,6 +10,12 @@ CASES = {
         ("one", lambda rng: ((rng.standard_normal((1, 1), np.float32),) * 2, {}), 0),
         ("ragged", lambda rng: ((rng.standard_normal((5, 77), np.float32), rng.standard_normal((5, 77), np.float32)), {}), 0),
     ],
+    "select_sink_window": [
+        ("lengths", lambda rng: ((rng.integers(1, 700, 9, np.int32),), dict(
+            kv_heads=2, page_size=32, capacity=8, sink_pages=1, window_pages=3)), 0),
+        ("no-sink", lambda rng: ((np.arange(1, 130, 7, dtype=np.int32),), dict(
+            kv_heads=1, page_size=16, capacity=2, sink_pages=0, window_pages=2)), 0),
+    ],
 }
 
 
@@ -19,7 +25,8 @@ def test_kernel_matches_reference(name, case):
     args, attributes = build(np.random.default_rng())
     expected = load_kernel(name, "reference")(*args, **attributes)
     got = load_kernel(name, "cpu")(*args, **attributes)
-    np.testing.assert_allclose(got, expected, rtol=0, atol=tolerance)
+    for g, e in zip(got, expected, strict=True) if isinstance(expected, tuple) else [(got, expected)]:
+        np.testing.assert_allclose(g, e, rtol=0, atol=tolerance)
 
 
 def test_every_operator_has_cases():

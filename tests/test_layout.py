@@ -46,7 +46,7 @@ def imported(path):
             yield node.module
 
 
-@pytest.mark.parametrize("path, module", sources())
+@pytest.mark.parametrize("path, module", list(sources()))
 def test_imports_go_one_way(path, module):
     for name in imported(path):
         assert name.split(".")[0] not in set(FOLDERS) - {"edgeattn"}, f"{path}: import edgeattn.{name}, not {name}"
