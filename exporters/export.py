@@ -1,0 +1,126 @@
+"""A Hugging Face checkpoint to our folder: graph, streamed weights, tokenizer files, edgeattn.json."""
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable
+from importlib import import_module
+from importlib.util import find_spec
+from pathlib import Path
+from pkgutil import iter_modules
+
+import onnx
+
+from edgeattn import exporters
+from edgeattn.exporters.checkpoint import Checkpoint
+from edgeattn.exporters.decoder import Decoder, build
+from edgeattn.exporters.functions import function_body
+from edgeattn.exporters.graph import Graph
+from edgeattn.exporters.targets import target_defaults
+from edgeattn.exporters.weights import Formats
+from edgeattn.ops import DOMAIN
+
+FORMAT_VERSION = 1
+LONGEST_CTX = 32768
+COPIED = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "tokenizer.model",
+          "vocab.json", "merges.txt", "chat_template.jinja", "chat_template.json", "generation_config.json")
+
+
+def export(checkpoint: str | Path, folder: str | Path, precision: str = "int4", group_size: int = 32, target: str = "generic",
+           ctx_size: int | None = None, progress: Callable[[int, int], None] | None = None) -> dict:
+    """Export a checkpoint folder; returns what was written to edgeattn.json.
+
+    precision   "int4" (8-bit embedding and head), "int8", "fp16" or "fp32"
+    group_size  weights of one output that share a scale: 16, 32, 64, 128 or 256
+    target      a name in `targets.TARGETS`: sets recorded defaults only
+    ctx_size    rows of the rotary tables; by default the model's own limit, at most 32768
+    progress    called with (bytes written, bytes in all)
+    ValueError for what the user can mend; nothing half-written stays behind then.
+    """
+    source, folder = Checkpoint(checkpoint), Path(folder)
+    decoder = read_architecture(source)
+    formats = Formats(precision, group_size)
+    defaults = target_defaults(target, precision)
+    ctx_size = ctx_size or min(decoder.max_position, LONGEST_CTX)
+    _check_replaceable(folder)
+    graph = build(decoder, source, formats, ctx_size)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    work = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
+    try:
+        work.mkdir()
+        graph.write(work, _functions(graph), progress)
+        for name in COPIED:
+            if (source.folder / name).is_file():
+                shutil.copyfile(source.folder / name, work / name)
+        onnx.checker.check_model(work / "model.onnx")
+        report = {"format_version": FORMAT_VERSION, "architecture": source.config["model_type"], "source": _source(source),
+                  "precision": precision, "group_size": group_size, "model": _model(decoder, source, ctx_size),
+                  "weights": formats.used, "target": target, "defaults": defaults,
+                  "files": {path.name: _sha256(path) for path in sorted(work.iterdir())}, "verify": {}}
+        (work / "edgeattn.json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+        _replace(work, folder)
+    finally:  # also on Ctrl-C
+        shutil.rmtree(work, ignore_errors=True)
+    return report
+
+
+def read_architecture(source: Checkpoint) -> Decoder:
+    """The decoder that the checkpoint's config describes, by the file of this folder that is named after its model_type."""
+    kind, path = source.config.get("model_type"), source.folder / "config.json"
+    name = f"{exporters.__name__}.{kind}"
+    known = isinstance(kind, str) and kind.isidentifier() and find_spec(name) is not None
+    describe = getattr(import_module(name), "describe", None) if known else None
+    if describe is None:
+        raise ValueError(f"{path}: unknown model_type {kind!r}; supported: {families()}")
+    try:
+        return describe(source.config)
+    except KeyError as error:
+        raise ValueError(f"{path}: {error.args[0]!r} is missing") from None
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
+
+
+def families() -> list[str]:
+    """The model_types that can be exported: every file of this folder that describes one."""
+    return sorted(m.name for m in iter_modules(exporters.__path__)
+                  if hasattr(import_module(f"{exporters.__name__}.{m.name}"), "describe"))
+
+
+def _functions(graph: Graph):
+    """The function of every operator of ours that the graph has."""
+    names = sorted({node.op_type for node in graph.nodes if node.domain == DOMAIN})
+    bits = {a.i for node in graph.nodes if node.op_type == "embedding_nbits" for a in node.attribute if a.name == "bits"}
+    return [function_body(name, *bits) for name in names]
+
+
+def _source(source):
+    return {"folder": source.folder.resolve().name, "name": source.config.get("_name_or_path", ""),
+            "config_sha256": _sha256(source.folder / "config.json")}
+
+
+def _model(decoder, source, ctx_size):
+    generation = source.read_json("generation_config.json")
+    bos, eos = (generation.get(key, source.config.get(key)) for key in ("bos_token_id", "eos_token_id"))
+    eos = [] if eos is None else eos if isinstance(eos, list) else [eos]
+    return {"vocab_size": decoder.vocab_size, "hidden_size": decoder.hidden_size, "num_layers": decoder.num_layers,
+            "num_heads": decoder.num_heads, "kv_heads": decoder.kv_heads, "head_dim": decoder.head_dim, "window": decoder.window,
+            "ctx_size": ctx_size, "max_position": decoder.max_position, "bos_token_id": bos, "eos_token_ids": eos}
+
+
+def _sha256(path):
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _check_replaceable(folder):
+    if folder.exists() and not (folder.is_dir() and (not any(folder.iterdir()) or (folder / "edgeattn.json").is_file())):
+        raise ValueError(f"{folder}: exists and is not an earlier export; choose another folder or remove it")
+
+
+def _replace(work, folder):
+    """Rename `work` to `folder`, which may hold an earlier export."""
+    old = work.with_suffix(".old")
+    if folder.exists():
+        folder.rename(old)
+    work.rename(folder)
+    shutil.rmtree(old, ignore_errors=True)

@@ -1,0 +1,84 @@
+"""How weights are stored: the formats of a precision, and the nodes that read each format."""
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from edgeattn.exporters.checkpoint import Weight, concatenate
+from edgeattn.exporters.graph import Graph, Spec
+from edgeattn.exporters.quantise import quantise_blocks
+from edgeattn.ops import PANEL
+from edgeattn.reference.matmul_nbits import pack_panels
+
+PRECISIONS = ("int4", "int8", "fp16", "fp32")
+GROUP_SIZES = (16, 32, 64, 128, 256)
+SLAB_BYTES = 4 << 20  # of float32 weights in work at a time
+
+
+@dataclass(frozen=True)
+class Table:
+    """A weight [N, K] in a graph."""
+    inputs: list[str]     # the initializers, in the order in which the operators take them
+    attributes: dict      # of the operators; empty for plain weights
+
+    def embed(self, graph: Graph, node: str, ids: str) -> str:
+        """Rows of the weight."""
+        op = "embedding_nbits" if self.attributes else "embedding"
+        return graph.add(op, node, [ids, *self.inputs], self.attributes)
+
+    def project(self, graph: Graph, node: str, x: str, bias: str | None = None, outputs: int | list[str] = 1) -> str:
+        """x times the weight, transposed."""
+        if self.attributes:
+            return graph.add("matmul_nbits", node, [x, *self.inputs, None, bias], self.attributes, outputs)
+        return graph.add("linear", node, [x, *self.inputs, bias], outputs=outputs)
+
+
+@dataclass
+class Formats:
+    """Chooses the format of every weight and remembers it. The embedding and the head (`edge`) of int4 get 8 bits: they cost
+    little in a large model and nearly all of the quality in a small one."""
+    precision: str
+    group_size: int
+    used: dict[str, str] = field(default_factory=dict)  # {initializer: "int4/32" ...}
+
+    def __post_init__(self):
+        if self.precision not in PRECISIONS:
+            raise ValueError(f"unknown precision {self.precision!r}; choose one of {list(PRECISIONS)}")
+        if self.group_size not in GROUP_SIZES:
+            raise ValueError(f"group size must be one of {list(GROUP_SIZES)}, got {self.group_size}")
+
+    def store(self, graph: Graph, name: str, parts: list[Weight], edge: bool = False) -> Table:
+        """Plan the concatenation of `parts` as initializer `name`."""
+        weight = concatenate(parts)
+        if self.precision.startswith("fp"):
+            self.used[name] = self.precision
+            return _plain(graph, name, weight, {"fp16": "float16", "fp32": "float32"}[self.precision])
+        bits = 8 if edge or self.precision == "int8" else 4
+        self.used[name] = f"int{bits}/{self.group_size}"
+        return _quantised(graph, name, weight, bits, self.group_size)
+
+
+def _slabs(weight):
+    """Consecutive (start, stop) of whole panels of rows."""
+    step = max(SLAB_BYTES // (4 * weight.shape[1]) // PANEL, 1) * PANEL
+    return ((start, min(start + step, weight.shape[0])) for start in range(0, weight.shape[0], step))
+
+
+def _plain(graph, name, weight, dtype):
+    def slabs():
+        for start, stop in _slabs(weight):
+            yield (weight.read(start, stop).astype(dtype, copy=False),)
+    graph.stream([Spec(name, dtype, weight.shape)], slabs)
+    return Table([name], {})
+
+
+def _quantised(graph, name, weight, bits, block_size):
+    (n, k), scale_name = weight.shape, f"{name}.scales"
+    panels, blocks = -(-n // PANEL), -(-k // block_size)
+
+    def slabs():
+        for start, stop in _slabs(weight):
+            codes, scales = quantise_blocks(weight.read(start, stop), bits, block_size)
+            yield pack_panels(codes, scales, bits=bits, block_size=block_size)[:2]
+    graph.stream([Spec(name, "uint8", (panels, blocks, block_size * bits // 32, PANEL, 4)),
+                  Spec(scale_name, "float16", (panels, blocks, PANEL))], slabs)
+    return Table([name, scale_name], dict(bits=bits, block_size=block_size, K=k, N=n))
