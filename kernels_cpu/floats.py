@@ -1,0 +1,265 @@
+"""Float kernels' vector operations beyond simd.py: loads and stores by the array's type, exponentials, float register tiles.
+
+The logical vector is F, 16 floats. A register tile is ROWS x COLUMNS of them: large enough to hide the latency of fma, small
+enough for the machine's registers. Arrays of halves hold their bits as uint16.
+"""
+import numpy as np
+from llvmlite import ir
+from numba import njit, types
+from numba.core import cgutils
+from numba.extending import intrinsic, overload
+
+from edgeattn.kernels_cpu import simd_emit as emit
+from edgeattn.kernels_cpu.simd import Vec, bitcast, convert, f32, fma, i32, load, load_half, splat, store, vmax, vmin
+
+F, I, H = f32(16), i32(16), Vec("u16", 16)
+ROWS, COLUMNS = {"avx512": (12, 2), "avxvnni": (6, 1), "avx2": (6, 1), "neon": (6, 1), "plain": (4, 1)}[emit.MACHINE]
+BLOCK = 16 * COLUMNS  # floats across a tile
+LOG2E, LN2_HIGH, LN2_LOW = np.float32(1.4426950408889634), np.float32(0.693359375), np.float32(-2.12194440e-4)
+LOWEST, HIGHEST = np.float32(-87.3365), np.float32(88.7228)  # beyond them e^x is no normal float32
+I64 = ir.IntType(64)
+
+
+def _address(context, builder, array_type, array, index):
+    return builder.gep(context.make_array(array_type)(context, builder, array).data, [index])
+
+
+def _tile(tile, value, builder):
+    return [builder.extract_value(value, i) for i in range(tile.count)]
+
+
+def _count(literal):
+    return literal.literal_value if isinstance(literal, types.IntegerLiteral) else None
+
+
+# ---- memory -----------------------------------------------------------------------------------------------------
+def load_float(array, index):
+    """F from 16 elements of a float32 array, or of halves in a uint16 array."""
+
+
+def load_end(array, index, n):
+    """The same from n < 16 elements, zeros behind them: the ragged end of a row."""
+
+
+def store_float(array, index, value):
+    """F as 16 elements of a float32 array, or as halves (to nearest even) in a uint16 array."""
+
+
+@overload(load_float)
+def _load_float(array, index):
+    if array.dtype == types.uint16:
+        return lambda array, index: load_half(F, array, index)
+    return lambda array, index: load(F, array, index)
+
+
+@overload(load_end)
+def _load_end(array, index, n):
+    if array.dtype == types.uint16:
+        return lambda array, index, n: from_half(load_some(H, array, index, n))
+    return lambda array, index, n: load_some(F, array, index, n)
+
+
+@overload(store_float)
+def _store_float(array, index, value):
+    if array.dtype == types.uint16:
+        return lambda array, index, value: store(array, index, to_half(value))
+    return lambda array, index, value: store(array, index, value)
+
+
+@intrinsic
+def from_half(typingctx, bits):
+    def codegen(context, builder, sig, args):
+        return emit.from_half(builder, args[0], F.ir)
+    return F(bits), codegen
+
+
+@intrinsic
+def to_half(typingctx, value):
+    """f32 lanes as the bits of IEEE halves."""
+    def codegen(context, builder, sig, args):
+        if emit.MACHINE != "plain":
+            return builder.bitcast(builder.fptrunc(args[0], ir.VectorType(ir.HalfType(), H.lanes)), H.ir)
+        return _half_bits(builder, args[0], H.ir)
+    return H(value), codegen
+
+
+def _half_bits(builder, x, halves):
+    """Without an instruction LLVM would call a function that the process may lack. Multiplying by 2**112 and back drops what
+    is too large; adding a suitable power of two rounds at the right bit, subnormals included."""
+    wide = ir.VectorType(ir.IntType(32), halves.count)
+    bits = builder.bitcast(x, wide)
+    size = builder.and_(bits, emit.constant(wide, 0x7FFFFFFF))
+    exponent = builder.and_(size, emit.constant(wide, 0x7F800000))
+    # ulp of the half is 2**-10 of its power of two, and at least 2**-24: adding 2**13 times ulp rounds to it
+    small = builder.icmp_unsigned("<", exponent, emit.constant(wide, 113 << 23))
+    exponent = builder.select(small, emit.constant(wide, 113 << 23), exponent)
+    magic = builder.add(exponent, emit.constant(wide, 13 << 23))
+    rounded = builder.fadd(builder.bitcast(size, x.type), builder.bitcast(magic, x.type))
+    # what stands in the low bits of the sum is the half's mantissa, its hidden bit included
+    mantissa = builder.sub(builder.bitcast(rounded, wide), magic)
+    base = builder.lshr(builder.sub(exponent, emit.constant(wide, 113 << 23)), emit.constant(wide, 13))
+    half = builder.add(base, mantissa)
+    large = builder.icmp_unsigned(">=", size, emit.constant(wide, 0x477FF000))
+    nan = builder.icmp_unsigned(">", size, emit.constant(wide, 0x7F800000))
+    half = builder.select(large, builder.select(nan, emit.constant(wide, 0x7E00), emit.constant(wide, 0x7C00)), half)
+    sign = builder.lshr(builder.and_(bits, emit.constant(wide, 0x80000000)), emit.constant(wide, 16))
+    return builder.trunc(builder.or_(half, sign), halves)
+
+
+@intrinsic
+def load_some(typingctx, vec, array, index, n):
+    """A vector of n elements, zeros behind them."""
+    v = vec.instance_type
+
+    def codegen(context, builder, sig, args):
+        slot = cgutils.alloca_once_value(builder, emit.constant(v.ir, 0))
+        first = builder.bitcast(slot, v.ir.element.as_pointer())
+        with cgutils.for_range(builder, args[3]) as loop:
+            source = _address(context, builder, array, args[1], builder.add(args[2], loop.index))
+            builder.store(builder.load(source), builder.gep(first, [loop.index]))
+        return builder.load(slot)
+    return v(vec, array, types.intp, types.intp), codegen
+
+
+@intrinsic
+def store_some(typingctx, array, index, n, value):
+    """The first n lanes."""
+    def codegen(context, builder, sig, args):
+        slot = cgutils.alloca_once_value(builder, args[3])
+        first = builder.bitcast(slot, value.ir.element.as_pointer())
+        with cgutils.for_range(builder, args[2]) as loop:
+            target = _address(context, builder, array, args[0], builder.add(args[1], loop.index))
+            builder.store(builder.load(builder.gep(first, [loop.index])), target)
+        return context.get_dummy_value()
+    return types.void(array, types.intp, types.intp, value), codegen
+
+
+@intrinsic
+def prefetch_at(typingctx, address):
+    """Ask for the cache line at a byte address."""
+    def codegen(context, builder, sig, args):
+        pointer = builder.inttoptr(args[0], emit.PTR)
+        emit.call(builder, "llvm.prefetch.p0", ir.VoidType(), pointer, emit.I32(0), emit.I32(3), emit.I32(1))
+        return context.get_dummy_value()
+    return types.void(types.int64), codegen
+
+
+@intrinsic
+def fetch_add(typingctx, array, index, n):
+    """array[index] += n as one step for all threads; -> the value before."""
+    def codegen(context, builder, sig, args):
+        return builder.atomic_rmw("add", _address(context, builder, array, args[0], args[1]), args[2], "monotonic")
+    return types.int64(array, types.intp, types.int64), codegen
+
+
+# ---- arithmetic -------------------------------------------------------------------------------------------------
+def _select(comparison):
+    @intrinsic
+    def op(typingctx, a, b, x, y):
+        def codegen(context, builder, sig, args):
+            compare = builder.fcmp_ordered if a.is_float else builder.icmp_signed
+            return builder.select(compare(comparison, args[0], args[1]), args[2], args[3])
+        return x(a, a, x, x), codegen
+    return op
+
+
+where_less = _select("<")  # x where a < b, else y
+
+
+@intrinsic
+def divide(typingctx, a, b):
+    def codegen(context, builder, sig, args):
+        return builder.fdiv(*args)
+    return a(a, a), codegen
+
+
+@intrinsic
+def lane_numbers(typingctx, vec):
+    """0, 1, 2 ..."""
+    v = vec.instance_type
+
+    def codegen(context, builder, sig, args):
+        return ir.Constant(v.ir, list(range(v.lanes)))
+    return v(vec), codegen
+
+
+@njit(nogil=True, error_model="numpy")
+def exp_low(x):
+    """e^x for x up to HIGHEST, to 2e-7 relative; 0 below LOWEST."""
+    clamped = vmax(splat(F, LOWEST), x)  # in this order NaN stays
+    n = convert(I, clamped * LOG2E)
+    whole = convert(F, n)
+    r = fma(whole, splat(F, -LN2_LOW), fma(whole, splat(F, -LN2_HIGH), clamped))
+    p = fma(r, splat(F, np.float32(0.0083125297)), splat(F, np.float32(0.04189011)))
+    p = fma(p, r, splat(F, np.float32(0.16667114)))
+    p = fma(p, r, splat(F, np.float32(0.49999232)))
+    p = fma(p, r, splat(F, np.float32(1)))
+    p = fma(p, r, splat(F, np.float32(1)))
+    return where_less(x, splat(F, LOWEST), splat(F, np.float32(0)), bitcast(F, bitcast(I, p) + (n << 23)))
+
+
+@njit(nogil=True, error_model="numpy")
+def exp(x):
+    """e^x to 2e-7 relative; infinity beyond the largest float32."""
+    top = splat(F, HIGHEST)
+    half = exp_low(vmin(top, x) * np.float32(0.5))  # squared, because 2^128 has no exponent bits
+    return where_less(top, x, splat(F, np.float32(np.inf)), half * half)
+
+
+# ---- register tiles: tuples of vectors, row by row -------------------------------------------------------------
+@intrinsic(prefer_literal=True)
+def load_block(typingctx, rows, columns, array, first, row_stride):
+    """A rows x columns tile of F from a float32 array; vectors of a row adjacent."""
+    n_rows, n_columns = _count(rows), _count(columns)
+    tile = types.UniTuple(F, n_rows * n_columns)
+
+    def codegen(context, builder, sig, args):
+        out = []
+        for r in range(n_rows):
+            start = builder.add(args[3], builder.mul(args[4], I64(r)))
+            out += [emit.load(builder, _address(context, builder, array, args[2], builder.add(start, I64(16 * c))), F.ir)
+                    for c in range(n_columns)]
+        return context.make_tuple(builder, tile, out)
+    return tile(rows, columns, array, types.intp, types.intp), codegen
+
+
+def _outer(builder, tile, totals, columns, rows):
+    return [emit.fma(builder, columns[i % len(columns)], rows[i // len(columns)], totals[i]) for i in range(tile.count)]
+
+
+@intrinsic
+def outer_add(typingctx, total, w, array, first):
+    """total[r, c] += w[c] * array[first + r]."""
+    def codegen(context, builder, sig, args):
+        totals, columns = _tile(total, args[0], builder), _tile(w, args[1], builder)
+        rows = emit.broadcasts(builder, _address(context, builder, array, *args[2:]), F.ir, total.count // w.count)
+        return context.make_tuple(builder, total, _outer(builder, total, totals, columns, rows))
+    return total(total, w, array, types.intp), codegen
+
+
+@intrinsic
+def outer_add_rows(typingctx, total, w, array, first, stride):
+    """total[r, c] += w[c] * array[first + r * stride]."""
+    def codegen(context, builder, sig, args):
+        totals, columns = _tile(total, args[0], builder), _tile(w, args[1], builder)
+        rows = []
+        for r in range(total.count // w.count):
+            at = builder.add(args[3], builder.mul(args[4], I64(r)))
+            rows.append(emit.splat(builder, F.ir, builder.load(_address(context, builder, array, args[2], at))))
+        return context.make_tuple(builder, total, _outer(builder, total, totals, columns, rows))
+    return total(total, w, array, types.intp, types.intp), codegen
+
+
+@intrinsic
+def transpose(typingctx, tile):
+    """Square tile of vectors, transposed: n rounds of pairwise interleaving for 2**n vectors."""
+    n = tile.count
+
+    def codegen(context, builder, sig, args):
+        rows, lanes = _tile(tile, args[0], builder), tile.dtype.lanes
+        for _ in range(n.bit_length() - 1):
+            low, high = rows[:n // 2], rows[n // 2:]
+            pairs = [[i // 2 + (lanes if i % 2 else 0) + part for i in range(lanes)] for part in (0, lanes // 2)]
+            rows = [emit.pick(builder, a, b, lanes_of) for a, b in zip(low, high) for lanes_of in pairs]
+        return context.make_tuple(builder, tile, rows)
+    return tile(tile), codegen
