@@ -6,6 +6,7 @@ steps form one table, run by one compiled loop: between operators no Python runs
 from dataclasses import dataclass
 from functools import partial
 from importlib import import_module
+from time import perf_counter
 
 import numpy as np
 
@@ -254,6 +255,18 @@ class Plan:
                 item.run(state)
             else:
                 steps.run(item, state)
+
+    def profile(self, state: np.ndarray) -> list[tuple[str, str, float]]:
+        """Run once, step by step; -> (node, operator, seconds) of each. A segment counts as operator "onnxruntime"."""
+        found, left = [], iter(self.steps)
+        for item in self.items:
+            for row in [None] if isinstance(item, Segment) else item:
+                step = None if row is None else next(left)
+                start = perf_counter()
+                item.run(state) if row is None else steps.run(row.reshape(1, -1), state)
+                found.append((step.name, step.operator) if step else ("segment", "onnxruntime"))
+                found[-1] += (perf_counter() - start,)
+        return found
 
 
 def _first_fit(live, size):
