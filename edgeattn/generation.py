@@ -1,0 +1,215 @@
+"""Text from a model: sampling, stop strings, end tokens, and conversations that reuse what the cache already holds."""
+import secrets
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from edgeattn.cache.pages import CacheFull
+from edgeattn.ops import load_kernel
+
+REASONS = {"stop": "the model ended, or a stop string came", "length": "the token limit was reached",
+           "context": "the context is full", "cancelled": "interrupted"}
+
+
+@dataclass(frozen=True)
+class SamplerOptions:
+    """How the next token is chosen; the meaning of each is in reference/sample.py. temperature <= 0 is greedy."""
+    temperature: float = 0.8
+    top_k: int = 40
+    top_p: float = 0.95
+    min_p: float = 0.05
+    repeat_penalty: float = 1.0
+    repeat_last_n: int = 64   # how many of the last tokens are penalised; 0 none, -1 all
+    seed: int | None = None   # None or negative: a new one every time
+
+    def __post_init__(self):
+        bad = [(name, want) for name, want, good in (
+            ("temperature", "a number", self.temperature == self.temperature),
+            ("top_k", "0 (off) or more", self.top_k >= 0),
+            ("top_p", "more than 0, at most 1", 0 < self.top_p <= 1),
+            ("min_p", "0 to 1", 0 <= self.min_p <= 1),
+            ("repeat_penalty", "more than 0", self.repeat_penalty > 0),
+            ("repeat_last_n", "-1 (all), 0 (off) or more", self.repeat_last_n >= -1)) if not good]
+        for name, want in bad:
+            raise ValueError(f"{name} must be {want}, got {getattr(self, name)}")
+
+
+class Sampler:
+    """Chooses tokens by one SamplerOptions; the same seed gives the same choices."""
+
+    def __init__(self, options: SamplerOptions, kernel: Callable | None = None):
+        self.options = options
+        self.seed = secrets.randbits(32) if options.seed is None or options.seed < 0 else options.seed
+        self._random = np.random.default_rng(self.seed)
+        self._greedy = options.temperature <= 0 and options.repeat_penalty == 1
+        self._kernel = kernel or (None if self._greedy else load_kernel("sample", "cpu"))
+
+    def __call__(self, logits: np.ndarray, tokens: list[int]) -> int:
+        """logits [vocab] float32; tokens: all ids so far, the newest last -> the next id."""
+        if self._greedy:
+            return int(logits.argmax())
+        o = self.options
+        history = [] if o.repeat_penalty == 1 or not o.repeat_last_n else tokens if o.repeat_last_n < 0 else tokens[-o.repeat_last_n:]
+        return int(self._kernel(logits, np.asarray(history, np.int64), temperature=o.temperature, top_k=o.top_k, top_p=o.top_p,
+                                min_p=o.min_p, repeat_penalty=o.repeat_penalty, uniform=self._random.random())[0])
+
+
+class StopStrings:
+    """Passes text on until one of the strings appears, and holds back whatever could be the start of one."""
+
+    def __init__(self, stops: tuple[str, ...] = ()):
+        self.stops, self.held, self.hit = tuple(stop for stop in stops if stop), "", False
+
+    def add(self, text: str) -> str:
+        """The text that is safe to show; `hit` tells that a stop string came, which ends everything."""
+        self.held += text
+        ends = [(at + len(stop), at) for stop in self.stops if (at := self.held.find(stop)) >= 0]
+        if ends:
+            self.hit = True
+            shown, self.held = self.held[:min(ends)[1]], ""
+            return shown
+        keep = max((n for stop in self.stops for n in range(1, len(stop)) if self.held.endswith(stop[:n])), default=0)
+        cut = len(self.held) - keep
+        shown, self.held = self.held[:cut], self.held[cut:]
+        return shown
+
+    def flush(self) -> str:
+        shown, self.held = self.held, ""
+        return shown
+
+
+@dataclass
+class Timings:
+    """Seconds, of one generation. token_s holds the time from each token to the next, the first token's not included."""
+    prompt_tokens: int = 0   # computed now
+    cached_tokens: int = 0   # already in the cache
+    first_token_s: float = 0.0
+    token_s: list[float] = field(default_factory=list)
+
+    @property
+    def prompt_per_second(self) -> float:
+        return self.prompt_tokens / self.first_token_s if self.first_token_s else 0.0
+
+    @property
+    def tokens_per_second(self) -> float:
+        total = sum(self.token_s)
+        return len(self.token_s) / total if total else 0.0
+
+
+@dataclass(frozen=True)
+class Event:
+    """One token, and the text that is now safe to show (often its own, sometimes none yet). The last event may have no token."""
+    token: int | None
+    text: str
+
+
+class Generation:
+    """Iterate over it for Events; the other attributes tell how far it got, also after an interruption."""
+
+    def __init__(self, model, tokenizer, sequence, prompt_ids: list[int], options: SamplerOptions, max_tokens: int = -1,
+                 stop: tuple[str, ...] = (), end_tokens: frozenset[int] = frozenset(), context_ids: list[int] = (),
+                 continues_text: bool = False, kernel: Callable | None = None):
+        """
+        prompt_ids      appended to `sequence` first; at least one
+        max_tokens      -1: until the model ends or the context is full
+        context_ids     what `sequence` holds already, for the repeat penalty
+        continues_text  a leading space of SentencePiece tokenizers is part of the text
+        """
+        if not len(prompt_ids):
+            raise ValueError("the prompt is empty: give at least one token")
+        if sequence.length + len(prompt_ids) >= model.ctx_size:
+            raise ValueError(f"the prompt has {sequence.length + len(prompt_ids)} tokens, which leaves no room in a context of "
+                             f"{model.ctx_size}; shorten it or raise -c (if the model allows it)")
+        self._model, self._sequence, self._prompt_ids = model, sequence, list(prompt_ids)
+        self._sampler = Sampler(options, kernel)
+        self._max_tokens, self._stops, self._end_tokens = max_tokens, StopStrings(stop), end_tokens
+        self._stream = tokenizer.stream(continues_text)
+        self._all = list(context_ids) + self._prompt_ids
+        self.seed, self.tokens, self.finish_reason = self._sampler.seed, [], None
+        self.cached = list(context_ids)  # token ids that the sequence's cache holds for certain
+        self.timings = Timings(len(prompt_ids), sequence.length)
+        self._cancelled = False
+
+    def cancel(self) -> None:
+        """Stop at the next token or the next chunk of the prompt; safe in a signal handler."""
+        self._cancelled = True
+
+    def __iter__(self) -> Iterator[Event]:
+        started = time.perf_counter()
+        logits = self._prefill()
+        if self._max_tokens == 0:
+            self.finish_reason = "length"
+        while logits is not None and self.finish_reason is None:
+            token = self._sampler(logits, self._all)
+            now = time.perf_counter()
+            if self.timings.first_token_s:
+                self.timings.token_s.append(now - started)
+            else:
+                self.timings.first_token_s = now - started
+            started = now
+            yield from self._accept(token)
+            if self.finish_reason is None:
+                logits = self._next(token)
+        if self.finish_reason is None:
+            self.finish_reason = "cancelled"
+        if not self._stops.hit:
+            yield from self._rest()
+
+    def _rest(self):
+        text = self._stops.add(self._stream.flush())
+        if self._stops.hit:
+            self.finish_reason = "stop"
+        text += self._stops.flush()
+        if text:
+            yield Event(None, text)
+
+    def _accept(self, token):
+        """Take a sampled token: its event, unless it is an end token."""
+        if token in self._end_tokens:
+            self.finish_reason = "stop"
+            return
+        self.tokens.append(token)
+        self._all.append(token)
+        text = self._stops.add(self._stream.add(token))
+        if self._stops.hit:
+            self.finish_reason = "stop"
+        elif len(self.tokens) == self._max_tokens:
+            self.finish_reason = "length"
+        elif self._sequence.length >= self._model.ctx_size:
+            self.finish_reason = "context"
+        elif self._cancelled:
+            self.finish_reason = "cancelled"
+        yield Event(token, text)
+
+    def _prefill(self):
+        """Logits after the prompt; None when cancelled on the way."""
+        ids, step = self._prompt_ids, self._model.ubatch
+        for start in range(0, len(ids), step):
+            logits = self._forward(ids[start:start + step], "last" if start + step >= len(ids) else "none")
+            if self._cancelled:
+                return None
+        return logits
+
+    def _next(self, token):
+        try:
+            return self._forward([token])
+        except CacheFull:  # other sequences can fill the cache before this one reaches the context size
+            self.finish_reason = "context"
+            return None
+
+    def _forward(self, ids, rows="last"):
+        logits = self._model.forward([(self._sequence, ids)], logit_rows=rows)
+        self.cached += ids
+        return logits[-1] if rows == "last" else None
+
+
+def generate(model, tokenizer, sequence, prompt_ids: list[int], options: SamplerOptions = SamplerOptions(), max_tokens: int = -1,
+             stop: tuple[str, ...] = (), end_tokens: frozenset[int] | None = None) -> Generation:
+    """Continue a prompt. The tokenizer's end tokens end it unless others are given; see Generation for the rest.
+
+    for event in generate(model, tokenizer, model.new_sequence(), tokenizer.encode("Once upon")): print(event.text, end="")
+    """
+    ends = tokenizer.end_tokens if end_tokens is None else end_tokens
+    return Generation(model, tokenizer, sequence, prompt_ids, options, max_tokens, stop, ends, continues_text=True)
