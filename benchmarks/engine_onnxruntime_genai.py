@@ -1,0 +1,52 @@
+"""onnxruntime-genai: the int4 CPU model of its own builder, default settings, float32 cache."""
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+REQUIRES = {"onnxruntime_genai": "onnxruntime-genai", "onnx": "onnx", "onnx_ir": "onnx_ir", "torch": "torch",
+            "transformers": "transformers", "numpy": "numpy"}
+
+
+def prepare(checkpoint: Path, folder: Path, config: dict) -> dict:
+    """Build the model if it is not there; what a token reads of it."""
+    from onnx_bytes import bytes_per_token
+    target = folder / "onnxruntime_genai"
+    if not target.exists():
+        _build(checkpoint, target)
+    return {"path": str(target), "weight_bytes": bytes_per_token(target / "model.onnx"), "kv_element_bytes": 4,
+            "formats": "int4 in blocks of 32 with float32 scales, head as well, cache f32"}
+
+
+def _build(checkpoint, target):
+    partial = target.with_name(target.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    command = [sys.executable, "-m", "onnxruntime_genai.models.builder", "-i", str(checkpoint), "-o", str(partial),
+               "-p", "int4", "-e", "cpu", "-c", str(target.with_name("builder_cache"))]
+    done = subprocess.run(command, env=os.environ | {"HF_HUB_OFFLINE": "1"}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    if done.returncode:
+        raise RuntimeError(f"onnxruntime-genai's builder failed: {done.stdout.strip().splitlines()[-1]}")
+    partial.rename(target)
+
+
+class Engine:
+    def __init__(self, path: str, context: int, threads: int):
+        import numpy as np
+        import onnxruntime_genai
+        config = onnxruntime_genai.Config(path)
+        config.overlay(json.dumps({"model": {"decoder": {"session_options": {"intra_op_num_threads": threads}}}}))
+        self.model = onnxruntime_genai.Model(config)
+        params = onnxruntime_genai.GeneratorParams(self.model)
+        params.set_search_options(max_length=context, do_sample=False)
+        self.generator, self.as_array = onnxruntime_genai.Generator(self.model, params), np.array
+        self.version = f"onnxruntime-genai {onnxruntime_genai.__version__}"
+        self.settings = f"int4, intra_op_num_threads {threads}"
+
+    def forward(self, tokens: list[int]) -> None:
+        """Append tokens; logits of all of them are computed, as its builder's default graph does."""
+        self.generator.append_tokens(self.as_array([tokens], "int32"))
+
+    def truncate(self, length: int) -> None:
+        self.generator.rewind_to(length)

@@ -1,0 +1,123 @@
+"""One engine in a process of its own, driven by lines of JSON; started by peers.py.
+
+prepare ENGINE CHECKPOINT FOLDER         build the engine's model file if it is not there; print what it is
+run     ENGINE PATH CONTEXT THREADS      load it, then answer requests {"do": ..., ...}, one a line
+An engine is a module engine_NAME.py with `REQUIRES`, `prepare` and `Engine` (forward, truncate).
+"""
+import importlib
+import importlib.util
+import json
+import os
+import sys
+import time
+from pathlib import Path
+
+CHUNK = 512  # the cache is filled in pieces of this many tokens, the same for every engine
+
+
+def memory_bytes() -> dict[str, int]:
+    """This process: peak resident bytes, and what of the present ones is mapped from files or anonymous."""
+    lines = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+    return {name: int(lines[key].split()[0]) * 1024 for name, key in
+            (("peak", "VmHWM"), ("mapped", "RssFile"), ("anonymous", "RssAnon"))}
+
+
+class Runner:
+    """Timed calls on one engine. Tokens come from a small generator of our own: every engine sees the same ones."""
+
+    def __init__(self, name: str, path: str, context: int, threads: int):
+        start = time.perf_counter()
+        self.engine = importlib.import_module(f"engine_{name}").Engine(path, context, threads)
+        loaded = time.perf_counter()
+        self.vocab, self.state, self.length = 256, 1, 0
+        self._forward(1)
+        self.info = {"version": self.engine.version, "settings": self.engine.settings, "load_s": loaded - start,
+                     "first_token_s": time.perf_counter() - loaded, "loaded": memory_bytes()}
+
+    def start(self, vocab: int) -> dict:
+        self.vocab = vocab
+        return self.info
+
+    def _tokens(self, count):
+        tokens = []
+        for _ in range(count):
+            self.state = (self.state * 1103515245 + 12345) % 2**31
+            tokens.append((self.state >> 8) % self.vocab)
+        return tokens
+
+    def _forward(self, count):
+        """Append `count` tokens in one call; its seconds."""
+        tokens = self._tokens(count)
+        start = time.perf_counter()
+        self.engine.forward(tokens)
+        self.length += count
+        return time.perf_counter() - start
+
+    def _set_length(self, length):
+        if length < self.length:
+            self.engine.truncate(length)
+            self.length = length
+        while self.length < length:
+            self._forward(min(CHUNK, length - self.length))
+
+    def prefill(self, depth: int, tokens: int) -> list[float]:
+        """Seconds of one prompt of `tokens` after `depth` others, its last token's logits included."""
+        self._set_length(depth)
+        return [self._forward(tokens)]
+
+    def decode(self, depth: int, tokens: int) -> list[float]:
+        """Seconds of each of `tokens` tokens, one at a time, the first of them after `depth` others."""
+        self._set_length(depth)
+        return [self._forward(1) for _ in range(tokens)]
+
+    def memory(self) -> dict:
+        return memory_bytes()
+
+
+class StreamRunner:
+    """The same for the stream-read bandwidth."""
+
+    def __init__(self, path: str, context: int, threads: int):
+        from stream_read import Stream
+        self.stream = Stream(threads)
+
+    def start(self, vocab: int) -> dict:
+        return {}
+
+    def measure(self) -> float:
+        return self.stream.measure()
+
+
+def _prepare(name, checkpoint, folder):
+    module = importlib.import_module(f"engine_{name}")
+    missing = [package for wanted, package in module.REQUIRES.items() if importlib.util.find_spec(wanted) is None]
+    if missing:
+        return {"error": f"not installed in {sys.executable}: {', '.join(missing)} (pip install {' '.join(missing)})"}
+    try:
+        return module.prepare(Path(checkpoint), Path(folder), json.loads((Path(checkpoint) / "config.json").read_text()))
+    except (RuntimeError, OSError, ValueError) as error:
+        return {"error": " ".join(str(error).split())}
+
+
+def _answer(runner, request):
+    call = getattr(runner, request.pop("do"))
+    return call(**request)
+
+
+def main(mode: str, name: str, *rest: str) -> None:
+    replies = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # what libraries print must not mix with replies
+
+    def reply(value):
+        print(json.dumps(value), file=replies, flush=True)
+    if mode == "prepare":
+        reply(_prepare(name, *rest))
+        return
+    path, context, threads = rest[0], int(rest[1]), int(rest[2])
+    runner = StreamRunner(path, context, threads) if name == "stream" else Runner(name, path, context, threads)
+    for line in sys.stdin:
+        reply(_answer(runner, json.loads(line)))
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
