@@ -10,11 +10,11 @@ from numba.core import cgutils
 from numba.extending import intrinsic, overload
 
 from edgeattn.kernels_cpu import simd_emit as emit
-from edgeattn.kernels_cpu.simd import Vec, bitcast, convert, f32, fma, i32, load, load_half, splat, store, vmax, vmin
+from edgeattn.kernels_cpu.simd import Vec, bitcast, convert, f32, fma, i32, load, load_half, load_half_tile, load_tile, splat, store, vmax, vmin
 
 F, I, H = f32(16), i32(16), Vec("u16", 16)
 ROWS, COLUMNS = {"avx512": (12, 2), "avxvnni": (6, 1), "avx2": (6, 1), "neon": (6, 1), "plain": (4, 1)}[emit.MACHINE]
-BLOCK = 16 * COLUMNS  # floats across a tile
+TILE, BLOCK = ROWS * COLUMNS, 16 * COLUMNS  # vectors of a tile, floats across a tile
 LOG2E, LN2_HIGH, LN2_LOW = np.float32(1.4426950408889634), np.float32(0.693359375), np.float32(-2.12194440e-4)
 LOWEST, HIGHEST = np.float32(-87.3365), np.float32(88.7228)  # beyond them e^x is no normal float32
 I64 = ir.IntType(64)
@@ -152,6 +152,15 @@ def fetch_add(typingctx, array, index, n):
     return types.int64(array, types.intp, types.int64), codegen
 
 
+@intrinsic
+def thread_count(typingctx):
+    """How many threads a parallel region gets. (numba.get_num_threads holds an address and so would keep a step out of the cache.)"""
+    def codegen(context, builder, sig, args):
+        function = cgutils.get_or_insert_function(builder.module, ir.FunctionType(I64, []), "get_num_threads")
+        return builder.call(function, [])
+    return types.int64(), codegen
+
+
 # ---- arithmetic -------------------------------------------------------------------------------------------------
 def _select(comparison):
     @intrinsic
@@ -263,3 +272,32 @@ def transpose(typingctx, tile):
             rows = [emit.pick(builder, a, b, lanes_of) for a, b in zip(low, high) for lanes_of in pairs]
         return context.make_tuple(builder, tile, rows)
     return tile(tile), codegen
+
+
+@intrinsic
+def outer_product(typingctx, total, rows, columns):
+    """total[r, c] += rows[r] * columns[c], lane by lane."""
+    def codegen(context, builder, sig, args):
+        totals, w = _tile(total, args[0], builder), _tile(columns, args[2], builder)
+        x = _tile(rows, args[1], builder)
+        return context.make_tuple(builder, total, _outer(builder, total, totals, w, x))
+    return total(total, rows, columns), codegen
+
+
+def load_floats(count, array, first, stride):
+    """`count` F, `stride` elements apart, from a float32 array or from halves."""
+
+
+@overload(load_floats, prefer_literal=True)
+def _load_floats(count, array, first, stride):
+    if array.dtype == types.uint16:
+        return lambda count, array, first, stride: load_half_tile(F, count, array, first, stride)
+    return lambda count, array, first, stride: load_tile(F, count, array, first, stride)
+
+
+@intrinsic
+def add_tile(typingctx, a, b):
+    def codegen(context, builder, sig, args):
+        pairs = zip(_tile(a, args[0], builder), _tile(a, args[1], builder))
+        return context.make_tuple(builder, a, [builder.fadd(x, y) for x, y in pairs])
+    return a(a, a), codegen

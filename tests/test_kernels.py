@@ -28,6 +28,11 @@ CASES = {
         ("ragged", lambda rng: ((normal(rng, 5, 77), normal(rng, 77)), dict(epsilon=1e-5)), 2e-6),
         ("heads", lambda rng: ((normal(rng, 200, 9, 64), normal(rng, 64)), dict(epsilon=1e-5)), 4e-6),
     ],
+    "linear": [  # float32 sums of K products: a few 1e-7 of sqrt(K), the size of the outputs
+        (f"{tokens}x{k}x{n}-{np.dtype(dtype).name}", lambda rng, t=tokens, k=k, n=n, d=dtype: (
+            (normal(rng, t, k), normal(rng, n, k).astype(d), normal(rng, n) if n % 2 else None), {}), 4e-6 * k ** 0.5)
+        for tokens, k, n in ((1, 1, 1), (1, 77, 67), (3, 100, 67), (4, 2048, 66), (5, 77, 5), (30, 515, 65), (100, 576, 576))
+        for dtype in (np.float32, np.float16)],
     "gated_activation": [(activation, lambda rng, a=activation: ((normal(rng, 70, 2 * 301) * 5,), dict(activation=a)), tolerance)
                          for activation, tolerance in (("silu", 5e-5), ("gelu_tanh", 5e-5), ("relu2", 5e-4))],  # values up to 400; 8,000
     "select_sink_window": [
