@@ -1,0 +1,55 @@
+"""edgeattn export: a Hugging Face checkpoint to a folder that runs here and in stock onnxruntime."""
+import argparse
+import json
+import sys
+from pathlib import Path
+
+from edgeattn.apps import options
+
+HELP = "turn a Hugging Face checkpoint into a quantised ONNX folder"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("checkpoint", metavar="CHECKPOINT", help="folder with config.json and *.safetensors, or nano for the bundled model")
+    parser.add_argument("-o", "--output", metavar="FOLDER", required=True, help="folder to write; an earlier export there is replaced")
+    parser.add_argument("--precision", choices=options.PRECISIONS, default="int4", help="weights (int4, with an 8-bit embedding and head)")
+    parser.add_argument("--group-size", type=options.whole(1), default=32, metavar="N", help="weights that share a scale (32)")
+    parser.add_argument("--target", default="generic", metavar="NAME", help="the device whose defaults are recorded (generic)")
+    parser.add_argument("-c", "--ctx-size", type=options.whole(1), metavar="N", help="longest context the export allows")
+
+
+def main(args: argparse.Namespace) -> int:
+    from edgeattn.apps import models
+    from edgeattn.apps.progress import Progress
+    checkpoint = models.find(args.checkpoint)
+    if (checkpoint / "edgeattn.json").is_file():
+        raise ValueError(f"{checkpoint}: is an export already; give the Hugging Face checkpoint it was made from")
+    from edgeattn.exporters.export import export
+    with Progress(f"exporting {checkpoint.name} to {args.precision}", patience=0) as progress:
+        export(checkpoint, args.output, precision=args.precision, group_size=args.group_size, target=args.target,
+               ctx_size=args.ctx_size, progress=lambda done, total: progress("", done, total))
+    print(summary(Path(args.output)))
+    print(f"try it: edgeattn chat -m {args.output}", file=sys.stderr)
+    return 0
+
+
+def summary(folder: Path) -> str:
+    """What an export is, in a few lines."""
+    from edgeattn.apps import terminal
+    from edgeattn.apps.weights import Weights
+    config = json.loads((folder / "edgeattn.json").read_text(encoding="utf-8"))
+    about, weights = config["model"], Weights(folder)
+    lines = [f"{folder}: {config['architecture']}, {terminal.count(weights.params)} parameters, {config['precision']}, "
+             f"{terminal.size(weights.bytes)}, context {about['ctx_size']}",
+             f"{about['num_layers']} layers, hidden {about['hidden_size']}, {about['num_heads']} heads, {about['kv_heads']} KV heads of "
+             f"{about['head_dim']}, vocabulary {about['vocab_size']}"]
+    return "\n".join(lines + verify_lines(config.get("verify") or {}))
+
+
+def verify_lines(report: dict) -> list[str]:
+    """The figures of an export's check against its checkpoint, one a line."""
+    if not report:
+        return ["not verified"]
+    def plain(value):
+        return f"{value:.4g}" if isinstance(value, float) else str(value)
+    return [f"verify {name.replace('_', ' ')}: {plain(value)}" for name, value in report.items() if not isinstance(value, (dict, list))]

@@ -1,0 +1,53 @@
+"""edgeattn inspect: what an exported folder holds."""
+import argparse
+import hashlib
+import json
+from pathlib import Path
+
+HELP = "show what an exported folder holds: configuration, weight formats, operators, check figures"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("folder", metavar="FOLDER", help="an exported folder")
+    parser.add_argument("--check", action="store_true", help="read every file and compare its sha256 with the recorded one")
+    parser.add_argument("--json", action="store_true", help="print edgeattn.json as it is")
+
+
+def main(args: argparse.Namespace) -> int:
+    from edgeattn.runtime import read_config
+    folder = Path(args.folder)
+    config = read_config(folder)
+    if args.json:
+        print(json.dumps(config, indent=1))
+        return 0
+    from edgeattn.apps.export import summary
+    from edgeattn.apps.terminal import count, size
+    from edgeattn.apps.weights import Weights
+    print(summary(folder))
+    defaults = ", ".join(f"{name} {value}" for name, value in config["defaults"].items())
+    print(f"target {config['target']}: {defaults}")
+    weights = Weights(folder)
+    print(f"\nweights ({size(weights.token_bytes)} read for each token)")
+    for kind, (tensors, params, total) in weights.by_format().items():
+        print(f"  {kind:<10} {tensors:>4} tensors  {count(params):>9} parameters  {size(total):>10}")
+    print("\noperators")
+    for name, n in weights.nodes.most_common():
+        print(f"  {name:<20} {n:>4}")
+    return _check(folder, config["files"]) if args.check else 0
+
+
+def _check(folder, files):
+    """Compare every file with its recorded hash; 1 when one differs."""
+    print("\nfiles")
+    wrong = 0
+    for name, recorded in files.items():
+        path = folder / name
+        state = "missing" if not path.is_file() else "ok" if _sha256(path) == recorded else "CHANGED"
+        wrong += state != "ok"
+        print(f"  {name:<28} {state}")
+    return 1 if wrong else 0
+
+
+def _sha256(path):
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,0 +1,96 @@
+"""From -m to a loaded model: exported folders, checkpoints (exported once, into the user's cache), the bundled one."""
+import argparse
+import hashlib
+import os
+import shutil
+import sys
+from pathlib import Path
+
+from edgeattn.apps.options import kv_type
+from edgeattn.apps.progress import Progress
+
+BUNDLED = "nano"
+
+
+def cache_folder() -> Path:
+    """Where exported checkpoints are kept."""
+    if os.environ.get("XDG_CACHE_HOME"):
+        return Path(os.environ["XDG_CACHE_HOME"]) / "edgeattn/models"
+    return Path.home() / ("Library/Caches" if sys.platform == "darwin" else ".cache") / "edgeattn/models"
+
+
+def find(name: str | None) -> Path:
+    """The folder that -m means, exported or a checkpoint; ValueError says what else to give."""
+    path = Path(name or BUNDLED).expanduser()
+    if path.is_dir():
+        if (path / "edgeattn.json").is_file() or (path / "config.json").is_file():
+            return path
+        raise ValueError(f"{path}: neither an exported folder (edgeattn.json) nor a Hugging Face checkpoint (config.json)")
+    if path.is_file():
+        hint = "GGUF files are not read; " if path.suffix == ".gguf" else ""
+        raise ValueError(f"{path}: is a file; {hint}give the folder of a Hugging Face checkpoint or of an export")
+    if str(path) == BUNDLED:
+        return _bundled()
+    hint = f"; to download it: hf download {name} --local-dir {path.name}" if str(name).count("/") == 1 and name[0] not in "./~" else ""
+    raise ValueError(f"{path}: no such folder{hint}")
+
+
+def _bundled():
+    import edgeattn
+    path = Path(edgeattn.__file__).parent.parent / "models" / BUNDLED
+    if not path.is_dir():
+        raise ValueError("the bundled model comes with the source tree only, and this is an installed package; "
+                         "give a model: -m FOLDER (an export or a Hugging Face checkpoint)")
+    return path
+
+
+def exported(name: str | None, precision: str = "int4") -> Path:
+    """The exported folder for -m; a checkpoint is exported into the cache first, unless that was done before."""
+    path = find(name)
+    if (path / "edgeattn.json").is_file():
+        return path
+    where, content = (hashlib.sha256(text.encode()).hexdigest()[:8] for text in (str(path.resolve()), _fingerprint(path)))
+    stem = f"{path.resolve().name}-{precision}-{where}-"
+    folder = cache_folder() / (stem + content)
+    if not (folder / "edgeattn.json").is_file():
+        _export(path, folder, precision)
+    for old in cache_folder().glob(stem + "*"):
+        if old != folder and not old.name.endswith(".part"):  # made from older files, or by another version
+            shutil.rmtree(old, ignore_errors=True)
+    return folder
+
+
+def _fingerprint(checkpoint):
+    """Changes whenever the checkpoint's files or the exporters do."""
+    from edgeattn import exporters
+    files = sorted(p for p in checkpoint.iterdir() if p.suffix in (".safetensors", ".json", ".jinja", ".model"))
+    about = [f"{p.name} {p.stat().st_size} {p.stat().st_mtime_ns}" for p in files]
+    sources = sorted(Path(exporters.__file__).parent.rglob("*.py"))
+    return "\n".join(about + [hashlib.sha256(p.read_bytes()).hexdigest() for p in sources])
+
+
+def _export(checkpoint, folder, precision):
+    from edgeattn.exporters.export import export
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    part = folder.with_name(f"{folder.name}.{os.getpid()}.part")  # two commands at once must not meet in one folder
+    title = f"exporting {checkpoint.name} to {precision} (once)"
+    try:
+        with Progress(title, patience=0) as progress:
+            export(checkpoint, part, precision=precision, progress=lambda done, total: progress("", done, total))
+        if not folder.exists():
+            part.rename(folder)
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
+
+
+def load(args: argparse.Namespace, ctx_size: int | None = None):
+    """(model, tokenizer) for the flags of options.add_model."""
+    folder = exported(args.model, args.precision)
+    from edgeattn.runtime import Model
+    from edgeattn.tokenizer import Tokenizer
+    tokenizer, wanted = Tokenizer(folder), ctx_size or args.ctx_size or None
+    with Progress("compiling kernels for this CPU (once)") as progress:
+        model = Model.load(folder, kv_type=kv_type(args), ctx_size=wanted, ubatch=args.ubatch_size, threads=args.threads, progress=progress)
+    if wanted and wanted > model.ctx_size:
+        print(f"context limited to {model.ctx_size} tokens, all that this export allows", file=sys.stderr)
+    return model, tokenizer

@@ -1,0 +1,57 @@
+"""Streaming text out, Ctrl-C, and figures for people."""
+import signal
+import sys
+from contextlib import contextmanager
+
+# A model may have read text that wants to steer the terminal: control characters are not passed on to one.
+CONTROLS = {code: "\N{REPLACEMENT CHARACTER}" for code in [*range(32), *range(127, 160)] if chr(code) not in "\n\t"}
+
+
+@contextmanager
+def interruptible(cancel):
+    """Inside, the first Ctrl-C calls `cancel`, a second one raises KeyboardInterrupt as usual."""
+    def handler(number, frame):
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        cancel()
+    previous = signal.signal(signal.SIGINT, handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, previous)
+
+
+def show(events) -> None:
+    """Write the text of generation events to stdout as they come, and a new line."""
+    plain = not sys.stdout.isatty()
+    for event in events:
+        sys.stdout.write(event.text if plain else event.text.translate(CONTROLS))
+        sys.stdout.flush()
+    sys.stdout.write("\n")
+    sys.stdout.flush()
+
+
+def timing_line(run) -> str:
+    """One line on how a generation went."""
+    from edgeattn.generation import REASONS
+    t = run.timings
+    cached = f" ({t.cached_tokens} more from the cache)" if t.cached_tokens else ""
+    return (f"prompt {t.prompt_tokens} tokens{cached}, first token after {t.first_token_s:.2f} s ({t.prompt_per_second:.0f} t/s) | "
+            f"{len(run.tokens)} tokens at {t.tokens_per_second:.1f} t/s | ended: {REASONS.get(run.finish_reason, 'interrupted')}")
+
+
+def size(number: float) -> str:
+    """Bytes, readable."""
+    for unit in ("B", "KiB", "MiB"):
+        if abs(number) < 1024:
+            return f"{number:.0f} B" if unit == "B" else f"{number:.1f} {unit}"
+        number /= 1024
+    return f"{number:.2f} GiB"
+
+
+def count(number: float) -> str:
+    """A number of parameters, readable."""
+    for unit in ("", " K", " M"):
+        if number < 1000:
+            return f"{number:.0f}" if not unit else f"{number:.1f}{unit}"
+        number /= 1000
+    return f"{number:.2f} B"
