@@ -107,6 +107,16 @@ def aligned(shape, dtype) -> np.ndarray:
     return raw[start:start + size].view(dtype).reshape(shape)
 
 
+@intrinsic
+def thread_count(typingctx):
+    """How many threads a parallel loop uses. (Numba's own get_num_threads is a ctypes pointer: what calls it is not cached.)"""
+    def codegen(context, builder, sig, args):
+        function = ir.FunctionType(ir.IntType(64), [])
+        name = "get_num_threads"
+        return builder.call(builder.module.globals.get(name) or ir.Function(builder.module, function, name), [])
+    return types.int64(), codegen
+
+
 # ---- inside a step ---------------------------------------------------------------------------------------------
 @intrinsic
 def _pointer(typingctx, dtype, address):

@@ -3,10 +3,28 @@ import numpy as np
 import pytest
 
 from edgeattn.ops import OPS, load_kernel
+from edgeattn.reference.matmul_nbits import pack_panels, quantise_activations
 
 
 def normal(rng, *shape):
     return rng.standard_normal(shape, np.float32)
+
+
+def quantised(rng, n, k, bits, size, zeros=False):
+    """Random panels of codes, scales, zero points; weights of about 1 in size."""
+    blocks = -(-k // size)
+    q, points = (rng.integers(0, 1 << bits, shape, np.uint8) for shape in ((n, k), (n, blocks)))
+    return pack_panels(q, (rng.random((n, blocks)) + 0.5) / (1 << bits), points if zeros else None, bits=bits, block_size=size)
+
+
+def matmul_nbits_case(rng, tokens, n, k, bits, size, zeros, bias):
+    """Activations already rounded as the kernel rounds them, so that the exact reference is what it must give."""
+    x = quantise_activations(normal(rng, tokens, k), size)
+    return (x, *quantised(rng, n, k, bits, size, zeros), normal(rng, n) if bias else None), dict(bits=bits, block_size=size, K=k, N=n)
+
+
+def embedding_nbits_case(rng, tokens, n, k, bits, size, zeros):
+    return (rng.integers(0, n, tokens), *quantised(rng, n, k, bits, size, zeros)), dict(bits=bits, block_size=size, K=k, N=n)
 
 
 # One entry an operator: a list of (id, arguments, keywords, tolerance) builders. Cases build their inputs from a Generator.
@@ -35,6 +53,17 @@ CASES = {
         for dtype in (np.float32, np.float16)],
     "gated_activation": [(activation, lambda rng, a=activation: ((normal(rng, 70, 2 * 301) * 5,), dict(activation=a)), tolerance)
                          for activation, tolerance in (("silu", 5e-5), ("gelu_tanh", 5e-5), ("relu2", 5e-4))],  # values up to 400; 8,000
+    "matmul_nbits": [  # float32 sums over blocks: a few 1e-7 of sqrt(K), the size of the outputs
+        ("x".join(map(str, c[:5])) + ("-zeros" if c[5] else "") + ("-bias" if c[6] else ""),
+         lambda rng, c=c: matmul_nbits_case(rng, *c), 2e-6 * c[2] ** 0.5)
+        for c in (  # tokens, N, K, bits, block size, zero points, bias: one, few and many tokens; odd panels; K not whole blocks
+            (1, 64, 256, 4, 32, False, False), (1, 2050, 2048, 4, 32, False, True), (2, 33, 100, 4, 16, True, True),
+            (5, 40, 1100, 4, 32, False, True), (70, 600, 2080, 4, 64, True, False), (7, 16, 77, 4, 256, False, False),
+            (1, 77, 500, 8, 32, False, True), (4, 48, 2304, 8, 256, True, False), (13, 100, 1300, 8, 32, False, True),
+            (6, 50, 100, 8, 16, True, True), (300, 96, 512, 4, 128, False, False))],
+    "embedding_nbits": [  # one multiplication
+        ("x".join(map(str, c[:5])) + ("-zeros" if c[5] else ""), lambda rng, c=c: embedding_nbits_case(rng, *c), 1e-6)
+        for c in ((1, 16, 64, 4, 32, False), (300, 90, 100, 8, 32, False), (9, 33, 77, 4, 16, True), (5, 40, 600, 8, 256, True))],
     "select_sink_window": [
         ("lengths", lambda rng: ((rng.integers(1, 700, 9, np.int32),), dict(
             kv_heads=2, page_size=32, capacity=8, sink_pages=1, window_pages=3)), 0),

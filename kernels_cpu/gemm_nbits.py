@@ -1,0 +1,95 @@
+"""Many tokens times block-quantised weights.
+
+A task is a strip of one or two panels and a slice of K: it unpacks their codes to bytes that stay in the first-level cache,
+then sweeps every token over them in register tiles of ROWS tokens.
+"""
+import numpy as np
+from numba import njit
+
+from edgeattn.kernels_cpu.gemv_nbits import AHEAD, put
+from edgeattn.kernels_cpu.simd import (MACHINE, broadcast_rows, codes8, f32, i32, load, load_half_tile, load_tile, outer_add, outer_dot, outer_dot8,
+                                       outer_fma, prefetch, store, store_tile, u8, zero_scales, zeros)
+
+ROWS = 6      # tokens of a register tile
+SLICE = 1024  # K unpacked at a time, at least a block
+LANES, COLUMNS = {"avx512": (16, 2), "avxvnni": (8, 1), "avx2": (8, 1), "neon": (8, 1), "plain": (4, 1)}[MACHINE]
+F, F16, I, U, U64 = f32(LANES), f32(16), i32(LANES), u8(4 * LANES), u8(64)
+TILE = ROWS * COLUMNS
+
+
+@njit(nogil=True, error_model="numpy")
+def unpack(codes, scales, zero_points, has_zeros, bits, source, blocks, size, column, w, ws, wz):
+    """`blocks` blocks of one panel from block `source` on: bytes w[block, step, column, 64], f32 ws and wz[block, column, 16]."""
+    packed, steps = size * bits // 32, size // 4
+    zero = np.float32(8 if bits == 4 else 128)
+    for b in range(blocks):
+        to = (b * COLUMNS + column) * 16
+        scale = load_half_tile(F16, 1, scales, (source + b) * 16, 0)
+        store(ws, to, scale[0])
+        if has_zeros:
+            store(wz, to, zero_scales(scale, zero_points, (source + b) * 16, 0, zero)[0])
+        for s in range(packed):
+            at, to = ((source + b) * packed + s) * 64, ((b * steps + s) * COLUMNS + column) * 64
+            prefetch(codes, at + AHEAD)
+            v = load(U64, codes, at)
+            if bits == 4:
+                store(w, to, v & 15)
+                store(w, to + packed * COLUMNS * 64, v >> 4)
+            else:
+                store(w, to, codes8(v))
+
+
+def _build(dot):
+    @njit(nogil=True, error_model="numpy")
+    def sweep(w, ws, wz, has_zeros, a, a_scales, starts, sums, first, blocks, steps, part):
+        """A tile: ROWS tokens of `a` from unit `first` on (a unit is a block of a tile) x LANES * COLUMNS outputs from `part` on."""
+        total = zeros(F, TILE)
+        for b in range(blocks):
+            unit = first + b
+            acc = broadcast_rows(I, ROWS, COLUMNS, starts, unit * ROWS)
+            for s in range(steps):  # a run-time count: unrolled by LLVM this loop spills
+                v = load_tile(U, COLUMNS, w, (b * steps + s) * 64 * COLUMNS + 4 * part, 64)
+                acc = dot(acc, v, a, (unit * steps + s) * 4 * ROWS)
+            total = outer_fma(total, acc, load_tile(F, COLUMNS, ws, b * 16 * COLUMNS + part, 16), a_scales, unit * ROWS)
+            if has_zeros:
+                total = outer_add(total, load_tile(F, COLUMNS, wz, b * 16 * COLUMNS + part, 16), sums, unit * ROWS)
+        return total
+    return sweep
+
+
+sweep4 = _build(outer_dot)
+sweep8 = _build(outer_dot8) if MACHINE == "avx2" else sweep4  # elsewhere one dot product serves both
+
+
+@njit(nogil=True, error_model="numpy")
+def gemm_strip(weights, activations, bias, out, scratch, strip, bits, sizes, flags):
+    """Blocks [first, first + count) of K of every token, into the outputs of one strip: added, but for the first slice.
+
+    Arguments as gemv's (gemv_nbits.build), but sizes (block size, blocks, first, count, tokens, N, stride of out) and scratch (w, ws,
+    wz, tile): see unpack.
+    """
+    size, blocks, first, count, tokens, n, out_stride = sizes
+    has_zeros, has_bias = flags
+    w, ws, wz, tile = scratch
+    a, a_scales, starts, sums = activations
+    groups = (tokens + ROWS - 1) // ROWS
+    for c in range(COLUMNS):  # an odd panel at the end is taken twice and stored once
+        panel = min(strip * COLUMNS + c, (n - 1) // 16)
+        unpack(weights[0], weights[1], weights[2], has_zeros, bits, panel * blocks + first, count, size, c, w, ws, wz)
+    for part in range(0, 16, LANES):
+        for group in range(groups):
+            unit = first * groups + group * count
+            if bits == 4:
+                total = sweep4(w, ws, wz, has_zeros, a, a_scales, starts, sums, unit, count, size // 4, part)
+            else:
+                total = sweep8(w, ws, wz, has_zeros, a, a_scales, starts, sums, unit, count, size // 4, part)
+            store_tile(tile, 0, LANES * COLUMNS, LANES, COLUMNS, total)
+            for r in range(min(ROWS, tokens - group * ROWS)):
+                to = (group * ROWS + r) * out_stride
+                for c in range(COLUMNS):
+                    column = (strip * COLUMNS + c) * 16 + part
+                    wide = min(LANES, n - column)
+                    if first:
+                        put(tile, (r * COLUMNS + c) * LANES, out, to + column, wide, out, to + column)
+                    else:
+                        put(tile, (r * COLUMNS + c) * LANES, out, to + column, wide, bias, column if has_bias else -1)

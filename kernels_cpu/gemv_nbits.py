@@ -1,0 +1,97 @@
+"""Few tokens times block-quantised weights: codes are unpacked in registers, so that memory is the limit.
+
+A thread walks its panels as `streams` parallel sequences, each prefetched: two reach more of the bandwidth than one.
+Outputs are the lanes, so nothing is summed across a vector.
+"""
+import numpy as np
+from numba import njit
+
+from edgeattn.kernels_cpu.simd import (MACHINE, broadcast_rows, byte_dots, f32, i32, load_half_tile, outer_add, outer_fma, packed_dots,
+                                       prefetch, store_tile, zero_scales, zeros)
+
+FEW = 4       # tokens of the wider variant
+AHEAD = 4096  # bytes prefetched ahead in each stream
+SHAPES = {  # (lanes, streams) for 1 token and for FEW: what fits the registers
+    "avx512": ((16, 2), (16, 2)), "avxvnni": ((16, 1), (8, 1)), "avx2": ((16, 1), (8, 1)), "neon": ((16, 1), (8, 1)),
+    "plain": ((8, 1), (4, 1)),
+}[MACHINE]
+
+
+@njit(nogil=True, error_model="numpy")
+def put(tile, at, out, to, count, extra, extra_at):
+    """out[to : to + count] = tile[at : at + count], plus `extra` when its index is not negative. One vector or its beginning."""
+    for i in range(count):
+        out[to + i] = tile[at + i] + extra[extra_at + i] if extra_at >= 0 else tile[at + i]
+
+
+def build(rows, lanes, streams, bits):
+    """gemv(weights, activations, bias, out, tile, sizes, flags) for up to `rows` tokens, whose activations lie in tiles of `rows`.
+
+    weights (codes, scales, zero points); activations (codes, scales, starts, sums); tile is scratch; sizes (block size, blocks,
+    first panel, last panel + 1, tokens, N, elements from one row of out to the next); flags (has zero points, has bias).
+    """
+    F, I = f32(lanes), i32(lanes)
+    count, packed = rows * streams, 32 if bits == 4 else 16  # K of four steps
+    zero = np.float32(8 if bits == 4 else 128)
+
+    @njit(nogil=True, error_model="numpy")
+    def dots4(acc, codes, at, gap, a, first, quads, size):
+        odds = first + size // 2 * rows
+        for q in range(quads):
+            for line in range(4):
+                for s in range(streams):
+                    prefetch(codes, at + s * gap + 256 * q + 64 * line + AHEAD)
+            acc = packed_dots(acc, streams, 4, codes, at + 256 * q, gap, a, first + 16 * rows * q, odds + 16 * rows * q)
+        if size == 16:
+            acc = packed_dots(acc, streams, 2, codes, at, gap, a, first, odds)
+        return acc
+
+    @njit(nogil=True, error_model="numpy")
+    def dots8(acc, codes, at, gap, a, first, quads, size):
+        for q in range(quads):
+            for line in range(4):
+                for s in range(streams):
+                    prefetch(codes, at + s * gap + 256 * q + 64 * line + AHEAD)
+            acc = byte_dots(acc, streams, 4, codes, at + 256 * q, gap, a, first + 16 * rows * q)
+        return acc
+    dots = dots4 if bits == 4 else dots8
+
+    @njit(nogil=True, error_model="numpy")
+    def outputs(weights, activations, size, blocks, has_zeros, panel, gap, part):
+        """`lanes` outputs, from `part` on, of `panel` (and of `panel + gap`): a tile of rows x streams."""
+        codes, scales, zero_points = weights
+        a, a_scales, starts, sums = activations
+        total, block_bytes = zeros(F, count), size * 256 // packed
+        for b in range(blocks):
+            block, apart = panel * blocks + b, gap * blocks
+            acc = broadcast_rows(I, rows, streams, starts, b * rows)
+            acc = dots(acc, codes, block * block_bytes + 4 * part, apart * block_bytes, a, b * size * rows, size // packed, size)
+            for s in range(streams):
+                prefetch(scales, (block + s * apart) * 16 + AHEAD // 16)
+            scale = load_half_tile(F, streams, scales, block * 16 + part, apart * 16)
+            total = outer_fma(total, acc, scale, a_scales, b * rows)
+            if has_zeros:
+                total = outer_add(total, zero_scales(scale, zero_points, block * 16 + part, apart * 16, zero), sums, b * rows)
+        return total
+
+    @njit(nogil=True, error_model="numpy")
+    def gemv(weights, activations, bias, out, tile, sizes, flags):
+        size, blocks, first, last, tokens, n, out_stride = sizes
+        has_zeros, has_bias = flags
+        pairs = (last - first) // streams
+        for i in range((last - first + streams - 1) // streams):
+            panel, gap = first + i, pairs
+            if i == pairs:  # an odd one at the end goes with itself
+                panel, gap = last - 1, 0
+            for part in range(0, 16, lanes):
+                store_tile(tile, 0, lanes * streams, lanes, streams,
+                           outputs(weights, activations, size, blocks, has_zeros, panel, gap, part))
+                for r in range(tokens):
+                    for s in range(streams):
+                        column = (panel + s * gap) * 16 + part
+                        put(tile, (r * streams + s) * lanes, out, r * out_stride + column, min(lanes, n - column), bias,
+                            column if has_bias else -1)
+    return gemv
+
+
+gemv_1_4, gemv_1_8, gemv_few_4, gemv_few_8 = (build(rows, *shape, bits) for rows, shape in zip((1, FEW), SHAPES) for bits in (4, 8))

@@ -1,0 +1,72 @@
+"""Activations to int8, per token and block of K, in the order in which matmul_nbits reads them."""
+import numpy as np
+from numba import njit
+
+from edgeattn.kernels_cpu.simd import (BIAS, SIGNED_BYTES, convert, evens_odds, f32, hmax, hsum, i8, i32, load, nearest, splat, store, vabs, vmax,
+                                       zeros)
+
+F16, I16, B8, B16 = f32(16), i32(16), i8(8), i8(16)
+MAX_BLOCK = 256
+ZERO = {4: 8, 8: 0 if SIGNED_BYTES else 128}  # what the codes, as the dot products see them, are too large by
+ZERO4, ZERO8 = ZERO[4], ZERO[8]
+
+
+@njit(nogil=True, error_model="numpy")
+def quantise_block(x, at, size, bits, codes):
+    """`size` floats from x[at] on to int8 codes; 4 bits: first those of even k, then of odd k. Returns scale, sum of codes.
+
+    The arithmetic is the reference's, division included, so that both round alike.
+    """
+    top = vabs(load(F16, x, at))
+    for i in range(16, size, 16):
+        top = vmax(top, vabs(load(F16, x, at + i)))
+    scale = max(hmax(top), np.float32(1e-20)) / np.float32(127)
+    divisor, total = splat(F16, scale), zeros(I16, 1)[0]
+    for i in range(0, size, 16):
+        rounded = nearest(load(F16, x, at + i) / divisor)[0]
+        total += rounded
+        if bits == 4:  # a byte of weights holds two neighbours of K, so the low nibbles of a register meet the even k
+            even, odd = evens_odds(rounded)
+            store(codes, i // 2, convert(B8, even))
+            store(codes, (size + i) // 2, convert(B8, odd))
+        else:
+            store(codes, i, convert(B16, rounded))
+    return scale, hsum(total)
+
+
+@njit(nogil=True, error_model="numpy")
+def quantise_row(x, at, k, size, bits, codes, scales, starts, sums, tile, group, groups, row, depth, floats, bytes_):
+    """The row of k floats from x[at] on into row `row` of tile `group`, `tile` rows each interleaved by 4 bytes.
+
+    K lies in slices of `depth` blocks, a slice after all groups of the one before: codes int32 [slice, group, block, step, row].
+    Per [slice, group, block, row]: scales; starts = BIAS - zero * sum(codes), where accumulators start; sums = -scale * sum.
+    floats (256 float32) and bytes_ (256 int8) are scratch.
+    """
+    blocks, steps, words = (k + size - 1) // size, size // 4, bytes_.view(np.int32)
+    zero = ZERO4 if bits == 4 else ZERO8
+    for b in range(blocks):
+        source, first = x, at + b * size
+        if b * size + size > k:  # the last block is shorter: pad with zeros
+            rest = k - b * size
+            for i in range(size):
+                floats[i] = x[first + i] if i < rest else np.float32(0)
+            source, first = floats, 0
+        scale, total = quantise_block(source, first, size, bits, bytes_)
+        slice_ = b // depth * depth
+        to = slice_ * groups + group * min(depth, blocks - slice_) + b - slice_
+        for s in range(steps):
+            codes[(to * steps + s) * tile + row] = words[s]
+        to = to * tile + row
+        scales[to] = scale
+        starts[to] = BIAS - np.int32(zero) * total
+        sums[to] = -scale * np.float32(total)
+
+
+@njit(nogil=True, error_model="numpy")
+def clear_row(k, size, scales, sums, tile, group, groups, row, depth):
+    """A row of a tile that no token fills: whatever its codes are, its results are zero (they are not used)."""
+    blocks = (k + size - 1) // size
+    for b in range(blocks):
+        slice_ = b // depth * depth
+        to = (slice_ * groups + group * min(depth, blocks - slice_) + b - slice_) * tile + row
+        scales[to] = sums[to] = np.float32(0)
