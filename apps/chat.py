@@ -24,9 +24,8 @@ def main(args: argparse.Namespace) -> int:
     first, sampling = options.read_prompt(args), options.sampler_options(args)
     from edgeattn.apps import models
     from edgeattn.conversation import Conversation
-    model, tokenizer = models.load(args)
+    model, tokenizer = models.load(args, chat=True)
     conversation = Conversation(model, tokenizer, sampling, args.system_prompt, args.predict, tuple(args.stop))
-    tokenizer.encode_chat([{"role": "user", "content": "?"}])  # no chat template: say so before the first question
     if sys.stdin.isatty():
         _greet(model)
     if first:

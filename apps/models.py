@@ -83,14 +83,17 @@ def _export(checkpoint, folder, precision):
         shutil.rmtree(part, ignore_errors=True)
 
 
-def load(args: argparse.Namespace, ctx_size: int | None = None):
-    """(model, tokenizer) for the flags of options.add_model."""
+def load(args: argparse.Namespace, ctx_size: int | None = None, chat: bool = False):
+    """(model, tokenizer) for the flags of options.add_model; `chat` refuses a model without a working chat template."""
+    stored = kv_type(args)  # a mistake there should not wait for an export
     folder = exported(args.model, args.precision)
     from edgeattn.runtime import Model
     from edgeattn.tokenizer import Tokenizer
     tokenizer, wanted = Tokenizer(folder), ctx_size or args.ctx_size or None
+    if chat:
+        tokenizer.encode_chat([{"role": "user", "content": "?"}])
     with Progress("compiling kernels for this CPU (once)") as progress:
-        model = Model.load(folder, kv_type=kv_type(args), ctx_size=wanted, ubatch=args.ubatch_size, threads=args.threads, progress=progress)
+        model = Model.load(folder, kv_type=stored, ctx_size=wanted, ubatch=args.ubatch_size, threads=args.threads, progress=progress)
     if wanted and wanted > model.ctx_size:
         print(f"context limited to {model.ctx_size} tokens, all that this export allows", file=sys.stderr)
     return model, tokenizer

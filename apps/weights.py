@@ -30,7 +30,7 @@ class Weights:
         self.uses: dict[str, Use] = {}
         for node in graph.proto.graph.node:
             for role, name in zip(_roles(node), node.input):
-                if name in graph.initializers:
+                if name in graph.initializers and graph.initializers[name].dtype != "int64":  # those are shapes
                     self._add(node, role, name, graph.initializers[name])
         self.bytes = sum(array.nbytes for array in graph.initializers.values())
 

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import numpy as np
 import onnx
+from google.protobuf.message import DecodeError
 from onnx import TensorProto, helper, numpy_helper
 
 
@@ -21,7 +22,10 @@ def read_graph(folder: Path) -> Graph:
     path = folder / "model.onnx"
     if not path.is_file():
         raise ValueError(f"{folder}: no model.onnx there; give a folder made by `edgeattn export`")
-    proto = onnx.load(path, load_external_data=False)
+    try:
+        proto = onnx.load(path, load_external_data=False)
+    except DecodeError as error:
+        raise ValueError(f"{path}: not a readable ONNX file ({error}); export the model again") from None
     maps: dict[str, np.ndarray] = {}
     initializers = {tensor.name: _initializer(tensor, folder, maps) for tensor in proto.graph.initializer}
     return Graph(folder, proto, initializers, sum(m.size for m in maps.values()))

@@ -1,0 +1,289 @@
+"""The commands as a user meets them: mistakes in one line, piped chat, formats of the benchmark, what inspect and doctor tell."""
+import csv
+import io
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from edgeattn.apps import cli, models, options
+from edgeattn.apps.bench_report import FORMATS, Row, make_report
+from edgeattn.apps.weights import Weights
+
+NANO = Path(__file__).parent.parent / "models/nano"
+EDGEATTN = [sys.executable, "-m", "edgeattn.apps.cli"]
+ROW = Row("llama int4", 18 << 20, 26_700_000, 2, "f16", 512, "tg128", 5, 123.456, 1.5, 90 << 20, 4096, 16 << 20, 2e10)
+
+
+def edgeattn(*arguments, stdin="", **settings):
+    """Run the command in a process of its own."""
+    return subprocess.run([*EDGEATTN, *map(str, arguments)], input=stdin, capture_output=True, text=True, timeout=300, **settings)
+
+
+def fails(capsys, *arguments):
+    """The one line that a user's mistake prints."""
+    try:
+        code = cli.main([str(a) for a in arguments])
+    except SystemExit as leave:  # argparse
+        code = leave.code
+    out, err = capsys.readouterr()
+    assert code == 2 and out == ""
+    assert err.count("\n") == 1 and err.endswith("\n") and "Traceback" not in err
+    return err
+
+
+# ---- mistakes ------------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("line, message", [
+    ("", "COMMAND"),
+    ("fly", "invalid choice: 'fly'"),
+    ("chat --no-such-flag", "unrecognized arguments: --no-such-flag"),
+    ("generate -p", "expected one argument"),
+    ("generate -p a -f b", "not allowed with"),
+    ("generate -f /no/such/file", "/no/such/file: No such file or directory"),
+    ("generate -f /", "/: Is a directory"),
+    ("generate -p x -m /no/such/folder", "/no/such/folder: no such folder"),
+    ("generate -p x -m org/name", "hf download org/name"),
+    ("generate -p x -m {empty}", "neither an exported folder"),
+    ("generate -p x -m {empty}/model.gguf", "GGUF files are not read"),
+    ("generate -p x --temp hot", "invalid float value: 'hot'"),
+    ("generate -p x --temp nan", "temperature must be a number, got nan"),
+    ("generate -p x --top-p 2", "top_p must be more than 0, at most 1, got 2.0"),
+    ("generate -p x --top-k -3", "top_k must be 0 (off) or more, got -3"),
+    ("generate -p x --min-p 1.5", "min_p must be 0 to 1"),
+    ("generate -p x --repeat-penalty 0", "repeat_penalty must be more than 0"),
+    ("generate -p x -n -2", "must be a whole number of at least -1, got '-2'"),
+    ("generate -p x -t 0", "must be a whole number of at least 1, got '0'"),
+    ("generate -p x -c many", "got 'many'"),
+    ("generate -p x -ub 0", "at least 1"),
+    ("generate -p x --kv-type q3", "invalid choice: 'q3'"),
+    ("generate -p x -m {nano} -ctk f16 -ctv f32", "stored in one type"),
+    ("chat -m {empty} -p x", "neither an exported folder"),
+    ("bench -p 0 -n 0", "nothing to measure"),
+    ("bench -p 5,x", "got 'x'"),
+    ("bench -d -1", "got '-1'"),
+    ("bench -r 0", "at least 1"),
+    ("bench -o xml", "invalid choice: 'xml'"),
+    ("export", "required: CHECKPOINT, -o/--output"),
+    ("export /no/such/folder -o x", "/no/such/folder: no such folder"),
+    ("export nano -o {tmp}/x --precision int3", "invalid choice: 'int3'"),
+    ("export nano -o {tmp}/x --target toaster", "unknown target 'toaster'"),
+    ("export nano -o {tmp}/x --group-size 7", "group"),
+    ("export nano -o {empty}", "is not an earlier export"),
+    ("export nano -o /proc/nowhere/x", "/proc/nowhere"),
+    ("inspect /no/such/folder", "no edgeattn.json"),
+    ("verify {empty}", "no edgeattn.json"),
+])
+def test_mistakes_take_one_line(capsys, tmp_path, line, message):
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    (empty / "model.gguf").touch()
+    words = [word.format(empty=empty, tmp=tmp_path, nano="nano") for word in line.split()]
+    assert message in fails(capsys, *words)
+    assert not (tmp_path / "x").exists()
+
+
+@pytest.mark.parametrize("spoil, message", [
+    (lambda folder: (folder / "edgeattn.json").write_text("{"), "not valid JSON"),
+    (lambda folder: (folder / "edgeattn.json").write_text('{"format_version": 99}'), "format version 99"),
+    (lambda folder: (folder / "model.onnx").unlink(), "no model.onnx"),
+    (lambda folder: (folder / "model.onnx").write_bytes(b"\xff\xff\xff nonsense"), "model.onnx"),
+    (lambda folder: (folder / "model.onnx.data").unlink(), "is missing"),
+    (lambda folder: os.truncate(folder / "model.onnx.data", 5000), "cut short"),
+    (lambda folder: (folder / "tokenizer.json").unlink(), "no tokenizer.json"),
+    (lambda folder: (folder / "chat_template.jinja").unlink(), "no chat template"),
+])
+def test_damaged_exports_are_named(capsys, tmp_path, nano_int4, spoil, message):
+    folder = shutil.copytree(nano_int4, tmp_path / "damaged")
+    spoil(folder)
+    assert message in fails(capsys, "chat", "-m", folder, "-p", "hi")
+
+
+def test_debug_shows_the_traceback():
+    with pytest.raises(ValueError, match="no such folder"):
+        cli.main(["--debug", "generate", "-p", "x", "-m", "/no/such/folder"])
+
+
+@pytest.mark.parametrize("verb", list(cli.VERBS))
+def test_help_is_there_and_light(verb):
+    watch = "import sys; sys.argv[1:] = sys.argv[1:]; from edgeattn.apps import cli\ntry: cli.main(sys.argv[1:])\nfinally:\n" \
+            " assert not {'numpy', 'numba', 'onnx', 'rich', 'jinja2', 'tokenizers'} & set(sys.modules)"
+    done = subprocess.run([sys.executable, "-c", watch, verb, "--help"], capture_output=True, text=True)
+    assert done.returncode == 0 and f"usage: edgeattn {verb}" in done.stdout and not done.stderr
+
+
+def test_flags_are_llama_cpp_s():
+    args = cli.make_parser().parse_args(
+        "chat -m x -p hi -n 5 -c 99 -t 2 --temp 0 --top-k 1 --top-p 0.5 --min-p 0.1 --repeat-penalty 1.1 --repeat-last-n 9 -s 3 -ub 64 "
+        "-r A --reverse-prompt B\\n --stop C -sys S --kv-type f32".split())
+    assert args.stop == ["A", "B\n", "C"] and args.system_prompt == "S" and args.ubatch_size == 64 and options.kv_type(args) == "f32"
+    sampler = options.sampler_options(args)
+    assert (sampler.temperature, sampler.top_k, sampler.min_p, sampler.repeat_last_n, sampler.seed) == (0, 1, 0.1, 9, 3)
+
+
+def test_unescape():
+    assert options.unescape(r"a\nb\\n\t\q") == "a\nb\\n\t\\q"
+
+
+# ---- generate and chat ---------------------------------------------------------------------------------------------
+def test_generate_is_seeded_and_prints_only_the_text(nano_int4):
+    def run(seed):
+        return edgeattn("generate", "-m", nano_int4, "-p", "The king said", "-n", 12, "-s", seed, "-c", 256)
+    one, same, other = run(1), run(1), run(2)
+    assert one.returncode == 0 and one.stdout == same.stdout != other.stdout and one.stdout.startswith(" ")
+    assert re.search(r"12 tokens at [\d.]+ t/s .* seed 1$", one.stderr.strip().splitlines()[-1])
+
+
+def test_generate_reads_files_and_pipes_and_stops(nano_int4, tmp_path):
+    (tmp_path / "prompt.txt").write_text("One, two, three,\n")
+    asked = ["-m", nano_int4, "--temp", 0, "-c", 256, "-n", 20]
+    by_file, by_pipe = edgeattn("generate", "-f", tmp_path / "prompt.txt", *asked), edgeattn("generate", *asked, stdin="One, two, three,")
+    assert by_file.stdout == by_pipe.stdout and len(by_file.stdout) > 5
+    middle = by_file.stdout[4:7]
+    stopped = edgeattn("generate", "-p", "One, two, three,", *asked, "--stop", middle)
+    assert stopped.stdout == by_file.stdout[:by_file.stdout.index(middle)] + "\n"
+
+
+def test_prompt_must_fit(nano_int4, capsys):
+    assert "no room in a context of 8" in fails(capsys, "generate", "-m", nano_int4, "-c", 8, "-p", "word " * 50)
+
+
+def test_piped_chat_prints_only_answers(nano_int4):
+    done = edgeattn("chat", "-m", nano_int4, "--temp", 0, "-n", 12, "-c", 512, stdin="hi\n\n/stats\n/clear\nhi\n/help\n/nope\n/exit\nnever\n")
+    first, second = done.stdout.splitlines()
+    assert done.returncode == 0 and first == second != ""
+    for text in ("context", "forgotten", "/clear", "no command /nope"):
+        assert text in done.stderr
+    assert ">" not in done.stdout and "Traceback" not in done.stderr
+
+
+def test_piped_chat_ends_with_its_input(nano_int4):
+    done = edgeattn("chat", "-m", nano_int4, "--temp", 0, "-n", 4, "-c", 256, stdin="hi")
+    assert done.returncode == 0 and done.stdout.count("\n") == 1
+    done = edgeattn("chat", "-m", nano_int4, "-p", "hi", "--temp", 0, "-n", 4, "-c", 256)
+    assert done.returncode == 0 and done.stdout.count("\n") == 1
+
+
+def test_closed_pipe_is_no_error(nano_int4):
+    command = " ".join(EDGEATTN) + f" generate -m {nano_int4} -p 'The king' -n 100 -c 256 | head -c 1 >/dev/null; exit ${{PIPESTATUS[0]}}"
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True)
+    assert done.returncode == 141 and "Traceback" not in done.stderr and "BrokenPipe" not in done.stderr
+
+
+def test_ctrl_c_ends_a_generation_in_order(nano_int4):
+    child = subprocess.Popen([*EDGEATTN, "generate", "-m", str(nano_int4), "-p", "The king", "-n", "-1", "-s", "1"],
+                             stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    child.stdout.read(5)
+    child.send_signal(signal.SIGINT)
+    _, err = child.communicate(timeout=60)
+    assert child.returncode == 130 and "interrupted" in err and "Traceback" not in err
+
+
+# ---- checkpoints, once ---------------------------------------------------------------------------------------------
+def test_checkpoint_is_exported_once_and_again_when_it_changes(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    checkpoint = shutil.copytree(NANO, tmp_path / "mine", ignore=shutil.ignore_patterns("training"))
+    folder = models.exported(str(checkpoint), "fp16")
+    stamp = (folder / "edgeattn.json").stat().st_mtime_ns
+    assert folder.parent == tmp_path / "cache/edgeattn/models" and folder.name.startswith("mine-fp16-")
+    assert models.exported(str(checkpoint), "fp16") == folder and (folder / "edgeattn.json").stat().st_mtime_ns == stamp
+    os.utime(checkpoint / "model.safetensors")
+    again = models.exported(str(checkpoint), "fp16")
+    assert again != folder and [p.name for p in again.parent.iterdir()] == [again.name]
+    assert models.exported(str(again)) == again
+
+
+def test_bundled_model_is_the_default():
+    assert models.find(None) == models.find("nano") and (models.find(None) / "model.safetensors").samefile(NANO / "model.safetensors")
+
+
+# ---- bench ---------------------------------------------------------------------------------------------------------
+def parse(name, text):
+    if name == "md":
+        rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines()]
+        return [dict(zip(rows[0], row)) for row in rows[2:]]
+    if name == "csv":
+        return list(csv.DictReader(io.StringIO(text)))
+    return json.loads(text) if name == "json" else [json.loads(line) for line in text.splitlines()]
+
+
+@pytest.mark.parametrize("name", FORMATS)
+@pytest.mark.parametrize("n", [0, 1, 3])
+def test_reports_parse(name, n):
+    file = io.StringIO()
+    report = make_report(name, file)
+    for _ in range(n):
+        report.add(ROW)
+    report.close()
+    rows = parse(name, file.getvalue())
+    assert [row["test"] for row in rows] == ["tg128"] * n
+    if n and name == "md":
+        assert rows[0]["t/s"] == "123.46 ± 1.50" and len({len(line) for line in file.getvalue().splitlines()}) == 1
+    elif n:
+        assert float(rows[0]["tokens_per_second"]) == 123.456 and rows[0]["ttft_ms"] in ("", None)
+
+
+def test_bench_measures(nano_int4):
+    done = edgeattn("bench", "-m", nano_int4, "-p", "32", "-n", "4", "-d", "0,64", "-r", 2, "-o", "jsonl", "-ub", 32)
+    rows = parse("jsonl", done.stdout)
+    assert [row["test"] for row in rows] == ["pp32", "tg4", "pp32 @ d64", "tg4 @ d64"] and done.returncode == 0
+    for row in rows:
+        decode = row["test"].startswith("tg")
+        assert row["tokens_per_second"] > 0 and row["peak_rss_bytes"] > row["weight_bytes_per_token"] > 1e7
+        assert decode == (row["ttft_ms"] is None) == (row["p95_ms"] is not None) == (row["bandwidth_share"] is not None)
+    assert rows[3]["kv_bytes_per_token"] == int(66.5 * 2 * 8 * 2 * 64 * 2) > rows[1]["kv_bytes_per_token"]
+
+
+def test_bench_beyond_the_context(nano_int4, capsys):
+    assert "need a context of 9512, there are 8192" in fails(capsys, "bench", "-m", nano_int4, "-d", 9000)
+
+
+# ---- export, inspect, doctor ---------------------------------------------------------------------------------------
+def test_export_tells_what_it_made(tmp_path, capsys):
+    assert cli.main(["export", "nano", "-o", str(tmp_path / "out"), "--precision", "int8", "-c", "512", "--target", "pi5"]) == 0
+    out = capsys.readouterr().out
+    assert "int8" in out and "26.7 M parameters" in out and "context 512" in out
+
+
+def test_weights_are_counted_once(nano_int4):
+    weights = Weights(nano_int4)
+    assert weights.params == 26_747_392
+    assert weights.bytes - (3 << 20) < weights.token_bytes < weights.bytes  # all but the rotary tables: the tied head is read whole
+
+
+def test_inspect_and_its_check(nano_int4, tmp_path, capsys):
+    folder = shutil.copytree(nano_int4, tmp_path / "copy")
+    assert cli.main(["inspect", str(folder), "--check"]) == 0
+    out = capsys.readouterr().out
+    for text in ("int4/32", "cached_attention", "model.onnx.data", "26.7 M"):
+        assert text in out
+    with open(folder / "tokenizer.json", "a") as file:
+        file.write(" ")
+    assert cli.main(["inspect", str(folder), "--check"]) == 1
+    assert re.search(r"tokenizer.json +CHANGED", capsys.readouterr().out)
+    assert cli.main(["inspect", str(folder), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["precision"] == "int4"
+
+
+def test_doctor_finds_what_is_missing(capsys, monkeypatch):
+    assert cli.main(["doctor"]) == 0
+    out = capsys.readouterr().out
+    for text in ("onnxruntime", "instructions", "kernel cache", "threads", "memory"):
+        assert text in out
+    from edgeattn.apps import doctor
+    monkeypatch.setattr(doctor, "NEEDED", ("numpy", "no-such-package"))
+    assert cli.main(["doctor"]) == 1
+    assert "pip install no-such-package" in capsys.readouterr().out
+
+
+def test_warm_start_is_quick(nano_int4):
+    edgeattn("generate", "-m", nano_int4, "-p", "x", "-n", 1)
+    start = time.perf_counter()
+    edgeattn("generate", "-m", nano_int4, "-p", "x", "-n", 1)
+    assert time.perf_counter() - start < 10  # 2 s on a machine of one's own
