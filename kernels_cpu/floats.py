@@ -301,3 +301,24 @@ def add_tile(typingctx, a, b):
         pairs = zip(_tile(a, args[0], builder), _tile(a, args[1], builder))
         return context.make_tuple(builder, a, [builder.fadd(x, y) for x, y in pairs])
     return a(a, a), codegen
+
+
+def scatter_float(array, index, stride, value):
+    """The lanes of F to elements `stride` apart, as float32 or halves."""
+
+
+@overload(scatter_float)
+def _scatter_float(array, index, stride, value):
+    if array.dtype == types.uint16:
+        return lambda array, index, stride, value: _scatter(array, index, stride, to_half(value))
+    return lambda array, index, stride, value: _scatter(array, index, stride, value)
+
+
+@intrinsic
+def _scatter(typingctx, array, index, stride, value):
+    def codegen(context, builder, sig, args):
+        for i in range(value.lanes):
+            at = builder.add(args[1], builder.mul(args[2], I64(i)))
+            builder.store(builder.extract_element(args[3], emit.I32(i)), _address(context, builder, array, args[0], at))
+        return context.get_dummy_value()
+    return types.void(array, types.intp, types.intp, value), codegen

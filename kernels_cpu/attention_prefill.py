@@ -1,0 +1,151 @@
+"""Prefill attention: a block of a sequence's newest tokens against all cached tokens they see, for one KV head.
+
+Rows are query tokens x heads of the group, so that K and V are shared. For KEYS cached tokens at a time: pages become float32 in
+a scratch, tiles of ROWS rows are scored, softened (online softmax, arXiv 2205.14135) and multiplied with the values.
+"""
+import numpy as np
+from numba import njit
+
+from edgeattn.kernels_cpu.attention_call import KEYS, LOWEST_SCORE, QUERIES, first_visible, page_base, rows_of
+from edgeattn.kernels_cpu.floats import (BLOCK, COLUMNS, F, I, ROWS, TILE, exp_low, lane_numbers, load_block, load_float, outer_add,
+                                         outer_add_rows, where_less)
+from edgeattn.kernels_cpu.simd import hmax, hsum, load, load_tile, splat, store, store_tile, vmax, zeros
+from edgeattn.kernels_cpu.steps import f32_at
+
+STRIDE = KEYS + 16  # of a row of scores
+
+
+@njit(nogil=True, error_model="numpy")
+def query_blocks(call, rows):
+    """How many prefill tasks `rows` new tokens make for each KV head."""
+    size = max(1, QUERIES // call.group)
+    return (rows + size - 1) // size
+
+
+@njit(nogil=True, error_model="numpy")
+def _pack_queries(call, first_token, head, count, tiles, packed):
+    """Rotated q of `count` rows (token by token, the group's heads together) as [tile][channel][ROWS], zeros behind them."""
+    rotated, depth, group = f32_at(call.rotated, 1), call.head_dim, call.group
+    for row in range(tiles * ROWS):
+        to = row // ROWS * depth * ROWS + row % ROWS
+        source = ((first_token + row // group) * call.num_heads + head * group + row % group) * depth
+        for d in range(depth):
+            packed[to + d * ROWS] = rotated[source + d] if row < count else np.float32(0)
+
+
+@njit(nogil=True, error_model="numpy")
+def _copy_pages(call, k, v, sequence, head, first, low, high, keys, values):
+    """Cached tokens low ... high as float32: keys [block of BLOCK tokens][channel][token], values [token][channel]."""
+    depth, size = call.head_dim, call.cache_page_size
+    for token in range(low // 16 * 16, high, 16):
+        base = page_base(call, sequence, head, token // size)
+        at, inside = token - first, token % size
+        to = at // BLOCK * BLOCK * depth + at % BLOCK
+        for d in range(depth):
+            store(keys, to + d * BLOCK, load_float(k, base + d * size + inside))
+        for t in range(min(16, high - token)):
+            for d in range(0, depth, 16):
+                store(values, (at + t) * depth + d, load_float(v, base + (inside + t) * depth + d))
+
+
+@njit(nogil=True, error_model="numpy")
+def _score(keys, at, depth, packed, q_at, scores, to):
+    acc = zeros(F, TILE)
+    for d in range(depth):
+        acc = outer_add(acc, load_tile(F, COLUMNS, keys, at + d * BLOCK, 16), packed, q_at + d * ROWS)
+    store_tile(scores, to, STRIDE, 16, COLUMNS, acc)
+
+
+@njit(nogil=True, error_model="numpy")
+def _hide(scores, row, begin, end, low, high):
+    """-inf for the tokens outside low ... high."""
+    for i in range(begin, end, 16):
+        if i < low or i + 16 > high:
+            lanes, hidden = lane_numbers(I) + np.int32(i), splat(F, np.float32(-np.inf))
+            x = where_less(lanes, splat(I, np.int32(high)), load(F, scores, row + i), hidden)
+            store(scores, row + i, where_less(lanes, splat(I, np.int32(low)), hidden, x))
+
+
+@njit(nogil=True, error_model="numpy")
+def _soften(scores, row, begin, end, tops, sums, index, out, depth):
+    """One row of scores to weights relative to its running maximum; rescales what was summed under the old one."""
+    best = splat(F, np.float32(-np.inf))
+    for i in range(row + begin, row + end, 16):
+        best = vmax(best, load(F, scores, i))
+    top = max(tops[index], hmax(best))
+    shift, factor = splat(F, top), exp_low(splat(F, tops[index] - top))
+    total = load(F, sums, index * 16) * factor
+    for i in range(row + begin, row + end, 16):
+        p = exp_low(load(F, scores, i) - shift)
+        store(scores, i, p)
+        total += p
+    store(sums, index * 16, total)
+    if top > tops[index]:
+        tops[index] = top
+        for c in range(index * depth, (index + 1) * depth, 16):
+            store(out, c, load(F, out, c) * factor)
+
+
+@njit(nogil=True, error_model="numpy")
+def _weigh(scores, begin, end, values, depth, out, to):
+    """out[ROWS, channels] += weights times the values of tokens begin ... end."""
+    whole = depth // BLOCK * BLOCK
+    for c in range(0, whole, BLOCK):
+        acc = load_block(ROWS, COLUMNS, out, to + c, depth)
+        for t in range(begin, end):
+            acc = outer_add_rows(acc, load_tile(F, COLUMNS, values, t * depth + c, 16), scores, t, STRIDE)
+        store_tile(out, to + c, depth, 16, COLUMNS, acc)
+    for c in range(whole, depth, 16):
+        rest = load_block(ROWS, 1, out, to + c, depth)
+        for t in range(begin, end):
+            rest = outer_add_rows(rest, load_tile(F, 1, values, t * depth + c, 16), scores, t, STRIDE)
+        store_tile(out, to + c, depth, 16, 1, rest)
+
+
+@njit(nogil=True, error_model="numpy")
+def _tile(call, keys, values, packed, scores, out, sums, tops, tile, count, position, first):
+    """ROWS rows against the KEYS tokens from `first` on; `position` is the place in the sequence of the block's first token."""
+    depth, group = call.head_dim, call.group
+    head, tail = tile * ROWS, min(tile * ROWS + ROWS, count) - 1
+    low = max(0, first_visible(call, position + head // group) - first)
+    high = min(KEYS, position + tail // group + 1 - first)
+    if low >= high:
+        return
+    begin, end = low // BLOCK * BLOCK, (high + BLOCK - 1) // BLOCK * BLOCK
+    for i in range(begin, end, BLOCK):
+        _score(keys, i * depth, depth, packed, head * depth, scores, i)
+    for row in range(head, tail + 1):
+        at, last = (row - head) * STRIDE, position + row // group
+        _hide(scores, at, begin, end, first_visible(call, last) - first, last + 1 - first)
+        _soften(scores, at, begin, end, tops, sums, row, out, depth)
+    _weigh(scores, low, high, values, depth, out, head * depth)
+
+
+@njit(nogil=True, error_model="numpy")
+def attend_block(call, k, v, sequence, head, block, scratch):
+    """Query tokens of one block of a sequence, all heads of the group of one KV head."""
+    depth, group = call.head_dim, call.group
+    row, rows, length = rows_of(call, sequence)
+    size = max(1, QUERIES // group)
+    begin = block * size
+    count, position = (min(rows, begin + size) - begin) * group, length - rows + begin
+    tiles = (count + ROWS - 1) // ROWS
+    values, packed = scratch[KEYS * depth:], scratch[2 * KEYS * depth:]
+    out = packed[tiles * ROWS * depth:]
+    sums, tops = out[tiles * ROWS * depth:], out[tiles * ROWS * (depth + 16):]
+    scores = tops[tiles * ROWS:]
+    _pack_queries(call, row + begin, head, count, tiles, packed)
+    for i in range(tiles * ROWS * (depth + 16)):
+        out[i] = 0
+    for i in range(tiles * ROWS):
+        tops[i] = LOWEST_SCORE
+    low, high = first_visible(call, position), position + count // group
+    for first in range(low // KEYS * KEYS, high, KEYS):
+        _copy_pages(call, k, v, sequence, head, first, max(low, first), min(high, first + KEYS), scratch, values)
+        for tile in range(tiles):
+            _tile(call, scratch, values, packed, scores, out, sums, tops, tile, count, position, first)
+    result = f32_at(call.out, 1)
+    for i in range(count):
+        to, factor = (row + begin + i // group) * call.out_stride + (head * group + i % group) * depth, np.float32(1) / hsum(load(F, sums, i * 16))
+        for c in range(0, depth, 16):
+            store(result, to + c, load(F, out, i * depth + c) * factor)
