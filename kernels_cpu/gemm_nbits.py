@@ -6,15 +6,15 @@ then sweeps every token over them in register tiles of ROWS tokens.
 import numpy as np
 from numba import njit
 
-from edgeattn.kernels_cpu.gemv_nbits import AHEAD, put
-from edgeattn.kernels_cpu.simd import (MACHINE, broadcast_rows, codes8, f32, i32, load, load_half_tile, load_tile, outer_add, outer_dot, outer_dot8,
-                                       outer_fma, prefetch, store, store_tile, u8, zero_scales, zeros)
+from edgeattn.kernels_cpu.gemv_nbits import AHEAD
+from edgeattn.kernels_cpu.simd import (MACHINE, broadcast_rows, codes8, f32, i32, load, load_half_tile, load_rows, load_tile, outer_add, outer_dot, outer_dot8,
+                                       outer_fma, prefetch, store, store_tile, u8, zero_scales)
 
 ROWS = 6      # tokens of a register tile
 SLICE = 1024  # K unpacked at a time, at least a block
 LANES, COLUMNS = {"avx512": (16, 2), "avxvnni": (8, 1), "avx2": (8, 1), "neon": (8, 1), "plain": (4, 1)}[MACHINE]
 F, F16, I, U, U64 = f32(LANES), f32(16), i32(LANES), u8(4 * LANES), u8(64)
-TILE = ROWS * COLUMNS
+SPAN = LANES * COLUMNS
 
 
 @njit(nogil=True, error_model="numpy")
@@ -41,19 +41,22 @@ def unpack(codes, scales, zero_points, has_zeros, bits, source, blocks, size, co
 
 def _build(dot):
     @njit(nogil=True, error_model="numpy")
-    def sweep(w, ws, wz, has_zeros, a, a_scales, starts, sums, first, blocks, steps, part):
-        """A tile: ROWS tokens of `a` from unit `first` on (a unit is a block of a tile) x LANES * COLUMNS outputs from `part` on."""
-        total = zeros(F, TILE)
+    def sweep(weights, activations, unit, blocks, steps, part, has_zeros, start, out, to, stride):
+        """A tile of ROWS tokens, whose activations begin with unit `unit` (a unit is a block of a tile), x LANES * COLUMNS outputs
+        from `part` of the strip on: added to what `start` holds from `to` on, `stride` (0 for a bias) from one row to the next."""
+        w, ws, wz = weights
+        a, a_scales, starts, sums = activations
+        total = load_rows(F, ROWS, COLUMNS, start[0], start[1], start[2], LANES)
         for b in range(blocks):
-            unit = first + b
-            acc = broadcast_rows(I, ROWS, COLUMNS, starts, unit * ROWS)
+            row = (unit + b) * ROWS
+            acc = broadcast_rows(I, ROWS, COLUMNS, starts, row)
             for s in range(steps):  # a run-time count: unrolled by LLVM this loop spills
                 v = load_tile(U, COLUMNS, w, (b * steps + s) * 64 * COLUMNS + 4 * part, 64)
-                acc = dot(acc, v, a, (unit * steps + s) * 4 * ROWS)
-            total = outer_fma(total, acc, load_tile(F, COLUMNS, ws, b * 16 * COLUMNS + part, 16), a_scales, unit * ROWS)
+                acc = dot(acc, v, a, (row * steps + s * ROWS) * 4)
+            total = outer_fma(total, acc, load_tile(F, COLUMNS, ws, b * 16 * COLUMNS + part, 16), a_scales, row)
             if has_zeros:
-                total = outer_add(total, load_tile(F, COLUMNS, wz, b * 16 * COLUMNS + part, 16), sums, unit * ROWS)
-        return total
+                total = outer_add(total, load_tile(F, COLUMNS, wz, b * 16 * COLUMNS + part, 16), sums, row)
+        store_tile(out, to, stride, LANES, COLUMNS, total)
     return sweep
 
 
@@ -70,26 +73,36 @@ def gemm_strip(weights, activations, bias, out, scratch, strip, bits, sizes, fla
     """
     size, blocks, first, count, tokens, n, out_stride = sizes
     has_zeros, has_bias = flags
-    w, ws, wz, tile = scratch
-    a, a_scales, starts, sums = activations
-    groups = (tokens + ROWS - 1) // ROWS
+    w, ws, wz, tile, starts = scratch
+    groups, column = (tokens + ROWS - 1) // ROWS, strip * COLUMNS * 16
     for c in range(COLUMNS):  # an odd panel at the end is taken twice and stored once
         panel = min(strip * COLUMNS + c, (n - 1) // 16)
         unpack(weights[0], weights[1], weights[2], has_zeros, bits, panel * blocks + first, count, size, c, w, ws, wz)
+    for i in range(COLUMNS * 16):
+        starts[i] = bias[column + i] if has_bias and column + i < n else np.float32(0)
     for part in range(0, 16, LANES):
+        wide = n - column - part  # outputs there are
         for group in range(groups):
-            unit = first * groups + group * count
+            unit, to, rows = first * groups + group * count, group * ROWS * out_stride + column + part, min(ROWS, tokens - group * ROWS)
+            whole = rows == ROWS and wide >= SPAN
+            target, at, stride = (out, to, out_stride) if whole else (tile, 0, SPAN)
+            if first and not whole:
+                copy(out, to, out_stride, tile, 0, SPAN, rows, min(wide, SPAN))
+            start = (target, at, stride) if first else (starts, part, 0)
+            for r in range(rows):  # the rows of out are far apart: fetch the lines while the tile is computed
+                for c in range(0, SPAN, 16):
+                    prefetch(out, to + r * out_stride + c)
             if bits == 4:
-                total = sweep4(w, ws, wz, has_zeros, a, a_scales, starts, sums, unit, count, size // 4, part)
+                sweep4((w, ws, wz), activations, unit, count, size // 4, part, has_zeros, start, target, at, stride)
             else:
-                total = sweep8(w, ws, wz, has_zeros, a, a_scales, starts, sums, unit, count, size // 4, part)
-            store_tile(tile, 0, LANES * COLUMNS, LANES, COLUMNS, total)
-            for r in range(min(ROWS, tokens - group * ROWS)):
-                to = (group * ROWS + r) * out_stride
-                for c in range(COLUMNS):
-                    column = (strip * COLUMNS + c) * 16 + part
-                    wide = min(LANES, n - column)
-                    if first:
-                        put(tile, (r * COLUMNS + c) * LANES, out, to + column, wide, out, to + column)
-                    else:
-                        put(tile, (r * COLUMNS + c) * LANES, out, to + column, wide, bias, column if has_bias else -1)
+                sweep8((w, ws, wz), activations, unit, count, size // 4, part, has_zeros, start, target, at, stride)
+            if not whole:
+                copy(tile, 0, SPAN, out, to, out_stride, rows, min(wide, SPAN))
+
+
+@njit(nogil=True, error_model="numpy")
+def copy(source, at, stride, out, to, out_stride, rows, columns):
+    """A rectangle of floats; nothing when columns < 1."""
+    for r in range(rows):
+        for c in range(columns):
+            out[to + r * out_stride + c] = source[at + r * stride + c]

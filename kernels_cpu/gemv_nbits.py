@@ -6,8 +6,8 @@ Outputs are the lanes, so nothing is summed across a vector.
 import numpy as np
 from numba import njit
 
-from edgeattn.kernels_cpu.simd import (MACHINE, broadcast_rows, byte_dots, f32, i32, load_half_tile, outer_add, outer_fma, packed_dots,
-                                       prefetch, store_tile, zero_scales, zeros)
+from edgeattn.kernels_cpu.simd import (MACHINE, broadcast_rows, byte_dots, f32, i32, load, load_half_tile, outer_add, outer_fma, packed_dots,
+                                       prefetch, store, store_tile, zero_scales, zeros)
 
 FEW = 4       # tokens of the wider variant
 AHEAD = 4096  # bytes prefetched ahead in each stream
@@ -17,11 +17,22 @@ SHAPES = {  # (lanes, streams) for 1 token and for FEW: what fits the registers
 }[MACHINE]
 
 
-@njit(nogil=True, error_model="numpy")
-def put(tile, at, out, to, count, extra, extra_at):
-    """out[to : to + count] = tile[at : at + count], plus `extra` when its index is not negative. One vector or its beginning."""
-    for i in range(count):
-        out[to + i] = tile[at + i] + extra[extra_at + i] if extra_at >= 0 else tile[at + i]
+def build_put(lanes):
+    """put(tile, at, out, to, n, extra, extra_at): a vector of results at tile[at] to out[to], or its first n when n < lanes, plus
+    `extra` (bias, or what is in out) when its index is not negative."""
+    F = f32(lanes)
+
+    @njit(nogil=True, error_model="numpy")
+    def put(tile, at, out, to, n, extra, extra_at):
+        if n >= lanes:
+            value = load(F, tile, at)
+            if extra_at >= 0:
+                value += load(F, extra, extra_at)
+            store(out, to, value)
+        else:
+            for i in range(n):
+                out[to + i] = tile[at + i] + extra[extra_at + i] if extra_at >= 0 else tile[at + i]
+    return put
 
 
 def build(rows, lanes, streams, bits):
@@ -32,7 +43,7 @@ def build(rows, lanes, streams, bits):
     """
     F, I = f32(lanes), i32(lanes)
     count, packed = rows * streams, 32 if bits == 4 else 16  # K of four steps
-    zero = np.float32(8 if bits == 4 else 128)
+    zero, put = np.float32(8 if bits == 4 else 128), build_put(lanes)
 
     @njit(nogil=True, error_model="numpy")
     def dots4(acc, codes, at, gap, a, first, quads, size):
@@ -89,7 +100,7 @@ def build(rows, lanes, streams, bits):
                 for r in range(tokens):
                     for s in range(streams):
                         column = (panel + s * gap) * 16 + part
-                        put(tile, (r * streams + s) * lanes, out, r * out_stride + column, min(lanes, n - column), bias,
+                        put(tile, (r * streams + s) * lanes, out, r * out_stride + column, n - column, bias,
                             column if has_bias else -1)
     return gemv
 

@@ -121,9 +121,9 @@ def gemm(a, tokens, first, strip, thread):
     args = carray(a, WIDTH)
     blocks = (args[K] + args[BLOCK_SIZE] - 1) // args[BLOCK_SIZE]
     out, bias = f32_at(args[OUT], tokens * args[OUT_STRIDE]), f32_at(args[BIAS], args[N])
-    w, ws, wz, tile, _, _ = _strip(args, thread)
+    w, ws, wz, tile, floats, _ = _strip(args, thread)
     sizes = (args[BLOCK_SIZE], blocks, first, min(_depth(args[BLOCK_SIZE]), blocks - first), tokens, args[N], args[OUT_STRIDE])
-    gemm_strip(_weights(args), _activations(args, tokens), bias, out, (w, ws, wz, tile), strip, args[BITS], sizes,
+    gemm_strip(_weights(args), _activations(args, tokens), bias, out, (w, ws, wz, tile, floats), strip, args[BITS], sizes,
                (args[ZERO_POINTS] != 0, args[BIAS] != 0))
 
 
