@@ -5,7 +5,6 @@ import json
 import os
 import re
 import shutil
-import signal
 import subprocess
 import sys
 import time
@@ -17,26 +16,10 @@ from edgeattn.apps import cli, models, options
 from edgeattn.apps.bench_report import FORMATS, Row, make_report
 from edgeattn.apps.weights import Weights
 
+from command import edgeattn, fails
+
 NANO = Path(__file__).parent.parent / "models/nano"
-EDGEATTN = [sys.executable, "-m", "edgeattn.apps.cli"]
 ROW = Row("llama int4", 18 << 20, 26_700_000, 2, "f16", 512, "tg128", 5, 123.456, 1.5, 90 << 20, 4096, 16 << 20, 2e10)
-
-
-def edgeattn(*arguments, stdin="", **settings):
-    """Run the command in a process of its own."""
-    return subprocess.run([*EDGEATTN, *map(str, arguments)], input=stdin, capture_output=True, text=True, timeout=300, **settings)
-
-
-def fails(capsys, *arguments):
-    """The one line that a user's mistake prints."""
-    try:
-        code = cli.main([str(a) for a in arguments])
-    except SystemExit as leave:  # argparse
-        code = leave.code
-    out, err = capsys.readouterr()
-    assert code == 2 and out == ""
-    assert err.count("\n") == 1 and err.endswith("\n") and "Traceback" not in err
-    return err
 
 
 # ---- mistakes ------------------------------------------------------------------------------------------------------
@@ -129,60 +112,6 @@ def test_flags_are_llama_cpp_s():
 
 def test_unescape():
     assert options.unescape(r"a\nb\\n\t\q") == "a\nb\\n\t\\q"
-
-
-# ---- generate and chat ---------------------------------------------------------------------------------------------
-def test_generate_is_seeded_and_prints_only_the_text(nano_int4):
-    def run(seed):
-        return edgeattn("generate", "-m", nano_int4, "-p", "The king said", "-n", 12, "-s", seed, "-c", 256)
-    one, same, other = run(1), run(1), run(2)
-    assert one.returncode == 0 and one.stdout == same.stdout != other.stdout and one.stdout.startswith(" ")
-    assert re.search(r"12 tokens at [\d.]+ t/s .* seed 1$", one.stderr.strip().splitlines()[-1])
-
-
-def test_generate_reads_files_and_pipes_and_stops(nano_int4, tmp_path):
-    (tmp_path / "prompt.txt").write_text("One, two, three,\n")
-    asked = ["-m", nano_int4, "--temp", 0, "-c", 256, "-n", 20]
-    by_file, by_pipe = edgeattn("generate", "-f", tmp_path / "prompt.txt", *asked), edgeattn("generate", *asked, stdin="One, two, three,")
-    assert by_file.stdout == by_pipe.stdout and len(by_file.stdout) > 5
-    middle = by_file.stdout[4:7]
-    stopped = edgeattn("generate", "-p", "One, two, three,", *asked, "--stop", middle)
-    assert stopped.stdout == by_file.stdout[:by_file.stdout.index(middle)] + "\n"
-
-
-def test_prompt_must_fit(nano_int4, capsys):
-    assert "no room in a context of 8" in fails(capsys, "generate", "-m", nano_int4, "-c", 8, "-p", "word " * 50)
-
-
-def test_piped_chat_prints_only_answers(nano_int4):
-    done = edgeattn("chat", "-m", nano_int4, "--temp", 0, "-n", 12, "-c", 512, stdin="hi\n\n/stats\n/clear\nhi\n/help\n/nope\n/exit\nnever\n")
-    first, second = done.stdout.splitlines()
-    assert done.returncode == 0 and first == second != ""
-    for text in ("context", "forgotten", "/clear", "no command /nope"):
-        assert text in done.stderr
-    assert ">" not in done.stdout and "Traceback" not in done.stderr
-
-
-def test_piped_chat_ends_with_its_input(nano_int4):
-    done = edgeattn("chat", "-m", nano_int4, "--temp", 0, "-n", 4, "-c", 256, stdin="hi")
-    assert done.returncode == 0 and done.stdout.count("\n") == 1
-    done = edgeattn("chat", "-m", nano_int4, "-p", "hi", "--temp", 0, "-n", 4, "-c", 256)
-    assert done.returncode == 0 and done.stdout.count("\n") == 1
-
-
-def test_closed_pipe_is_no_error(nano_int4):
-    command = " ".join(EDGEATTN) + f" generate -m {nano_int4} -p 'The king' -n 100 -c 256 | head -c 1 >/dev/null; exit ${{PIPESTATUS[0]}}"
-    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True)
-    assert done.returncode == 141 and "Traceback" not in done.stderr and "BrokenPipe" not in done.stderr
-
-
-def test_ctrl_c_ends_a_generation_in_order(nano_int4):
-    child = subprocess.Popen([*EDGEATTN, "generate", "-m", str(nano_int4), "-p", "The king", "-n", "-1", "-s", "1"],
-                             stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    child.stdout.read(5)
-    child.send_signal(signal.SIGINT)
-    _, err = child.communicate(timeout=60)
-    assert child.returncode == 130 and "interrupted" in err and "Traceback" not in err
 
 
 # ---- checkpoints, once ---------------------------------------------------------------------------------------------
