@@ -12,7 +12,7 @@ from edgeattn.kernels_cpu.simd import (MACHINE, broadcast_rows, byte_dots, f32, 
 FEW = 4       # tokens of the wider variant
 AHEAD = 4096  # bytes prefetched ahead in each stream
 SHAPES = {  # (lanes, streams) for 1 token and for FEW: what fits the registers
-    "avx512": ((16, 2), (16, 2)), "avxvnni": ((16, 1), (8, 1)), "avx2": ((16, 1), (8, 1)), "neon": ((16, 1), (8, 1)),
+    "avx512": ((16, 2), (16, 1)), "avxvnni": ((16, 1), (8, 1)), "avx2": ((16, 1), (8, 1)), "neon": ((16, 1), (8, 1)),
     "plain": ((8, 1), (4, 1)),
 }[MACHINE]
 
@@ -54,6 +54,9 @@ def build(rows, lanes, streams, bits):
                     prefetch(codes, at + s * gap + 256 * q + 64 * line + AHEAD)
             acc = packed_dots(acc, streams, 4, codes, at + 256 * q, gap, a, first + 16 * rows * q, odds + 16 * rows * q)
         if size == 16:
+            for s in range(streams):
+                prefetch(codes, at + s * gap + AHEAD)
+                prefetch(codes, at + s * gap + AHEAD + 64)
             acc = packed_dots(acc, streams, 2, codes, at, gap, a, first, odds)
         return acc
 

@@ -35,14 +35,14 @@ def quantise_block(x, at, size, bits, codes):
 
 
 @njit(nogil=True, error_model="numpy")
-def quantise_row(x, at, k, size, bits, codes, scales, starts, sums, tile, group, groups, row, depth, floats, bytes_):
+def quantise_row(x, at, k, size, bits, codes, scales, starts, sums, tile, group, groups, row, depth, floats, bytes_, words):
     """The row of k floats from x[at] on into row `row` of tile `group`, `tile` rows each interleaved by 4 bytes.
 
     K lies in slices of `depth` blocks, a slice after all groups of the one before: codes int32 [slice, group, block, step, row].
     Per [slice, group, block, row]: scales; starts = BIAS - zero * sum(codes), where accumulators start; sums = -scale * sum.
-    floats (256 float32) and bytes_ (256 int8) are scratch.
+    Arrays are pointers; floats (256 float32) and bytes_ (256 int8, the same as int32 words) are scratch.
     """
-    blocks, steps, words = (k + size - 1) // size, size // 4, bytes_.view(np.int32)
+    blocks, steps = (k + size - 1) // size, size // 4
     zero = ZERO4 if bits == 4 else ZERO8
     for b in range(blocks):
         source, first = x, at + b * size
