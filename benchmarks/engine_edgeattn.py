@@ -34,3 +34,7 @@ class Engine:
 
     def truncate(self, length: int) -> None:
         self.model.truncate(self.sequence, length)
+
+    def memory_parts(self) -> dict[str, int]:
+        """Bytes by purpose."""
+        return self.model.memory()

@@ -79,6 +79,8 @@ def render(args, machine: dict, engines: dict, left_out: dict, rows: list[dict])
              f"{machine['memory_gib']} GiB, {machine['system']}, Python {machine['python']}; {args.shape}, random weights; "
              f"medians of {args.r}, engines alternating; other processes used {machine['busy_with_others']:.2f} of a core meanwhile.", ""]
     lines += [f"- {NAMES[name]}: {about['version']}; {about['formats']}; {about['settings']}" for name, about in engines.items()]
+    lines += [f"- {NAMES[name]}'s memory in MB: " + ", ".join(f"{part} {size / 1e6:.0f}" for part, size in about["memory"]["parts"].items())
+              for name, about in engines.items() if about["memory"]["parts"]]
     lines += [f"- {NAMES[name]} is left out: {why}" for name, why in left_out.items()]
     lines += ["", "| " + " | ".join(head) + " |", "|---|---|" + "---:|" * (len(head) - 2)]
     return "\n".join(lines + [_line(row, engines, peers) for row in rows])

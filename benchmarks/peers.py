@@ -12,6 +12,7 @@ import json
 import sys
 import tempfile
 import time
+from contextlib import closing
 from pathlib import Path
 
 from peer_process import Worker, busy_seconds, prepare
@@ -58,16 +59,19 @@ def _prepare(args):
     return ready, left_out
 
 
-def _start(args, ready, depths):
-    """The running workers, the stream-read one first; all stopped."""
+def _start(args, workers, ready, depths):
+    """Fill `workers` with running processes, the stream-read one first; all stopped."""
     context = max(depths) + max(args.p, args.n) + 64
-    workers = {"stream": Worker("stream", sys.executable, "-", context, args.t, args.nice)}
+    workers["stream"] = Worker("stream", sys.executable, "-", context, args.t, args.nice)
     workers["stream"].ask("start", vocab=0)  # answered once it is ready, so that the next load has the machine to itself
+    vocab = SHAPES[args.shape]["vocab_size"]
     for name, about in ready.items():
         _say(f"{name}: load")
+        with closing(Worker(name, about["python"], about["path"], context, args.t, args.nice)) as first:  # fills file and kernel caches
+            about["first_load_s"] = first.ask("start", vocab=vocab)["load_s"]
+            first.ask("prefill", depth=0, tokens=args.p)
         workers[name] = Worker(name, about["python"], about["path"], context, args.t, args.nice)
-        about |= workers[name].ask("start", vocab=SHAPES[args.shape]["vocab_size"])
-    return workers
+        about |= workers[name].ask("start", vocab=vocab)
 
 
 def _measure(args, workers, depths):
@@ -102,7 +106,7 @@ def _run(args):
         return 2
     workers = {}
     try:
-        workers = _start(args, ready, depths)
+        _start(args, workers, ready, depths)
         start, busy, own = time.perf_counter(), busy_seconds(), _own_seconds(workers)
         samples = _measure(args, workers, depths)
         others = (busy_seconds() - busy - _own_seconds(workers) + own) / (time.perf_counter() - start)

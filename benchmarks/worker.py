@@ -4,14 +4,17 @@ prepare ENGINE CHECKPOINT FOLDER         build the engine's model file if it is 
 run     ENGINE PATH CONTEXT THREADS      load it, then answer requests {"do": ..., ...}, one a line
 An engine is a module engine_NAME.py with `REQUIRES`, `prepare` and `Engine` (forward, truncate).
 """
+import ctypes
 import importlib
 import importlib.util
 import json
 import os
+import signal
 import sys
 import time
 from pathlib import Path
 
+PR_SET_PDEATHSIG = 1  # <linux/prctl.h>
 CHUNK = 512  # the cache is filled in pieces of this many tokens, the same for every engine
 
 
@@ -71,21 +74,24 @@ class Runner:
         return [self._forward(1) for _ in range(tokens)]
 
     def memory(self) -> dict:
-        return memory_bytes()
+        """Resident bytes, and the engine's own account of them if it keeps one."""
+        resident = memory_bytes()
+        return resident | {"parts": self.engine.memory_parts() if hasattr(self.engine, "memory_parts") else {}}
 
 
 class StreamRunner:
     """The same for the stream-read bandwidth."""
 
     def __init__(self, path: str, context: int, threads: int):
-        from stream_read import Stream
-        self.stream = Stream(threads)
+        self.threads = threads
+        self.measure()  # compiles
 
     def start(self, vocab: int) -> dict:
         return {}
 
     def measure(self) -> float:
-        return self.stream.measure()
+        from edgeattn.bandwidth import stream_bandwidth
+        return stream_bandwidth(self.threads)
 
 
 def _prepare(name, checkpoint, folder):
@@ -113,6 +119,7 @@ def main(mode: str, name: str, *rest: str) -> None:
     if mode == "prepare":
         reply(_prepare(name, *rest))
         return
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)  # a stopped process would outlive peers.py
     path, context, threads = rest[0], int(rest[1]), int(rest[2])
     runner = StreamRunner(path, context, threads) if name == "stream" else Runner(name, path, context, threads)
     for line in sys.stdin:
