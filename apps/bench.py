@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from edgeattn.apps import options
 from edgeattn.apps.bench_report import FORMATS, Row, make_report
+from edgeattn.apps.terminal import note
 
 HELP = "measure prompt and generation speed, latency, memory and bandwidth"
 SEED = 1  # of the random tokens: every run computes the same ones
@@ -27,10 +28,12 @@ def main(args: argparse.Namespace) -> int:
         raise ValueError("nothing to measure: give -p N or -n N above 0")
     longest = max(args.n_depth) + max(n for _, n in tests)
     from edgeattn.apps import models
-    model, _ = models.load(args, ctx_size=args.ctx_size or longest)
-    if longest > model.ctx_size:
+    from edgeattn.runtime import read_config
+    allowed = read_config(models.exported(args.model, args.precision))["model"]["ctx_size"]
+    if longest > min(args.ctx_size or allowed, allowed):
         raise ValueError(f"depth {max(args.n_depth)} and {longest - max(args.n_depth)} tokens need a context of {longest}, "
-                         f"there are {model.ctx_size}; lower -d, -p or -n{', or raise -c' if args.ctx_size else ''}")
+                         f"there are {min(args.ctx_size or allowed, allowed)}; lower -d, -p or -n{', or raise -c' if args.ctx_size else ''}")
+    model, _ = models.load(args, ctx_size=args.ctx_size or longest)
     bench, report = Bench(model, args.repetitions), make_report(args.output, sys.stdout)
     for depth in args.n_depth:
         for row in bench.rows(depth, tests):
@@ -57,7 +60,7 @@ class Bench:
         self._model, self._repetitions = model, repetitions
         self._random = np.random.default_rng(SEED)
         self._weights = Weights(model.folder)
-        _note("measuring the memory bandwidth")
+        note("measuring the memory bandwidth")
         self._bandwidth = measured_apart(model.threads)
 
     def rows(self, depth: int, tests: list[tuple[str, int]]):
@@ -65,16 +68,16 @@ class Bench:
         sequence = self._model.new_sequence()
         self._warm_up(sequence)
         for start in range(0, depth, self._model.ubatch):
-            _note(f"filling the cache to depth {depth}: {start}")
+            note(f"filling the cache to depth {depth}: {start}")
             ids = self._tokens(min(self._model.ubatch, depth - start))
             self._model.forward([(sequence, ids)], logit_rows="none")
         for kind, n in tests:
             runs = []
             for i in range(self._repetitions):
-                _note(f"{_name(kind, n, depth)}: {i + 1} of {self._repetitions}")
+                note(f"{_name(kind, n, depth)}: {i + 1} of {self._repetitions}")
                 runs.append((self._prompt if kind == "pp" else self._generate)(sequence, n))
                 self._model.truncate(sequence, depth)
-            _note("")
+            note("")
             yield self._row(kind, n, depth, runs)
         self._model.free(sequence)
 
@@ -128,12 +131,6 @@ class Bench:
 
 def _name(kind, n, depth):
     return f"{kind}{n}" + (f" @ d{depth}" if depth else "")
-
-
-def _note(text):
-    """What is going on, on one line of the terminal that the next one replaces."""
-    if sys.stderr.isatty():
-        print(f"\r\x1b[K{text}", end="", file=sys.stderr, flush=True)
 
 
 def _peak_rss():

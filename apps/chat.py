@@ -29,6 +29,8 @@ def main(args: argparse.Namespace) -> int:
     if sys.stdin.isatty():
         _greet(model)
     if first:
+        if sys.stdin.isatty():
+            print(f"> {first}", file=sys.stderr)
         _answer(conversation, first)
     if not (args.single_turn and first):
         for line in _lines():
@@ -70,7 +72,7 @@ def _answer(conversation, text):
         return
     try:
         with terminal.interruptible(conversation.cancel):
-            terminal.show(events)
+            terminal.show(conversation.last, events)
     except KeyboardInterrupt:  # a second Ctrl-C, or one just as the answer began: the program stays
         print(file=sys.stderr)
     if conversation.last.finish_reason == "context":

@@ -28,6 +28,6 @@ def main(args: argparse.Namespace) -> int:
     model, tokenizer = models.load(args)
     run = generate(model, tokenizer, model.new_sequence(), tokenizer.encode(prompt), sampling, args.predict, tuple(args.stop))
     with terminal.interruptible(run.cancel):
-        terminal.show(run)
+        terminal.show(run, run)
     print(f"{terminal.timing_line(run)} | seed {run.seed}", file=sys.stderr)
     return 130 if run.finish_reason == "cancelled" else 0

@@ -20,14 +20,36 @@ def interruptible(cancel):
         signal.signal(signal.SIGINT, previous)
 
 
-def show(events) -> None:
-    """Write the text of generation events to stdout as they come, and a new line."""
+def show(run, events) -> None:
+    """Write the text of a Generation's events to stdout as they come, and a new line."""
     plain = not sys.stdout.isatty()
+    if sys.stderr.isatty():
+        run.on_prompt = _prompt_notes()
     for event in events:
         sys.stdout.write(event.text if plain else event.text.translate(CONTROLS))
         sys.stdout.flush()
     sys.stdout.write("\n")
     sys.stdout.flush()
+
+
+def note(text: str) -> None:
+    """What is going on, in a line of the terminal that the next note replaces; an empty one leaves the line free."""
+    if sys.stderr.isatty():
+        print(f"\r\x1b[K{text}", end="", file=sys.stderr, flush=True)
+
+
+def _prompt_notes():
+    """An on_prompt for prompts of several chunks; a short one needs no note."""
+    chunks = 0
+
+    def tell(done, total):
+        nonlocal chunks
+        chunks += 1
+        if done < total:
+            note(f"reading the prompt: {done} of {total} tokens")
+        elif chunks > 1:
+            note("")
+    return tell
 
 
 def timing_line(run) -> str:

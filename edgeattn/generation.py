@@ -130,6 +130,7 @@ class Generation:
         self.seed, self.tokens, self.finish_reason = self._sampler.seed, [], None
         self.cached = list(context_ids)  # token ids that the sequence's cache holds for certain
         self.timings = Timings(len(prompt_ids), sequence.length)
+        self.on_prompt: Callable[[int, int], None] | None = None  # told (tokens computed, of the prompt) after each chunk
         self._cancelled = False
 
     def cancel(self) -> None:
@@ -188,6 +189,8 @@ class Generation:
         ids, step = self._prompt_ids, self._model.ubatch
         for start in range(0, len(ids), step):
             logits = self._forward(ids[start:start + step], "last" if start + step >= len(ids) else "none")
+            if self.on_prompt:
+                self.on_prompt(min(start + step, len(ids)), len(ids))
             if self._cancelled:
                 return None
         return logits

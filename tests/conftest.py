@@ -1,9 +1,15 @@
-"""Exports of the bundled model, made once for a test session."""
+"""The edgeattn command, and exports of the bundled model that are made once for a test session."""
 from pathlib import Path
 
 import pytest
 
 NANO = Path(__file__).parent.parent / "models/nano"
+
+
+@pytest.fixture
+def edgeattn(monkeypatch, capsys):
+    from command import Command
+    return Command(monkeypatch, capsys)
 
 
 @pytest.fixture(scope="session")

@@ -94,10 +94,11 @@ def test_prompt_that_does_not_fit_or_is_empty():
 def test_prompt_is_computed_in_chunks_and_can_be_cancelled():
     model = FakeModel([5])
     sequence = model.new_sequence()
-    run = generate(model, TOKENIZER, sequence, list(range(4, 54)), GREEDY)
+    run, told = generate(model, TOKENIZER, sequence, list(range(4, 54)), GREEDY), []
+    run.on_prompt = lambda done, total: told.append((done, total))
     run.cancel()
     assert text_of(run) == "" and run.finish_reason == "cancelled"
-    assert model.calls == [list(range(4, 20))] and run.cached == sequence.ids
+    assert model.calls == [list(range(4, 20))] and told == [(16, 50)] and run.cached == sequence.ids
 
 
 def test_cancel_keeps_the_text_so_far():
