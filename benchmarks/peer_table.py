@@ -21,7 +21,7 @@ def environment(threads: int) -> dict:
 
 def summarise(config: dict, args, depths: list[int], engines: dict, samples: dict) -> list[dict]:
     """Rows of {"name", "unit", "better": "more" | "less" | "", engine: value}, medians of the repetitions."""
-    stream = median(value for value in samples["stream"]["stream"]) / 1e9
+    stream = median(samples["stream"]["stream"]) / 1e9
     kv = {name: _kv_bytes(config, about) for name, about in engines.items()}
     rows = []
     for depth in depths:
@@ -32,8 +32,9 @@ def summarise(config: dict, args, depths: list[int], engines: dict, samples: dic
         rows.append({"name": name, "unit": unit, "better": "less"} | {engine: value(about) for engine, about in engines.items()})
     row("weights read per token", "MB", lambda about: about["weight_bytes"] / 1e6)
     rows.append({"name": "cache per token", "unit": "kB", "better": "less"} | {name: size / 1e3 for name, size in kv.items()})
-    for part, name in (("peak", "peak resident memory"), ("mapped", "mapped from files, at the end"), ("anonymous", "anonymous, at the end")):
-        row(name, "MB", lambda about, part=part: about["memory"][part] / 1e6)
+    row("peak resident memory", "MB", lambda about: about["memory"]["peak"] / 1e6)
+    row("mapped from files, at the end", "MB", lambda about: about["memory"]["mapped"] / 1e6)
+    row("anonymous, at the end", "MB", lambda about: about["memory"]["anonymous"] / 1e6)
     row("load, files in the page cache", "s", lambda about: about["load_s"])
     row("first token after it", "s", lambda about: about["first_token_s"])
     return rows

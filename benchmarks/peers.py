@@ -9,6 +9,7 @@ medians. Nothing is downloaded. Files (about 6 GB) are kept in --work for the ne
 """
 import argparse
 import json
+import shutil
 import sys
 import tempfile
 import time
@@ -22,12 +23,18 @@ from random_checkpoint import SHAPES, write_checkpoint
 ENGINES = ("edgeattn", "llama_cpp", "onnxruntime_genai")
 
 
+def _depths(text):
+    if not all(depth.isdigit() for depth in text.split(",")):
+        raise argparse.ArgumentTypeError(f"wanted whole numbers such as 0,4096, got {text!r}")
+    return sorted({int(depth) for depth in text.split(",")})
+
+
 def _arguments():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--shape", choices=SHAPES, default="llama-3.2-1b")
     parser.add_argument("-p", type=int, default=512, help="tokens of a prompt")
     parser.add_argument("-n", type=int, default=32, help="tokens to decode")
-    parser.add_argument("-d", default="0,4096", help="depths: tokens already in the cache")
+    parser.add_argument("-d", type=_depths, default=[0, 4096], metavar="N,N", help="depths: tokens already in the cache")
     parser.add_argument("-r", type=int, default=5, help="repetitions")
     parser.add_argument("-t", type=int, default=2, help="threads")
     parser.add_argument("--engines", default=",".join(ENGINES), help="which, in which order")
@@ -99,7 +106,7 @@ def _own_seconds(workers):
 
 
 def _run(args):
-    depths = sorted(int(depth) for depth in args.d.split(","))
+    depths = args.d
     ready, left_out = _prepare(args)
     if not ready:
         _say("no engine can run: see the lines above")
@@ -129,6 +136,9 @@ def main() -> int:
     unknown = [name for name in args.engines.split(",") if name not in ENGINES]
     if unknown:
         _say(f"--engines {','.join(unknown)}: wanted some of {','.join(ENGINES)}")
+        return 2
+    if shutil.which(args.peer_python) is None:
+        _say(f"--peer-python {args.peer_python}: no such program; make it with `python -m venv` and install the peers there")
         return 2
     try:
         return _run(args)
