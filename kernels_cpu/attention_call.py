@@ -5,22 +5,24 @@ Pools of one layer (page size 16, 32 or 64 tokens; float32, or halves as uint16)
     V  [page, kv_head, page_size, head_dim]
 Kernels work on segments: 16 tokens of one page, the width of a vector.
 """
-from collections import namedtuple
-
 import numpy as np
-from numba import njit
+from numba import int32, int64, njit
 
 from edgeattn.kernels_cpu.floats import ROWS
-from edgeattn.kernels_cpu.steps import as_f32, i32_at
+from edgeattn.kernels_cpu.simd import at
 
 ARGS = ("q", "q.stride", "k", "k.stride", "v", "v.stride", "cos", "cos.stride", "sin", "out", "out.stride", "q.rows",
         "num_heads", "kv_heads", "head_dim", "rotary_dim", "interleaved", "scale", "window",
         "batch.positions", "batch.slots", "batch.row_starts", "batch.kv_lengths", "batch.page_tables", "batch.page_tables.stride",
         "batch.sequences", "cache.k", "cache.v", "cache.type", "cache.page_size",
         "selection.pages", "selection.counts", "selection.capacity", "workspace")
-Call = namedtuple("Call", [name.replace(".", "_") for name in ARGS]
-                  + ["tokens", "sequences", "threads", "group", "starts", "rotated", "keys", "partials", "scratch",
-                     "scratch_size"])
+# The call: these arguments and what follows from them, as int64 in the workspace, for all threads.
+(Q, Q_STRIDE, K, K_STRIDE, V, V_STRIDE, COS, COS_STRIDE, SIN, OUT, OUT_STRIDE, ROWS_INDEX, NUM_HEADS, KV_HEADS, HEAD_DIM, ROTARY_DIM,
+ INTERLEAVED, SCALE, WINDOW, POSITIONS, SLOTS, ROW_STARTS, KV_LENGTHS, PAGE_TABLES, PAGE_TABLES_STRIDE, SEQUENCES_INDEX,
+ K_POOL, V_POOL, CACHE_TYPE, PAGE_SIZE, SELECTED, SELECTED_COUNTS, SELECTED_CAPACITY, WORKSPACE) = range(len(ARGS))
+(TOKENS, SEQUENCES, THREADS, GROUP, STARTS, ROTATED, KEYS_ROTATED, PARTIALS, SCRATCH, SCRATCH_SIZE, PREFILL_TASKS, TASKS, RANGE_PAGES,
+ FIELDS) = range(len(ARGS), len(ARGS) + 14)
+COUNTER, CALL = 0, 64  # byte offsets in the workspace: the next task; the call
 
 SPLITS = 4           # decode tasks for each thread, so that a late thread costs little
 CHUNK = 512          # tokens that decode scores before it weighs their values
@@ -44,44 +46,46 @@ def workspace_bytes(tensors, attributes, rows, threads):
     group = heads // kv_heads
     partials = (rows * kv_heads + threads * SPLITS) * group * (head_dim + 16)
     floats = (rows * heads + DECODE_ROWS) * head_dim + rows * kv_heads * head_dim + partials + threads * scratch_floats(head_dim, group)
-    return 256 + 16 * (rows + 8) + 4 * floats
+    return 1024 + 16 * (rows + 8) + 4 * floats
 
 
 _scratch_floats = njit(nogil=True, error_model="numpy")(scratch_floats)
 
 
 @njit(nogil=True, error_model="numpy")
-def read_call(a, tokens, sequences, threads):
-    """The arguments with the places of the workspace, by name. `a` is the step's row."""
-    heads, kv_heads, head_dim = a[12], a[13], a[14]
+def make_call(a, tokens, sequences, threads):
+    """Write the call, from the step's row of arguments, to the workspace."""
+    call = at(int64, a[WORKSPACE] + CALL)
+    for i in range(FIELDS):
+        call[i] = a[i] if i <= WORKSPACE else 0
+    heads, kv_heads, depth = a[NUM_HEADS], a[KV_HEADS], a[HEAD_DIM]
     group = heads // kv_heads
-    starts = a[33] + 64
-    rotated = starts + 16 * (max(tokens, sequences) + 8) + 63
-    rotated -= rotated % 64
-    keys = rotated + 4 * (tokens * heads + DECODE_ROWS) * head_dim
-    partials = keys + 4 * tokens * kv_heads * head_dim
-    scratch = partials + 4 * (sequences * kv_heads + threads * SPLITS) * group * (head_dim + 16)
-    return Call(a[0], a[1], a[2], a[3], a[4], a[5], a[6], a[7], a[8], a[9], a[10], a[11], heads, kv_heads, head_dim, a[15], a[16],
-                as_f32(a[17]), a[18], a[19], a[20], a[21], a[22], a[23], a[24], a[25], a[26], a[27], a[28], a[29], a[30], a[31], a[32],
-                a[33], tokens, sequences, threads, group, starts, rotated, keys, partials, scratch, _scratch_floats(head_dim, group))
+    call[TOKENS], call[SEQUENCES], call[THREADS], call[GROUP] = tokens, sequences, threads, group
+    call[STARTS] = a[WORKSPACE] + CALL + 8 * FIELDS
+    call[ROTATED] = (call[STARTS] + 16 * (max(tokens, sequences) + 8) + 63) // 64 * 64
+    call[KEYS_ROTATED] = call[ROTATED] + 4 * (tokens * heads + DECODE_ROWS) * depth
+    call[PARTIALS] = call[KEYS_ROTATED] + 4 * tokens * kv_heads * depth
+    call[SCRATCH] = call[PARTIALS] + 4 * (sequences * kv_heads + threads * SPLITS) * group * (depth + 16)
+    call[SCRATCH_SIZE] = _scratch_floats(depth, group)
+    return call
 
 
 @njit(nogil=True, error_model="numpy")
 def rows_of(call, sequence):
     """(first row, rows, cached tokens) of a sequence; the rows are its newest tokens."""
-    starts = i32_at(call.batch_row_starts, 1)
+    starts = at(int32, call[ROW_STARTS])
     first = np.int64(starts[sequence])
-    return first, np.int64(starts[sequence + 1]) - first, np.int64(i32_at(call.batch_kv_lengths, 1)[sequence])
+    return first, np.int64(starts[sequence + 1]) - first, np.int64(at(int32, call[KV_LENGTHS])[sequence])
 
 
 @njit(nogil=True, error_model="numpy")
 def page_base(call, sequence, head, logical):
     """First element of a page of one KV head, the same in both pools."""
-    physical = np.int64(i32_at(call.batch_page_tables, 1)[sequence * call.batch_page_tables_stride + logical])
-    return (physical * call.kv_heads + head) * call.head_dim * call.cache_page_size
+    physical = np.int64(at(int32, call[PAGE_TABLES])[sequence * call[PAGE_TABLES_STRIDE] + logical])
+    return (physical * call[KV_HEADS] + head) * call[HEAD_DIM] * call[PAGE_SIZE]
 
 
 @njit(nogil=True, error_model="numpy")
 def first_visible(call, position):
     """The first cached token that the token at `position` sees."""
-    return max(0, position + 1 - call.window) if call.window > 0 else 0
+    return max(0, position + 1 - call[WINDOW]) if call[WINDOW] > 0 else 0

@@ -4,13 +4,15 @@ Rows are query tokens x heads of the group, so that K and V are shared. For KEYS
 a scratch, tiles of ROWS rows are scored, softened (online softmax, arXiv 2205.14135) and multiplied with the values.
 """
 import numpy as np
-from numba import njit
+from numba import float32, njit, uint16
 
-from edgeattn.kernels_cpu.attention_call import KEYS, LOWEST_SCORE, QUERIES, first_visible, page_base, rows_of
+from edgeattn.kernels_cpu.attention_call import (CACHE_TYPE, GROUP, HEAD_DIM, K_POOL, KEYS, LOWEST_SCORE, NUM_HEADS, OUT, OUT_STRIDE,
+                                                 PAGE_SIZE, QUERIES, ROTATED, SCRATCH, SCRATCH_SIZE, V_POOL, first_visible, page_base,
+                                                 rows_of)
 from edgeattn.kernels_cpu.floats import (BLOCK, COLUMNS, F, I, ROWS, TILE, exp_low, lane_numbers, load_block, load_float, outer_add,
                                          outer_add_rows, where_less)
-from edgeattn.kernels_cpu.simd import hmax, hsum, load, load_tile, splat, store, store_tile, vmax, zeros
-from edgeattn.kernels_cpu.steps import f32_at
+from edgeattn.kernels_cpu.parallel import worker
+from edgeattn.kernels_cpu.simd import at, hmax, hsum, load, load_tile, splat, store, store_tile, vmax, zeros
 
 STRIDE = KEYS + 16  # of a row of scores
 
@@ -18,17 +20,17 @@ STRIDE = KEYS + 16  # of a row of scores
 @njit(nogil=True, error_model="numpy")
 def query_blocks(call, rows):
     """How many prefill tasks `rows` new tokens make for each KV head."""
-    size = max(1, QUERIES // call.group)
+    size = max(1, QUERIES // call[GROUP])
     return (rows + size - 1) // size
 
 
 @njit(nogil=True, error_model="numpy")
 def _pack_queries(call, first_token, head, count, tiles, packed):
     """Rotated q of `count` rows (token by token, the group's heads together) as [tile][channel][ROWS], zeros behind them."""
-    rotated, depth, group = f32_at(call.rotated, 1), call.head_dim, call.group
+    rotated, depth, group = at(float32, call[ROTATED]), call[HEAD_DIM], call[GROUP]
     for row in range(tiles * ROWS):
         to = row // ROWS * depth * ROWS + row % ROWS
-        source = ((first_token + row // group) * call.num_heads + head * group + row % group) * depth
+        source = ((first_token + row // group) * call[NUM_HEADS] + head * group + row % group) * depth
         for d in range(depth):
             packed[to + d * ROWS] = rotated[source + d] if row < count else np.float32(0)
 
@@ -36,23 +38,23 @@ def _pack_queries(call, first_token, head, count, tiles, packed):
 @njit(nogil=True, error_model="numpy")
 def _copy_pages(call, k, v, sequence, head, first, low, high, keys, values):
     """Cached tokens low ... high as float32: keys [block of BLOCK tokens][channel][token], values [token][channel]."""
-    depth, size = call.head_dim, call.cache_page_size
+    depth, size = call[HEAD_DIM], call[PAGE_SIZE]
     for token in range(low // 16 * 16, high, 16):
         base = page_base(call, sequence, head, token // size)
-        at, inside = token - first, token % size
-        to = at // BLOCK * BLOCK * depth + at % BLOCK
+        index, inside = token - first, token % size
+        to = index // BLOCK * BLOCK * depth + index % BLOCK
         for d in range(depth):
             store(keys, to + d * BLOCK, load_float(k, base + d * size + inside))
         for t in range(min(16, high - token)):
             for d in range(0, depth, 16):
-                store(values, (at + t) * depth + d, load_float(v, base + (inside + t) * depth + d))
+                store(values, (index + t) * depth + d, load_float(v, base + (inside + t) * depth + d))
 
 
 @njit(nogil=True, error_model="numpy")
-def _score(keys, at, depth, packed, q_at, scores, to):
+def _score(keys, first, depth, packed, q_at, scores, to):
     acc = zeros(F, TILE)
     for d in range(depth):
-        acc = outer_add(acc, load_tile(F, COLUMNS, keys, at + d * BLOCK, 16), packed, q_at + d * ROWS)
+        acc = outer_add(acc, load_tile(F, COLUMNS, keys, first + d * BLOCK, 16), packed, q_at + d * ROWS)
     store_tile(scores, to, STRIDE, 16, COLUMNS, acc)
 
 
@@ -105,7 +107,7 @@ def _weigh(scores, begin, end, values, depth, out, to):
 @njit(nogil=True, error_model="numpy")
 def _tile(call, keys, values, packed, scores, out, sums, tops, tile, count, position, first):
     """ROWS rows against the KEYS tokens from `first` on; `position` is the place in the sequence of the block's first token."""
-    depth, group = call.head_dim, call.group
+    depth, group = call[HEAD_DIM], call[GROUP]
     head, tail = tile * ROWS, min(tile * ROWS + ROWS, count) - 1
     low = max(0, first_visible(call, position + head // group) - first)
     high = min(KEYS, position + tail // group + 1 - first)
@@ -115,25 +117,31 @@ def _tile(call, keys, values, packed, scores, out, sums, tops, tile, count, posi
     for i in range(begin, end, BLOCK):
         _score(keys, i * depth, depth, packed, head * depth, scores, i)
     for row in range(head, tail + 1):
-        at, last = (row - head) * STRIDE, position + row // group
-        _hide(scores, at, begin, end, first_visible(call, last) - first, last + 1 - first)
-        _soften(scores, at, begin, end, tops, sums, row, out, depth)
+        start, last = (row - head) * STRIDE, position + row // group
+        _hide(scores, start, begin, end, first_visible(call, last) - first, last + 1 - first)
+        _soften(scores, start, begin, end, tops, sums, row, out, depth)
     _weigh(scores, low, high, values, depth, out, head * depth)
 
 
 @njit(nogil=True, error_model="numpy")
-def attend_block(call, k, v, sequence, head, block, scratch):
+def _places(scratch, rows, depth):
+    """Where keys, values, packed q, weighted sums, sums of weights (16 lanes), maxima and scores lie in a thread's scratch."""
+    values, packed = scratch + 4 * KEYS * depth, scratch + 8 * KEYS * depth
+    out, sums = packed + 4 * rows * depth, packed + 8 * rows * depth
+    tops, scores = sums + 64 * rows, sums + 68 * rows
+    return (at(float32, scratch), at(float32, values), at(float32, packed), at(float32, out), at(float32, sums), at(float32, tops),
+            at(float32, scores))
+
+
+@worker
+def attend_block(call, sequence, head, block, thread):
     """Query tokens of one block of a sequence, all heads of the group of one KV head."""
-    depth, group = call.head_dim, call.group
+    depth, group, size = call[HEAD_DIM], call[GROUP], max(1, QUERIES // call[GROUP])
     row, rows, length = rows_of(call, sequence)
-    size = max(1, QUERIES // group)
     begin = block * size
     count, position = (min(rows, begin + size) - begin) * group, length - rows + begin
     tiles = (count + ROWS - 1) // ROWS
-    values, packed = scratch[KEYS * depth:], scratch[2 * KEYS * depth:]
-    out = packed[tiles * ROWS * depth:]
-    sums, tops = out[tiles * ROWS * depth:], out[tiles * ROWS * (depth + 16):]
-    scores = tops[tiles * ROWS:]
+    keys, values, packed, out, sums, tops, scores = _places(call[SCRATCH] + 4 * thread * call[SCRATCH_SIZE], tiles * ROWS, depth)
     _pack_queries(call, row + begin, head, count, tiles, packed)
     for i in range(tiles * ROWS * (depth + 16)):
         out[i] = 0
@@ -141,11 +149,16 @@ def attend_block(call, k, v, sequence, head, block, scratch):
         tops[i] = LOWEST_SCORE
     low, high = first_visible(call, position), position + count // group
     for first in range(low // KEYS * KEYS, high, KEYS):
-        _copy_pages(call, k, v, sequence, head, first, max(low, first), min(high, first + KEYS), scratch, values)
+        if call[CACHE_TYPE]:
+            _copy_pages(call, at(uint16, call[K_POOL]), at(uint16, call[V_POOL]), sequence, head, first, max(low, first),
+                        min(high, first + KEYS), keys, values)
+        else:
+            _copy_pages(call, at(float32, call[K_POOL]), at(float32, call[V_POOL]), sequence, head, first, max(low, first),
+                        min(high, first + KEYS), keys, values)
         for tile in range(tiles):
-            _tile(call, scratch, values, packed, scores, out, sums, tops, tile, count, position, first)
-    result = f32_at(call.out, 1)
+            _tile(call, keys, values, packed, scores, out, sums, tops, tile, count, position, first)
+    result = at(float32, call[OUT])
     for i in range(count):
-        to, factor = (row + begin + i // group) * call.out_stride + (head * group + i % group) * depth, np.float32(1) / hsum(load(F, sums, i * 16))
+        to = (row + begin + i // group) * call[OUT_STRIDE] + (head * group + i % group) * depth
         for c in range(0, depth, 16):
-            store(result, to + c, load(F, out, i * depth + c) * factor)
+            store(result, to + c, load(F, out, i * depth + c) * (np.float32(1) / hsum(load(F, sums, i * 16))))

@@ -1,10 +1,14 @@
 """Rotary embedding of q and k (arXiv 2104.09864), and the new keys and values into their pages."""
 import numpy as np
-from numba import njit, prange
+from numba import float32, int32, int64, njit, uint16
 
+from edgeattn.kernels_cpu.attention_call import (CACHE_TYPE, COS, COS_STRIDE, HEAD_DIM, INTERLEAVED, K, K_POOL, K_STRIDE, KEYS_ROTATED,
+                                                 KV_HEADS, NUM_HEADS, PAGE_SIZE, POSITIONS, Q, Q_STRIDE, ROTARY_DIM, ROTATED, SCALE,
+                                                 SIN, SLOTS, TOKENS, V, V_POOL, V_STRIDE)
 from edgeattn.kernels_cpu.floats import F, load_float, scatter_float, store_float
-from edgeattn.kernels_cpu.simd import fma, load, splat, store
-from edgeattn.kernels_cpu.steps import f32_at, i32_at, i64_at, u16_at
+from edgeattn.kernels_cpu.parallel import call_worker, parallel, worker
+from edgeattn.kernels_cpu.simd import at, fma, load, splat, store
+from edgeattn.kernels_cpu.steps import as_f32
 
 SERIAL = 1 << 16  # fewer elements are not worth a parallel region
 
@@ -30,45 +34,40 @@ def _rotate(x, at, cos, sin, angle, half, interleaved, head_dim, scale, out, to)
 @njit(nogil=True, error_model="numpy")
 def _store_token(call, row, rotated_k, v, k_pool, v_pool):
     """Keys become a column of each page, values a row."""
-    depth, size = call.head_dim, call.cache_page_size
-    slot = np.int64(i32_at(call.batch_slots, 1)[row])
+    depth, size = call[HEAD_DIM], call[PAGE_SIZE]
+    slot = np.int64(at(int32, call[SLOTS])[row])
     page, offset = slot // size, slot % size
-    for head in range(call.kv_heads):
-        base, source = (page * call.kv_heads + head) * depth * size, (row * call.kv_heads + head) * depth
+    for head in range(call[KV_HEADS]):
+        base, source = (page * call[KV_HEADS] + head) * depth * size, (row * call[KV_HEADS] + head) * depth
         for d in range(0, depth, 16):
             scatter_float(k_pool, base + d * size + offset, size, load_float(rotated_k, source + d))
-            store_float(v_pool, base + offset * depth + d, load_float(v, row * call.v_stride + head * depth + d))
+            store_float(v_pool, base + offset * depth + d, load_float(v, row * call[V_STRIDE] + head * depth + d))
+
+
+@worker
+def write_token(call, tokens, first, row, thread):
+    q, k, v = at(float32, call[Q]), at(float32, call[K]), at(float32, call[V])
+    cos, sin, half, depth = at(float32, call[COS]), at(float32, call[SIN]), call[ROTARY_DIM] // 2, call[HEAD_DIM]
+    rotated_q, rotated_k = at(float32, call[ROTATED]), at(float32, call[KEYS_ROTATED])
+    angle = at(int64, call[POSITIONS])[row] * call[COS_STRIDE]
+    for head in range(call[NUM_HEADS]):
+        _rotate(q, row * call[Q_STRIDE] + head * depth, cos, sin, angle, half, call[INTERLEAVED], depth, as_f32(call[SCALE]),
+                rotated_q, (row * call[NUM_HEADS] + head) * depth)
+    for head in range(call[KV_HEADS]):
+        _rotate(k, row * call[K_STRIDE] + head * depth, cos, sin, angle, half, call[INTERLEAVED], depth, np.float32(1),
+                rotated_k, (row * call[KV_HEADS] + head) * depth)
+    if call[CACHE_TYPE]:
+        _store_token(call, row, rotated_k, v, at(uint16, call[K_POOL]), at(uint16, call[V_POOL]))
+    else:
+        _store_token(call, row, rotated_k, v, at(float32, call[K_POOL]), at(float32, call[V_POOL]))
 
 
 @njit(nogil=True, error_model="numpy")
-def _write_row(call, row):
-    q, k, v = f32_at(call.q, 1), f32_at(call.k, 1), f32_at(call.v, 1)
-    cos, sin, half, depth = f32_at(call.cos, 1), f32_at(call.sin, 1), call.rotary_dim // 2, call.head_dim
-    rotated_q, rotated_k = f32_at(call.rotated, 1), f32_at(call.keys, 1)
-    angle = i64_at(call.batch_positions, 1)[row] * call.cos_stride
-    for head in range(call.num_heads):
-        _rotate(q, row * call.q_stride + head * depth, cos, sin, angle, half, call.interleaved, depth, call.scale,
-                rotated_q, (row * call.num_heads + head) * depth)
-    for head in range(call.kv_heads):
-        _rotate(k, row * call.k_stride + head * depth, cos, sin, angle, half, call.interleaved, depth, np.float32(1),
-                rotated_k, (row * call.kv_heads + head) * depth)
-    if call.cache_type:
-        _store_token(call, row, rotated_k, v, u16_at(call.cache_k, 1), u16_at(call.cache_v, 1))
+def write_tokens(call, address):
+    """Rotated q times the softmax scale to the workspace; rotated k, and v, to the pools. `address` is the call's."""
+    tokens = call[TOKENS]
+    if tokens > 1 and tokens * (call[NUM_HEADS] + 2 * call[KV_HEADS]) * call[HEAD_DIM] > SERIAL:
+        parallel(write_token(), address, tokens, 0, tokens)
     else:
-        _store_token(call, row, rotated_k, v, f32_at(call.cache_k, 1), f32_at(call.cache_v, 1))
-
-
-@njit(parallel=True, nogil=True, error_model="numpy")
-def _parallel(call, tokens):
-    for row in prange(tokens):
-        _write_row(call, row)
-
-
-@njit(nogil=True, error_model="numpy")
-def write_tokens(call):
-    """Rotated q times the softmax scale to the workspace; rotated k, and v, to the pools."""
-    if call.tokens * (call.num_heads + 2 * call.kv_heads) * call.head_dim > SERIAL and call.tokens > 1:
-        _parallel(call, call.tokens)
-    else:
-        for row in range(call.tokens):
-            _write_row(call, row)
+        for row in range(tokens):
+            call_worker(write_token(), address, tokens, 0, row, 0)

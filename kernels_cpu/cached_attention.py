@@ -4,16 +4,19 @@ The batch becomes one list of tasks: blocks of query tokens for sequences with s
 of pages for those with one. Threads take the next task until none is left; then the ranges of decode are merged.
 """
 import numpy as np
-from numba import carray, cfunc, njit, prange
+from numba import cfunc, int64, njit
 
-from edgeattn.kernels_cpu.attention_call import ARGS, SPLITS, read_call, rows_of, workspace_bytes
+from edgeattn.kernels_cpu.attention_call import (ARGS, CALL, COUNTER, HEAD_DIM, KV_HEADS, NUM_HEADS, PAGE_SIZE, PREFILL_TASKS, RANGE_PAGES,
+                                                 ROWS_INDEX, SEQUENCES, SEQUENCES_INDEX, SPLITS, STARTS, TASKS, THREADS, WORKSPACE,
+                                                 make_call, rows_of, workspace_bytes)
 from edgeattn.kernels_cpu.attention_decode import attend_range, merge_ranges, visible_pages
 from edgeattn.kernels_cpu.attention_prefill import attend_block, query_blocks
 from edgeattn.kernels_cpu.attention_write import write_tokens
-from edgeattn.kernels_cpu.floats import fetch_add, thread_count
-from edgeattn.kernels_cpu.steps import STEP, aligned, call as call_step, f32_at, i64_at, u16_at
+from edgeattn.kernels_cpu.floats import fetch_add
+from edgeattn.kernels_cpu.parallel import call_worker, parallel, worker
+from edgeattn.kernels_cpu.simd import at
+from edgeattn.kernels_cpu.steps import STEP, aligned, call as call_step, thread_count
 
-PAGE_SIZE = 32
 MIN_TOKENS = 256    # a smaller range of decode is not worth a task
 SERIAL = 1 << 16    # fewer products of q and k than this are not worth a parallel region
 
@@ -33,7 +36,7 @@ class PagedCache:
     new                     how many tokens each sequence is about to get
     """
 
-    def __init__(self, past_keys, past_values, new, *, dtype=np.float32, page_size=PAGE_SIZE):
+    def __init__(self, past_keys, past_values, new, *, dtype=np.float32, page_size=32):
         kv_heads, _, head_dim = past_keys[0].shape
         self.dtype, self.page_size, self.new = np.dtype(dtype), page_size, list(new)
         self.lengths = np.array([key.shape[1] + n for key, n in zip(past_keys, new)], np.int32)
@@ -85,107 +88,90 @@ def attend(cache, q, k, v, cos, sin, positions, *, selection=None, **attributes)
 
 # ---- tasks ------------------------------------------------------------------------------------------------------
 @njit(nogil=True, error_model="numpy")
-def _count_tasks(call):
-    """Fill the task table, where each sequence's tasks start: prefill's, then decode's; -> (prefill tasks, decode tasks, pages in
-    a range of decode)."""
-    starts, pages = i64_at(call.starts, 1), np.int64(0)
-    for s in range(call.sequences):
-        if rows_of(call, s)[1] == 1:
-            for h in range(call.kv_heads):
-                pages += visible_pages(call, s, h)[1]
-    size = call.threads * SPLITS
-    size = max((pages + size - 1) // size, MIN_TOKENS // call.cache_page_size)
-    prefill, decode = np.int64(0), np.int64(0)
-    for s in range(call.sequences):
-        starts[s], starts[call.sequences + 1 + s] = prefill, decode
-        _, rows, _ = rows_of(call, s)
-        if rows == 1:
-            decode += call.kv_heads * _ranges(call, s, size)
-        else:
-            prefill += call.kv_heads * query_blocks(call, rows)
-    starts[call.sequences], starts[2 * call.sequences + 1] = prefill, decode
-    return prefill, decode, size
-
-
-@njit(nogil=True, error_model="numpy")
-def _ranges(call, sequence, size):
-    """Into how many ranges of `size` pages a decode step's pages are cut; the same for all KV heads."""
+def _ranges(call, sequence):
+    """Into how many ranges a decode step's pages are cut; the same for all KV heads."""
     most = np.int64(1)
-    for h in range(call.kv_heads):
-        most = max(most, (visible_pages(call, sequence, h)[1] + size - 1) // size)
+    for h in range(call[KV_HEADS]):
+        most = max(most, (visible_pages(call, sequence, h)[1] + call[RANGE_PAGES] - 1) // call[RANGE_PAGES])
     return most
 
 
+@worker
+def count_tasks(call, rows, first, task, thread):
+    """How many tasks there are, how long decode's ranges, and the table of where each sequence's tasks start: prefill's, decode's."""
+    starts, pages, sequences = at(int64, call[STARTS]), np.int64(0), call[SEQUENCES]
+    for s in range(sequences):
+        if rows_of(call, s)[1] == 1:
+            for h in range(call[KV_HEADS]):
+                pages += visible_pages(call, s, h)[1]
+    size = call[THREADS] * SPLITS
+    call[RANGE_PAGES] = max((pages + size - 1) // size, MIN_TOKENS // call[PAGE_SIZE])
+    prefill, decode = np.int64(0), np.int64(0)
+    for s in range(sequences):
+        starts[s], starts[sequences + 1 + s] = prefill, decode
+        _, new, _ = rows_of(call, s)
+        if new == 1:
+            decode += call[KV_HEADS] * _ranges(call, s)
+        else:
+            prefill += call[KV_HEADS] * query_blocks(call, new)
+    starts[sequences], starts[2 * sequences + 1] = prefill, decode
+    call[PREFILL_TASKS], call[TASKS] = prefill, prefill + decode
+
+
 @njit(nogil=True, error_model="numpy")
-def _find(starts, at, sequences, task):
+def _find(starts, first, sequences, task):
     """The last sequence whose tasks start at or before `task`."""
     low, high = np.int64(0), sequences
     while high - low > 1:
         middle = (low + high) // 2
-        if starts[at + middle] <= task:
+        if starts[first + middle] <= task:
             low = middle
         else:
             high = middle
     return low
 
 
-@njit(nogil=True, error_model="numpy")
-def _run_task(call, k, v, task, prefill, size, scratch):
-    starts = i64_at(call.starts, 1)
-    if task < prefill:
-        s = _find(starts, 0, call.sequences, task)
-        task -= starts[s]
-        blocks = query_blocks(call, rows_of(call, s)[1])
-        attend_block(call, k, v, s, task % call.kv_heads, blocks - 1 - task // call.kv_heads, scratch)
-        return
-    task -= prefill
-    s = _find(starts, call.sequences + 1, call.sequences, task)
-    part = (task - starts[call.sequences + 1 + s]) // call.kv_heads
-    width = call.group * (call.head_dim + 16)
-    partial = f32_at(call.partials + 4 * task * width, width)
-    attend_range(call, k, v, s, task % call.kv_heads, part * size, (part + 1) * size, scratch, partial)
-
-
-@njit(nogil=True, error_model="numpy")
-def _run_tasks(call, thread, prefill, tasks, size):
-    counter, scratch = i64_at(call.workspace, 1), f32_at(call.scratch + 4 * thread * call.scratch_size, call.scratch_size)
-    task = fetch_add(counter, 0, 1)
-    while task < tasks:
-        if call.cache_type:
-            _run_task(call, u16_at(call.cache_k, 1), u16_at(call.cache_v, 1), task, prefill, size, scratch)
+@worker
+def run_tasks(call, rows, first, share, thread):
+    """Take tasks until none is left."""
+    starts, heads, address = at(int64, call[STARTS]), call[KV_HEADS], call[WORKSPACE] + CALL
+    task = fetch_add(at(int64, call[WORKSPACE] + COUNTER), 0, 1)
+    while task < call[TASKS]:
+        if task < call[PREFILL_TASKS]:
+            s = _find(starts, 0, call[SEQUENCES], task)
+            index = task - starts[s]
+            block = query_blocks(call, rows_of(call, s)[1]) - 1 - index // heads  # the last sees the most tokens
+            call_worker(attend_block(), address, s, index % heads, block, thread)
         else:
-            _run_task(call, f32_at(call.cache_k, 1), f32_at(call.cache_v, 1), task, prefill, size, scratch)
-        task = fetch_add(counter, 0, 1)
-
-
-@njit(parallel=True, nogil=True, error_model="numpy")
-def _run_parallel(call, threads, prefill, tasks, size):
-    for thread in prange(threads):
-        _run_tasks(call, thread, prefill, tasks, size)
+            index = task - call[PREFILL_TASKS]
+            s = _find(starts, call[SEQUENCES] + 1, call[SEQUENCES], index)
+            index -= starts[call[SEQUENCES] + 1 + s]
+            call_worker(attend_range(), address, s, index % heads, index // heads, thread)
+        task = fetch_add(at(int64, call[WORKSPACE] + COUNTER), 0, 1)
 
 
 @njit(nogil=True, error_model="numpy")
-def _attend(call):
-    write_tokens(call)
-    prefill, decode, size = _count_tasks(call)
-    i64_at(call.workspace, 1)[0] = 0
-    tokens = np.int64(0)
-    for s in range(call.sequences):
+def _attend(call, address):
+    write_tokens(call, address)
+    call_worker(count_tasks(), address, 0, 0, 0, 0)
+    at(int64, call[WORKSPACE] + COUNTER)[0] = 0
+    work, starts = np.int64(0), at(int64, call[STARTS])
+    for s in range(call[SEQUENCES]):
         _, rows, length = rows_of(call, s)
-        tokens += rows * length
-    if call.threads > 1 and tokens * call.num_heads * call.head_dim > SERIAL:
-        _run_parallel(call, call.threads, prefill, prefill + decode, size)
+        work += rows * length * call[NUM_HEADS] * call[HEAD_DIM]
+    if call[THREADS] > 1 and work > SERIAL:
+        parallel(run_tasks(), address, 0, 0, call[THREADS])
     else:
-        _run_tasks(call, 0, prefill, prefill + decode, size)
-    starts = i64_at(call.starts, 1)
-    for s in range(call.sequences):
-        first = starts[call.sequences + 1 + s]
-        ranges = (starts[call.sequences + 2 + s] - first) // call.kv_heads
+        call_worker(run_tasks(), address, 0, 0, 0, 0)
+    for s in range(call[SEQUENCES]):
+        first = call[SEQUENCES] + 1 + s
+        ranges = (starts[first + 1] - starts[first]) // call[KV_HEADS]
         if ranges:
-            for h in range(call.kv_heads):
-                merge_ranges(call, s, h, first, ranges)
+            for h in range(call[KV_HEADS]):
+                call_worker(merge_ranges(), address, ranges, s, h, 0)
 
 
 @cfunc(STEP, cache=True)
 def step(a, state):
-    _attend(read_call(carray(a, len(ARGS)), state[a[11]], state[a[25]], thread_count()))
+    call = make_call(a, state[a[ROWS_INDEX]], state[a[SEQUENCES_INDEX]], thread_count())
+    _attend(call, a[WORKSPACE] + CALL)

@@ -21,7 +21,8 @@ I64 = ir.IntType(64)
 
 
 def _address(context, builder, array_type, array, index):
-    return builder.gep(context.make_array(array_type)(context, builder, array).data, [index])
+    data = array if isinstance(array_type, types.CPointer) else context.make_array(array_type)(context, builder, array).data
+    return builder.gep(data, [index])
 
 
 def _tile(tile, value, builder):
@@ -43,6 +44,16 @@ def load_end(array, index, n):
 
 def store_float(array, index, value):
     """F as 16 elements of a float32 array, or as halves (to nearest even) in a uint16 array."""
+
+
+def is_half(array):
+    """Whether an array holds halves; known when a kernel is compiled."""
+
+
+@overload(is_half)
+def _is_half(array):
+    half = array.dtype == types.uint16
+    return lambda array: half
 
 
 @overload(load_float)
@@ -150,15 +161,6 @@ def fetch_add(typingctx, array, index, n):
     def codegen(context, builder, sig, args):
         return builder.atomic_rmw("add", _address(context, builder, array, args[0], args[1]), args[2], "monotonic")
     return types.int64(array, types.intp, types.int64), codegen
-
-
-@intrinsic
-def thread_count(typingctx):
-    """How many threads a parallel region gets. (numba.get_num_threads holds an address and so would keep a step out of the cache.)"""
-    def codegen(context, builder, sig, args):
-        function = cgutils.get_or_insert_function(builder.module, ir.FunctionType(I64, []), "get_num_threads")
-        return builder.call(function, [])
-    return types.int64(), codegen
 
 
 # ---- arithmetic -------------------------------------------------------------------------------------------------

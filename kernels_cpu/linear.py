@@ -7,9 +7,9 @@ import numpy as np
 from numba import cfunc, njit, prange
 
 from edgeattn.kernels_cpu.floats import (BLOCK, COLUMNS, F, ROWS, TILE, add_tile, fetch_add, load_block, load_end, load_floats,
-                                         outer_add, outer_product, thread_count, transpose)
+                                         outer_add, outer_product, transpose)
 from edgeattn.kernels_cpu.simd import hsum, load_tile, prefetch, store, store_tile, zeros
-from edgeattn.kernels_cpu.steps import STEP, aligned, call, f32_at, i64_at, u16_at
+from edgeattn.kernels_cpu.steps import STEP, aligned, call, f32_at, i64_at, thread_count, u16_at
 
 ARGS = ("x", "x.rows", "x.stride", "weight", "weight.type", "weight.0", "weight.1", "weight.stride", "bias", "out", "out.stride",
         "workspace")
