@@ -27,6 +27,12 @@ def embedding_nbits_case(rng, tokens, n, k, bits, size, zeros):
     return (rng.integers(0, n, tokens), *quantised(rng, n, k, bits, size, zeros)), dict(bits=bits, block_size=size, K=k, N=n)
 
 
+def logits(rng, vocab, spread, rounded=False):
+    """Rounded ones hold many ties, where the lower token comes first."""
+    x = normal(rng, vocab) * np.float32(spread)
+    return x.round() if rounded else x
+
+
 # One entry an operator: a list of (id, arguments, keywords, tolerance) builders. Cases build their inputs from a Generator.
 CASES = {
     "add": [
@@ -46,6 +52,15 @@ CASES = {
         ("ragged", lambda rng: ((normal(rng, 5, 77), normal(rng, 77)), dict(epsilon=1e-5)), 2e-6),
         ("heads", lambda rng: ((normal(rng, 200, 9, 64), normal(rng, 64)), dict(epsilon=1e-5)), 4e-6),
     ],
+    "sample": [
+        (name, lambda rng, n=vocab, x=spread, r=rounded, o=options: (
+            (logits(rng, n, x, r), rng.integers(0, n, 20)), dict(
+                dict(temperature=0.8, top_k=0, top_p=1.0, min_p=0.0, repeat_penalty=1.1, uniform=float(rng.random())), **o)), 0)
+        for name, vocab, spread, rounded, options in (
+            ("greedy", 1000, 3, True, dict(temperature=0.0)), ("all", 3000, 1, False, {}), ("ties", 3000, 3, True, {}),
+            ("top-k", 3000, 3, True, dict(top_k=40)), ("top-p", 3000, 1, False, dict(top_p=0.9)),
+            ("top-p-peaked", 3000, 30, False, dict(top_p=0.5)), ("min-p", 3000, 2, True, dict(min_p=0.05)),
+            ("chain", 150_000, 3, False, dict(top_k=200, top_p=0.95, min_p=0.02)), ("one", 1, 1, False, dict(top_k=5)))],
     "linear": [  # float32 sums of K products: a few 1e-7 of sqrt(K), the size of the outputs
         (f"{tokens}x{k}x{n}-{np.dtype(dtype).name}", lambda rng, t=tokens, k=k, n=n, d=dtype: (
             (normal(rng, t, k), normal(rng, n, k).astype(d), normal(rng, n) if n % 2 else None), {}), 4e-6 * k ** 0.5)
