@@ -62,6 +62,7 @@ class Bench:
         self._weights = Weights(model.folder)
         note("measuring the memory bandwidth")
         self._bandwidth = measured_apart(model.threads)
+        note("")
 
     def rows(self, depth: int, tests: list[tuple[str, int]]):
         """A Row for each test, at one depth; the depth is computed once, and each repetition is taken back."""

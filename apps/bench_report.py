@@ -36,19 +36,19 @@ def _maybe(text, value):
 
 
 COLUMNS = {  # heading -> width, text
-    "model": (16, lambda r: r.model),
-    "size": (10, lambda r: size(r.size_bytes)),
-    "params": (8, lambda r: count(r.params)),
+    "model": (14, lambda r: r.model),
+    "size": (9, lambda r: size(r.size_bytes)),
+    "params": (7, lambda r: count(r.params)),
     "threads": (7, lambda r: str(r.threads)),
-    "test": (14, lambda r: r.test),
-    "t/s": (16, lambda r: f"{r.tokens_per_second:.2f} ± {r.deviation:.2f}"),
-    "TTFT ms": (8, lambda r: _maybe("{:.1f}", r.ttft_ms)),
-    "p50 ms": (7, lambda r: _maybe("{:.2f}", r.p50_ms)),
-    "p95 ms": (7, lambda r: _maybe("{:.2f}", r.p95_ms)),
-    "peak RSS": (10, lambda r: size(r.peak_rss_bytes)),
-    "KV": (10, lambda r: size(r.kv_bytes)),
+    "test": (13, lambda r: r.test),
+    "t/s": (15, lambda r: f"{r.tokens_per_second:.2f} ± {r.deviation:.2f}"),
+    "TTFT ms": (7, lambda r: _maybe("{:.1f}", r.ttft_ms)),
+    "p50 ms": (6, lambda r: _maybe("{:.2f}", r.p50_ms)),
+    "p95 ms": (6, lambda r: _maybe("{:.2f}", r.p95_ms)),
+    "peak RSS": (9, lambda r: size(r.peak_rss_bytes)),
+    "KV": (9, lambda r: size(r.kv_bytes)),
     "weights/token": (13, lambda r: size(r.weight_bytes_per_token)),
-    "GB/s": (6, lambda r: _maybe("{:.1f}", r.bandwidth and r.bandwidth / 1e9)),
+    "GB/s": (5, lambda r: _maybe("{:.1f}", r.bandwidth and r.bandwidth / 1e9)),
     "of read": (7, lambda r: _maybe("{:.0%}", r.bandwidth_share)),
 }
 

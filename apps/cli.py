@@ -66,7 +66,9 @@ def one_line(error: Exception) -> str:
 
 
 def _tolerate_encodings():
-    """Text that a terminal or pipe cannot carry becomes a question mark, not a crash."""
+    """Text that a terminal or pipe cannot carry becomes a question mark, and a closed stream an empty one: no crash."""
+    sys.stdin = sys.stdin or open(os.devnull)
+    sys.stdout, sys.stderr = sys.stdout or open(os.devnull, "w"), sys.stderr or open(os.devnull, "w")
     for stream in (sys.stdin, sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="replace")

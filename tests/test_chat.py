@@ -9,7 +9,11 @@ import time
 
 import pytest
 
+from edgeattn.conversation import Conversation
+from edgeattn.generation import SamplerOptions, generate
 from edgeattn.kernels_cpu import CACHE_FOLDER
+from edgeattn.runtime import Model
+from edgeattn.tokenizer import Tokenizer
 
 from command import EDGEATTN
 
@@ -50,6 +54,20 @@ def test_piped_chat_ends_with_its_input(edgeattn, nano_int4):
     assert done.returncode == 0 and done.stdout.count("\n") == 1
     done = edgeattn("chat", "-m", nano_int4, "-p", "hi", "--temp", 0, "-n", 4, "-c", 256)
     assert done.returncode == 0 and done.stdout.count("\n") == 1
+
+
+def test_cached_conversation_answers_as_a_fresh_one_would(nano_fp32):
+    model, tokenizer, greedy = Model.load(nano_fp32, ctx_size=512), Tokenizer(nano_fp32), SamplerOptions(temperature=0)
+    chat = Conversation(model, tokenizer, greedy, system="Be brief.", max_tokens=20)
+    for question in ("Who built the Eiffel Tower?", "When was that?", "And why?"):
+        answer = chat.say(question)
+        if question.startswith("When"):  # leave in the middle
+            next(answer), answer.close()
+        assert "".join(event.text for event in answer) or chat.messages[-1]["role"] == "assistant"
+    ids = tokenizer.encode_chat(chat.messages[:-1])
+    fresh = generate(model, tokenizer, model.new_sequence(), ids, greedy, max_tokens=20)
+    assert [event.token for event in fresh if event.token is not None] == chat.last.tokens
+    assert 0 < chat.last.timings.prompt_tokens < len(ids) / 2
 
 
 def test_closed_pipe_is_no_error(nano_int4):
