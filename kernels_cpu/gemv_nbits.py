@@ -45,7 +45,7 @@ def build(rows, lanes, streams, bits):
     count, packed = rows * streams, 32 if bits == 4 else 16  # K of four steps
     zero, put = np.float32(8 if bits == 4 else 128), build_put(lanes)
 
-    @njit(nogil=True, error_model="numpy")
+    @njit(nogil=True, error_model="numpy", forceinline=True)
     def dots4(acc, codes, at, gap, a, first, quads, size):
         odds = first + size // 2 * rows
         for q in range(quads):
@@ -60,7 +60,7 @@ def build(rows, lanes, streams, bits):
             acc = packed_dots(acc, streams, 2, codes, at, gap, a, first, odds)
         return acc
 
-    @njit(nogil=True, error_model="numpy")
+    @njit(nogil=True, error_model="numpy", forceinline=True)
     def dots8(acc, codes, at, gap, a, first, quads, size):
         for q in range(quads):
             for line in range(4):
