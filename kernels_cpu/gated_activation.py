@@ -1,12 +1,14 @@
 """activation(gate) * up, where each row of x is gate then up."""
 import numpy as np
-from numba import cfunc, njit, prange
+from numba import cfunc, float32, njit
 
 from edgeattn.kernels_cpu.floats import F, divide, exp, load_some, store_some
-from edgeattn.kernels_cpu.simd import fma, load, splat, store, vmax
-from edgeattn.kernels_cpu.steps import CODES, STEP, aligned, call, f32_at
+from edgeattn.kernels_cpu.parallel import for_rows, worker
+from edgeattn.kernels_cpu.simd import at, fma, load, splat, store, vmax
+from edgeattn.kernels_cpu.steps import CODES, STEP, aligned, call
 
 ARGS = ("x", "x.rows", "x.stride", "out", "out.stride", "out.width", "activation")
+X, X_ROWS, X_STRIDE, OUT, OUT_STRIDE, WIDTH, ACTIVATION = range(len(ARGS))
 SERIAL = 1 << 14  # fewer elements are not worth a parallel region
 SILU, GELU_TANH = CODES["silu"], CODES["gelu_tanh"]
 
@@ -39,29 +41,20 @@ def _activate(x, activation):
     return x * x
 
 
-@njit(nogil=True, error_model="numpy")
-def _row(x, at, out, to, width, activation):
-    whole = width // 16 * 16
+@worker
+def activate_row(a, rows, first, row, thread):
+    x, out, width, activation = at(float32, a[X]), at(float32, a[OUT]), a[WIDTH], a[ACTIVATION]
+    gate, to, whole = row * a[X_STRIDE], row * a[OUT_STRIDE], width // 16 * 16
+    up = gate + width
     for i in range(0, whole, 16):
-        store(out, to + i, _activate(load(F, x, at + i), activation) * load(F, x, at + width + i))
+        store(out, to + i, _activate(load(F, x, gate + i), activation) * load(F, x, up + i))
     if whole < width:
         rest = width - whole
-        gate, up = load_some(F, x, at + whole, rest), load_some(F, x, at + width + whole, rest)
-        store_some(out, to + whole, rest, _activate(gate, activation) * up)
-
-
-@njit(parallel=True, nogil=True, error_model="numpy")
-def _parallel(x, x_stride, out, out_stride, rows, width, activation):
-    for r in prange(rows):
-        _row(x, r * x_stride, out, r * out_stride, width, activation)
+        result = _activate(load_some(F, x, gate + whole, rest), activation) * load_some(F, x, up + whole, rest)
+        store_some(out, to + whole, rest, result)
 
 
 @cfunc(STEP, cache=True)
 def step(a, state):
-    rows, x_stride, out_stride, width, activation = state[a[1]], a[2], a[4], a[5], a[6]
-    x, out = f32_at(a[0], rows * x_stride), f32_at(a[3], rows * out_stride)
-    if rows * width > SERIAL and rows > 1:
-        _parallel(x, x_stride, out, out_stride, rows, width, activation)
-    else:
-        for r in range(rows):
-            _row(x, r * x_stride, out, r * out_stride, width, activation)
+    rows = state[a[X_ROWS]]
+    for_rows(activate_row(), a, rows, rows * a[WIDTH] > SERIAL)

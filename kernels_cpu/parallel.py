@@ -5,7 +5,7 @@ compiled several times over. A worker is compiled once; steps link to its symbol
 """
 import llvmlite.binding as llvm
 from llvmlite import ir
-from numba import cfunc, get_thread_id, njit, prange, types
+from numba import carray, cfunc, get_thread_id, njit, prange, types
 from numba.extending import intrinsic
 
 ARGS = types.CPointer(types.int64)
@@ -49,3 +49,14 @@ def parallel(address, args, rows, first, tasks):
     """Run a worker for each task, on all threads."""
     for task in prange(tasks):
         call_worker(address, args, rows, first, task, get_thread_id())
+
+
+@njit(nogil=True, error_model="numpy")
+def for_rows(address, a, rows, many):
+    """Run a worker for each row; on all threads only when there is `many` work, as a parallel region costs 2 us and more."""
+    args = carray(a, 1).ctypes.data
+    if many and rows > 1:
+        parallel(address, args, rows, 0, rows)
+    else:
+        for row in range(rows):
+            call_worker(address, args, rows, 0, row, 0)
