@@ -1,0 +1,66 @@
+"""matmul_nbits inside larger arrays: row strides, thread counts, nothing written that is not its own."""
+import numpy as np
+import pytest
+from numba import config, get_num_threads, set_num_threads
+
+from edgeattn.kernels_cpu.matmul_nbits import ARGS, matmul_nbits, step, workspace_bytes
+from edgeattn.kernels_cpu.simd import BIAS, SIGNED_BYTES
+from edgeattn.kernels_cpu.steps import call
+from edgeattn.reference.matmul_nbits import matmul_nbits as reference
+from edgeattn.reference.matmul_nbits import pack_panels, quantise_activations
+
+SHAPES = [  # tokens, N, K, bits, block size: each of the paths for 1, up to 4, and more tokens; large enough for several threads
+    (1, 1030, 544, 4, 32), (3, 1000, 544, 8, 32), (4, 520, 1100, 4, 64), (20, 300, 1100, 4, 32), (65, 77, 300, 8, 128)]
+
+
+@pytest.fixture
+def threads():
+    before = get_num_threads()
+    yield set_num_threads
+    set_num_threads(before)
+
+
+def problem(rng, n, k, bits, size):
+    blocks = -(-k // size)
+    weights = pack_panels(rng.integers(0, 1 << bits, (n, k), np.uint8), (rng.random((n, blocks)) + 0.5) / (1 << bits),
+                          rng.integers(0, 1 << bits, (n, blocks), np.uint8), bits=bits, block_size=size)
+    return weights, rng.standard_normal(n, np.float32), dict(bits=bits, block_size=size, K=k, N=n)
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=lambda s: "x".join(map(str, s)))
+@pytest.mark.parametrize("count", [1, 2, 3])
+def test_threads_and_strides(shape, count, threads):
+    if count > config.NUMBA_NUM_THREADS:
+        pytest.skip(f"needs {count} threads, this process has {config.NUMBA_NUM_THREADS}")
+    threads(count)
+    tokens, n, k, bits, size = shape
+    rng = np.random.default_rng()
+    weights, bias, attributes = problem(rng, n, k, bits, size)
+    x, out = np.full((tokens, k + 24), np.nan, np.float32), np.full((tokens + 2, n + 37), np.nan, np.float32)
+    x[:, 8:k + 8] = quantise_activations(rng.standard_normal((tokens, k), np.float32), size)
+    tensors = dict(zip(("x", "codes", "scales", "zero_points", "bias", "out"),
+                       (x[:, 8:k + 8], weights[0], weights[1].view(np.uint16), weights[2], bias, out[1:-1, 5:n + 5])))
+    call(step, ARGS, tensors, attributes, workspace_bytes=workspace_bytes)
+    expected = reference(x[:, 8:k + 8], *weights, bias, **attributes)
+    np.testing.assert_allclose(out[1:-1, 5:n + 5], expected, rtol=0, atol=2e-6 * k ** 0.5)
+    out[1:-1, 5:n + 5] = np.nan
+    assert np.isnan(out).all()
+
+
+def test_rounds_activations_like_the_reference():
+    rng = np.random.default_rng()
+    weights, bias, attributes = problem(rng, 64, 512, 4, 32)
+    x = rng.standard_normal((9, 512), np.float32) * rng.lognormal(size=(9, 1)).astype(np.float32)
+    x[0] = 0
+    expected = reference(quantise_activations(x, 32), *weights, bias, **attributes)
+    np.testing.assert_allclose(matmul_nbits(x, *weights, bias, **attributes), expected, rtol=0, atol=5e-5 * np.abs(x).max())
+
+
+def test_the_largest_sums_fit():
+    """256 products of 127 and the code furthest from zero: the dot product must stay below 2**22 of BIAS."""
+    assert BIAS == 0x4B400000 and isinstance(SIGNED_BYTES, bool)
+    for code in (0, 255):
+        codes, scales, _ = pack_panels(np.full((16, 256), code, np.uint8), np.ones((16, 1)), bits=8, block_size=256)
+        x = np.ones((7, 256), np.float32) * np.array([[1], [-1], [1], [-1], [1], [-1], [1]], np.float32)
+        got = matmul_nbits(x, codes, scales, bits=8, block_size=256, K=256, N=16)
+        np.testing.assert_allclose(got, x @ np.full((256, 16), code - 128, np.float32), rtol=1e-6)
