@@ -1,19 +1,16 @@
 """A Hugging Face checkpoint to our folder: graph, streamed weights, tokenizer files, edgeattn.json."""
-import hashlib
 import json
 import os
 import shutil
 from collections.abc import Callable
-from importlib import import_module
-from importlib.util import find_spec
 from pathlib import Path
-from pkgutil import iter_modules
 
 import onnx
 
-from edgeattn import exporters
+from edgeattn.exporters.check import check, sha256
 from edgeattn.exporters.checkpoint import Checkpoint
-from edgeattn.exporters.decoder import Decoder, build
+from edgeattn.exporters.decoder import build
+from edgeattn.exporters.families import read_architecture
 from edgeattn.exporters.functions import function_body
 from edgeattn.exporters.graph import Graph
 from edgeattn.exporters.targets import target_defaults
@@ -56,34 +53,14 @@ def export(checkpoint: str | Path, folder: str | Path, precision: str = "int4", 
         report = {"format_version": FORMAT_VERSION, "architecture": source.config["model_type"], "source": _source(source),
                   "precision": precision, "group_size": group_size, "model": _model(decoder, source, ctx_size),
                   "weights": formats.used, "target": target, "defaults": defaults,
-                  "files": {path.name: _sha256(path) for path in sorted(work.iterdir())}, "verify": {}}
-        (work / "edgeattn.json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+                  "files": {path.name: sha256(path) for path in sorted(work.iterdir())}, "verify": {}}
+        _write_report(work, report)
+        report["verify"] = check(work, source, decoder)
+        _write_report(work, report)
         _replace(work, folder)
     finally:  # also on Ctrl-C
         shutil.rmtree(work, ignore_errors=True)
     return report
-
-
-def read_architecture(source: Checkpoint) -> Decoder:
-    """The decoder that the checkpoint's config describes, by the file of this folder that is named after its model_type."""
-    kind, path = source.config.get("model_type"), source.folder / "config.json"
-    name = f"{exporters.__name__}.{kind}"
-    known = isinstance(kind, str) and kind.isidentifier() and find_spec(name) is not None
-    describe = getattr(import_module(name), "describe", None) if known else None
-    if describe is None:
-        raise ValueError(f"{path}: unknown model_type {kind!r}; supported: {families()}")
-    try:
-        return describe(source.config)
-    except KeyError as error:
-        raise ValueError(f"{path}: {error.args[0]!r} is missing") from None
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from None
-
-
-def families() -> list[str]:
-    """The model_types that can be exported: every file of this folder that describes one."""
-    return sorted(m.name for m in iter_modules(exporters.__path__)
-                  if hasattr(import_module(f"{exporters.__name__}.{m.name}"), "describe"))
 
 
 def _functions(graph: Graph):
@@ -95,7 +72,7 @@ def _functions(graph: Graph):
 
 def _source(source):
     return {"folder": source.folder.resolve().name, "name": source.config.get("_name_or_path", ""),
-            "config_sha256": _sha256(source.folder / "config.json")}
+            "config_sha256": sha256(source.folder / "config.json")}
 
 
 def _model(decoder, source, ctx_size):
@@ -107,9 +84,8 @@ def _model(decoder, source, ctx_size):
             "ctx_size": ctx_size, "max_position": decoder.max_position, "bos_token_id": bos, "eos_token_ids": eos}
 
 
-def _sha256(path):
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+def _write_report(folder, report):
+    (folder / "edgeattn.json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
 
 
 def _check_replaceable(folder):

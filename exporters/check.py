@@ -1,0 +1,162 @@
+"""The check that ends every export, and `edgeattn verify`: logits of the exported folder against its checkpoint.
+
+The export runs in our runtime, else in stock onnxruntime, else node by node in NumPy when the model is large; the checkpoint in
+transformers when it is installed and the model small, else in NumPy. When they differ too much, the two NumPy runs are compared
+layer by layer, each layer on the checkpoint's own input, and the first layer that differs is named.
+"""
+import hashlib
+import json
+from importlib.util import find_spec
+from pathlib import Path
+
+import numpy as np
+
+from edgeattn.exporters.checkpoint import Checkpoint
+from edgeattn.exporters.decoder import Decoder
+from edgeattn.exporters.families import read_architecture
+from edgeattn.exporters.forward import forward
+from edgeattn.exporters.interpret import interpret
+from edgeattn.exporters.oracle import torch_logits
+
+PROMPT = "The keeper of the lighthouse climbed the stairs each evening to light the lamp, and counted the ships that passed."
+PROMPT_TOKENS = 24
+TORCH_BYTES = 128 << 20  # of float32 weights: above it, torch's copies would dominate an export's memory
+# Largest root-mean-square error of the logits, in standard deviations of the checkpoint's, and of what one layer adds to the
+# hidden state, relative to it. Twice to four times what random weights, the worst case, show; unrelated logits differ by 1.4.
+LIMITS = {"fp32": (1e-3, 1e-3), "fp16": (2e-2, 1e-2), "int8": (0.2, 0.1), "int4": (0.9, 0.5)}
+
+
+def check(folder: str | Path, source: Checkpoint, decoder: Decoder) -> dict:
+    """Compare an export with its checkpoint on a fixed prompt: the figures for edgeattn.json. ValueError names the layer at fault."""
+    folder = Path(folder)
+    config = read_report(folder)
+    tokens = prompt_tokens(folder, decoder.vocab_size)
+    reference, logits = checkpoint_logits(source, decoder, tokens)
+    engine, got = exported_logits(folder, tokens, _largest_bytes(source))
+    report = {"checkpoint_in": reference, "export_in": engine, "tokens": len(tokens), **compare(got, logits)}
+    limit = LIMITS[config["precision"]][0]
+    if not report["rms_error"] <= limit:
+        fault = faulty_layer(folder, source, decoder, tokens, LIMITS[config["precision"]][1])
+        where = f"{fault} differs" if fault else f"every layer agrees in NumPy, so {engine} computes it differently"
+        raise ValueError(f"the exported logits differ from those of {source.folder} by {report['rms_error']:.2g} of their standard deviation "
+                         f"(limit {limit:g} for {config['precision']}): {where}")
+    return report
+
+
+def verify(folder: str | Path, checkpoint: str | Path | None = None) -> dict:
+    """The files against their recorded sha256, then the check against the checkpoint, or without one against stock onnxruntime."""
+    folder = Path(folder)
+    config = read_report(folder)
+    for name, digest in config["files"].items():
+        if not (folder / name).is_file() or sha256(folder / name) != digest:
+            raise ValueError(f"{folder / name}: missing or changed since the export; export the model again")
+    if checkpoint is not None:
+        source = Checkpoint(checkpoint)
+        return check(folder, source, read_architecture(source))
+    tokens = prompt_tokens(folder, config["model"]["vocab_size"])
+    got, expected = _runtime_logits(folder, tokens), _onnxruntime_logits(folder, tokens)
+    return {"export_in": "edgeattn", "against": "onnxruntime", "tokens": len(tokens), **compare(got, expected)}
+
+
+def compare(got: np.ndarray, expected: np.ndarray) -> dict:
+    """Figures of two logits [n, vocab]: errors in standard deviations of the expected ones, top-1 agreement, mean KL in nats."""
+    got, expected = got.astype(np.float64), expected.astype(np.float64)
+    error, spread = got - expected, expected.std()
+    p, q = _log_softmax(expected), _log_softmax(got)
+    return {"max_error": float(np.abs(error).max() / spread), "rms_error": float(np.sqrt(np.square(error).mean()) / spread),
+            "top1": float((got.argmax(-1) == expected.argmax(-1)).mean()), "mean_kl": float((np.exp(p) * (p - q)).sum(-1).mean())}
+
+
+def prompt_tokens(folder: Path, vocab_size: int) -> np.ndarray:
+    """The fixed prompt in the model's tokens [n] int64, or any fixed tokens for a model without a tokenizer."""
+    if (folder / "tokenizer.json").is_file():
+        from tokenizers import Tokenizer
+        ids = Tokenizer.from_file(str(folder / "tokenizer.json")).encode(PROMPT).ids[:PROMPT_TOKENS]
+        if ids and max(ids) < vocab_size:
+            return np.array(ids, np.int64)
+    return (np.arange(PROMPT_TOKENS, dtype=np.int64) * 7919 + 11) % vocab_size
+
+
+def checkpoint_logits(source: Checkpoint, decoder: Decoder, tokens: np.ndarray) -> tuple[str, np.ndarray]:
+    """(where it ran, logits [n, vocab]) of the checkpoint."""
+    if find_spec("torch") and find_spec("transformers") and 4 * sum(map(_size, source.tensors.values())) <= TORCH_BYTES:
+        logits = torch_logits(source.folder, tokens)
+        if logits is not None:
+            return "transformers", logits
+    for _, logits in forward(source, decoder, tokens):
+        pass
+    return "numpy", logits
+
+
+def exported_logits(folder: Path, tokens: np.ndarray, largest_bytes: int) -> tuple[str, np.ndarray]:
+    """(where it ran, logits [n, vocab]) of the export. onnxruntime holds all weights, up to three times over."""
+    size = (folder / "model.onnx.data").stat().st_size
+    if size <= 2 * largest_bytes + (200 << 20):  # our runtime maps them
+        return "edgeattn", _runtime_logits(folder, tokens)
+    feeds = _feeds(read_report(folder)["model"], tokens)
+    return "numpy", interpret(folder, feeds, ["logits"])["logits"]
+
+
+def faulty_layer(folder: Path, source: Checkpoint, decoder: Decoder, tokens: np.ndarray, limit: float) -> str | None:
+    """The first node whose part of the hidden state differs, each given the checkpoint's own input; None when none does."""
+    expected, previous, faults = forward(source, decoder, tokens), [np.float32(0)], []
+    wanted = {"embedding", "head", *(f"layers.{i}.{part}_add" for i in range(decoder.num_layers) for part in ("attention", "mlp"))}
+
+    def observe(name, got):
+        if name not in wanted:
+            return got
+        _, hidden = next(expected)
+        base = previous[0] if name.startswith("layers.") else np.float32(0)
+        error = np.linalg.norm(got - hidden) / max(np.linalg.norm(hidden - base), 1e-30)
+        if not error <= limit:
+            faults.append(f"{name.removesuffix('_add')} (relative error {error:.2g})")
+        previous[0] = hidden
+        return hidden
+    interpret(folder, _feeds(read_report(folder)["model"], tokens), ["logits"], observe)
+    return faults[0] if faults else None
+
+
+def read_report(folder: Path) -> dict:
+    """edgeattn.json of an export."""
+    path = folder / "edgeattn.json"
+    if not path.is_file():
+        raise ValueError(f"{folder}: no edgeattn.json there; give a folder made by `edgeattn export`")
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def sha256(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _largest_bytes(source):
+    return 4 * max(map(_size, source.tensors.values()))
+
+
+def _size(tensor):
+    return int(np.prod(tensor.shape, dtype=np.int64))
+
+
+def _log_softmax(logits):
+    shifted = logits - logits.max(-1, keepdims=True)
+    return shifted - np.log(np.exp(shifted).sum(-1, keepdims=True))
+
+
+def _runtime_logits(folder, tokens):
+    from edgeattn.runtime import Model
+    model = Model.load(folder, ctx_size=len(tokens))
+    return model.forward([(model.new_sequence(), tokens)], "all")
+
+
+def _onnxruntime_logits(folder, tokens):
+    import onnxruntime
+    session = onnxruntime.InferenceSession(folder / "model.onnx", providers=["CPUExecutionProvider"])
+    return session.run(["logits"], _feeds(read_report(folder)["model"], tokens))[0]
+
+
+def _feeds(model, tokens):
+    """The graph's inputs for a first call that wants every row's logits."""
+    empty = np.zeros((model["kv_heads"], 0, model["head_dim"]), np.float32)
+    rows = np.arange(len(tokens))
+    past = {f"past_{what}.{layer}": empty for what in ("key", "value") for layer in range(model["num_layers"])}
+    return {"token_ids": tokens, "positions": rows, "logit_rows": rows, **past}

@@ -1,0 +1,30 @@
+"""Which families can be exported: every file of this folder that has a `describe` is one, and its name is the model_type."""
+from importlib import import_module
+from importlib.util import find_spec
+from pkgutil import iter_modules
+
+from edgeattn import exporters
+from edgeattn.exporters.checkpoint import Checkpoint
+from edgeattn.exporters.decoder import Decoder
+
+
+def families() -> list[str]:
+    """The model_types that can be exported."""
+    return sorted(m.name for m in iter_modules(exporters.__path__)
+                  if hasattr(import_module(f"{exporters.__name__}.{m.name}"), "describe"))
+
+
+def read_architecture(source: Checkpoint) -> Decoder:
+    """The decoder that a checkpoint's config describes. ValueError for an unknown model_type or an unsupported feature."""
+    kind, path = source.config.get("model_type"), source.folder / "config.json"
+    name = f"{exporters.__name__}.{kind}"
+    known = isinstance(kind, str) and kind.isidentifier() and find_spec(name) is not None
+    describe = getattr(import_module(name), "describe", None) if known else None
+    if describe is None:
+        raise ValueError(f"{path}: unknown model_type {kind!r}; supported: {families()}")
+    try:
+        return describe(source.config)
+    except KeyError as error:
+        raise ValueError(f"{path}: {error.args[0]!r} is missing") from None
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None

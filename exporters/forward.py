@@ -1,0 +1,58 @@
+"""A checkpoint run in NumPy, straight from its safetensors and apart from our graph: what an export is checked against."""
+from collections.abc import Iterator
+
+import numpy as np
+
+from edgeattn.exporters.checkpoint import Checkpoint
+from edgeattn.exporters.decoder import Decoder
+from edgeattn.exporters.rope import tables
+from edgeattn.reference.cached_attention import cached_attention
+from edgeattn.reference.rms_normalization import rms_normalization
+
+SLAB_BYTES = 8 << 20  # of float32 weights in memory at a time
+
+
+def forward(checkpoint: Checkpoint, decoder: Decoder, tokens: np.ndarray) -> Iterator[tuple[str, np.ndarray]]:
+    """tokens [n] int64 -> (node name, hidden [n, hidden_size]) after every sum into the hidden state, then ("head", logits [n, vocab])."""
+    d, table = decoder, checkpoint.weight("model.embed_tokens.weight", (decoder.vocab_size, decoder.hidden_size))
+    hidden = np.concatenate([table.read(int(t), int(t) + 1) for t in tokens])
+    yield "embedding", hidden
+    for layer in range(d.num_layers):
+        prefix = f"model.layers.{layer}"
+        hidden = hidden + _attention(checkpoint, d, layer, _norm(checkpoint, d, hidden, f"{prefix}.input_layernorm"))
+        yield f"layers.{layer}.attention_add", hidden
+        hidden = hidden + _mlp(checkpoint, d, f"{prefix}.mlp", _norm(checkpoint, d, hidden, f"{prefix}.post_attention_layernorm"))
+        yield f"layers.{layer}.mlp_add", hidden
+    head = "model.embed_tokens" if d.tied else "lm_head"
+    yield "head", _linear(checkpoint, head, _norm(checkpoint, d, hidden, "model.norm"), d.vocab_size, False)
+
+
+def _attention(checkpoint, d, layer, x):
+    prefix, tokens = f"model.layers.{layer}.self_attn", len(x)
+    q, k, v = (_linear(checkpoint, f"{prefix}.{name}_proj", x, heads * d.head_dim, d.qkv_bias)
+               for name, heads in (("q", d.num_heads), ("k", d.kv_heads), ("v", d.kv_heads)))
+    if d.qk_norm:
+        q, k = (_norm(checkpoint, d, part.reshape(tokens, -1, d.head_dim), f"{prefix}.{name}_norm").reshape(tokens, -1)
+                for name, part in (("q", q), ("k", k)))
+    empty = np.zeros((d.kv_heads, 0, d.head_dim), np.float32)
+    out, _, _ = cached_attention(q, k, v, *tables(d.frequencies, tokens), empty, empty, np.arange(tokens), num_heads=d.num_heads,
+                                 kv_heads=d.kv_heads, head_dim=d.head_dim, rotary_dim=d.head_dim, scale=d.head_dim ** -0.5,
+                                 window=d.windows[layer])
+    return _linear(checkpoint, f"{prefix}.o_proj", out, d.hidden_size, d.o_bias)
+
+
+def _mlp(checkpoint, d, prefix, x):
+    gate, up = (_linear(checkpoint, f"{prefix}.{name}_proj", x, d.intermediate_size, d.mlp_bias) for name in ("gate", "up"))
+    with np.errstate(over="ignore"):  # exp of a very negative gate's opposite: the quotient is right, zero
+        return _linear(checkpoint, f"{prefix}.down_proj", gate / (1 + np.exp(-gate)) * up, d.hidden_size, d.mlp_bias)
+
+
+def _norm(checkpoint, d, x, name):
+    return rms_normalization(x, checkpoint.vector(f"{name}.weight", x.shape[-1]), epsilon=d.epsilon)
+
+
+def _linear(checkpoint, name, x, size, biased):
+    weight = checkpoint.weight(f"{name}.weight", (size, x.shape[1]))
+    step = max(SLAB_BYTES // (4 * x.shape[1]), 1)
+    out = np.concatenate([x @ weight.read(start, min(start + step, size)).T for start in range(0, size, step)], axis=1)
+    return out + checkpoint.vector(f"{name}.bias", size) if biased else out
