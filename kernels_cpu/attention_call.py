@@ -8,7 +8,7 @@ Kernels work on segments: 16 tokens of one page, the width of a vector.
 import numpy as np
 from numba import int32, int64, njit
 
-from edgeattn.kernels_cpu.floats import ROWS
+from edgeattn.kernels_cpu.float_tiles import ROWS
 from edgeattn.kernels_cpu.simd import at
 
 ARGS = ("q", "q.stride", "k", "k.stride", "v", "v.stride", "cos", "cos.stride", "sin", "out", "out.stride", "q.rows",

@@ -10,7 +10,8 @@ from edgeattn.kernels_cpu.attention_call import (CACHE_TYPE, CHUNK, DECODE_ROWS,
                                                  OUT, OUT_STRIDE, PAGE_SIZE, PARTIALS, RANGE_PAGES, ROTATED, SCRATCH, SCRATCH_SIZE,
                                                  SELECTED, SELECTED_CAPACITY, SELECTED_COUNTS, SEQUENCES, STARTS, V_POOL,
                                                  first_visible, page_base, rows_of)
-from edgeattn.kernels_cpu.floats import BLOCK, COLUMNS, F, exp_low, is_half, load_block, load_float, load_floats, outer_add_rows
+from edgeattn.kernels_cpu.float_tiles import BLOCK, COLUMNS, load_block, load_floats, outer_add_rows
+from edgeattn.kernels_cpu.floats import F, exp_low, is_half, load_float
 from edgeattn.kernels_cpu.parallel import worker
 from edgeattn.kernels_cpu.simd import at, hmax, hsum, load, prefetch, splat, store, store_tile, vmax, zeros
 

@@ -9,8 +9,8 @@ from numba import float32, njit, uint16
 from edgeattn.kernels_cpu.attention_call import (CACHE_TYPE, GROUP, HEAD_DIM, K_POOL, KEYS, LOWEST_SCORE, NUM_HEADS, OUT, OUT_STRIDE,
                                                  PAGE_SIZE, QUERIES, ROTATED, SCRATCH, SCRATCH_SIZE, V_POOL, first_visible, page_base,
                                                  rows_of)
-from edgeattn.kernels_cpu.floats import (BLOCK, COLUMNS, F, I, ROWS, TILE, exp_low, lane_numbers, load_block, load_float, outer_add,
-                                         outer_add_rows, where_less)
+from edgeattn.kernels_cpu.float_tiles import BLOCK, COLUMNS, ROWS, TILE, load_block, outer_add, outer_add_rows
+from edgeattn.kernels_cpu.floats import F, I, exp_low, lane_numbers, load_float, where_less
 from edgeattn.kernels_cpu.parallel import worker
 from edgeattn.kernels_cpu.simd import at, hmax, hsum, load, load_tile, splat, store, store_tile, vmax, zeros
 

@@ -1,7 +1,6 @@
-"""Float kernels' vector operations beyond simd.py: loads and stores by the array's type, exponentials, float register tiles.
+"""Float kernels' vector operations beyond simd.py: loads and stores by the array's type, ragged ends, exponentials.
 
-The logical vector is F, 16 floats. A register tile is ROWS x COLUMNS of them: large enough to hide the latency of fma, small
-enough for the machine's registers. Arrays of halves hold their bits as uint16.
+The logical vector is F, 16 floats. Arrays of halves hold their bits as uint16.
 """
 import numpy as np
 from llvmlite import ir
@@ -10,11 +9,9 @@ from numba.core import cgutils
 from numba.extending import intrinsic, overload
 
 from edgeattn.kernels_cpu import simd_emit as emit
-from edgeattn.kernels_cpu.simd import Vec, bitcast, convert, f32, fma, i32, load, load_half, load_half_tile, load_tile, splat, store, vmax, vmin
+from edgeattn.kernels_cpu.simd import Vec, bitcast, convert, f32, fma, i32, load, load_half, splat, store, vmax, vmin
 
 F, I, H = f32(16), i32(16), Vec("u16", 16)
-ROWS, COLUMNS = {"avx512": (12, 2), "avxvnni": (6, 1), "avx2": (6, 1), "neon": (6, 1), "plain": (4, 1)}[emit.MACHINE]
-TILE, BLOCK = ROWS * COLUMNS, 16 * COLUMNS  # vectors of a tile, floats across a tile
 LOG2E, LN2_HIGH, LN2_LOW = np.float32(1.4426950408889634), np.float32(0.693359375), np.float32(-2.12194440e-4)
 LOWEST, HIGHEST = np.float32(-87.3365), np.float32(88.7228)  # beyond them e^x is no normal float32
 I64 = ir.IntType(64)
@@ -23,14 +20,6 @@ I64 = ir.IntType(64)
 def _address(context, builder, array_type, array, index):
     data = array if isinstance(array_type, types.CPointer) else context.make_array(array_type)(context, builder, array).data
     return builder.gep(data, [index])
-
-
-def _tile(tile, value, builder):
-    return [builder.extract_value(value, i) for i in range(tile.count)]
-
-
-def _count(literal):
-    return literal.literal_value if isinstance(literal, types.IntegerLiteral) else None
 
 
 # ---- memory -----------------------------------------------------------------------------------------------------
@@ -145,14 +134,25 @@ def store_some(typingctx, array, index, n, value):
     return types.void(array, types.intp, types.intp, value), codegen
 
 
+def scatter_float(array, index, stride, value):
+    """The lanes of F to elements `stride` apart, as float32 or halves."""
+
+
+@overload(scatter_float)
+def _scatter_float(array, index, stride, value):
+    if array.dtype == types.uint16:
+        return lambda array, index, stride, value: _scatter(array, index, stride, to_half(value))
+    return lambda array, index, stride, value: _scatter(array, index, stride, value)
+
+
 @intrinsic
-def prefetch_at(typingctx, address):
-    """Ask for the cache line at a byte address."""
+def _scatter(typingctx, array, index, stride, value):
     def codegen(context, builder, sig, args):
-        pointer = builder.inttoptr(args[0], emit.PTR)
-        emit.call(builder, "llvm.prefetch.p0", ir.VoidType(), pointer, emit.I32(0), emit.I32(3), emit.I32(1))
+        for i in range(value.lanes):
+            at = builder.add(args[1], builder.mul(args[2], I64(i)))
+            builder.store(builder.extract_element(args[3], emit.I32(i)), _address(context, builder, array, args[0], at))
         return context.get_dummy_value()
-    return types.void(types.int64), codegen
+    return types.void(array, types.intp, types.intp, value), codegen
 
 
 @intrinsic
@@ -215,112 +215,3 @@ def exp(x):
     top = splat(F, HIGHEST)
     half = exp_low(vmin(top, x) * np.float32(0.5))  # squared, because 2^128 has no exponent bits
     return where_less(top, x, splat(F, np.float32(np.inf)), half * half)
-
-
-# ---- register tiles: tuples of vectors, row by row -------------------------------------------------------------
-@intrinsic(prefer_literal=True)
-def load_block(typingctx, rows, columns, array, first, row_stride):
-    """A rows x columns tile of F from a float32 array; vectors of a row adjacent."""
-    n_rows, n_columns = _count(rows), _count(columns)
-    tile = types.UniTuple(F, n_rows * n_columns)
-
-    def codegen(context, builder, sig, args):
-        out = []
-        for r in range(n_rows):
-            start = builder.add(args[3], builder.mul(args[4], I64(r)))
-            out += [emit.load(builder, _address(context, builder, array, args[2], builder.add(start, I64(16 * c))), F.ir)
-                    for c in range(n_columns)]
-        return context.make_tuple(builder, tile, out)
-    return tile(rows, columns, array, types.intp, types.intp), codegen
-
-
-def _outer(builder, tile, totals, columns, rows):
-    return [emit.fma(builder, columns[i % len(columns)], rows[i // len(columns)], totals[i]) for i in range(tile.count)]
-
-
-@intrinsic
-def outer_add(typingctx, total, w, array, first):
-    """total[r, c] += w[c] * array[first + r]."""
-    def codegen(context, builder, sig, args):
-        totals, columns = _tile(total, args[0], builder), _tile(w, args[1], builder)
-        rows = emit.broadcasts(builder, _address(context, builder, array, *args[2:]), F.ir, total.count // w.count)
-        return context.make_tuple(builder, total, _outer(builder, total, totals, columns, rows))
-    return total(total, w, array, types.intp), codegen
-
-
-@intrinsic
-def outer_add_rows(typingctx, total, w, array, first, stride):
-    """total[r, c] += w[c] * array[first + r * stride]."""
-    def codegen(context, builder, sig, args):
-        totals, columns = _tile(total, args[0], builder), _tile(w, args[1], builder)
-        rows = []
-        for r in range(total.count // w.count):
-            at = builder.add(args[3], builder.mul(args[4], I64(r)))
-            rows.append(emit.splat(builder, F.ir, builder.load(_address(context, builder, array, args[2], at))))
-        return context.make_tuple(builder, total, _outer(builder, total, totals, columns, rows))
-    return total(total, w, array, types.intp, types.intp), codegen
-
-
-@intrinsic
-def transpose(typingctx, tile):
-    """Square tile of vectors, transposed: n rounds of pairwise interleaving for 2**n vectors."""
-    n = tile.count
-
-    def codegen(context, builder, sig, args):
-        rows, lanes = _tile(tile, args[0], builder), tile.dtype.lanes
-        for _ in range(n.bit_length() - 1):
-            low, high = rows[:n // 2], rows[n // 2:]
-            pairs = [[i // 2 + (lanes if i % 2 else 0) + part for i in range(lanes)] for part in (0, lanes // 2)]
-            rows = [emit.pick(builder, a, b, lanes_of) for a, b in zip(low, high) for lanes_of in pairs]
-        return context.make_tuple(builder, tile, rows)
-    return tile(tile), codegen
-
-
-@intrinsic
-def outer_product(typingctx, total, rows, columns):
-    """total[r, c] += rows[r] * columns[c], lane by lane."""
-    def codegen(context, builder, sig, args):
-        totals, w = _tile(total, args[0], builder), _tile(columns, args[2], builder)
-        x = _tile(rows, args[1], builder)
-        return context.make_tuple(builder, total, _outer(builder, total, totals, w, x))
-    return total(total, rows, columns), codegen
-
-
-def load_floats(count, array, first, stride):
-    """`count` F, `stride` elements apart, from a float32 array or from halves."""
-
-
-@overload(load_floats, prefer_literal=True)
-def _load_floats(count, array, first, stride):
-    if array.dtype == types.uint16:
-        return lambda count, array, first, stride: load_half_tile(F, count, array, first, stride)
-    return lambda count, array, first, stride: load_tile(F, count, array, first, stride)
-
-
-@intrinsic
-def add_tile(typingctx, a, b):
-    def codegen(context, builder, sig, args):
-        pairs = zip(_tile(a, args[0], builder), _tile(a, args[1], builder))
-        return context.make_tuple(builder, a, [builder.fadd(x, y) for x, y in pairs])
-    return a(a, a), codegen
-
-
-def scatter_float(array, index, stride, value):
-    """The lanes of F to elements `stride` apart, as float32 or halves."""
-
-
-@overload(scatter_float)
-def _scatter_float(array, index, stride, value):
-    if array.dtype == types.uint16:
-        return lambda array, index, stride, value: _scatter(array, index, stride, to_half(value))
-    return lambda array, index, stride, value: _scatter(array, index, stride, value)
-
-
-@intrinsic
-def _scatter(typingctx, array, index, stride, value):
-    def codegen(context, builder, sig, args):
-        for i in range(value.lanes):
-            at = builder.add(args[1], builder.mul(args[2], I64(i)))
-            builder.store(builder.extract_element(args[3], emit.I32(i)), _address(context, builder, array, args[0], at))
-        return context.get_dummy_value()
-    return types.void(array, types.intp, types.intp, value), codegen

@@ -33,6 +33,16 @@ def logits(rng, vocab, spread, rounded=False):
     return x.round() if rounded else x
 
 
+def attention(rng, past, tokens, heads=6, kv_heads=2, head_dim=64, rotary_dim=None, window=0, interleaved=0):
+    rotary_dim = rotary_dim or head_dim
+    cos, sin = normal(rng, past + tokens, rotary_dim // 2), normal(rng, past + tokens, rotary_dim // 2)
+    args = (normal(rng, tokens, heads * head_dim), normal(rng, tokens, kv_heads * head_dim), normal(rng, tokens, kv_heads * head_dim),
+            np.clip(cos, -1, 1), np.clip(sin, -1, 1), normal(rng, kv_heads, past, head_dim), normal(rng, kv_heads, past, head_dim),
+            np.arange(past, past + tokens))
+    return args, dict(num_heads=heads, kv_heads=kv_heads, head_dim=head_dim, rotary_dim=rotary_dim, interleaved=interleaved,
+                      scale=head_dim ** -0.5, window=window, layer=0)
+
+
 # One entry an operator: a list of (id, arguments, keywords, tolerance) builders. Cases build their inputs from a Generator.
 CASES = {
     "add": [
@@ -52,6 +62,11 @@ CASES = {
         ("ragged", lambda rng: ((normal(rng, 5, 77), normal(rng, 77)), dict(epsilon=1e-5)), 2e-6),
         ("heads", lambda rng: ((normal(rng, 200, 9, 64), normal(rng, 64)), dict(epsilon=1e-5)), 4e-6),
     ],
+    "cached_attention": [  # float32 sums of up to 1,000 weighted values of size 1; more in test_attention.py
+        (name, lambda rng, o=options: attention(rng, **o), 4e-6) for name, options in (
+            ("decode", dict(past=1000, tokens=1)), ("prefill", dict(past=33, tokens=70)), ("first", dict(past=0, tokens=1)),
+            ("window", dict(past=100, tokens=40, window=50)), ("interleaved", dict(past=5, tokens=9, interleaved=1)),
+            ("partial-rotary", dict(past=5, tokens=9, head_dim=80, rotary_dim=40)))],
     "sample": [
         (name, lambda rng, n=vocab, x=spread, r=rounded, o=options: (
             (logits(rng, n, x, r), rng.integers(0, n, 20)), dict(
