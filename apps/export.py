@@ -27,7 +27,7 @@ def main(args: argparse.Namespace) -> int:
     from edgeattn.exporters.export import export
     with Progress(f"exporting {checkpoint.name} to {args.precision}", patience=0) as progress:
         export(checkpoint, args.output, precision=args.precision, group_size=args.group_size, target=args.target,
-               ctx_size=args.ctx_size, progress=lambda done, total: progress("", done, total))
+               ctx_size=args.ctx_size, progress=progress.exporting)
     print(summary(Path(args.output)))
     print(f"try it: edgeattn chat -m {args.output}", file=sys.stderr)
     return 0
@@ -43,13 +43,14 @@ def summary(folder: Path) -> str:
              f"{terminal.size(weights.bytes)}, context {about['ctx_size']}",
              f"{about['num_layers']} layers, hidden {about['hidden_size']}, {about['num_heads']} heads, {about['kv_heads']} KV heads of "
              f"{about['head_dim']}, vocabulary {about['vocab_size']}"]
-    return "\n".join(lines + verify_lines(config.get("verify") or {}))
+    return "\n".join([*lines, verify_line(config.get("verify") or {})])
 
 
-def verify_lines(report: dict) -> list[str]:
-    """The figures of an export's check against its checkpoint, one a line."""
+def verify_line(report: dict) -> str:
+    """The figures of exporters/check.py for people."""
     if not report:
-        return ["not verified"]
-    def plain(value):
-        return f"{value:.4g}" if isinstance(value, float) else str(value)
-    return [f"verify {name.replace('_', ' ')}: {plain(value)}" for name, value in report.items() if not isinstance(value, (dict, list))]
+        return "not verified"
+    against = report.get("checkpoint_in") or report.get("against")
+    return (f"verified over {report['tokens']} tokens, {report['export_in']} against {against}: rms error {report['rms_error']:.2g} of the "
+            f"logits' standard deviation (largest {report['max_error']:.2g}), top-1 agreement {report['top1']:.0%}, "
+            f"mean KL {report['mean_kl']:.2g}")

@@ -1,6 +1,5 @@
 """edgeattn inspect: what an exported folder holds."""
 import argparse
-import hashlib
 import json
 from pathlib import Path
 
@@ -38,16 +37,12 @@ def main(args: argparse.Namespace) -> int:
 
 def _check(folder, files):
     """Compare every file with its recorded hash; 1 when one differs."""
+    from edgeattn.exporters.check import sha256
     print("\nfiles")
     wrong = 0
     for name, recorded in files.items():
         path = folder / name
-        state = "missing" if not path.is_file() else "ok" if _sha256(path) == recorded else "CHANGED"
+        state = "missing" if not path.is_file() else "ok" if sha256(path) == recorded else "CHANGED"
         wrong += state != "ok"
         print(f"  {name:<28} {state}")
     return 1 if wrong else 0
-
-
-def _sha256(path):
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

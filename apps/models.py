@@ -76,7 +76,7 @@ def _export(checkpoint, folder, precision):
     title = f"exporting {checkpoint.name} to {precision} (once)"
     try:
         with Progress(title, patience=0) as progress:
-            export(checkpoint, part, precision=precision, progress=lambda done, total: progress("", done, total))
+            export(checkpoint, part, precision=precision, progress=progress.exporting)
         if not folder.exists():
             part.rename(folder)
     finally:

@@ -28,6 +28,10 @@ class Progress:
             self._bar, self._task = _bar(self._title)
         self._bar.update(self._task, completed=done, total=total, what=what)
 
+    def exporting(self, done: int, total: int) -> None:
+        """The progress of an export: bytes written; the check that follows takes its time too."""
+        self("" if done < total else "checking against the checkpoint", done, total)
+
     def _say(self):
         if not self._said:
             print(f"{self._title} ...", file=sys.stderr, flush=True)

@@ -201,6 +201,15 @@ def test_inspect_and_its_check(edgeattn, nano_int4, tmp_path):
     assert json.loads(edgeattn("inspect", folder, "--json").stdout)["precision"] == "int4"
 
 
+def test_verify_tells_figures_and_differences(edgeattn, nano_int4, tmp_path):
+    assert "against onnxruntime: rms error" in edgeattn("verify", nano_int4).stdout
+    folder = shutil.copytree(nano_int4, tmp_path / "copy")
+    (folder / "generation_config.json").write_text("{}")
+    bad = edgeattn("verify", folder)
+    assert bad.returncode == 1 and bad.stdout == "" and "generation_config.json: missing or changed" in bad.stderr
+    assert "/no/such: no such folder" in edgeattn.fails("verify", nano_int4, "--checkpoint", "/no/such")
+
+
 def test_doctor_finds_what_is_missing(edgeattn, monkeypatch):
     good = edgeattn("doctor")
     assert good.returncode == 0
