@@ -14,9 +14,9 @@ SEED = 1  # of the random tokens: every run computes the same ones
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("-p", "--n-prompt", type=options.numbers(0), default=[512], metavar="N[,N]", help="prompt lengths; 0 for none (512)")
-    parser.add_argument("-n", "--n-gen", type=options.numbers(0), default=[128], metavar="N[,N]", help="tokens to generate; 0 for none (128)")
-    parser.add_argument("-d", "--n-depth", type=options.numbers(0), default=[0], metavar="N[,N]", help="tokens in the cache before a test (0)")
+    for flag, name, default, text in (("-p", "--n-prompt", 512, "prompt lengths; 0 for none"), ("-n", "--n-gen", 128, "tokens to generate; 0 for none"),
+                                      ("-d", "--n-depth", 0, "tokens in the cache before a test")):
+        parser.add_argument(flag, name, type=options.numbers(0), default=[default], metavar="N[,N]", help=f"{text} ({default})")
     parser.add_argument("-r", "--repetitions", type=options.whole(1), default=5, metavar="N", help="times each test runs (5)")
     parser.add_argument("-o", "--output", choices=FORMATS, default="md", help="format of the rows (md)")
     options.add_model(parser)
@@ -30,9 +30,10 @@ def main(args: argparse.Namespace) -> int:
     from edgeattn.apps import models
     from edgeattn.runtime import read_config
     allowed = read_config(models.exported(args.model, args.precision))["model"]["ctx_size"]
-    if longest > min(args.ctx_size or allowed, allowed):
+    allowed = min(args.ctx_size or allowed, allowed)
+    if longest > allowed:
         raise ValueError(f"depth {max(args.n_depth)} and {longest - max(args.n_depth)} tokens need a context of {longest}, "
-                         f"there are {min(args.ctx_size or allowed, allowed)}; lower -d, -p or -n{', or raise -c' if args.ctx_size else ''}")
+                         f"there are {allowed}; lower -d, -p or -n{', or raise -c' if args.ctx_size else ''}")
     model, _ = models.load(args, ctx_size=args.ctx_size or longest)
     bench, report = Bench(model, args.repetitions), make_report(args.output, sys.stdout)
     for depth in args.n_depth:
@@ -108,7 +109,8 @@ class Bench:
         model, weights = self._model, self._weights
         rates = [n / run.seconds for run in runs]
         row = Row(model=f"{model.config['architecture']} {model.config['precision']}", size_bytes=weights.bytes, params=weights.params,
-                  threads=model.threads, kv_type=model.cache.kv_type, ubatch=model.ubatch, test=_name(kind, n, depth), repetitions=len(runs),
+                  threads=model.threads, kv_type=model.cache.kv_type, ubatch=model.ubatch, test=_name(kind, n, depth),
+                  repetitions=len(runs),
                   tokens_per_second=statistics.mean(rates), deviation=statistics.stdev(rates) if len(rates) > 1 else 0.0,
                   peak_rss_bytes=_peak_rss(), kv_bytes=max(run.kv_bytes for run in runs), weight_bytes_per_token=weights.token_bytes,
                   read_bandwidth=self._bandwidth)

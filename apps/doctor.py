@@ -105,6 +105,6 @@ def _threading_layer():
     try:
         layer = numba.threading_layer()
     except ValueError:
-        return None, f"MISSING: no threading layer starts; {sys.executable} -m pip install tbb, or install libgomp with the system's packages"
-    slow = "slow (a parallel step costs 50 us instead of 2): install OpenMP, on Debian `apt install libgomp1`, on macOS `brew install libomp`"
+        return None, f"MISSING: no threading layer starts; {sys.executable} -m pip install tbb, or the system's libgomp"
+    slow = "slow (50 us a parallel step instead of 2): install OpenMP, on Debian `apt install libgomp1`, on macOS `brew install libomp`"
     return layer, slow if layer == "workqueue" else None

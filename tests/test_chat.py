@@ -41,7 +41,8 @@ def test_prompt_must_fit(edgeattn, nano_int4):
 
 
 def test_piped_chat_prints_only_answers(edgeattn, nano_int4):
-    done = edgeattn("chat", "-m", nano_int4, "--temp", 0, "-n", 12, "-c", 512, stdin="hi\n\n/stats\n/clear\nhi\n/help\n/nope\n/exit\nnever\n")
+    lines = "hi\n\n/stats\n/clear\nhi\n/help\n/nope\n/exit\nnever\n"
+    done = edgeattn("chat", "-m", nano_int4, "--temp", 0, "-n", 12, "-c", 512, stdin=lines)
     first, second = done.stdout.splitlines()
     assert done.returncode == 0 and first == second != ""
     for text in ("context", "forgotten", "/clear", "no command /nope"):

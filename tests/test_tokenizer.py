@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tokenizers import AddedToken, Tokenizer as Backend, decoders, models, normalizers, pre_tokenizers, processors
+from tokenizers import AddedToken, Tokenizer as Backend, decoders, models, normalizers, processors
 
 from edgeattn.tokenizer import Tokenizer
 
