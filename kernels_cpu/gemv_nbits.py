@@ -17,22 +17,75 @@ SHAPES = {  # (lanes, streams) for 1 token and for FEW: what fits the registers
 }[MACHINE]
 
 
-def build_put(lanes):
-    """put(tile, at, out, to, n, extra, extra_at): a vector of results at tile[at] to out[to], or its first n when n < lanes, plus
-    `extra` (bias, or what is in out) when its index is not negative."""
+def _build_put(lanes):
+    """put(tile, at, out, to, n, bias, bias_at): a vector of results at tile[at] to out[to], or its first n when n < lanes, plus the bias
+    when its index is not negative."""
     F = f32(lanes)
 
     @njit(nogil=True, error_model="numpy")
-    def put(tile, at, out, to, n, extra, extra_at):
+    def put(tile, at, out, to, n, bias, bias_at):
         if n >= lanes:
             value = load(F, tile, at)
-            if extra_at >= 0:
-                value += load(F, extra, extra_at)
+            if bias_at >= 0:
+                value += load(F, bias, bias_at)
             store(out, to, value)
         else:
             for i in range(n):
-                out[to + i] = tile[at + i] + extra[extra_at + i] if extra_at >= 0 else tile[at + i]
+                out[to + i] = tile[at + i] + bias[bias_at + i] if bias_at >= 0 else tile[at + i]
     return put
+
+
+def _build_dots(rows, streams, bits):
+    """dots(acc, codes, at, gap, a, first, size): acc plus the products of one block of `size`, whose codes start at `at` (the second
+    stream's `gap` later) and activations at a[first]."""
+    @njit(nogil=True, error_model="numpy", forceinline=True)
+    def fetch(codes, at, gap, lines):
+        for line in range(lines):
+            for s in range(streams):
+                prefetch(codes, at + s * gap + 64 * line + AHEAD)
+
+    @njit(nogil=True, error_model="numpy", forceinline=True)
+    def dots4(acc, codes, at, gap, a, first, size):
+        odds = first + size // 2 * rows
+        for q in range(size // 32):  # once for blocks of 32; for those of 16 below
+            fetch(codes, at + 256 * q, gap, 4)
+            acc = packed_dots(acc, streams, 4, codes, at + 256 * q, gap, a, first + 16 * rows * q, odds + 16 * rows * q)
+        if size == 16:
+            fetch(codes, at, gap, 2)
+            acc = packed_dots(acc, streams, 2, codes, at, gap, a, first, odds)
+        return acc
+
+    @njit(nogil=True, error_model="numpy", forceinline=True)
+    def dots8(acc, codes, at, gap, a, first, size):
+        for q in range(size // 16):
+            fetch(codes, at + 256 * q, gap, 4)
+            acc = byte_dots(acc, streams, 4, codes, at + 256 * q, gap, a, first + 16 * rows * q)
+        return acc
+    return dots4 if bits == 4 else dots8
+
+
+def _build_outputs(rows, lanes, streams, bits):
+    F, I = f32(lanes), i32(lanes)
+    count, step_k, zero, dots = rows * streams, 32 // bits, np.float32(1 << (bits - 1)), _build_dots(rows, streams, bits)
+
+    @njit(nogil=True, error_model="numpy")
+    def outputs(weights, activations, size, blocks, has_zeros, panel, gap, part):
+        """`lanes` outputs, from `part` on, of `panel` (and of `panel + gap`): a tile of rows x streams."""
+        codes, scales, zero_points = weights
+        a, a_scales, starts, sums = activations
+        total, block_bytes = zeros(F, count), size // step_k * 64
+        for b in range(blocks):
+            block, apart = panel * blocks + b, gap * blocks
+            acc = broadcast_rows(I, rows, streams, starts, b * rows)
+            acc = dots(acc, codes, block * block_bytes + 4 * part, apart * block_bytes, a, b * size * rows, size)
+            for s in range(streams):
+                prefetch(scales, (block + s * apart) * 16 + AHEAD // 16)
+            scale = load_half_tile(F, streams, scales, block * 16 + part, apart * 16)
+            total = outer_fma(total, acc, scale, a_scales, b * rows)
+            if has_zeros:
+                total = outer_add(total, zero_scales(scale, zero_points, block * 16 + part, apart * 16, zero), sums, b * rows)
+        return total
+    return outputs
 
 
 def build(rows, lanes, streams, bits):
@@ -41,52 +94,7 @@ def build(rows, lanes, streams, bits):
     weights (codes, scales, zero points); activations (codes, scales, starts, sums); tile is scratch; sizes (block size, blocks,
     first panel, last panel + 1, tokens, N, elements from one row of out to the next); flags (has zero points, has bias).
     """
-    F, I = f32(lanes), i32(lanes)
-    count, packed = rows * streams, 32 if bits == 4 else 16  # K of four steps
-    zero, put = np.float32(8 if bits == 4 else 128), build_put(lanes)
-
-    @njit(nogil=True, error_model="numpy", forceinline=True)
-    def dots4(acc, codes, at, gap, a, first, quads, size):
-        odds = first + size // 2 * rows
-        for q in range(quads):
-            for line in range(4):
-                for s in range(streams):
-                    prefetch(codes, at + s * gap + 256 * q + 64 * line + AHEAD)
-            acc = packed_dots(acc, streams, 4, codes, at + 256 * q, gap, a, first + 16 * rows * q, odds + 16 * rows * q)
-        if size == 16:
-            for s in range(streams):
-                prefetch(codes, at + s * gap + AHEAD)
-                prefetch(codes, at + s * gap + AHEAD + 64)
-            acc = packed_dots(acc, streams, 2, codes, at, gap, a, first, odds)
-        return acc
-
-    @njit(nogil=True, error_model="numpy", forceinline=True)
-    def dots8(acc, codes, at, gap, a, first, quads, size):
-        for q in range(quads):
-            for line in range(4):
-                for s in range(streams):
-                    prefetch(codes, at + s * gap + 256 * q + 64 * line + AHEAD)
-            acc = byte_dots(acc, streams, 4, codes, at + 256 * q, gap, a, first + 16 * rows * q)
-        return acc
-    dots = dots4 if bits == 4 else dots8
-
-    @njit(nogil=True, error_model="numpy")
-    def outputs(weights, activations, size, blocks, has_zeros, panel, gap, part):
-        """`lanes` outputs, from `part` on, of `panel` (and of `panel + gap`): a tile of rows x streams."""
-        codes, scales, zero_points = weights
-        a, a_scales, starts, sums = activations
-        total, block_bytes = zeros(F, count), size * 256 // packed
-        for b in range(blocks):
-            block, apart = panel * blocks + b, gap * blocks
-            acc = broadcast_rows(I, rows, streams, starts, b * rows)
-            acc = dots(acc, codes, block * block_bytes + 4 * part, apart * block_bytes, a, b * size * rows, size // packed, size)
-            for s in range(streams):
-                prefetch(scales, (block + s * apart) * 16 + AHEAD // 16)
-            scale = load_half_tile(F, streams, scales, block * 16 + part, apart * 16)
-            total = outer_fma(total, acc, scale, a_scales, b * rows)
-            if has_zeros:
-                total = outer_add(total, zero_scales(scale, zero_points, block * 16 + part, apart * 16, zero), sums, b * rows)
-        return total
+    outputs, put = _build_outputs(rows, lanes, streams, bits), _build_put(lanes)
 
     @njit(nogil=True, error_model="numpy")
     def gemv(weights, activations, bias, out, tile, sizes, flags):
