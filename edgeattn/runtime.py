@@ -36,10 +36,10 @@ class Model:
         self.vocab_size = about["vocab_size"]
         self.ctx_size = min(ctx_size or about["ctx_size"], about["ctx_size"])
         self.ubatch = min(ubatch or defaults["ubatch"], self.ctx_size)
-        recorded = min(defaults["threads"], numba.config.NUMBA_NUM_THREADS)  # a device's default may ask for more than this machine has
-        self.threads = threads or recorded or psutil.cpu_count(logical=False) or 1
-        if not 1 <= self.threads <= numba.config.NUMBA_NUM_THREADS:
-            raise ValueError(f"threads must be 1 to {numba.config.NUMBA_NUM_THREADS} (this machine's cores), got {self.threads}")
+        most = numba.config.NUMBA_NUM_THREADS
+        self.threads = threads or min(defaults["threads"] or psutil.cpu_count(logical=False) or 1, most)
+        if not 1 <= self.threads <= most:
+            raise ValueError(f"threads must be 1 to {most} (this machine's cores), got {self.threads}")
         numba.set_num_threads(self.threads)
         self.cache = KVCache(about["num_layers"], about["kv_heads"], about["head_dim"], self.ctx_size, kv_type or defaults["kv_type"])
         self._max_rows = max(1, min(self.ubatch, LOGITS_BYTES // (4 * self.vocab_size)))
