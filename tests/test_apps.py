@@ -126,8 +126,17 @@ def test_checkpoint_is_exported_once_and_again_when_it_changes(tmp_path, monkeyp
     assert folder.parent == tmp_path / "cache/edgeattn/models" and folder.name.startswith("mine-fp16-")
     assert models.exported(str(checkpoint), "fp16") == folder and (folder / "edgeattn.json").stat().st_mtime_ns == stamp
     os.utime(checkpoint / "model.safetensors")
+
+    def quick(source, target, precision, progress):
+        target.mkdir()
+        if precision == "int8":
+            raise ValueError("disk on fire")
+        (target / "edgeattn.json").touch()
+    monkeypatch.setattr("edgeattn.exporters.export.export", quick)
     again = models.exported(str(checkpoint), "fp16")
-    assert again != folder and [p.name for p in again.parent.iterdir()] == [again.name]
+    with pytest.raises(ValueError, match="on fire"):
+        models.exported(str(checkpoint), "int8")
+    assert again != folder and [p.name for p in again.parent.iterdir()] == [again.name]  # neither the old nor the failed one
     assert models.exported(str(again)) == again
 
 
