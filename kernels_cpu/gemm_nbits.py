@@ -6,14 +6,21 @@ then sweeps every token over them in register tiles of ROWS tokens.
 import numpy as np
 from numba import njit
 
+from edgeattn.kernels_cpu import LEVEL
 from edgeattn.kernels_cpu.gemv_nbits import AHEAD
-from edgeattn.kernels_cpu.simd import (MACHINE, broadcast_rows, codes8, f32, i32, load, load_half_tile, load_rows, load_tile, outer_add, outer_dot, outer_dot8,
-                                       outer_fma, prefetch, store, store_tile, u8, zero_scales)
+from edgeattn.kernels_cpu.simd import MACHINE, codes8, f32, i32, load, load_half_tile, load_tile, prefetch, store, u8, zero_scales
+
+if LEVEL == "i8mm":
+    from edgeattn.kernels_cpu.simd_pairs import broadcast_rows, load_rows, outer_add, outer_dot, outer_fma, store_steps, store_tile
+    outer_dot8 = outer_dot
+else:
+    from edgeattn.kernels_cpu.simd import broadcast_rows, load_rows, outer_add, outer_dot, outer_dot8, outer_fma, store_steps, store_tile
 
 ROWS = 6      # tokens of a register tile
 SLICE = 1024  # K unpacked at a time, at least a block
 LANES, COLUMNS = {"avx512": (16, 2), "avxvnni": (8, 1), "avx2": (8, 1), "neon": (8, 1), "plain": (4, 1)}[MACHINE]
-F, F16, I, U, U64 = f32(LANES), f32(16), i32(LANES), u8(4 * LANES), u8(64)
+STEPS = 2 if LEVEL == "i8mm" else 1  # of 4 K, that one dot product takes
+F, F16, I, U, U64 = f32(LANES), f32(16), i32(LANES), u8(4 * LANES * STEPS), u8(64)
 SPAN = LANES * COLUMNS
 
 
@@ -28,15 +35,16 @@ def unpack(codes, scales, zero_points, has_zeros, bits, source, blocks, size, co
         store(ws, to, scale[0])
         if has_zeros:
             store(wz, to, zero_scales(scale, zero_points, (source + b) * 16, 0, zero)[0])
-        for s in range(packed):
+        for s in range(0, packed, 2):
             at, to = ((source + b) * packed + s) * 64, ((b * steps + s) * COLUMNS + column) * 64
             prefetch(codes, at + AHEAD)
-            v = load(U64, codes, at)
+            prefetch(codes, at + AHEAD + 64)
+            u, v = load(U64, codes, at), load(U64, codes, at + 64)
             if bits == 4:
-                store(w, to, v & 15)
-                store(w, to + packed * COLUMNS * 64, v >> 4)
+                store_steps(w, to, COLUMNS * 64, u & 15, v & 15)
+                store_steps(w, to + packed * COLUMNS * 64, COLUMNS * 64, u >> 4, v >> 4)
             else:
-                store(w, to, codes8(v))
+                store_steps(w, to, COLUMNS * 64, codes8(u), codes8(v))
 
 
 def _build(dot):
@@ -50,8 +58,8 @@ def _build(dot):
         for b in range(blocks):
             row = (unit + b) * ROWS
             acc = broadcast_rows(I, ROWS, COLUMNS, starts, row)
-            for s in range(steps):  # a run-time count: unrolled by LLVM this loop spills
-                v = load_tile(U, COLUMNS, w, (b * steps + s) * 64 * COLUMNS + 4 * part, 64)
+            for s in range(0, steps, STEPS):  # a run-time count: unrolled by LLVM this loop spills
+                v = load_tile(U, COLUMNS, w, (b * steps + s) * 64 * COLUMNS + 4 * STEPS * part, 64)
                 acc = dot(acc, v, a, (row * steps + s * ROWS) * 4)
             total = outer_fma(total, acc, load_tile(F, COLUMNS, ws, b * 16 * COLUMNS + part, 16), a_scales, row)
             if has_zeros:

@@ -2,7 +2,7 @@
 import numpy as np
 from numba import carray, cfunc, float32, int8, int32, njit, uint8, uint16
 
-from edgeattn.kernels_cpu.gemm_nbits import COLUMNS, ROWS, SLICE, gemm_strip
+from edgeattn.kernels_cpu.gemm_nbits import COLUMNS, ROWS, SLICE, STEPS, gemm_strip
 from edgeattn.kernels_cpu.gemv_nbits import FEW, gemv_1_4, gemv_1_8, gemv_few_4, gemv_few_8
 from edgeattn.kernels_cpu.parallel import call_worker, parallel, worker
 from edgeattn.kernels_cpu.quantise import MAX_BLOCK, clear_row, quantise_row
@@ -23,22 +23,13 @@ def matmul_nbits(x, codes, scales, zero_points=None, bias=None, *, bits, block_s
 
 
 def workspace_bytes(tensors, attributes, rows, threads) -> int:
-    """Scratch of the threads, then quantised activations."""
-    units = _units.py_func(rows, attributes["K"], attributes["block_size"])
-    return STRIP_BYTES * threads + units * (attributes["block_size"] + 12) + 4 * 64
+    """Quantised activations, then scratch of the threads."""
+    return _activation_bytes.py_func(rows, attributes["K"], attributes["block_size"])[-1] + STRIP_BYTES * threads
 
 
 # A thread's scratch: unpacked codes, their scales, their scaled zero points, a tile of results, a block of activations twice.
 W_BYTES, WS_BYTES = SLICE * 16 * COLUMNS, SLICE // 16 * 16 * COLUMNS * 4
 STRIP_BYTES = W_BYTES + 2 * WS_BYTES + TILE_FLOATS * 4 + MAX_BLOCK * 4 + MAX_BLOCK
-
-
-@njit(nogil=True, error_model="numpy")
-def _scratch(a, thread):
-    """Addresses of a thread's w, ws, wz, tile, floats, bytes."""
-    w = a[WORKSPACE] + STRIP_BYTES * thread
-    tile = w + W_BYTES + 2 * WS_BYTES
-    return w, w + W_BYTES, w + W_BYTES + WS_BYTES, tile, tile + 4 * TILE_FLOATS, tile + 4 * TILE_FLOATS + 4 * MAX_BLOCK
 
 
 @njit(nogil=True, error_model="numpy")
@@ -48,19 +39,27 @@ def _depth(size):
 
 
 @njit(nogil=True, error_model="numpy")
-def _units(tokens, k, size):
-    """Blocks of activations, the tokens padded to whole tiles."""
-    return (tokens + ROWS - 1) // ROWS * ROWS * ((k + size - 1) // size)
+def _activation_bytes(tokens, k, size):
+    """Where in the workspace the scales, starts and sums of quantised activations begin (their codes do at 0), and the end."""
+    units = (tokens + ROWS - 1) // ROWS * ROWS * ((k + size - 1) // size)  # blocks, the tokens padded to whole tiles
+    codes, floats = (units * size + 63) // 64 * 64, (units * 4 + 63) // 64 * 64
+    return codes, codes + floats, codes + 2 * floats, codes + 3 * floats
 
 
 @njit(nogil=True, error_model="numpy")
 def _activations(a, tokens):
     """The quantised activations in the workspace: codes, scales, starts, sums (see quantise_row)."""
-    n = _units(tokens, a[K], a[BLOCK_SIZE])
-    codes = a[WORKSPACE] + STRIP_BYTES * thread_count()
-    scales = codes + (n * a[BLOCK_SIZE] + 63) // 64 * 64
-    floats = (n * 4 + 63) // 64 * 64
-    return at(int8, codes), at(float32, scales), at(int32, scales + floats), at(float32, scales + 2 * floats)
+    scales, starts, sums, _ = _activation_bytes(tokens, a[K], a[BLOCK_SIZE])
+    base = a[WORKSPACE]
+    return at(int8, base), at(float32, base + scales), at(int32, base + starts), at(float32, base + sums)
+
+
+@njit(nogil=True, error_model="numpy")
+def _scratch(a, tokens, thread):
+    """Addresses of a thread's w, ws, wz, tile, floats, bytes."""
+    w = a[WORKSPACE] + _activation_bytes(tokens, a[K], a[BLOCK_SIZE])[3] + STRIP_BYTES * thread
+    tile = w + W_BYTES + 2 * WS_BYTES
+    return w, w + W_BYTES, w + W_BYTES + WS_BYTES, tile, tile + 4 * TILE_FLOATS, tile + 4 * TILE_FLOATS + 4 * MAX_BLOCK
 
 
 @njit(nogil=True, error_model="numpy")
@@ -72,14 +71,14 @@ def _weights(a):
 def quantise(a, tokens, depth, group, thread):
     """Tile `group` of activations; `depth` blocks to a slice of K."""
     k, size, tile = a[K], a[BLOCK_SIZE], 1 if tokens == 1 else FEW if tokens <= FEW else ROWS
-    codes, scales, starts, sums = _activations(a, tokens)
-    _, _, _, _, floats, bytes_ = _scratch(a, thread)
-    groups = (tokens + tile - 1) // tile
+    _, scales, starts, sums = _activations(a, tokens)
+    _, _, _, _, floats, bytes_ = _scratch(a, tokens, thread)
+    groups, together = (tokens + tile - 1) // tile, STEPS if tile == ROWS else 1
     for row in range(tile):
         token = group * tile + row
         if token < tokens:
-            quantise_row(at(float32, a[X]), token * a[X_STRIDE], k, size, a[BITS], at(int32, a[WORKSPACE] + STRIP_BYTES * thread_count()),
-                         scales, starts, sums, tile, group, groups, row, depth, at(float32, floats), at(int8, bytes_), at(int32, bytes_))
+            quantise_row(at(float32, a[X]), token * a[X_STRIDE], k, size, a[BITS], at(int32, a[WORKSPACE]),
+                         scales, starts, sums, tile, together, group, groups, row, depth, at(float32, floats), at(int8, bytes_), at(int32, bytes_))
         else:
             clear_row(k, size, scales, sums, tile, group, groups, row, depth)
 
@@ -88,7 +87,7 @@ def quantise(a, tokens, depth, group, thread):
 def gemv(a, tokens, parts, part, thread):
     """One of `parts` shares of the panels, for up to FEW tokens."""
     weights, activations = _weights(a), _activations(a, tokens)
-    out, bias, tile = at(float32, a[OUT]), at(float32, a[BIAS]), at(float32, _scratch(a, thread)[3])
+    out, bias, tile = at(float32, a[OUT]), at(float32, a[BIAS]), at(float32, _scratch(a, tokens, thread)[3])
     panels, blocks = (a[N] + 15) // 16, (a[K] + a[BLOCK_SIZE] - 1) // a[BLOCK_SIZE]
     sizes = (a[BLOCK_SIZE], blocks, panels * part // parts, panels * (part + 1) // parts, tokens, a[N], a[OUT_STRIDE])
     flags = (a[ZERO_POINTS] != 0, a[BIAS] != 0)
@@ -106,7 +105,7 @@ def gemv(a, tokens, parts, part, thread):
 def gemm(a, tokens, first, strip, thread):
     """One strip of outputs of all tokens, for the slice of K that starts with block `first`."""
     blocks = (a[K] + a[BLOCK_SIZE] - 1) // a[BLOCK_SIZE]
-    w, ws, wz, tile, floats, _ = _scratch(a, thread)
+    w, ws, wz, tile, floats, _ = _scratch(a, tokens, thread)
     scratch = at(uint8, w), at(float32, ws), at(float32, wz), at(float32, tile), at(float32, floats)
     sizes = (a[BLOCK_SIZE], blocks, first, min(_depth(a[BLOCK_SIZE]), blocks - first), tokens, a[N], a[OUT_STRIDE])
     gemm_strip(_weights(a), _activations(a, tokens), at(float32, a[BIAS]), at(float32, a[OUT]), scratch, strip, a[BITS], sizes,

@@ -35,8 +35,8 @@ def quantise_block(x, at, size, bits, codes):
 
 
 @njit(nogil=True, error_model="numpy")
-def quantise_row(x, at, k, size, bits, codes, scales, starts, sums, tile, group, groups, row, depth, floats, bytes_, words):
-    """The row of k floats from x[at] on into row `row` of tile `group`, `tile` rows each interleaved by 4 bytes.
+def quantise_row(x, at, k, size, bits, codes, scales, starts, sums, tile, together, group, groups, row, depth, floats, bytes_, words):
+    """The row of k floats from x[at] on into row `row` of tile `group`: `tile` rows, interleaved by `together` steps of 4 bytes.
 
     K lies in slices of `depth` blocks, a slice after all groups of the one before: codes int32 [slice, group, block, step, row].
     Per [slice, group, block, row]: scales; starts = BIAS - zero * sum(codes), where accumulators start; sums = -scale * sum.
@@ -55,7 +55,7 @@ def quantise_row(x, at, k, size, bits, codes, scales, starts, sums, tile, group,
         slice_ = b // depth * depth
         to = slice_ * groups + group * min(depth, blocks - slice_) + b - slice_
         for s in range(steps):
-            codes[(to * steps + s) * tile + row] = words[s]
+            codes[(to * steps + s - s % together) * tile + row * together + s % together] = words[s]
         to = to * tile + row
         scales[to] = scale
         starts[to] = BIAS - np.int32(zero) * total
