@@ -32,7 +32,7 @@ class Graph:
     """Collects nodes, inputs and initializers; nothing is read or written before `write`."""
 
     def __init__(self):
-        self.nodes, self.inputs, self.outputs = [], [], []
+        self.nodes, self.inputs, self.outputs, self.values = [], [], [], []
         self._small = []    # TensorProtos kept in model.onnx
         self._streams = []  # (specs, slabs): slabs() yields tuples of arrays, one array for each spec
 
@@ -77,7 +77,7 @@ class Graph:
         onnx.save(self._model(tensors, functions), folder / "model.onnx")
 
     def _model(self, tensors, functions):
-        graph = helper.make_graph(self.nodes, "decoder", self.inputs, self.outputs, self._small + tensors)
+        graph = helper.make_graph(self.nodes, "decoder", self.inputs, self.outputs, self._small + tensors, value_info=self.values)
         opsets = [helper.make_opsetid("", OPSET), helper.make_opsetid(DOMAIN, 1), helper.make_opsetid("com.microsoft", 1)]
         return helper.make_model(graph, functions=functions, opset_imports=opsets, ir_version=IR_VERSION, producer_name="edgeattn")
 

@@ -1,10 +1,10 @@
 """How weights are stored: the formats of a precision, and the nodes that read each format."""
 from dataclasses import dataclass, field
 
-import numpy as np
+from onnx import TensorProto
 
 from edgeattn.exporters.checkpoint import Weight, concatenate
-from edgeattn.exporters.graph import Graph, Spec
+from edgeattn.exporters.graph import Graph, Spec, tensor_info
 from edgeattn.exporters.quantise import quantise_blocks
 from edgeattn.ops import PANEL
 from edgeattn.reference.matmul_nbits import pack_panels
@@ -17,6 +17,7 @@ SLAB_BYTES = 4 << 20  # of float32 weights in work at a time
 @dataclass(frozen=True)
 class Table:
     """A weight [N, K] in a graph."""
+    shape: tuple[int, int]
     inputs: list[str]     # the initializers, in the order in which the operators take them
     attributes: dict      # of the operators; empty for plain weights
 
@@ -28,8 +29,12 @@ class Table:
     def project(self, graph: Graph, node: str, x: str, bias: str | None = None, outputs: int | list[str] = 1) -> str:
         """x times the weight, transposed."""
         if self.attributes:
-            return graph.add("matmul_nbits", node, [x, *self.inputs, None, bias], self.attributes, outputs)
-        return graph.add("linear", node, [x, *self.inputs, bias], outputs=outputs)
+            out = graph.add("matmul_nbits", node, [x, *self.inputs, None, bias], self.attributes, outputs)
+        else:
+            out = graph.add("linear", node, [x, *self.inputs, bias], outputs=outputs)
+        if outputs == 1:  # onnx cannot infer a type through MatMulNBits
+            graph.values.append(tensor_info(out, TensorProto.FLOAT, ["tokens", self.shape[0]]))
+        return out
 
 
 @dataclass
@@ -68,7 +73,7 @@ def _plain(graph, name, weight, dtype):
         for start, stop in _slabs(weight):
             yield (weight.read(start, stop).astype(dtype, copy=False),)
     graph.stream([Spec(name, dtype, weight.shape)], slabs)
-    return Table([name], {})
+    return Table(weight.shape, [name], {})
 
 
 def _quantised(graph, name, weight, bits, block_size):
@@ -81,4 +86,4 @@ def _quantised(graph, name, weight, bits, block_size):
             yield pack_panels(codes, scales, bits=bits, block_size=block_size)[:2]
     graph.stream([Spec(name, "uint8", (panels, blocks, block_size * bits // 32, PANEL, 4)),
                   Spec(scale_name, "float16", (panels, blocks, PANEL))], slabs)
-    return Table([name, scale_name], dict(bits=bits, block_size=block_size, K=k, N=n))
+    return Table(weight.shape, [name, scale_name], dict(bits=bits, block_size=block_size, K=k, N=n))

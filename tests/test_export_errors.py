@@ -1,0 +1,155 @@
+"""Exports that must fail: one clear line, and nothing left behind. Memory of one that must not."""
+import json
+import subprocess
+import sys
+
+import pytest
+import tiny
+import torch
+
+from edgeattn.exporters import check
+from edgeattn.exporters.export import export
+from edgeattn.exporters.graph import Graph
+
+
+@pytest.fixture(autouse=True)
+def quick_check(monkeypatch):
+    monkeypatch.setattr(check, "_runtime_logits", check._onnxruntime_logits)
+
+
+@pytest.fixture
+def checkpoint(tmp_path):
+    tiny.save_tiny("llama", tmp_path / "checkpoint")
+    return tmp_path / "checkpoint"
+
+
+def edit_config(folder, **changes):
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, **changes}))
+
+
+def cut(path, size):
+    path.write_bytes(path.read_bytes()[:size])
+
+
+def rename_tensor(folder):
+    path = folder / "model.safetensors"
+    path.write_bytes(path.read_bytes().replace(b"layers.1.mlp.up_proj", b"layers.1.mlp.xx_proj"))
+
+
+BREAK = {
+    "layers.1.mlp.up_proj.weight' is missing": rename_tensor,
+    "truncated": lambda c: cut(c / "model.safetensors", 50_000),
+    "truncated or not": lambda c: cut(c / "model.safetensors", 5),
+    "not a safetensors file": lambda c: (c / "model.safetensors").write_bytes(b"\x10" + bytes(7) + b"not json at all " * 4),
+    "found \\['pytorch_model.bin'\\]": lambda c: (c / "model.safetensors").rename(c / "pytorch_model.bin"),
+    "config.json: not found": lambda c: (c / "config.json").unlink(),
+    "not valid JSON": lambda c: cut(c / "config.json", 50),
+    "unknown model_type 'mixtral'; supported: \\['llama', 'mistral', 'qwen2', 'qwen3'\\]": lambda c: edit_config(c, model_type="mixtral"),
+    "unknown model_type 'graph'": lambda c: edit_config(c, model_type="graph"),
+    "unknown model_type '..": lambda c: edit_config(c, model_type="../evil"),
+    "has shape \\[150, 64\\], config.json asks for \\[151, 64\\]": lambda c: edit_config(c, vocab_size=151),
+    "rope type 'yarn' is not supported": lambda c: edit_config(c, rope_parameters=dict(rope_type="yarn", factor=4.0)),
+    "rope type 'dynamic' is not supported": lambda c: edit_config(c, rope_parameters=None, rope_scaling=dict(type="dynamic", factor=4.0)),
+    "'factor' is missing": lambda c: edit_config(c, rope_parameters=dict(rope_type="linear")),
+    "hidden_act 'gelu' is not supported": lambda c: edit_config(c, hidden_act="gelu"),
+    "already quantised": lambda c: edit_config(c, quantization_config=dict(quant_method="gptq")),
+    "lacks \\['hidden_size'\\]": lambda c: edit_config(c, hidden_size=None),
+}
+
+
+@pytest.mark.parametrize("message", BREAK)
+def test_broken_checkpoint(tmp_path, checkpoint, message):
+    BREAK[message](checkpoint)
+    with pytest.raises(ValueError, match=message) as caught:
+        export(checkpoint, tmp_path / "out")
+    assert "\n" not in str(caught.value)
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint"]
+
+
+def test_missing_shard(tmp_path):
+    tiny.save_tiny("llama", tmp_path / "checkpoint", shard="40KB")
+    sorted((tmp_path / "checkpoint").glob("*.safetensors"))[1].unlink()
+    with pytest.raises(ValueError, match="this shard, named in model.safetensors.index.json, is missing"):
+        export(tmp_path / "checkpoint", tmp_path / "out")
+
+
+@pytest.mark.parametrize("options, message", [
+    (dict(precision="int3"), "unknown precision 'int3'"), (dict(group_size=48), "group size must be one of"),
+    (dict(target="toaster"), "unknown target 'toaster'; choose one of")])
+def test_wrong_option(tmp_path, checkpoint, options, message):
+    with pytest.raises(ValueError, match=message):
+        export(checkpoint, tmp_path / "out", **options)
+    assert not (tmp_path / "out").exists()
+
+
+def test_missing_folder(tmp_path):
+    with pytest.raises(ValueError, match="no such folder"):
+        export(tmp_path / "nowhere", tmp_path / "out")
+
+
+@pytest.mark.parametrize("stop", [KeyboardInterrupt, OSError(28, "No space left on device")])
+def test_interrupted_export_keeps_the_old_one(tmp_path, checkpoint, stop):
+    export(checkpoint, tmp_path / "out", "int8")
+    before = (tmp_path / "out/edgeattn.json").read_bytes()
+
+    def interrupt(done, total):
+        raise stop
+    with pytest.raises(type(stop) if isinstance(stop, Exception) else stop):
+        export(checkpoint, tmp_path / "out", progress=interrupt)
+    assert (tmp_path / "out/edgeattn.json").read_bytes() == before
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint", "out"]
+
+
+def test_replaces_an_export_and_nothing_else(tmp_path, checkpoint):
+    export(checkpoint, tmp_path / "out", "int8")
+    assert export(checkpoint, tmp_path / "out", "fp32")["precision"] == "fp32"
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine/thesis.txt").write_text("keep me")
+    with pytest.raises(ValueError, match="not an earlier export"):
+        export(checkpoint, tmp_path / "mine")
+    assert (tmp_path / "mine/thesis.txt").exists() and not (tmp_path / "out.old").exists()
+
+
+@pytest.mark.parametrize("precision", ["fp32", "int4"])
+def test_failing_check_names_the_layer(tmp_path, checkpoint, monkeypatch, precision):
+    value = Graph.value
+
+    def wrong(graph, name, array):  # a norm of layer 1 goes astray on its way to the graph
+        return value(graph, name, array[::-1] * 3 if name == "model.layers.1.post_attention_layernorm.weight" else array)
+    monkeypatch.setattr(Graph, "value", wrong)
+    with pytest.raises(ValueError, match=r"logits differ .* layers.1.mlp differs \(relative error"):
+        export(checkpoint, tmp_path / "out", precision, 16)
+    assert not (tmp_path / "out").exists()
+
+
+def test_verify(tmp_path, checkpoint):
+    export(checkpoint, tmp_path / "out", "int8")
+    assert check.verify(tmp_path / "out", checkpoint)["rms_error"] < 0.2
+    assert check.verify(tmp_path / "out")["rms_error"] < 1e-6  # the same engine twice here, see quick_check
+    with open(tmp_path / "out/model.onnx.data", "r+b") as file:
+        file.write(b"\x55" * 64)
+    with pytest.raises(ValueError, match="model.onnx.data: missing or changed"):
+        check.verify(tmp_path / "out")
+
+
+MEMORY = """
+import sys
+from edgeattn.exporters import check
+check.TORCH_BYTES, check.MAPPED_BYTES = 0, -1 << 40  # as for a large model
+from edgeattn.exporters.export import export
+export(sys.argv[1], sys.argv[2], sys.argv[3])
+print(*(line.split()[1] for line in open("/proc/self/status") if line.startswith("VmHWM")))  # maxrss would include the parent's
+"""
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc/self/status")
+@pytest.mark.parametrize("precision", ["int4", "fp32"])
+def test_peak_memory(tmp_path, precision):
+    """84 million parameters, 335 MB as float32: three times the largest tensor and what Python itself takes stay below that."""
+    sizes = dict(vocab_size=8192, hidden_size=1024, intermediate_size=4096, num_hidden_layers=4, num_attention_heads=16, head_dim=64)
+    tiny.tiny_model("llama", **sizes).to(torch.bfloat16).save_pretrained(tmp_path / "checkpoint")
+    done = subprocess.run([sys.executable, "-c", MEMORY, tmp_path / "checkpoint", tmp_path / "out", precision], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    largest = 4 * 8192 * 1024
+    assert int(done.stdout) * 1024 < 3 * largest + (100 << 20)
