@@ -29,7 +29,7 @@ def worker(function):
             found = module.globals.get(symbol) or ir.Function(module, ir.FunctionType(ir.VoidType(), []), symbol)
             return builder.ptrtoint(found, ir.IntType(64))
         return types.int64(), codegen
-    address.compiled = compiled  # for tests, which look at its assembly
+    address.compiled = compiled  # keeps the code in memory
     return address
 
 
