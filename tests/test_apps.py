@@ -119,6 +119,12 @@ def test_unescape():
 
 # ---- checkpoints, once ---------------------------------------------------------------------------------------------
 def test_checkpoint_is_exported_once_and_again_when_it_changes(tmp_path, monkeypatch):
+    def quick(source, target, precision, progress):
+        target.mkdir()
+        if precision == "int8":
+            raise ValueError("disk on fire")
+        (target / "edgeattn.json").touch()
+    monkeypatch.setattr("edgeattn.exporters.export.export", quick)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     checkpoint = shutil.copytree(NANO, tmp_path / "mine", ignore=shutil.ignore_patterns("training"))
     folder = models.exported(str(checkpoint), "fp16")
@@ -126,13 +132,6 @@ def test_checkpoint_is_exported_once_and_again_when_it_changes(tmp_path, monkeyp
     assert folder.parent == tmp_path / "cache/edgeattn/models" and folder.name.startswith("mine-fp16-")
     assert models.exported(str(checkpoint), "fp16") == folder and (folder / "edgeattn.json").stat().st_mtime_ns == stamp
     os.utime(checkpoint / "model.safetensors")
-
-    def quick(source, target, precision, progress):
-        target.mkdir()
-        if precision == "int8":
-            raise ValueError("disk on fire")
-        (target / "edgeattn.json").touch()
-    monkeypatch.setattr("edgeattn.exporters.export.export", quick)
     again = models.exported(str(checkpoint), "fp16")
     with pytest.raises(ValueError, match="on fire"):
         models.exported(str(checkpoint), "int8")
