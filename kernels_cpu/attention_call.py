@@ -21,15 +21,14 @@ ARGS = ("q", "q.stride", "k", "k.stride", "v", "v.stride", "cos", "cos.stride", 
  INTERLEAVED, SCALE, WINDOW, POSITIONS, SLOTS, ROW_STARTS, KV_LENGTHS, PAGE_TABLES, PAGE_TABLES_STRIDE, SEQUENCES_INDEX,
  K_POOL, V_POOL, CACHE_TYPE, PAGE_SIZE, SELECTED, SELECTED_COUNTS, SELECTED_CAPACITY, WORKSPACE) = range(len(ARGS))
 (TOKENS, SEQUENCES, THREADS, GROUP, STARTS, ROTATED, KEYS_ROTATED, PARTIALS, SCRATCH, SCRATCH_SIZE, PREFILL_TASKS, TASKS, RANGE_PAGES,
- FIELDS) = range(len(ARGS), len(ARGS) + 14)
+ SEGMENT_SHIFT, FIELDS) = range(len(ARGS), len(ARGS) + 15)
 COUNTER, CALL = 0, 64  # byte offsets in the workspace: the next task; the call
 
 SPLITS = 4           # decode tasks for each thread, so that a late thread costs little
 CHUNK = 512          # tokens that decode scores before it weighs their values
 KEYS = 128           # tokens that prefill scores at once
-QUERIES = 96         # rows (query tokens x heads of a group) that prefill works on at once
+QUERIES = 192        # rows (query tokens x heads of a group) that prefill works on at once
 DECODE_ROWS = 4      # query heads in decode's register tile
-LOWEST_SCORE = np.float32(-3e38)  # finite, so that the difference of two is no NaN
 
 
 def scratch_floats(head_dim: int, group: int) -> int:
@@ -61,6 +60,7 @@ def make_call(a, tokens, sequences, threads):
     heads, kv_heads, depth = a[NUM_HEADS], a[KV_HEADS], a[HEAD_DIM]
     group = heads // kv_heads
     call[TOKENS], call[SEQUENCES], call[THREADS], call[GROUP] = tokens, sequences, threads, group
+    call[SEGMENT_SHIFT] = 0 if a[PAGE_SIZE] == 16 else 1 if a[PAGE_SIZE] == 32 else 2  # 16 tokens each
     call[STARTS] = a[WORKSPACE] + CALL + 8 * FIELDS
     call[ROTATED] = (call[STARTS] + 16 * (max(tokens, sequences) + 8) + 63) // 64 * 64
     call[KEYS_ROTATED] = call[ROTATED] + 4 * (tokens * heads + DECODE_ROWS) * depth

@@ -6,14 +6,15 @@ that come next are prefetched. Ranges of one sequence are merged at the end (fla
 import numpy as np
 from numba import float32, int32, int64, njit, uint16
 
-from edgeattn.kernels_cpu.attention_call import (CACHE_TYPE, CHUNK, DECODE_ROWS, GROUP, HEAD_DIM, K_POOL, KV_HEADS, LOWEST_SCORE, NUM_HEADS,
+from edgeattn.kernels_cpu.attention_call import (CACHE_TYPE, CHUNK, DECODE_ROWS, GROUP, HEAD_DIM, K_POOL, KV_HEADS, NUM_HEADS,
                                                  OUT, OUT_STRIDE, PAGE_SIZE, PARTIALS, RANGE_PAGES, ROTATED, SCRATCH, SCRATCH_SIZE,
-                                                 SELECTED, SELECTED_CAPACITY, SELECTED_COUNTS, SEQUENCES, STARTS, V_POOL,
+                                                 SELECTED, SELECTED_CAPACITY, SELECTED_COUNTS, SEGMENT_SHIFT, SEQUENCES, STARTS, V_POOL,
                                                  first_visible, page_base, rows_of)
+from edgeattn.kernels_cpu.attention_softmax import LOWEST_SCORE, soften
 from edgeattn.kernels_cpu.float_tiles import BLOCK, COLUMNS, load_block, load_floats, outer_add_rows
-from edgeattn.kernels_cpu.floats import F, exp_low, is_half, load_float
+from edgeattn.kernels_cpu.floats import F, is_half, load_float
 from edgeattn.kernels_cpu.parallel import worker
-from edgeattn.kernels_cpu.simd import at, hmax, hsum, load, prefetch, splat, store, store_tile, vmax, zeros
+from edgeattn.kernels_cpu.simd import at, hsum, load, prefetch, splat, store, store_tile, zeros
 
 STRIDE = CHUNK + 16           # of a row of scores
 AHEAD = 2 * BLOCK // 16       # segments prefetched ahead
@@ -42,8 +43,8 @@ def visible_pages(call, sequence, head):
 @njit(nogil=True, error_model="numpy")
 def _segment(call, sequence, head, first, i):
     """(K element, V element, logical token) where segment i of the pages from `first` on starts."""
-    per_page = call[PAGE_SIZE] // 16
-    index, inside = first + i // per_page, i % per_page * 16
+    shift = call[SEGMENT_SHIFT]
+    index, inside = first + (i >> shift), (i & (1 << shift) - 1) * 16
     if call[SELECTED]:
         index = np.int64(at(int32, call[SELECTED])[(sequence * call[KV_HEADS] + head) * call[SELECTED_CAPACITY] + index])
     base = page_base(call, sequence, head, index)
@@ -64,7 +65,7 @@ def _score(q, q_at, depth, k, size, first, second, ahead, ahead_second, scores, 
 
 @njit(nogil=True, error_model="numpy")
 def _weigh(p, p_at, depth, v, base, ahead, count, out, to):
-    """out[DECODE_ROWS heads, all channels] += p times the values of one segment, BLOCK channels at a time."""
+    """out[DECODE_ROWS heads, all channels] += p times the values of `count` tokens of a page, BLOCK channels at a time."""
     whole = depth // BLOCK * BLOCK
     for c in range(0, whole, BLOCK):
         acc = load_block(DECODE_ROWS, COLUMNS, out, to + c, depth)
@@ -93,26 +94,6 @@ def _hide(scores, heads, to, start, low, high):
 
 
 @njit(nogil=True, error_model="numpy")
-def _soften(scores, row, count, tops, sums, head, out, to, depth):
-    """Scores of a head to weights relative to its running maximum; rescales what was summed under the old one."""
-    best = splat(F, np.float32(-np.inf))
-    for i in range(row, row + count, 16):
-        best = vmax(best, load(F, scores, i))
-    top = max(tops[head], hmax(best))
-    shift, factor = splat(F, top), exp_low(splat(F, tops[head] - top))
-    total = load(F, sums, head * 16) * factor
-    for i in range(row, row + count, 16):
-        p = exp_low(load(F, scores, i) - shift)
-        store(scores, i, p)
-        total += p
-    store(sums, head * 16, total)
-    if top > tops[head]:
-        tops[head] = top
-        for c in range(to, to + depth, 16):
-            store(out, c, load(F, out, c) * factor)
-
-
-@njit(nogil=True, error_model="numpy")
 def _score_pair(call, half, row, first, i, end, last, scores, at_score):
     """Scores of segments i ... i + COLUMNS for all query heads of the KV head; `row` is (sequence, KV head, row of q)."""
     sequence, head, q_row = row
@@ -129,14 +110,14 @@ def _score_pair(call, half, row, first, i, end, last, scores, at_score):
 
 
 @njit(nogil=True, error_model="numpy")
-def _weigh_segment(call, half, row, first, i, last, low, high, scores, at_score, out):
-    """Add the weighted values of segment i; values of hidden tokens may never have been written, so they are not read."""
+def _weigh_page(call, half, row, first, i, last, low, high, scores, at_score, out):
+    """Add the weighted values of the page of segment i; values of hidden tokens may never have been written, so they are not read."""
     sequence, head, _ = row
     depth = call[HEAD_DIM]
     _, base, start = _segment(call, sequence, head, first, i)
     ahead = _segment(call, sequence, head, first, min(i + AHEAD, last - 1))[1]
     skip = max(0, low - start)
-    count = min(16, high - start) - skip
+    count = min(call[PAGE_SIZE], high - start) - skip
     for h in range(0, call[GROUP], DECODE_ROWS):
         p = h * STRIDE + at_score + skip
         if half:
@@ -159,9 +140,9 @@ def _chunk(call, row, first, begin, end, last, low, high, scratch):
             _hide(scores, heads, (i - begin + c) * 16, start, low, high if i + c < end else 0)
     count = (end - begin + COLUMNS - 1) // COLUMNS * BLOCK
     for h in range(group):
-        _soften(scores, h * STRIDE, count, tops, sums, h, out, h * depth, depth)
-    for i in range(begin, end):
-        _weigh_segment(call, half, row, first, i, last, low, high, scores, (i - begin) * 16, out)
+        soften(scores, h * STRIDE, h * STRIDE + count, tops, sums, h, out, h * depth, depth)
+    for i in range(begin, end, call[PAGE_SIZE] // 16):
+        _weigh_page(call, half, row, first, i, last, low, high, scores, (i - begin) * 16, out)
 
 
 @njit(nogil=True, error_model="numpy")

@@ -4,15 +4,16 @@ Rows are query tokens x heads of the group, so that K and V are shared. For KEYS
 a scratch, tiles of ROWS rows are scored, softened (online softmax, arXiv 2205.14135) and multiplied with the values.
 """
 import numpy as np
-from numba import float32, njit, uint16
+from numba import float32, njit, uint8, uint16
 
-from edgeattn.kernels_cpu.attention_call import (CACHE_TYPE, GROUP, HEAD_DIM, K_POOL, KEYS, LOWEST_SCORE, NUM_HEADS, OUT, OUT_STRIDE,
+from edgeattn.kernels_cpu.attention_call import (CACHE_TYPE, GROUP, HEAD_DIM, K_POOL, KEYS, NUM_HEADS, OUT, OUT_STRIDE,
                                                  PAGE_SIZE, QUERIES, ROTATED, SCRATCH, SCRATCH_SIZE, V_POOL, first_visible, page_base,
                                                  rows_of)
+from edgeattn.kernels_cpu.attention_softmax import LOWEST_SCORE, soften
 from edgeattn.kernels_cpu.float_tiles import BLOCK, COLUMNS, ROWS, TILE, load_block, outer_add, outer_add_rows
-from edgeattn.kernels_cpu.floats import F, I, exp_low, lane_numbers, load_float, where_less
+from edgeattn.kernels_cpu.floats import F, I, lane_numbers, load_float, where_less
 from edgeattn.kernels_cpu.parallel import worker
-from edgeattn.kernels_cpu.simd import at, hmax, hsum, load, load_tile, splat, store, store_tile, vmax, zeros
+from edgeattn.kernels_cpu.simd import at, hsum, load, load_tile, prefetch, splat, store, store_tile, zeros
 
 STRIDE = KEYS + 16  # of a row of scores
 
@@ -51,6 +52,19 @@ def _copy_pages(call, k, v, sequence, head, first, low, high, keys, values):
 
 
 @njit(nogil=True, error_model="numpy")
+def _prefetch(call, sequence, head, first, high, share, shares):
+    """One of `shares` parts of the pages of the KEYS tokens from `first` on."""
+    width = 2 if call[CACHE_TYPE] else 4
+    page_bytes, pages = call[HEAD_DIM] * call[PAGE_SIZE] * width, KEYS // call[PAGE_SIZE]
+    for part in range(2 * pages * share // shares, 2 * pages * (share + 1) // shares):
+        logical = first // call[PAGE_SIZE] + part // 2
+        if logical * call[PAGE_SIZE] < high:
+            start = call[V_POOL if part & 1 else K_POOL] + page_base(call, sequence, head, logical) * width
+            for line in range(start, start + page_bytes, 64):
+                prefetch(at(uint8, line), 0)
+
+
+@njit(nogil=True, error_model="numpy")
 def _score(keys, first, depth, packed, q_at, scores, to):
     acc = zeros(F, TILE)
     for d in range(depth):
@@ -66,26 +80,6 @@ def _hide(scores, row, begin, end, low, high):
             lanes, hidden = lane_numbers(I) + np.int32(i), splat(F, np.float32(-np.inf))
             x = where_less(lanes, splat(I, np.int32(high)), load(F, scores, row + i), hidden)
             store(scores, row + i, where_less(lanes, splat(I, np.int32(low)), hidden, x))
-
-
-@njit(nogil=True, error_model="numpy")
-def _soften(scores, row, begin, end, tops, sums, index, out, depth):
-    """One row of scores to weights relative to its running maximum; rescales what was summed under the old one."""
-    best = splat(F, np.float32(-np.inf))
-    for i in range(row + begin, row + end, 16):
-        best = vmax(best, load(F, scores, i))
-    top = max(tops[index], hmax(best))
-    shift, factor = splat(F, top), exp_low(splat(F, tops[index] - top))
-    total = load(F, sums, index * 16) * factor
-    for i in range(row + begin, row + end, 16):
-        p = exp_low(load(F, scores, i) - shift)
-        store(scores, i, p)
-        total += p
-    store(sums, index * 16, total)
-    if top > tops[index]:
-        tops[index] = top
-        for c in range(index * depth, (index + 1) * depth, 16):
-            store(out, c, load(F, out, c) * factor)
 
 
 @njit(nogil=True, error_model="numpy")
@@ -119,7 +113,7 @@ def _tile(call, keys, values, packed, scores, out, sums, tops, tile, count, posi
     for row in range(head, tail + 1):
         start, last = (row - head) * STRIDE, position + row // group
         _hide(scores, start, begin, end, first_visible(call, last) - first, last + 1 - first)
-        _soften(scores, start, begin, end, tops, sums, row, out, depth)
+        soften(scores, start + begin, start + end, tops, sums, row, out, row * depth, depth)
     _weigh(scores, low, high, values, depth, out, head * depth)
 
 
@@ -156,6 +150,7 @@ def attend_block(call, sequence, head, block, thread):
             _copy_pages(call, at(float32, call[K_POOL]), at(float32, call[V_POOL]), sequence, head, first, max(low, first),
                         min(high, first + KEYS), keys, values)
         for tile in range(tiles):
+            _prefetch(call, sequence, head, first + KEYS, high, tile, tiles)
             _tile(call, keys, values, packed, scores, out, sums, tops, tile, count, position, first)
     result = at(float32, call[OUT])
     for i in range(count):

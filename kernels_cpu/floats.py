@@ -178,6 +178,16 @@ where_less = _select("<")  # x where a < b, else y
 
 
 @intrinsic
+def any_greater(typingctx, a, b):
+    """Whether a > b in any lane."""
+    def codegen(context, builder, sig, args):
+        lanes = builder.fcmp_ordered(">", *args)
+        bits = builder.bitcast(lanes, ir.IntType(a.lanes))
+        return builder.icmp_unsigned("!=", bits, bits.type(0))
+    return types.boolean(a, a), codegen
+
+
+@intrinsic
 def divide(typingctx, a, b):
     def codegen(context, builder, sig, args):
         return builder.fdiv(*args)
