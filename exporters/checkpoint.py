@@ -78,12 +78,15 @@ class Checkpoint:
 
     def _find(self, name, shape):
         if name not in self.tensors:
-            raise ValueError(f"{self.folder}: tensor {name!r} is missing from the safetensors files; the checkpoint is incomplete or of another architecture")
+            raise ValueError(f"{self.folder}: tensor {name!r} is missing from the safetensors files; the checkpoint is incomplete or "
+                             "of another architecture")
         tensor = self.tensors[name]
         if tensor.shape != tuple(shape):
-            raise ValueError(f"{tensor.path}: {name!r} has shape {list(tensor.shape)}, config.json asks for {list(shape)}; they belong to different models")
+            raise ValueError(f"{tensor.path}: {name!r} has shape {list(tensor.shape)}, config.json asks for {list(shape)}; they belong "
+                             "to different models")
         if tensor.dtype not in ITEM_BYTES:
-            raise ValueError(f"{tensor.path}: {name!r} is stored as {tensor.dtype}; supported: {sorted(ITEM_BYTES)} (not an already quantised checkpoint)")
+            raise ValueError(f"{tensor.path}: {name!r} is stored as {tensor.dtype}; supported: {sorted(ITEM_BYTES)} (not an already "
+                             "quantised checkpoint)")
         return tensor
 
 

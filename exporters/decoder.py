@@ -75,16 +75,20 @@ class _Builder:
     def build(self):
         d, graph = self.decoder, self.graph
         self._declare()
-        table = self.formats.store(graph, "model.embed_tokens.weight", self._weights(("model.embed_tokens",), (d.vocab_size,), d.hidden_size), edge=True)
+        table = self._table("model.embed_tokens")
         hidden = table.embed(graph, "embedding", "token_ids")
         for layer in range(d.num_layers):
             hidden = self._layer(layer, hidden)
         rows = graph.add("Gather", "logit_rows_gather", [hidden, "logit_rows"], {"axis": 0}, domain="")
         last = self._norm("norm", rows, "model.norm.weight", d.hidden_size)
         if not d.tied:
-            table = self.formats.store(graph, "lm_head.weight", self._weights(("lm_head",), (d.vocab_size,), d.hidden_size), edge=True)
+            table = self._table("lm_head")
         table.project(graph, "head", last, outputs=["logits"])
         return graph
+
+    def _table(self, name):
+        d = self.decoder
+        return self.formats.store(self.graph, f"{name}.weight", self._weights((name,), (d.vocab_size,), d.hidden_size), edge=True)
 
     def _declare(self):
         d, graph = self.decoder, self.graph
@@ -127,7 +131,8 @@ class _Builder:
         parts, sizes = (f"{prefix}.gate_proj", f"{prefix}.up_proj"), (d.intermediate_size,) * 2
         x = self._project(f"{node}.gate_up", x, f"{prefix}.gate_up_proj", parts, sizes, d.hidden_size, d.mlp_bias)
         x = self.graph.add("gated_activation", f"{node}.activation", [x], {"activation": "silu"})
-        return self._project(f"{node}.down", x, f"{prefix}.down_proj", (f"{prefix}.down_proj",), (d.hidden_size,), d.intermediate_size, d.mlp_bias)
+        down = f"{prefix}.down_proj"
+        return self._project(f"{node}.down", x, down, (down,), (d.hidden_size,), d.intermediate_size, d.mlp_bias)
 
     def _project(self, node, x, name, parts, sizes, width, biased):
         """A projection; several parts become one, so that one kernel call computes them all."""

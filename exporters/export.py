@@ -39,6 +39,8 @@ def export(checkpoint: str | Path, folder: str | Path, precision: str = "int4", 
     formats = Formats(precision, group_size)
     defaults = target_defaults(target, precision)
     ctx_size = ctx_size or min(decoder.max_position, LONGEST_CTX)
+    if not 1 <= ctx_size <= decoder.max_position:
+        raise ValueError(f"ctx_size must be 1 to {decoder.max_position} (max_position_embeddings of the model), got {ctx_size}")
     _check_replaceable(folder)
     graph = build(decoder, source, formats, ctx_size)
     folder.parent.mkdir(parents=True, exist_ok=True)

@@ -76,7 +76,8 @@ def test_missing_shard(tmp_path):
 
 @pytest.mark.parametrize("options, message", [
     (dict(precision="int3"), "unknown precision 'int3'"), (dict(group_size=48), "group size must be one of"),
-    (dict(target="toaster"), "unknown target 'toaster'; choose one of")])
+    (dict(target="toaster"), "unknown target 'toaster'; choose one of"),
+    (dict(ctx_size=257), "ctx_size must be 1 to 256")])
 def test_wrong_option(tmp_path, checkpoint, options, message):
     with pytest.raises(ValueError, match=message):
         export(checkpoint, tmp_path / "out", **options)
@@ -146,8 +147,8 @@ print(*(line.split()[1] for line in open("/proc/self/status") if line.startswith
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc/self/status")
 @pytest.mark.parametrize("precision", ["int4", "fp32"])
 def test_peak_memory(tmp_path, precision):
-    """84 million parameters, 335 MB as float32: three times the largest tensor and what Python itself takes stay below that."""
-    sizes = dict(vocab_size=8192, hidden_size=1024, intermediate_size=4096, num_hidden_layers=4, num_attention_heads=16, head_dim=64)
+    """67 million parameters, 268 MB as float32: three times the largest tensor and what Python itself takes stay below that."""
+    sizes = dict(vocab_size=8192, hidden_size=1024, intermediate_size=4096, num_hidden_layers=3, num_attention_heads=16, head_dim=64)
     tiny.tiny_model("llama", **sizes).to(torch.bfloat16).save_pretrained(tmp_path / "checkpoint")
     done = subprocess.run([sys.executable, "-c", MEMORY, tmp_path / "checkpoint", tmp_path / "out", precision], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
