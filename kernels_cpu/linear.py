@@ -17,6 +17,7 @@ ARGS = ("x", "x.rows", "x.stride", "weight", "weight.type", "weight.0", "weight.
         "workspace")
 X, TOKENS, X_STRIDE, W, W_TYPE, N, DEPTH, W_STRIDE, BIAS, OUT, OUT_STRIDE, WORKSPACE = range(len(ARGS))
 FEW = 4                         # tokens of one pass over the weight by streams
+STREAMS, FEW_STREAMS = 4, 4 if COLUMNS == 2 else 1  # rows read at once for one token and for FEW: sums in registers
 SLICE = 256                     # of K at a time: float32 sums stay short, which keeps them accurate
 EDGE = max(256, ROWS * BLOCK)   # floats of a thread's scratch for ragged tiles
 SERIAL = 1 << 16                # products that are not worth a parallel region
@@ -62,7 +63,7 @@ def _dot_kernel(tokens, streams):
     return dots
 
 
-_one_token, _few_tokens = _dot_kernel(1, 4), _dot_kernel(FEW, 2)
+_one_token, _few_tokens = _dot_kernel(1, STREAMS), _dot_kernel(FEW, FEW_STREAMS)
 
 
 @njit(nogil=True, error_model="numpy")
@@ -99,7 +100,7 @@ def _by_streams(a, address, tokens):
         for t in range(tokens):
             for k in range(depth):
                 packed[t * depth + k] = x[t * a[X_STRIDE] + k]
-    streams = 4 if tokens == 1 else 2
+    streams = STREAMS if tokens == 1 else FEW_STREAMS
     apart = a[N] // streams
     if a[N] * depth > SERIAL:
         parallel(dot_rows(), address, tokens, apart, apart)
