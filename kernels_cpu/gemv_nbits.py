@@ -10,7 +10,7 @@ from edgeattn.kernels_cpu.simd import (MACHINE, broadcast_rows, byte_dots, f32, 
                                        prefetch, store, store_tile, zero_scales, zeros)
 
 FEW = 4       # tokens of the wider variant
-AHEAD = 4096  # bytes prefetched ahead in each stream
+AHEAD = 3072  # bytes prefetched ahead in each stream
 SHAPES = {  # (lanes, streams) for 1 token and for FEW: what fits the registers
     "avx512": ((16, 2), (16, 1)), "avxvnni": ((16, 1), (8, 1)), "avx2": ((16, 1), (8, 1)), "neon": ((16, 1), (8, 1)),
     "plain": ((8, 1), (4, 1)),
