@@ -1,8 +1,10 @@
 """The kernel tests as an emulated Cortex-A76 (tests/arm64-python), as on a Raspberry Pi 5. In CI, where CI=true, only: minutes."""
 import os
 import platform
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numba
@@ -11,9 +13,12 @@ import pytest
 TESTS = Path(__file__).parent
 ARM = str(TESTS / "arm64-python")
 PACKAGES = [f"numba=={numba.__version__}", "numpy", "pytest"]
+A76, A76_I8MM = "", "ARM64_FEATURES=+neon,+dotprod,+fullfp16,+i8mm "
 PARTS = {  # run side by side, for two cores; what starts further processes cannot be emulated
-    "nbits": [["tests/test_kernels.py", "-k", "nbits"], ["tests/test_nbits.py", "tests/test_simd.py", "-k", "not level and not process and not cache"]],
-    "others": [["tests/test_kernels.py", "-k", "not nbits and not every"]],
+    "nbits": [A76 + "{} tests/test_kernels.py -k nbits",
+              A76 + "{} tests/test_nbits.py tests/test_simd.py -k 'not level and not process and not cache'",
+              A76_I8MM + "{} tests/test_kernels.py tests/test_simd.py -k 'matmul_nbits or instructions'"],
+    "others": [A76 + "{} tests/test_kernels.py -k 'not nbits and not every'"],
 }
 SECONDS = 540
 
@@ -30,16 +35,19 @@ def emulator():
 
 
 def start(part):
-    commands = " && ".join(f"{ARM} -m pytest -q -x -p no:cacheprovider " + " ".join(f"'{word}'" for word in words) for words in PARTS[part])
+    commands = " && ".join(command.format(f"'{ARM}' -m pytest -q -x -p no:cacheprovider") for command in PARTS[part])
     environment = {k: v for k, v in os.environ.items() if not k.startswith(("NUMBA_", "EDGEATTN_", "XDG_"))}
-    return subprocess.Popen(["bash", "-c", commands], cwd=TESTS.parent, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    return subprocess.Popen(["bash", "-c", commands], cwd=TESTS.parent, env=environment, text=True, stdout=subprocess.PIPE,
+                            stderr=subprocess.STDOUT, start_new_session=True)
 
 
 def test_kernels_as_cortex_a76(emulator):
-    running = {part: start(part) for part in PARTS}
-    for part, process in running.items():
-        try:
-            output, _ = process.communicate(timeout=SECONDS)
-        finally:
-            process.kill()
-        assert process.returncode == 0, f"{part}: {output[-3000:]}"
+    running, end = {part: start(part) for part in PARTS}, time.monotonic() + SECONDS
+    try:
+        for part, process in running.items():
+            output, _ = process.communicate(timeout=max(1, end - time.monotonic()))
+            assert process.returncode == 0, f"{part}: {output[-3000:]}"
+    finally:
+        for process in running.values():
+            if process.poll() is None:
+                os.killpg(process.pid, signal.SIGKILL)  # the shell and the emulator

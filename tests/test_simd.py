@@ -12,6 +12,7 @@ from numba import boolean, float32, int8, int32, int64, njit, types, uint8, uint
 
 from edgeattn import kernels_cpu
 from edgeattn.kernels_cpu import LEVEL, available_levels, cache_key
+from edgeattn.kernels_cpu.gemm_nbits import sweep4
 from edgeattn.kernels_cpu.gemv_nbits import gemv_1_4, gemv_1_8
 from edgeattn.kernels_cpu.simd import SIGNED_BYTES, convert, dot4, dot8, f32, hsum, i8, i32, load, load_half, nearest, store, u8
 
@@ -27,19 +28,29 @@ PROMISES = {  # what the assembly of 4- and 8-bit GEMV must hold, and must not
 }
 
 
-def assembly(function):
-    """Of a GEMV, which cached steps do not compile."""
-    pointers = [types.Tuple([types.CPointer(t) for t in group]) for group in ((uint8, uint16, uint8), (int8, float32, int32, float32))]
-    function.compile((*pointers, *(types.CPointer(float32),) * 3, types.UniTuple(int64, 7), types.UniTuple(boolean, 2)))
+FLOATS = types.CPointer(float32)
+ACTIVATIONS = types.Tuple([types.CPointer(t) for t in (int8, float32, int32, float32)])
+
+
+def assembly(function, *signature):
+    """Of a function that cached workers contain."""
+    function.compile(signature)
     return "\n".join(function.inspect_asm().values())
 
 
 def test_expected_instructions():
     four, eight, never = PROMISES[LEVEL]
+    weights = types.Tuple([types.CPointer(t) for t in (uint8, uint16, uint8)])
     for function, wanted in ((gemv_1_4, four), (gemv_1_8, eight)):
-        text = assembly(function)
+        text = assembly(function, weights, ACTIVATIONS, *(FLOATS,) * 3, types.UniTuple(int64, 7), types.UniTuple(boolean, 2))
         assert re.search(wanted, text)
         assert not re.search(never, text)
+
+
+def test_expected_instructions_of_many_tokens():
+    weights, start = types.Tuple((types.CPointer(uint8), FLOATS, FLOATS)), types.Tuple((FLOATS, int64, int64))
+    text = assembly(sweep4, weights, ACTIVATIONS, *(int64,) * 4, boolean, start, FLOATS, int64, int64)
+    assert re.search(r"smmla" if LEVEL == "i8mm" else PROMISES[LEVEL][0], text)
 
 
 F16, I16, U64, S64 = f32(16), i32(16), u8(64), i8(64)
