@@ -105,7 +105,7 @@ def main():
     if options.threads:
         set_num_threads(options.threads)
     print(f"{LEVEL}, {get_num_threads()} threads")
-    print(f"{'tokens':>6} {'N':>6} {'K':>5} bits block  {'ms':>8} {'GFLOP/s':>8} (best)  {'GB/s':>5} (best)   read (best)   share")
+    print(f"{'tokens':>6} {'N':>6} {'K':>5} bits block  {'GFLOP/s':>8} (best) {'GB/s':>6} (best) {'read':>6} (best)   share")
     for shape in SHAPES:
         if not options.shapes or str(shape[0]) in options.shapes.split(","):
             print(f"{shape[0]:6} {shape[1]:6} {shape[2]:5} {shape[3]:4} {shape[4]:5}  {measure(shape, options.repeats)}", flush=True)
