@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import onnx
+import psutil
 
 from edgeattn.exporters.check import check, sha256
 from edgeattn.exporters.checkpoint import Checkpoint
@@ -45,6 +46,7 @@ def export(checkpoint: str | Path, folder: str | Path, precision: str = "int4", 
     graph = build(decoder, source, formats, ctx_size)
     folder.parent.mkdir(parents=True, exist_ok=True)
     work = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
+    _remove_abandoned(folder)
     try:
         work.mkdir()
         graph.write(work, _functions(graph), progress)
@@ -93,6 +95,14 @@ def _write_report(folder, report):
 def _check_replaceable(folder):
     if folder.exists() and not (folder.is_dir() and (not any(folder.iterdir()) or (folder / "edgeattn.json").is_file())):
         raise ValueError(f"{folder}: exists and is not an earlier export; choose another folder or remove it")
+
+
+def _remove_abandoned(folder):
+    """Delete what exports to the same folder left behind when they were killed."""
+    for path in folder.parent.glob(f".{folder.name}.*.tmp"):
+        pid = path.name.split(".")[-2]
+        if pid.isdigit() and not psutil.pid_exists(int(pid)):
+            shutil.rmtree(path, ignore_errors=True)
 
 
 def _replace(work, folder):

@@ -102,6 +102,12 @@ def test_interrupted_export_keeps_the_old_one(tmp_path, checkpoint, stop):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint", "out"]
 
 
+def test_killed_export_is_cleared_away_by_the_next(tmp_path, checkpoint):
+    (tmp_path / ".out.999999999.tmp").mkdir()  # larger than any process id
+    export(checkpoint, tmp_path / "out", "int8")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint", "out"]
+
+
 def test_replaces_an_export_and_nothing_else(tmp_path, checkpoint):
     export(checkpoint, tmp_path / "out", "int8")
     assert export(checkpoint, tmp_path / "out", "fp32")["precision"] == "fp32"
