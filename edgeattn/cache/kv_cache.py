@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from edgeattn.cache.pages import CacheFull, PagePool
+from edgeattn.kernels_cpu.steps import aligned
 
 KV_TYPES = {"f32": np.float32, "f16": np.uint16}  # halves are kept as bits: Numba has no float16 arrays
 PAGE_SIZE = 32
@@ -29,8 +30,8 @@ class KVCache:
             raise ValueError(f"KV type must be one of {', '.join(KV_TYPES)}, got {kv_type!r}")
         num_pages = -(-tokens // page_size)
         self.kv_type, self.page_size = kv_type, page_size
-        self.k = np.zeros((layers, num_pages, kv_heads, head_dim, page_size), KV_TYPES[kv_type])
-        self.v = np.zeros((layers, num_pages, kv_heads, page_size, head_dim), KV_TYPES[kv_type])
+        self.k = aligned((layers, num_pages, kv_heads, head_dim, page_size), KV_TYPES[kv_type])
+        self.v = aligned((layers, num_pages, kv_heads, page_size, head_dim), KV_TYPES[kv_type])
         self.pool = PagePool(num_pages)
 
     @property
