@@ -20,7 +20,7 @@ PARTS = {  # run side by side, for two cores; what starts further processes cann
               A76_I8MM + "{} tests/test_kernels.py tests/test_simd.py -k 'matmul_nbits or instructions'"],
     "others": [A76 + "{} tests/test_kernels.py -k 'not nbits and not every'"],
 }
-SECONDS = 540
+SECONDS = 900  # about five minutes on two quiet cores
 
 
 @pytest.fixture(scope="module")
