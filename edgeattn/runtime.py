@@ -101,21 +101,15 @@ class Model:
             raise
 
     def _run_chunks(self, work, logit_rows):
-        results = [[] for _ in work]
+        found = []
         for chunk in self._chunks(work, logit_rows):
             self._batch.clear()
-            owners = []
             for i, start, end, rows in chunk:
                 sequence, ids = work[i]
-                slots = self.cache.append(sequence, end - start)
-                self._batch.add(sequence, ids[start:end], slots, rows)
-                owners += [i] * len(rows)
+                self._batch.add(sequence, ids[start:end], self.cache.append(sequence, end - start), rows)
             self.plan.run(self._batch.state)
-            if owners:
-                for i, row in zip(owners, self.plan.view("logits", self._batch.state).copy()):
-                    results[i].append(row)
-        rows = [row for result in results for row in result]
-        return np.stack(rows) if rows else np.empty((0, self.vocab_size), np.float32)
+            found.append(self.plan.view("logits", self._batch.state).copy())
+        return found[0] if len(found) == 1 else np.concatenate(found)  # chunks follow the order of `work`
 
     def _chunks(self, work, logit_rows):
         """Lists of (index into work, start, end, rows that need logits) that fit one batch."""
