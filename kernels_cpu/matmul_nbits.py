@@ -11,6 +11,7 @@ from edgeattn.kernels_cpu.steps import STEP, aligned, call, thread_count
 
 ARGS = ("x", "x.rows", "x.stride", "codes", "scales", "zero_points", "bias", "out", "out.stride", "bits", "block_size", "K", "N", "workspace")
 (X, TOKENS, X_STRIDE, CODES, SCALES, ZERO_POINTS, BIAS, OUT, OUT_STRIDE, BITS, BLOCK_SIZE, K, N, WORKSPACE) = range(len(ARGS))
+WIDE = 8192              # outputs from which the second slice of K costs more than it saves
 SERIAL_BYTES = 1 << 17  # weights that one thread reads sooner than a parallel region starts
 TILE_FLOATS = FEW * 16 * 8
 
@@ -28,14 +29,16 @@ def workspace_bytes(tensors, attributes, rows, threads) -> int:
 
 
 # A thread's scratch: unpacked codes, their scales, their scaled zero points, a tile of results, a block of activations twice.
-W_BYTES, WS_BYTES = SLICE * 16 * COLUMNS, SLICE // 16 * 16 * COLUMNS * 4
+W_BYTES, WS_BYTES = 2 * SLICE * 16 * COLUMNS, 2 * SLICE // 16 * 16 * COLUMNS * 4
 STRIP_BYTES = W_BYTES + 2 * WS_BYTES + TILE_FLOATS * 4 + MAX_BLOCK * 4 + MAX_BLOCK
 
 
 @njit(nogil=True, error_model="numpy")
-def _depth(size):
-    """Blocks in a slice of K."""
-    return max(1, SLICE // size)
+def _depth(size, k, n):
+    """Blocks in a slice of K. Every slice but the first reads out again and writes it: where out is wide, twice the slice, whose
+    codes then come from the second-level cache, costs less."""
+    whole = k <= 2 * SLICE and n >= WIDE
+    return max(1, (2 * SLICE if whole else SLICE) // size)
 
 
 @njit(nogil=True, error_model="numpy")
@@ -107,7 +110,7 @@ def gemm(a, tokens, first, strip, thread):
     blocks = (a[K] + a[BLOCK_SIZE] - 1) // a[BLOCK_SIZE]
     w, ws, wz, tile, floats, _ = _scratch(a, tokens, thread)
     scratch = at(uint8, w), at(float32, ws), at(float32, wz), at(float32, tile), at(float32, floats)
-    sizes = (a[BLOCK_SIZE], blocks, first, min(_depth(a[BLOCK_SIZE]), blocks - first), tokens, a[N], a[OUT_STRIDE])
+    sizes = (a[BLOCK_SIZE], blocks, first, min(_depth(a[BLOCK_SIZE], a[K], a[N]), blocks - first), tokens, a[N], a[OUT_STRIDE])
     gemm_strip(_weights(a), _activations(a, tokens), at(float32, a[BIAS]), at(float32, a[OUT]), scratch, strip, a[BITS], sizes,
                (a[ZERO_POINTS] != 0, a[BIAS] != 0))
 
@@ -115,7 +118,7 @@ def gemm(a, tokens, first, strip, thread):
 @njit(nogil=True, error_model="numpy")
 def _run(a, address, tokens):
     size, panels, threads = a[BLOCK_SIZE], (a[N] + 15) // 16, thread_count()
-    blocks, depth = (a[K] + size - 1) // size, _depth(size)
+    blocks, depth = (a[K] + size - 1) // size, _depth(size, a[K], a[N])
     if tokens <= FEW:
         call_worker(quantise(), address, tokens, blocks, 0, 0)
         if blocks * size * a[N] * a[BITS] // 8 > SERIAL_BYTES:
