@@ -10,6 +10,7 @@ from edgeattn.exporters.rope import inverse_frequencies, tables
 from edgeattn.exporters.weights import Formats
 
 REQUIRED = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "max_position_embeddings")
+HEAD_STEP = 16  # attention kernels read and write heads in whole vectors of up to this many floats
 
 
 @dataclass(frozen=True)
@@ -51,8 +52,10 @@ def read_decoder(config: dict, *, windows: tuple[int, ...] | None = None, qkv_bi
     heads = config["num_attention_heads"]
     head_dim = config.get("head_dim") or config["hidden_size"] // heads
     kv_heads = config.get("num_key_value_heads") or heads
-    if heads % kv_heads or head_dim % 2:
-        raise ValueError(f"num_attention_heads {heads} must be a multiple of num_key_value_heads {kv_heads}, and head_dim {head_dim} even")
+    if heads % kv_heads:
+        raise ValueError(f"num_attention_heads must be a multiple of num_key_value_heads {kv_heads}, got {heads}")
+    if head_dim % HEAD_STEP:
+        raise ValueError(f"head_dim must be a multiple of {HEAD_STEP}, got {head_dim}; models with other heads are not supported")
     layers = config["num_hidden_layers"]
     return Decoder(config["vocab_size"], config["hidden_size"], config["intermediate_size"], layers, heads, kv_heads, head_dim,
                    config.get("rms_norm_eps", 1e-6), config["max_position_embeddings"], inverse_frequencies(config, head_dim),

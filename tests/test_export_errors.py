@@ -54,6 +54,8 @@ BREAK = {
     "'factor' is missing": lambda c: edit_config(c, rope_parameters=dict(rope_type="linear")),
     "hidden_act 'gelu' is not supported": lambda c: edit_config(c, hidden_act="gelu"),
     "already quantised": lambda c: edit_config(c, quantization_config=dict(quant_method="gptq")),
+    "head_dim must be a multiple of 16, got 24": lambda c: edit_config(c, head_dim=24),
+    "num_attention_heads must be a multiple of num_key_value_heads 3, got 4": lambda c: edit_config(c, num_key_value_heads=3),
     "lacks \\['hidden_size'\\]": lambda c: edit_config(c, hidden_size=None),
 }
 
