@@ -1,4 +1,4 @@
-"""Exports: stock onnxruntime runs them and they equal transformers; errors leave nothing behind; the quantiser's properties."""
+"""Exports equal transformers: in stock onnxruntime and in our own runtime, every family, head size and precision."""
 import json
 
 import numpy as np
@@ -14,9 +14,11 @@ from edgeattn.exporters.checkpoint import Checkpoint
 from edgeattn.exporters.export import export
 from edgeattn.exporters.families import families, read_architecture
 from edgeattn.exporters.interpret import interpret
+from edgeattn.runtime import Model
 
 TOKENS = np.random.default_rng(3).integers(0, tiny.SIZES["vocab_size"], 48)  # longer than any window and original rope length
-LIMITS = {"fp32": 1e-3, "fp16": 3e-2, "int8": 0.6, "int4": 4}                # largest error, in standard deviations of the logits
+LONG = np.concatenate([TOKENS, TOKENS[::-1]])                    # longer than two pages of the cache and two chunks of `ours` too
+LIMITS = {"fp32": 1e-3, "fp16": 3e-2, "int8": 0.6, "int4": 4}    # largest error, in standard deviations of the logits
 
 
 @pytest.fixture(autouse=True)
@@ -48,6 +50,27 @@ def exported(tmp_path, case, precision="fp32", group_size=16, **sizes):
     return model, tmp_path / "out"
 
 
+SHAPES = [dict(head_dim=d, num_attention_heads=h, num_key_value_heads=kv, hidden_size=16 * h)
+          for d, h, kv in ((64, 4, 4), (80, 4, 2), (96, 3, 1), (128, 7, 1), (16, 6, 3), (16, 7, 7))]
+
+
+def ours(folder, tokens, decoded):
+    """Logits of every token in our runtime, the last `decoded` of them computed one at a time."""
+    model = Model.load(folder, ctx_size=len(tokens), ubatch=40)  # less than the prompt: windows reach into an earlier chunk
+    assert model.cache.kv_type == "f32"
+    sequence, first = model.new_sequence(), len(tokens) - decoded
+    parts = [tokens[:first], *(tokens[i:i + 1] for i in range(first, len(tokens)))]
+    return np.concatenate([model.forward([(sequence, part)], "all") for part in parts])
+
+
+@pytest.mark.parametrize("case, shape", [*((case, {}) for case in tiny.FAMILIES), *(("llama", shape) for shape in SHAPES)], ids=str)
+def test_our_runtime_equals_transformers(tmp_path, case, shape):
+    model, folder = exported(tmp_path, case, **shape)
+    expected = tiny.torch_logits(model, LONG)
+    assert error(ours(folder, LONG, 0), expected) < LIMITS["fp32"]
+    assert error(ours(folder, LONG, 5), expected) < LIMITS["fp32"]
+
+
 @pytest.mark.parametrize("precision", LIMITS)
 @pytest.mark.parametrize("case", tiny.FAMILIES)
 def test_family_equals_transformers(tmp_path, case, precision):
@@ -55,10 +78,6 @@ def test_family_equals_transformers(tmp_path, case, precision):
     onnx.checker.check_model(folder / "model.onnx", full_check=True)
     logits, _ = run(folder, TOKENS)
     assert error(logits, tiny.torch_logits(model, TOKENS)) < LIMITS[precision]
-
-
-SHAPES = [dict(head_dim=d, num_attention_heads=h, num_key_value_heads=kv, hidden_size=16 * h)
-          for d, h, kv in ((64, 4, 4), (80, 4, 2), (96, 3, 1), (128, 7, 1), (16, 6, 3), (10, 7, 7))]
 
 
 @pytest.mark.parametrize("precision", ["fp32", "int4"])
@@ -90,7 +109,8 @@ def test_omitted_feature_is_noticed(tmp_path, feature):
     with pytest.MonkeyPatch.context() as patch:  # the check would refuse it, which is the next test
         patch.setattr(export_module, "check", lambda *_: {})
         export(tmp_path / "checkpoint", tmp_path / "out", "fp32")
-    assert error(run(tmp_path / "out", TOKENS)[0], tiny.torch_logits(model, TOKENS)) > 10 * LIMITS["fp32"]
+    for engine, tokens in ((lambda *given: run(*given)[0], TOKENS), (lambda *given: ours(*given, 5), LONG)):
+        assert error(engine(tmp_path / "out", tokens), tiny.torch_logits(model, tokens)) > 10 * LIMITS["fp32"]
     assert read_architecture(source).num_layers == 2
 
 
