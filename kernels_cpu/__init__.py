@@ -10,6 +10,7 @@ imported helper or another level, so the folder's name is a hash of everything t
 
 EDGEATTN_SIMD=<level> forces a lower one, for tests.
 """
+import ctypes
 import hashlib
 import os
 import platform
@@ -31,21 +32,49 @@ NEEDS = {
 LIMITS = {"avxvnni": ("haswell", "+avxvnni"), "avx2": ("haswell", ""), "plain": ("generic", "")}
 
 
+ARM = llvm.get_process_triple().startswith(("aarch64", "arm64"))
+
+
+def linux_arm_features(hwcap: int, hwcap2: int) -> set[str]:
+    """Features that the kernel's AT_HWCAP and AT_HWCAP2 tell of: FPHP and ASIMDHP, ASIMDDP; I8MM."""
+    bits = {"fullfp16": hwcap >> 9 & hwcap >> 10, "dotprod": hwcap >> 20, "i8mm": hwcap2 >> 13}
+    return {name for name, bit in bits.items() if bit & 1}
+
+
+def _unreported() -> set[str]:
+    """Features of this machine that LLVM may not report: of /proc/cpuinfo it knows few names, of macOS none."""
+    if ARM and sys.platform == "linux":
+        getauxval = ctypes.CDLL(None).getauxval
+        getauxval.argtypes, getauxval.restype = [ctypes.c_ulong], ctypes.c_ulong
+        return linux_arm_features(getauxval(16), getauxval(26))
+    if ARM and sys.platform == "darwin":
+        i8mm, size = ctypes.c_int(0), ctypes.c_size_t(4)
+        ctypes.CDLL(None).sysctlbyname(b"hw.optional.arm.FEAT_I8MM", ctypes.byref(i8mm), ctypes.byref(size), None, ctypes.c_size_t(0))
+        return {"dotprod", "i8mm"} if i8mm.value == 1 else {"dotprod"}  # every Apple chip that runs macOS has the first
+    return set()
+
+
+def compile_features(host: str, unreported: set[str]) -> str | None:
+    """What Numba is to compile for: its own setting or choice (None), or the host's with those that LLVM does not report.
+
+    Without them LLVM cannot select their instructions for a CPU that it only knows as "generic".
+    """
+    if not unreported or config.CPU_NAME is not None or config.CPU_FEATURES is not None:
+        return config.CPU_FEATURES
+    return ",".join(filter(None, [host, *(f"+{name}" for name in sorted(unreported))]))
+
+
 def _features() -> set[str]:
     """Features of the machine that Numba compiles for."""
     if config.CPU_FEATURES is not None:
         return {f[1:] for f in config.CPU_FEATURES.split(",") if f.startswith("+")}
-    found = {f for f, on in llvm.get_host_cpu_features().items() if on}
-    if sys.platform == "darwin" and platform.machine() == "arm64":
-        found.add("dotprod")  # every Apple chip that runs macOS; older LLVMs report no features there
-    return found
+    return {f for f, on in llvm.get_host_cpu_features().items() if on}
 
 
 def available_levels() -> list[str]:
     """The levels that this machine can run, best first."""
-    arm = llvm.get_process_triple().startswith(("aarch64", "arm64"))
     found = _features()
-    return [level for level, needs in NEEDS["arm" if arm else "x86"].items() if needs <= found] + ["plain"]
+    return [level for level, needs in NEEDS["arm" if ARM else "x86"].items() if needs <= found] + ["plain"]
 
 
 def _choose() -> str:
@@ -82,6 +111,7 @@ def cached_kernels() -> int:
     return sum(1 for _ in CACHE_FOLDER.rglob("*.nbc"))
 
 
+config.CPU_FEATURES = compile_features(llvm.get_host_cpu_features().flatten(), _unreported())
 LEVEL = _choose()
 CACHE_FOLDER = _user_cache() / "edgeattn" / f"kernels-{cache_key(Path(__file__).parent, LEVEL)}"
 config.CACHE_DIR = str(CACHE_FOLDER)

@@ -11,7 +11,7 @@ import pytest
 from numba import boolean, float32, int8, int32, int64, njit, types, uint8, uint16
 
 from edgeattn import kernels_cpu
-from edgeattn.kernels_cpu import LEVEL, available_levels, cache_key
+from edgeattn.kernels_cpu import LEVEL, available_levels, cache_key, compile_features, linux_arm_features
 from edgeattn.kernels_cpu.gemm_nbits import sweep4
 from edgeattn.kernels_cpu.gemv_nbits import gemv_1_4, gemv_1_8
 from edgeattn.kernels_cpu.simd import SIGNED_BYTES, convert, dot4, dot8, f32, hsum, i8, i32, load, load_half, nearest, store, u8
@@ -128,6 +128,29 @@ def test_level(level):
     done = python("-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", str(TESTS / "test_simd.py"), str(TESTS / "test_nbits.py"),
                   str(TESTS / "test_kernels.py"), "-k", "simd or nbits", EDGEATTN_SIMD=level, NUMBA_NUM_THREADS="3")
     assert done.returncode == 0, done.stdout[-3000:]
+
+
+@pytest.mark.parametrize("hwcap, hwcap2, features, levels", [
+    (0x887, 0, set(), ["plain"]),                                                                # Raspberry Pi 4
+    (0x119FFF, 0, {"fullfp16", "dotprod"}, ["neon", "plain"]),                                   # Raspberry Pi 5
+    (0xDFFFFFFF, 0x1F201, {"fullfp16", "dotprod", "i8mm"}, ["i8mm", "neon", "plain"])])          # Graviton 3
+def test_levels_of_arm_machines(hwcap, hwcap2, features, levels, monkeypatch):
+    monkeypatch.setattr(kernels_cpu, "ARM", True)
+    for name in ("CPU_NAME", "CPU_FEATURES"):
+        monkeypatch.setattr(kernels_cpu.config, name, None)
+    assert linux_arm_features(hwcap, hwcap2) == features
+    text = compile_features("+crc,+neon", features)
+    assert text is None if not features else text == ",".join(["+crc,+neon", *(f"+{f}" for f in sorted(features))])
+    monkeypatch.setattr(kernels_cpu.config, "CPU_FEATURES", text or "+crc,+neon")
+    assert available_levels() == levels
+
+
+def test_numbas_own_settings_win(monkeypatch):
+    monkeypatch.setattr(kernels_cpu.config, "CPU_NAME", "cortex-a53")
+    monkeypatch.setattr(kernels_cpu.config, "CPU_FEATURES", None)
+    assert compile_features("+neon", {"dotprod"}) is None
+    monkeypatch.setattr(kernels_cpu.config, "CPU_FEATURES", "+crc")
+    assert compile_features("+neon", {"dotprod"}) == "+crc"
 
 
 def test_unknown_level():
