@@ -43,7 +43,7 @@ def workspace_bytes(tensors, attributes, rows, threads):
     """Task counter and table, rotated q and k, partial results of decode, scratch of each thread."""
     heads, kv_heads, head_dim = (int(attributes[name]) for name in ("num_heads", "kv_heads", "head_dim"))
     group = heads // kv_heads
-    partials = (rows * kv_heads + threads * SPLITS) * group * (head_dim + 16)
+    partials = (rows * kv_heads + threads * SPLITS) * group * (head_dim + 16)  # as many ranges as count_tasks makes at most
     floats = (rows * heads + DECODE_ROWS) * head_dim + rows * kv_heads * head_dim + partials + threads * scratch_floats(head_dim, group)
     return 1024 + 16 * (rows + 8) + 4 * floats
 

@@ -88,11 +88,11 @@ def attend(cache, q, k, v, cos, sin, positions, *, selection=None, **attributes)
 
 # ---- tasks ------------------------------------------------------------------------------------------------------
 @njit(nogil=True, error_model="numpy")
-def _ranges(call, sequence):
-    """Into how many ranges a decode step's pages are cut; the same for all KV heads."""
+def _most_pages(call, sequence):
+    """How many pages a decode step reads of the KV head that reads most: all heads are cut into as many ranges as that one."""
     most = np.int64(1)
     for h in range(call[KV_HEADS]):
-        most = max(most, (visible_pages(call, sequence, h)[1] + call[RANGE_PAGES] - 1) // call[RANGE_PAGES])
+        most = max(most, visible_pages(call, sequence, h)[1])
     return most
 
 
@@ -102,8 +102,7 @@ def count_tasks(call, rows, first, task, thread):
     starts, pages, sequences = at(int64, call[STARTS]), np.int64(0), call[SEQUENCES]
     for s in range(sequences):
         if rows_of(call, s)[1] == 1:
-            for h in range(call[KV_HEADS]):
-                pages += visible_pages(call, s, h)[1]
+            pages += call[KV_HEADS] * _most_pages(call, s)
     size = call[THREADS] * SPLITS
     call[RANGE_PAGES] = max((pages + size - 1) // size, MIN_TOKENS // call[PAGE_SIZE])
     prefill, decode = np.int64(0), np.int64(0)
@@ -111,7 +110,7 @@ def count_tasks(call, rows, first, task, thread):
         starts[s], starts[sequences + 1 + s] = prefill, decode
         _, new, _ = rows_of(call, s)
         if new == 1:
-            decode += call[KV_HEADS] * _ranges(call, s)
+            decode += call[KV_HEADS] * ((_most_pages(call, s) + call[RANGE_PAGES] - 1) // call[RANGE_PAGES])
         else:
             prefill += call[KV_HEADS] * query_blocks(call, new)
     starts[sequences], starts[2 * sequences + 1] = prefill, decode

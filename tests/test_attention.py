@@ -164,6 +164,25 @@ def test_selected_pages(dtype, tolerance, window):
             close(out[s, h], expected_of_pages(example, s, h, pages[s, h, :counts[s, h]], page_size), tolerance)
 
 
+@pytest.mark.parametrize("threads", [1, 2, 3])
+def test_one_head_selects_far_more(threads):
+    """Room for partial results follows the head with most pages, of which all heads get as many ranges."""
+    if threads > numba.config.NUMBA_NUM_THREADS:
+        pytest.skip(f"this machine runs {numba.config.NUMBA_NUM_THREADS} threads")
+    example, page_size = Example([(1500, 1)], heads=8, kv_heads=8), 16
+    pages, counts = np.zeros((1, 8, 100), np.int32), np.ones((1, 8), np.int32)
+    pages[:, :, 0], counts[0, 5] = 1500 // page_size, 1500 // page_size + 1
+    pages[0, 5, :counts[0, 5]] = np.arange(counts[0, 5])
+    before = numba.get_num_threads()
+    numba.set_num_threads(threads)
+    try:
+        out = example.run(example.cache(page_size=page_size), (pages, counts)).reshape(8, 1, -1)
+    finally:
+        numba.set_num_threads(before)
+    for h in range(8):
+        close(out[h], expected_of_pages(example, 0, h, pages[0, h, :counts[0, h]], page_size))
+
+
 def test_selection_is_for_decode_only():
     example = Example([(100, 20), (50, 1)])
     pages, counts = np.zeros((2, 2, 4), np.int32), np.ones((2, 2), np.int32)
