@@ -1,7 +1,7 @@
 """One token from one row of logits, without sorting the vocabulary.
 
 Tokens are ranked only as far as the filters reach: a histogram of the distances to the largest logit finds a threshold that a
-few more than the wanted number pass; those are sorted, and the number grows when it was not enough.
+few more than the wanted number pass; those are sorted, and the number grows when it was not enough. NaN counts as -inf.
 """
 import numpy as np
 from numba import carray, cfunc, float32, float64, int64, njit
@@ -42,9 +42,15 @@ def _key(logit, token):
 
 
 @njit(nogil=True, error_model="numpy")
+def _number(logit):
+    """-inf for NaN, which has no rank: past it a maximum is lost, and the bins of larger logits would be negative."""
+    return logit if logit == logit else np.float32(-np.inf)
+
+
+@njit(nogil=True, error_model="numpy")
 def _bin(top, logit):
     distance = (top - logit) * np.float32(FINE)
-    return np.int64(distance) if distance < np.float32(BINS - 1) else np.int64(BINS - 1)  # in this form also for NaN
+    return np.int64(distance) if distance < np.float32(BINS - 1) else np.int64(BINS - 1)  # in this form also for inf - inf
 
 
 @njit(nogil=True, error_model="numpy")
@@ -58,10 +64,10 @@ def _places(a):
 def _penalize(logits, given, vocab, history, size, penalty):
     """A copy of the logits in which those of seen tokens are smaller, once each."""
     for i in range(vocab):
-        logits[i] = given[i]
+        logits[i] = _number(given[i])
     for i in range(size):
         token = history[i]
-        logits[token] = given[token] / penalty if given[token] > 0 else given[token] * penalty
+        logits[token] = _number(given[token] / penalty if given[token] > 0 else given[token] * penalty)
 
 
 @njit(nogil=True, error_model="numpy")
