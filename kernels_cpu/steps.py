@@ -153,11 +153,6 @@ def u8_at(address, n):
     return carray(_pointer(types.uint8, address), n)
 
 
-@njit
-def i8_at(address, n):
-    return carray(_pointer(types.int8, address), n)
-
-
 @intrinsic
 def as_f32(typingctx, bits):
     """The float32 whose bits are the low half of an int64."""
