@@ -61,7 +61,6 @@ class Plan:
             self.values[name] = Value(name, (count, *array.shape[1:]), int(np.prod(array.shape[1:], dtype=np.int64)), 0, array.dtype)
         groups = self._group()
         kernels = self._load_kernels(groups, progress)
-        self._describe(groups)
         self._allocate(groups)
         groups = [g if isinstance(g, Segment) else self._steps(g, kernels) for g in groups]
         self.steps = [step for g in groups if not isinstance(g, Segment) for step in g]
@@ -70,13 +69,29 @@ class Plan:
 
     # ---- reading the graph --------------------------------------------------------------------------------------
     def _group(self):
-        """Nodes in order: lists of native nodes, lists of unknown ones."""
-        groups = []
-        for node in self.graph.proto.graph.node:
-            native = self._operator(node) is not None or node.op_type in VIEWS and not node.domain
-            if not groups or groups[-1][0] != native:
-                groups.append((native, []))
-            groups[-1][1].append(node)
+        """Nodes in order: lists of native nodes, and Segments of the others. Describes every value on the way."""
+        nodes, results = list(self.graph.proto.graph.node), {o.name for o in self.graph.proto.graph.output}
+        groups, unknown = [], []
+
+        def close(upto):
+            if unknown:
+                known = {name: (v.dtype, v.shape) for name, v in self.values.items()}
+                segment = Segment(self.graph, list(unknown), known, results.union(*(node.input for node in nodes[upto:])))
+                for name, dtype, shape in segment.outputs:
+                    self.values[name] = Value(name, shape, int(np.prod(shape[1:], dtype=np.int64)), 0, np.dtype(dtype))
+                groups.append(segment)
+                unknown.clear()
+        for i, node in enumerate(nodes):
+            if node.domain == DOMAIN or not node.domain and node.op_type in STANDARD:
+                close(i)  # whether we know such a node depends on its inputs' shapes
+            if self._is_view(node) or self._operator(node) is not None:
+                if not groups or isinstance(groups[-1], Segment):
+                    groups.append([])
+                groups[-1].append(node)
+                self._describe_node(node)
+            else:
+                unknown.append(node)
+        close(len(nodes))
         return groups
 
     def _operator(self, node):
@@ -84,17 +99,38 @@ class Plan:
         if node.domain == DOMAIN:
             return OPS.get(node.op_type)
         op = STANDARD.get(node.op_type) if not node.domain else None
-        if op is None or (op.name == "rms_normalization" and attributes(node).get("axis", -1) != -1):
+        sources = [self.values.get(name) for name in node.input[:2]]
+        if op is None or sources[0] is None or sources[0].dtype != np.float32:
             return None
-        if op.name == "gather_rows" and (attributes(node).get("axis", 0) or node.input[0] in self.graph.initializers):
+        if op.name == "rms_normalization":
+            return op if attributes(node).get("axis", -1) == -1 else None
+        if len(sources[0].shape) != 2 or sources[1] is None:
             return None
-        if op.name == "add" and any(name in self.graph.initializers for name in node.input):
-            return None
-        return op
+        if op.name == "gather_rows":
+            rows = sources[1]
+            return op if attributes(node).get("axis", 0) == 0 and len(rows.shape) == 1 and rows.dtype == np.int64 else None
+        return op if sources[1].shape == sources[0].shape and sources[1].dtype == np.float32 else None
+
+    def _is_view(self, node):
+        """Whether a node only names a part of each row, or divides rows anew."""
+        if node.domain or node.op_type not in VIEWS or node.input[0] not in self.values:
+            return False
+        source, sizes = self.values[node.input[0]].shape, [self.graph.initializers.get(name) for name in node.input[1:2]]
+        if node.op_type == "Identity":
+            return True
+        if not sizes or sizes[0] is None or len(source) < 2:
+            return False
+        if node.op_type == "Split":
+            return attributes(node).get("axis", 0) in (1, -1) and len(source) == 2
+        row, target = int(np.prod(source[1:], dtype=np.int64)), [int(n) for n in sizes[0]]
+        if len(target) < 2 or target[0] not in (0, -1) or 0 in target[1:]:
+            return False
+        known = int(np.prod([n for n in target[1:] if n > 0], dtype=np.int64))
+        return known == row if -1 not in target[1:] else target[0] == 0 and row % known == 0
 
     def _load_kernels(self, groups, progress):
         """Import the kernel files the graph needs; the first time on a machine this compiles them."""
-        nodes = [node for native, group in groups if native for node in group if node.op_type not in VIEWS]
+        nodes = [node for group in groups if not isinstance(group, Segment) for node in group if not self._is_view(node)]
         names = sorted({self._operator(node).name for node in nodes}.union(*({name for name, _ in self._before(node)} for node in nodes)))
         kernels = {}
         for i, name in enumerate(names):
@@ -105,24 +141,8 @@ class Plan:
             progress("", len(names), len(names))
         return kernels
 
-    def _describe(self, groups):
-        """Shapes of all values; unknown nodes become Segments in place."""
-        reads = [{name for node in nodes for name in node.input} for _, nodes in groups]
-        results = {o.name for o in self.graph.proto.graph.output}
-        for i, (native, nodes) in enumerate(groups):
-            if native:
-                for node in nodes:
-                    self._describe_node(node)
-            else:
-                known = {name: (v.dtype, v.shape) for name, v in self.values.items()}
-                segment = Segment(self.graph, nodes, known, results.union(*reads[i + 1:]))
-                for name, dtype, shape in segment.outputs:
-                    self.values[name] = Value(name, shape, int(np.prod(shape[1:], dtype=np.int64)), 0, np.dtype(dtype))
-                groups[i] = segment
-        groups[:] = [g if isinstance(g, Segment) else g[1] for g in groups]
-
     def _describe_node(self, node):
-        if node.op_type in VIEWS and not node.domain:
+        if self._is_view(node):
             return self._view(node)
         op = self._operator(node)
         shapes = {name.rstrip("?"): self._shape(source) for name, source in zip(op.inputs, node.input) if source}
@@ -212,7 +232,7 @@ class Plan:
     def _steps(self, nodes, kernels):
         found = []
         for node in nodes:
-            if node.op_type not in VIEWS or node.domain:
+            if not self._is_view(node):
                 about = self._named(node)
                 found += [self._step(f"{node.name}.{name}", name, about[0], about[1] | options, kernels)
                           for name, options in self._before(node)]

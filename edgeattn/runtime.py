@@ -37,10 +37,10 @@ class Model:
         self.ctx_size = min(ctx_size or about["ctx_size"], about["ctx_size"])
         self.ubatch = min(ubatch or defaults["ubatch"], self.ctx_size)
         most = numba.config.NUMBA_NUM_THREADS
-        self.threads = threads or min(defaults["threads"] or psutil.cpu_count(logical=False) or 1, most)
+        self.threads = threads or min(defaults["threads"] or psutil.cpu_count(logical=False) or most, most)
         if not 1 <= self.threads <= most:
             raise ValueError(f"threads must be 1 to {most} (this machine's cores), got {self.threads}")
-        numba.set_num_threads(self.threads)
+        numba.set_num_threads(self.threads)  # kernels' scratch is sized for this many
         self.cache = KVCache(about["num_layers"], about["kv_heads"], about["head_dim"], self.ctx_size, kv_type or defaults["kv_type"])
         self._max_rows = max(1, min(self.ubatch, LOGITS_BYTES // (4 * self.vocab_size)))
         self._batch = Batch(self.ubatch, self._max_rows, MAX_SEQUENCES, len(self.cache.pool.references))
@@ -87,9 +87,10 @@ class Model:
         work        (sequence, token ids) pairs; a sequence at most once
         logit_rows  "last" (one row a sequence), "all" (every token) or "none"
         ->          [rows, vocab] float32, in the order of `work`; a fresh array
-        ValueError for an empty list, an unknown token id or too many sequences; CacheFull when the cache is full: then no sequence
+        ValueError for nothing to compute or an unknown token id; CacheFull when the cache is full: then no sequence
         has changed.
         """
+        numba.set_num_threads(self.threads)  # Numba keeps the number per thread, and another model may have set its own
         work = [(sequence, np.asarray(ids, np.int64).ravel()) for sequence, ids in work]
         self._check(work, logit_rows)
         lengths = [sequence.length for sequence, _ in work]
@@ -135,6 +136,8 @@ class Model:
     def _check(self, work, logit_rows):
         if logit_rows not in ("last", "all", "none"):
             raise ValueError(f"logit_rows must be last, all or none, got {logit_rows!r}")
+        if not work:
+            raise ValueError("no sequences to compute: give at least one (sequence, token ids) pair")
         if len({id(sequence) for sequence, _ in work}) != len(work):
             raise ValueError("a sequence may stand only once in a forward call; join its tokens")
         for sequence, ids in work:

@@ -23,13 +23,14 @@ class Segment:
         def describe(name):
             dtype, shape = known[name]
             return helper.make_tensor_value_info(name, helper.np_dtype_to_tensor_dtype(np.dtype(dtype)), shape)
-        body = helper.make_graph(nodes, "segment", [describe(name) for name in self.inputs], [], constants)
+        body = helper.make_graph(nodes, "segment", [describe(name) for name in self.inputs], [], constants,
+                                 value_info=[v for v in graph.proto.graph.value_info if v.name in made])
         proto = helper.make_model(body, opset_imports=list(graph.proto.opset_import), functions=list(graph.proto.functions),
                                   ir_version=graph.proto.ir_version)
         inferred = {v.name: v for v in shape_inference.infer_shapes(proto).graph.value_info}
         self.outputs = []
         for name in sorted(made & wanted):
-            if name not in inferred:
+            if name not in inferred or not all(_described(inferred[name])[1]):
                 raise ValueError(f"{graph.folder}: cannot tell the shape of {name!r}, made by {nodes[0].op_type}; "
                                  "give the graph a value_info for it")
             proto.graph.output.append(inferred[name])

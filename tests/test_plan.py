@@ -15,13 +15,13 @@ from edgeattn.segments import Segment
 MAX = {"tokens": 9, "rows": 4, "sequences": 2}
 
 
-def planned(tmp_path, nodes, output, width=8, initializers=(), inputs=("x",)):
+def planned(tmp_path, nodes, output, width=8, initializers=(), inputs=("x",), value_info=()):
     """A Plan of a graph over inputs [tokens, width], and those inputs' fixed memory."""
     def info(name):
         return helper.make_tensor_value_info(name, TensorProto.FLOAT, ("tokens", width))
     graph = helper.make_graph(nodes, "test", [info(name) for name in inputs],
                               [helper.make_tensor_value_info(output, TensorProto.FLOAT, None)],
-                              [numpy_helper.from_array(array, name) for name, array in initializers])
+                              [numpy_helper.from_array(array, name) for name, array in initializers], value_info=list(value_info))
     opsets = [helper.make_opsetid("", 23), helper.make_opsetid("edgeattn", 1)]
     onnx.save(helper.make_model(graph, opset_imports=opsets, ir_version=11), tmp_path / "model.onnx")
     memory = {name: np.zeros((MAX["tokens"], width), np.float32) for name in inputs}
@@ -103,3 +103,18 @@ def test_config_of_a_newer_version_is_refused(tmp_path):
     (tmp_path / "edgeattn.json").write_text(json.dumps({"format_version": 2}))
     with pytest.raises(ValueError, match="version 2"):
         read_config(tmp_path)
+
+
+def test_nodes_that_only_look_native_run_in_onnxruntime(tmp_path):
+    """Split by a number of parts, Reshape that moves rows, Add that broadcasts: not ours."""
+    row = np.random.default_rng().standard_normal(8).astype(np.float32)
+    nodes = [helper.make_node("Split", ["x"], ["a", "b"], axis=1, num_outputs=2), helper.make_node("Concat", ["b", "a"], ["swapped"], axis=1),
+             helper.make_node("Add", ["swapped", "row"], ["moved"]), helper.make_node("Reshape", ["moved", "shape"], ["flat"]),
+             helper.make_node("Reshape", ["flat", "back"], ["again"]), helper.make_node("Add", ["again", "x"], ["out"])]
+    shapes = [("shape", np.array([-1, 4], np.int64)), ("back", np.array([-1, 8], np.int64))]
+    known = [helper.make_tensor_value_info("again", TensorProto.FLOAT, ("tokens", 8))]  # onnx cannot tell: -1 stands for the rows
+    plan, memory = planned(tmp_path, nodes, "out", initializers=[("row", row), *shapes], value_info=known)
+    assert [step.operator for step in plan.steps] == ["add"]
+    x = np.random.default_rng().standard_normal((5, 8), np.float32)
+    expected = np.concatenate([x[:, 4:], x[:, :4]], axis=1) + row + x
+    np.testing.assert_allclose(run(plan, memory, {"x": x}, "out"), expected, atol=1e-6)

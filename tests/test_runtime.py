@@ -1,4 +1,7 @@
 """The whole model through the runtime: parity with transformers, batching, sharing, chunking, limits."""
+import threading
+
+import numba
 import numpy as np
 import pytest
 
@@ -144,3 +147,25 @@ def test_greedy_equals_transformers_for_200_tokens(model, nano_checkpoint):
         logits = model.forward([(sequence, got[-1:])])
     model.free(sequence)
     assert got == expected
+
+
+def test_thread_counts_of_two_models_do_not_mix(nano_fp32, model):
+    """Scratch is sized for a model's own threads; Numba's number is per thread and shared by models."""
+    ids = tokens(40)
+    one = Model.load(nano_fp32, ctx_size=256, threads=1)
+    expected = fresh(one, ids)
+    Model.load(nano_fp32, ctx_size=256)
+    seen = []
+
+    def elsewhere():
+        seen.append(fresh(one, ids))
+        seen.append(numba.get_num_threads())
+    worker = threading.Thread(target=elsewhere)
+    worker.start(), worker.join()
+    np.testing.assert_array_equal(seen[0], expected)
+    assert seen[1] == 1
+
+
+def test_nothing_to_compute_is_refused(model):
+    with pytest.raises(ValueError, match="at least one"):
+        model.forward([])
