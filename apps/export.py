@@ -1,6 +1,5 @@
 """edgeattn export: a Hugging Face checkpoint to a folder that runs here and in stock onnxruntime."""
 import argparse
-import json
 import sys
 from pathlib import Path
 
@@ -37,7 +36,8 @@ def summary(folder: Path) -> str:
     """What an export is, in a few lines."""
     from edgeattn.apps import terminal
     from edgeattn.apps.weights import Weights
-    config = json.loads((folder / "edgeattn.json").read_text(encoding="utf-8"))
+    from edgeattn.runtime import read_config
+    config = read_config(folder)
     about, weights = config["model"], Weights(folder)
     lines = [f"{folder}: {config['architecture']}, {terminal.count(weights.params)} parameters, {config['precision']}, "
              f"{terminal.size(weights.bytes)}, context {about['ctx_size']}",

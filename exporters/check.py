@@ -5,7 +5,6 @@ installed and the model small, else in NumPy. When they differ much, the two Num
 by layer, each layer on the checkpoint's own input, and the first layer that differs too much is named.
 """
 import hashlib
-import json
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -17,6 +16,7 @@ from edgeattn.exporters.families import read_architecture
 from edgeattn.exporters.forward import forward
 from edgeattn.exporters.interpret import interpret
 from edgeattn.exporters.oracle import torch_logits
+from edgeattn.runtime import Model, read_config
 
 PROMPT = "The keeper of the lighthouse climbed the stairs each evening to light the lamp, and counted the ships that passed."
 PROMPT_TOKENS = 24
@@ -30,8 +30,8 @@ LIMITS = {"fp32": (1e-3, 1e-3), "fp16": (2e-2, 1e-2), "int8": (0.1, 0.1), "int4"
 def check(folder: str | Path, source: Checkpoint, decoder: Decoder) -> dict:
     """Compare an export with its checkpoint on a fixed prompt: the figures for edgeattn.json. ValueError names the layer at fault."""
     folder = Path(folder)
-    config = read_report(folder)
-    tokens = prompt_tokens(folder, decoder.vocab_size)
+    config = read_config(folder)
+    tokens = prompt_tokens(folder, config["model"])
     reference, logits = checkpoint_logits(source, decoder, tokens)
     engine, got = exported_logits(folder, tokens, _largest_bytes(source))
     report = {"checkpoint_in": reference, "export_in": engine, "tokens": len(tokens), **compare(got, logits)}
@@ -47,14 +47,14 @@ def check(folder: str | Path, source: Checkpoint, decoder: Decoder) -> dict:
 def verify(folder: str | Path, checkpoint: str | Path | None = None) -> dict:
     """The files against their recorded sha256, then the check against the checkpoint, or without one against stock onnxruntime."""
     folder = Path(folder)
-    config = read_report(folder)
+    config = read_config(folder)
     for name, digest in config["files"].items():
         if not (folder / name).is_file() or sha256(folder / name) != digest:
             raise ValueError(f"{folder / name}: missing or changed since the export; export the model again")
     if checkpoint is not None:
         source = Checkpoint(checkpoint)
         return check(folder, source, read_architecture(source))
-    tokens = prompt_tokens(folder, config["model"]["vocab_size"])
+    tokens = prompt_tokens(folder, config["model"])
     got, expected = _runtime_logits(folder, tokens), _onnxruntime_logits(folder, tokens)
     return {"export_in": "edgeattn", "against": "onnxruntime", "tokens": len(tokens), **compare(got, expected)}
 
@@ -68,14 +68,15 @@ def compare(got: np.ndarray, expected: np.ndarray) -> dict:
             "top1": float((got.argmax(-1) == expected.argmax(-1)).mean()), "mean_kl": float((np.exp(p) * (p - q)).sum(-1).mean())}
 
 
-def prompt_tokens(folder: Path, vocab_size: int) -> np.ndarray:
-    """The fixed prompt in the model's tokens [n] int64, or any fixed tokens for a model without a tokenizer."""
+def prompt_tokens(folder: Path, about: dict) -> np.ndarray:
+    """The fixed prompt in the model's tokens [n] int64, or any fixed tokens for a model without a tokenizer; cut to its context."""
+    count, vocab_size = min(PROMPT_TOKENS, about["ctx_size"]), about["vocab_size"]
     if (folder / "tokenizer.json").is_file():
         from tokenizers import Tokenizer
-        ids = Tokenizer.from_file(str(folder / "tokenizer.json")).encode(PROMPT).ids[:PROMPT_TOKENS]
+        ids = Tokenizer.from_file(str(folder / "tokenizer.json")).encode(PROMPT).ids[:count]
         if ids and max(ids) < vocab_size:
             return np.array(ids, np.int64)
-    return (np.arange(PROMPT_TOKENS, dtype=np.int64) * 7919 + 11) % vocab_size
+    return (np.arange(count, dtype=np.int64) * 7919 + 11) % vocab_size
 
 
 def checkpoint_logits(source: Checkpoint, decoder: Decoder, tokens: np.ndarray) -> tuple[str, np.ndarray]:
@@ -93,7 +94,7 @@ def exported_logits(folder: Path, tokens: np.ndarray, largest_bytes: int) -> tup
     """(where it ran, logits [n, vocab]) of the export."""
     if (folder / "model.onnx.data").stat().st_size <= 2 * largest_bytes + MAPPED_BYTES:
         return "edgeattn", _runtime_logits(folder, tokens)
-    feeds = _feeds(read_report(folder)["model"], tokens)
+    feeds = _feeds(read_config(folder)["model"], tokens)
     return "numpy", interpret(folder, feeds, ["logits"])["logits"]
 
 
@@ -112,21 +113,13 @@ def faulty_layer(folder: Path, source: Checkpoint, decoder: Decoder, tokens: np.
             faults.append(f"{name.removesuffix('_add')} differs (relative error {error:.2g}, limit {limit:g})")
         previous[0] = hidden
         return hidden
-    interpret(folder, _feeds(read_report(folder)["model"], tokens), ["logits"], observe)
+    interpret(folder, _feeds(read_config(folder)["model"], tokens), ["logits"], observe)
     return faults[0] if faults else None
 
 
 def _faulty_engine(folder, engine, got, tokens, limit):
-    exact = interpret(folder, _feeds(read_report(folder)["model"], tokens), ["logits"])["logits"]
+    exact = interpret(folder, _feeds(read_config(folder)["model"], tokens), ["logits"])["logits"]
     return f"every layer is right in NumPy, but not in {engine}" if not compare(got, exact)["rms_error"] <= limit else None
-
-
-def read_report(folder: Path) -> dict:
-    """edgeattn.json of an export."""
-    path = folder / "edgeattn.json"
-    if not path.is_file():
-        raise ValueError(f"{folder}: no edgeattn.json there; give a folder made by `edgeattn export`")
-    return json.loads(path.read_text(encoding="utf-8"))
 
 
 def sha256(path: Path) -> str:
@@ -148,7 +141,6 @@ def _log_softmax(logits):
 
 
 def _runtime_logits(folder, tokens):
-    from edgeattn.runtime import Model
     model = Model.load(folder, ctx_size=len(tokens))
     return model.forward([(model.new_sequence(), tokens)], "all")
 
@@ -156,7 +148,7 @@ def _runtime_logits(folder, tokens):
 def _onnxruntime_logits(folder, tokens):
     import onnxruntime
     session = onnxruntime.InferenceSession(folder / "model.onnx", providers=["CPUExecutionProvider"])
-    return session.run(["logits"], _feeds(read_report(folder)["model"], tokens))[0]
+    return session.run(["logits"], _feeds(read_config(folder)["model"], tokens))[0]
 
 
 def _feeds(model, tokens):

@@ -11,6 +11,8 @@ from edgeattn.exporters import check
 from edgeattn.exporters.export import export
 from edgeattn.exporters.graph import Graph
 
+RUNTIME_LOGITS = check._runtime_logits
+
 
 @pytest.fixture(autouse=True)
 def quick_check(monkeypatch):
@@ -140,6 +142,13 @@ def test_verify(tmp_path, checkpoint):
         file.write(b"\x55" * 64)
     with pytest.raises(ValueError, match="model.onnx.data: missing or changed"):
         check.verify(tmp_path / "out")
+
+
+@pytest.mark.parametrize("ctx_size", [1, 23])
+def test_contexts_shorter_than_the_check(tmp_path, checkpoint, monkeypatch, ctx_size):
+    monkeypatch.setattr(check, "_runtime_logits", RUNTIME_LOGITS)  # it limits the context, onnxruntime does not notice
+    assert export(checkpoint, tmp_path / "out", "fp32", ctx_size=ctx_size)["verify"]["tokens"] == ctx_size
+    assert check.verify(tmp_path / "out")["tokens"] == ctx_size
 
 
 MEMORY = """

@@ -14,7 +14,7 @@ from edgeattn.exporters.checkpoint import Checkpoint
 from edgeattn.exporters.export import export
 from edgeattn.exporters.families import families, read_architecture
 from edgeattn.exporters.interpret import interpret
-from edgeattn.runtime import Model
+from edgeattn.runtime import Model, read_config
 
 TOKENS = np.random.default_rng(3).integers(0, tiny.SIZES["vocab_size"], 48)  # longer than any window and original rope length
 LONG = np.concatenate([TOKENS, TOKENS[::-1]])                    # longer than two pages of the cache and two chunks of `ours` too
@@ -164,7 +164,7 @@ def test_data_file_is_aligned_and_report_complete(tmp_path):
         size = int(np.prod(tensor.dims)) * onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type).itemsize
         assert where or size <= 1024
         assert int(where.get("offset", 0)) % 64 == 0
-    report = check.read_report(folder)
+    report = read_config(folder)
     assert set(report["files"]) == {path.name for path in folder.iterdir()} - {"edgeattn.json"}
     assert set(report["weights"].values()) == {"int4/16", "int8/16"}
     assert report["model"]["eos_token_ids"] == [2] and report["verify"]["rms_error"] < 0.6
@@ -173,7 +173,7 @@ def test_data_file_is_aligned_and_report_complete(tmp_path):
 @pytest.mark.parametrize("precision", ["fp32", "int8"])
 def test_interpreter_equals_onnxruntime(tmp_path, precision):
     _, folder = exported(tmp_path, "qwen3", precision)
-    feeds = check._feeds(check.read_report(folder)["model"], TOKENS)
+    feeds = check._feeds(read_config(folder)["model"], TOKENS)
     assert error(interpret(folder, feeds, ["logits"])["logits"], run(folder, TOKENS)[0]) < (1e-3 if precision == "fp32" else 0.2)
 
 
