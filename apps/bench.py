@@ -87,9 +87,9 @@ class Bench:
         return self._random.integers(0, self._model.vocab_size, n)
 
     def _warm_up(self, sequence):
-        for n in (min(32, self._model.ctx_size - 1), 1):
+        for n in (min(32, self._model.ctx_size), 1):
             self._model.forward([(sequence, self._tokens(n))])
-        self._model.truncate(sequence, 0)
+            self._model.truncate(sequence, 0)
 
     def _prompt(self, sequence, n):
         """A prompt up to its first token."""

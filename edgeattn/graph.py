@@ -37,6 +37,9 @@ def _initializer(tensor: TensorProto, folder: Path, maps: dict[str, np.ndarray])
     where = {entry.key: entry.value for entry in tensor.external_data}
     name, offset = where["location"], int(where.get("offset", 0))
     if name not in maps:
+        if Path(name).name != name:  # a downloaded folder must not make us read other files
+            raise ValueError(f"{folder / 'model.onnx'}: the weights' location must be a file of the same folder, got {name!r}; "
+                             "export the model again")
         if not (folder / name).is_file():
             raise ValueError(f"{folder}: {name}, the weights of model.onnx, is missing; export the model again")
         maps[name] = np.memmap(folder / name, np.uint8, mode="r")

@@ -9,6 +9,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import onnx
 import pytest
 
 from edgeattn.apps import cli, doctor, models, options
@@ -69,6 +70,16 @@ def test_mistakes_take_one_line(edgeattn, tmp_path, line, message):
     assert not (tmp_path / "x").exists()
 
 
+def move_weights(folder, location):
+    model = onnx.load(folder / "model.onnx", load_external_data=False)
+    for tensor in model.graph.initializer:
+        for entry in tensor.external_data:
+            if entry.key == "location":
+                entry.value = location
+    (folder / "model.onnx.data").rename(folder / location)
+    onnx.save(model, folder / "model.onnx")
+
+
 @pytest.mark.parametrize("spoil, message", [
     (lambda folder: (folder / "edgeattn.json").write_text("{"), "not valid JSON"),
     (lambda folder: (folder / "edgeattn.json").write_text('{"format_version": 99}'), "format version 99"),
@@ -76,6 +87,7 @@ def test_mistakes_take_one_line(edgeattn, tmp_path, line, message):
     (lambda folder: (folder / "model.onnx").write_bytes(b"\xff\xff\xff nonsense"), "model.onnx"),
     (lambda folder: (folder / "model.onnx.data").unlink(), "is missing"),
     (lambda folder: os.truncate(folder / "model.onnx.data", 5000), "cut short"),
+    (lambda folder: move_weights(folder, "../weights.data"), "must be a file of the same folder, got '../weights.data'"),
     (lambda folder: (folder / "tokenizer.json").unlink(), "no tokenizer.json"),
     (lambda folder: (folder / "chat_template.jinja").unlink(), "no chat template"),
 ])
@@ -178,6 +190,12 @@ def test_bench_measures(edgeattn, nano_int4):
         assert row["tokens_per_second"] > 0 and row["peak_rss_bytes"] > row["weight_bytes_per_token"] > 1e7
         assert decode == (row["ttft_ms"] is None) == (row["p95_ms"] is not None) == (row["bandwidth_share"] is not None)
     assert rows[3]["kv_bytes_per_token"] == int(66.5 * 2 * 8 * 2 * 64 * 2) > rows[1]["kv_bytes_per_token"]
+
+
+@pytest.mark.parametrize("n_prompt, n_gen", [(1, 0), (0, 1)])
+def test_bench_of_one_token(edgeattn, nano_int4, n_prompt, n_gen):
+    done = edgeattn("bench", "-m", nano_int4, "-p", n_prompt, "-n", n_gen, "-r", 1, "-o", "jsonl")
+    assert [row["test"] for row in parse("jsonl", done.stdout)] == ["pp1" if n_prompt else "tg1"] and done.returncode == 0
 
 
 def test_bench_beyond_the_context(edgeattn, nano_int4):
