@@ -38,7 +38,8 @@ def make_parser() -> argparse.ArgumentParser:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run one verb. 0 done, 1 a check failed, 2 a user's mistake (told in one line), 130 interrupted, 141 nobody reads our output."""
+    """Run one verb. 0 done, 1 a check failed or this machine did, 2 a user's mistake, 130 interrupted, 141 nobody reads our output.
+    Errors are told in one line."""
     args = make_parser().parse_args(argv)
     _tolerate_encodings()
     try:
@@ -51,11 +52,12 @@ def main(argv: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         print(file=sys.stderr)
         return 130
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, RuntimeError, MemoryError) as error:
         if args.debug:
             raise
+        from edgeattn.cache.pages import CacheFull
         print(f"edgeattn {args.verb}: error: {one_line(error)}", file=sys.stderr)
-        return 2
+        return 2 if isinstance(error, (ValueError, OSError, CacheFull)) else 1
 
 
 def one_line(error: Exception) -> str:

@@ -140,7 +140,7 @@ class Generation:
     def __iter__(self) -> Iterator[Event]:
         started = time.perf_counter()
         logits = self._prefill()
-        if self._max_tokens == 0:
+        if self._max_tokens == 0 and logits is not None:
             self.finish_reason = "length"
         while logits is not None and self.finish_reason is None:
             token = self._sampler(logits, self._all)
@@ -152,7 +152,7 @@ class Generation:
             started = now
             yield from self._accept(token)
             if self.finish_reason is None:
-                logits = self._next(token)
+                logits = self._forward([token])
         if self.finish_reason is None:
             self.finish_reason = "cancelled"
         if not self._stops.hit:
@@ -185,25 +185,24 @@ class Generation:
         yield Event(token, text)
 
     def _prefill(self):
-        """Logits after the prompt; None when cancelled on the way."""
+        """Logits after the prompt; None when cancelled on the way, or when other sequences have filled the cache."""
         ids, step = self._prompt_ids, self._model.ubatch
         for start in range(0, len(ids), step):
             logits = self._forward(ids[start:start + step], "last" if start + step >= len(ids) else "none")
+            if self.finish_reason:
+                return None
             if self.on_prompt:
                 self.on_prompt(min(start + step, len(ids)), len(ids))
             if self._cancelled:
                 return None
         return logits
 
-    def _next(self, token):
+    def _forward(self, ids, rows="last"):
         try:
-            return self._forward([token])
+            logits = self._model.forward([(self._sequence, ids)], logit_rows=rows)
         except CacheFull:  # other sequences can fill the cache before this one reaches the context size
             self.finish_reason = "context"
             return None
-
-    def _forward(self, ids, rows="last"):
-        logits = self._model.forward([(self._sequence, ids)], logit_rows=rows)
         self.cached += ids
         return logits[-1] if rows == "last" else None
 
@@ -212,7 +211,10 @@ def generate(model, tokenizer, sequence, prompt_ids: list[int], options: Sampler
              stop: tuple[str, ...] = (), end_tokens: frozenset[int] | None = None) -> Generation:
     """Continue a prompt. The tokenizer's end tokens end it unless others are given; see Generation for the rest.
 
-    for event in generate(model, tokenizer, model.new_sequence(), tokenizer.encode("Once upon")): print(event.text, end="")
+    sequence = model.new_sequence()
+    for event in generate(model, tokenizer, sequence, tokenizer.encode("Once upon")):
+        print(event.text, end="")
+    model.free(sequence)  # or its pages stay in use
     """
     ends = tokenizer.end_tokens if end_tokens is None else end_tokens
     return Generation(model, tokenizer, sequence, prompt_ids, options, max_tokens, stop, ends, continues_text=True)

@@ -12,9 +12,10 @@ from pathlib import Path
 import onnx
 import pytest
 
-from edgeattn.apps import cli, doctor, models, options
+from edgeattn.apps import cli, doctor, generate, models, options
 from edgeattn.apps.bench_report import FORMATS, Row, make_report
 from edgeattn.apps.weights import Weights
+from edgeattn.cache.pages import CacheFull
 
 NANO = Path(__file__).parent.parent / "models/nano"
 ROW = Row("llama int4", 18 << 20, 26_700_000, 2, "f16", 512, "tg128", 5, 123.456, 1.5, 90 << 20, 4096, 16 << 20, 2e10)
@@ -100,6 +101,16 @@ def test_damaged_exports_are_named(edgeattn, tmp_path, nano_int4, spoil, message
 def test_debug_shows_the_traceback():
     with pytest.raises(ValueError, match="no such folder"):
         cli.main(["--debug", "generate", "-p", "x", "-m", "/no/such/folder"])
+
+
+@pytest.mark.parametrize("error, code", [(CacheFull("KV cache is\nfull"), 2), (RuntimeError("no\nluck"), 1), (MemoryError(), 1)])
+def test_failures_take_one_line(edgeattn, monkeypatch, error, code):
+    def fail(args):
+        raise error
+    monkeypatch.setattr(generate, "main", fail)
+    done = edgeattn("generate", "-p", "x")
+    assert (done.returncode, done.stdout) == (code, "")
+    assert done.stderr == f"edgeattn generate: error: {' '.join(str(error).split()) or 'MemoryError'}\n"
 
 
 def test_help_is_there_and_light():

@@ -32,7 +32,7 @@ class FakeModel:
 
     def __init__(self, script, ctx_size=512, ubatch=16):
         self.script, self.ctx_size, self.ubatch, self.vocab_size = itertools.cycle(script), ctx_size, ubatch, 8192
-        self.calls, self.interrupt_at = [], None
+        self.calls, self.interrupt_at, self.room = [], None, ctx_size  # tokens that other sequences leave room for
 
     def new_sequence(self):
         return FakeSequence()
@@ -43,7 +43,7 @@ class FakeModel:
 
     def forward(self, work, logit_rows="last"):
         (sequence, ids), = work
-        if sequence.length + len(ids) > self.ctx_size:
+        if sequence.length + len(ids) > min(self.ctx_size, self.room):
             raise CacheFull("context is full")
         if len(self.calls) == self.interrupt_at:
             self.interrupt_at = None
@@ -82,6 +82,16 @@ def test_limits_are_told_apart():
     run = run_script("one two three four five six seven", ctx_size=8)
     list(run)
     assert run.finish_reason == "context" and len(run.cached) == 8
+
+
+@pytest.mark.parametrize("room, cached", [(10, 0), (40, 32)])
+def test_prompt_meets_a_cache_that_others_have_filled(room, cached):
+    model = FakeModel([5])
+    model.room = room
+    sequence = model.new_sequence()
+    run = generate(model, TOKENIZER, sequence, list(range(4, 54)), GREEDY)
+    assert list(run) == [] and run.finish_reason == "context"
+    assert run.cached == sequence.ids == list(range(4, 4 + cached))
 
 
 def test_prompt_that_does_not_fit_or_is_empty():
