@@ -1,4 +1,5 @@
 """A Hugging Face checkpoint to our folder: graph, streamed weights, tokenizer files, edgeattn.json."""
+import glob
 import json
 import os
 import shutil
@@ -35,7 +36,7 @@ def export(checkpoint: str | Path, folder: str | Path, precision: str = "int4", 
     progress    called with (bytes written, bytes in all)
     ValueError for what the user can mend; nothing half-written stays behind then.
     """
-    source, folder = Checkpoint(checkpoint), Path(folder)
+    source, folder = Checkpoint(checkpoint), Path(folder).resolve()
     decoder = read_architecture(source)
     formats = Formats(precision, group_size)
     defaults = target_defaults(target, precision)
@@ -46,7 +47,7 @@ def export(checkpoint: str | Path, folder: str | Path, precision: str = "int4", 
     graph = build(decoder, source, formats, ctx_size)
     folder.parent.mkdir(parents=True, exist_ok=True)
     work = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
-    _remove_abandoned(folder)
+    remove_abandoned(folder.parent, f"{folder.name}.")
     try:
         work.mkdir()
         graph.write(work, _functions(graph), progress)
@@ -93,22 +94,33 @@ def _write_report(folder, report):
 
 
 def _check_replaceable(folder):
+    if folder == Path.cwd() or folder in Path.cwd().parents:
+        raise ValueError(f"{folder}: is the current folder or holds it, and would be replaced whole; give a folder inside it")
     if folder.exists() and not (folder.is_dir() and (not any(folder.iterdir()) or (folder / "edgeattn.json").is_file())):
         raise ValueError(f"{folder}: exists and is not an earlier export; choose another folder or remove it")
 
 
-def _remove_abandoned(folder):
-    """Delete what exports to the same folder left behind when they were killed."""
-    for path in folder.parent.glob(f".{folder.name}.*.tmp"):
-        pid = path.name.split(".")[-2]
-        if pid.isdigit() and not psutil.pid_exists(int(pid)):
+def remove_abandoned(parent: Path, start: str) -> None:
+    """Delete what exports to folders of `parent` whose names begin with `start` left behind when they were killed."""
+    for path in parent.glob(f".{glob.escape(start)}*"):
+        name, *rest = path.name[1:].rsplit(".", 2)
+        if len(rest) < 2 or rest[1] not in ("tmp", "old") or not rest[0].isdigit() or psutil.pid_exists(int(rest[0])):
+            continue
+        if rest[1] == "old" and not (parent / name).exists():  # killed just between the two renames
+            path.rename(parent / name)
+        else:
             shutil.rmtree(path, ignore_errors=True)
 
 
 def _replace(work, folder):
-    """Rename `work` to `folder`, which may hold an earlier export."""
+    """Rename `work` to `folder`, which may hold an earlier export: it comes back when that fails."""
     old = work.with_suffix(".old")
-    if folder.exists():
-        folder.rename(old)
-    work.rename(folder)
+    try:
+        if folder.exists():
+            folder.rename(old)
+        work.rename(folder)
+    except BaseException:
+        if old.exists() and not folder.exists():
+            old.rename(folder)
+        raise
     shutil.rmtree(old, ignore_errors=True)

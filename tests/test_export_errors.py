@@ -2,6 +2,7 @@
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import tiny
@@ -10,6 +11,7 @@ import torch
 from edgeattn.exporters import check
 from edgeattn.exporters.export import export
 from edgeattn.exporters.graph import Graph
+from edgeattn.runtime import read_config
 
 RUNTIME_LOGITS = check._runtime_logits
 
@@ -93,23 +95,61 @@ def test_missing_folder(tmp_path):
         export(tmp_path / "nowhere", tmp_path / "out")
 
 
+def interrupt(done, total):
+    raise KeyboardInterrupt
+
+
 @pytest.mark.parametrize("stop", [KeyboardInterrupt, OSError(28, "No space left on device")])
 def test_interrupted_export_keeps_the_old_one(tmp_path, checkpoint, stop):
     export(checkpoint, tmp_path / "out", "int8")
     before = (tmp_path / "out/edgeattn.json").read_bytes()
 
-    def interrupt(done, total):
+    def fail(done, total):
         raise stop
     with pytest.raises(type(stop) if isinstance(stop, Exception) else stop):
-        export(checkpoint, tmp_path / "out", progress=interrupt)
+        export(checkpoint, tmp_path / "out", progress=fail)
     assert (tmp_path / "out/edgeattn.json").read_bytes() == before
     assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint", "out"]
 
 
-def test_killed_export_is_cleared_away_by_the_next(tmp_path, checkpoint):
-    (tmp_path / ".out.999999999.tmp").mkdir()  # larger than any process id
+@pytest.mark.parametrize("name", ["out", "o[u]t"])
+def test_killed_export_is_cleared_away_by_the_next(tmp_path, checkpoint, name):
+    for end in ("tmp", "old"):
+        (tmp_path / f".{name}.999999999.{end}").mkdir()  # larger than any process id
+    export(checkpoint, tmp_path / name, "int8")
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(["checkpoint", name])
+
+
+def test_export_killed_between_two_renames_comes_back(tmp_path, checkpoint):
     export(checkpoint, tmp_path / "out", "int8")
+    (tmp_path / "out").rename(tmp_path / ".out.999999999.old")
+    with pytest.raises(KeyboardInterrupt):
+        export(checkpoint, tmp_path / "out", progress=interrupt)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint", "out"]
+
+
+def test_failing_rename_brings_the_old_export_back(tmp_path, checkpoint, monkeypatch):
+    export(checkpoint, tmp_path / "out", "int8")
+    rename = Path.rename
+
+    def fail(path, target):
+        if path.suffix == ".tmp":
+            raise PermissionError(13, "Permission denied")
+        return rename(path, target)
+    monkeypatch.setattr(Path, "rename", fail)
+    with pytest.raises(PermissionError):
+        export(checkpoint, tmp_path / "out", "fp32")
+    assert read_config(tmp_path / "out")["precision"] == "int8"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint", "out"]
+
+
+@pytest.mark.parametrize("name", [".", "..", "../here"])
+def test_current_folder_is_refused(tmp_path, checkpoint, monkeypatch, name):
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    with pytest.raises(ValueError, match="is the current folder or holds it"):
+        export(checkpoint, name)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint", "here"]
 
 
 def test_replaces_an_export_and_nothing_else(tmp_path, checkpoint):
