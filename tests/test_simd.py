@@ -27,7 +27,7 @@ PROMISES = {  # what the assembly of 4- and 8-bit GEMV must hold, and must not
     "i8mm": (SDOT_BY_LANE, SDOT_BY_LANE, r"udot"),
 }
 
-
+FLOAT_KERNELS = "rms_normalization or gated_activation-silu or linear-3x or linear-100x or sample-chain or batch_of_prefill_and_decode[32"
 FLOATS = types.CPointer(float32)
 ACTIVATIONS = types.Tuple([types.CPointer(t) for t in (int8, float32, int32, float32)])
 
@@ -118,15 +118,19 @@ def python(*arguments, **environment):
 
 @pytest.mark.parametrize("level", list(PROMISES))
 def test_level(level):
-    """The tests of this file and of the operators that use dot products, with that level forced and three threads."""
+    """The tests of this file and of the operators that use dot products, with that level forced and three threads.
+
+    Two levels, of half the vector's width and of none, take some of the float kernels too.
+    """
     if os.environ.get("EDGEATTN_SIMD"):
         pytest.skip("a level is forced already")
     if level not in available_levels():
         pytest.skip(f"this machine has {available_levels()}")
     if level == LEVEL:
         pytest.skip("the level of all other tests")
-    done = python("-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", str(TESTS / "test_simd.py"), str(TESTS / "test_nbits.py"),
-                  str(TESTS / "test_kernels.py"), "-k", "simd or nbits", EDGEATTN_SIMD=level, NUMBA_NUM_THREADS="3")
+    files = [str(TESTS / f"test_{name}.py") for name in ("simd", "nbits", "kernels", "attention")]
+    chosen = "simd or nbits" + (f" or {FLOAT_KERNELS}" if level in ("avx2", "plain") else "")
+    done = python("-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *files, "-k", chosen, EDGEATTN_SIMD=level, NUMBA_NUM_THREADS="3")
     assert done.returncode == 0, done.stdout[-3000:]
 
 
