@@ -1,5 +1,6 @@
 """From -m to a loaded model: exported folders, checkpoints (exported once, into the user's cache), the bundled one."""
 import argparse
+import glob
 import hashlib
 import os
 import shutil
@@ -21,7 +22,9 @@ def cache_folder() -> Path:
 
 def find(name: str | None) -> Path:
     """The folder that -m means, exported or a checkpoint; ValueError says what else to give."""
-    path = Path(name or BUNDLED).expanduser()
+    if not name:  # whatever the current folder holds
+        return _bundled()
+    path = Path(name).expanduser()
     if path.is_dir():
         if (path / "edgeattn.json").is_file() or (path / "config.json").is_file():
             return path
@@ -53,34 +56,28 @@ def exported(name: str | None, precision: str = "int4") -> Path:
     stem = f"{path.resolve().name}-{precision}-{where}-"
     folder = cache_folder() / (stem + content)
     if not (folder / "edgeattn.json").is_file():
-        _export(path, folder, precision)
-    for old in cache_folder().glob(stem + "*"):
-        if old != folder and not old.name.endswith(".part"):  # made from older files, or by another version
+        _export(path, folder, precision, stem)
+    for old in cache_folder().glob(glob.escape(stem) + "*"):
+        if old != folder:  # made from older files, or by another version
             shutil.rmtree(old, ignore_errors=True)
     return folder
 
 
 def _fingerprint(checkpoint):
-    """Changes whenever the checkpoint's files or the exporters do."""
-    from edgeattn import exporters
+    """Changes whenever the checkpoint's files, the exporters or the layout of weights do."""
+    from edgeattn import exporters, ops
+    from edgeattn.reference import matmul_nbits
     files = sorted(p for p in checkpoint.iterdir() if p.suffix in (".safetensors", ".json", ".jinja", ".model"))
     about = [f"{p.name} {p.stat().st_size} {p.stat().st_mtime_ns}" for p in files]
-    sources = sorted(Path(exporters.__file__).parent.rglob("*.py"))
+    sources = [*sorted(Path(exporters.__file__).parent.rglob("*.py")), Path(matmul_nbits.__file__), Path(ops.__file__)]
     return "\n".join(about + [hashlib.sha256(p.read_bytes()).hexdigest() for p in sources])
 
 
-def _export(checkpoint, folder, precision):
-    from edgeattn.exporters.export import export
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    part = folder.with_name(f"{folder.name}.{os.getpid()}.part")  # two commands at once must not meet in one folder
-    title = f"exporting {checkpoint.name} to {precision} (once)"
-    try:
-        with Progress(title, patience=0) as progress:
-            export(checkpoint, part, precision=precision, progress=progress.exporting)
-        if not folder.exists():
-            part.rename(folder)
-    finally:
-        shutil.rmtree(part, ignore_errors=True)
+def _export(checkpoint, folder, precision, stem):
+    from edgeattn.exporters.export import export, remove_abandoned
+    remove_abandoned(folder.parent, stem)  # also what a killed export of other files left
+    with Progress(f"exporting {checkpoint.name} to {precision} (once)", patience=0) as progress:
+        export(checkpoint, folder, precision=precision, progress=progress.exporting)
 
 
 def load(args: argparse.Namespace, ctx_size: int | None = None, chat: bool = False):

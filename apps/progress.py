@@ -2,6 +2,8 @@
 import sys
 import time
 
+CHECKING = "checking against the checkpoint, which compiles kernels once"
+
 
 class Progress:
     """A context manager to call with (what, done, total). Nothing shows for work that is over within `patience` seconds."""
@@ -9,7 +11,7 @@ class Progress:
     def __init__(self, title: str, patience: float = 1.0):
         self._title, self._patience, self._started = title, patience, time.monotonic()
         self._bar = self._task = None
-        self._said = False
+        self._said: set[str] = set()
 
     def __enter__(self) -> "Progress":
         return self
@@ -22,7 +24,7 @@ class Progress:
         if time.monotonic() - self._started < self._patience:
             return
         if not sys.stderr.isatty():
-            self._say()
+            self._say(self._title)
             return
         if self._bar is None:
             self._bar, self._task = _bar(self._title)
@@ -30,12 +32,14 @@ class Progress:
 
     def exporting(self, done: int, total: int) -> None:
         """The progress of an export: bytes written; the check that follows takes its time too."""
-        self("" if done < total else "checking against the checkpoint", done, total)
+        self("" if done < total else CHECKING, done, total)
+        if done == total and not sys.stderr.isatty():
+            self._say(CHECKING)
 
-    def _say(self):
-        if not self._said:
-            print(f"{self._title} ...", file=sys.stderr, flush=True)
-        self._said = True
+    def _say(self, text):
+        if text not in self._said:
+            print(f"{text} ...", file=sys.stderr, flush=True)
+        self._said.add(text)
 
 
 def _bar(title):

@@ -61,8 +61,9 @@ class Graph:
 
     def write(self, folder: Path, functions: list[onnx.FunctionProto], progress: Callable[[int, int], None] | None = None) -> None:
         """Write model.onnx and model.onnx.data. progress(bytes written, bytes in all)."""
-        offsets, end = {}, 0
+        offsets, end, total = {}, 0, 0
         for spec in (spec for specs, _ in self._streams for spec in specs):
+            total += spec.nbytes
             offsets[spec.name] = end
             end = _round_up(end + spec.nbytes)
         with open(folder / "model.onnx.data", "wb") as file:
@@ -72,7 +73,7 @@ class Graph:
                 for count in _write_stream(file, specs, offsets, slabs):
                     done += count
                     if progress:
-                        progress(done, end)
+                        progress(done, total)
         tensors = [_external(spec, offsets[spec.name]) for specs, _ in self._streams for spec in specs]
         onnx.save(self._model(tensors, functions), folder / "model.onnx")
 

@@ -14,6 +14,7 @@ import pytest
 
 from edgeattn.apps import cli, doctor, generate, models, options
 from edgeattn.apps.bench_report import FORMATS, Row, make_report
+from edgeattn.apps.progress import Progress
 from edgeattn.apps.weights import Weights
 from edgeattn.cache.pages import CacheFull
 
@@ -143,9 +144,9 @@ def test_unescape():
 # ---- checkpoints, once ---------------------------------------------------------------------------------------------
 def test_checkpoint_is_exported_once_and_again_when_it_changes(tmp_path, monkeypatch):
     def quick(source, target, precision, progress):
-        target.mkdir()
         if precision == "int8":
             raise ValueError("disk on fire")
+        target.mkdir(parents=True)
         (target / "edgeattn.json").touch()
     monkeypatch.setattr("edgeattn.exporters.export.export", quick)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
@@ -155,6 +156,7 @@ def test_checkpoint_is_exported_once_and_again_when_it_changes(tmp_path, monkeyp
     assert folder.parent == tmp_path / "cache/edgeattn/models" and folder.name.startswith("mine-fp16-")
     assert models.exported(str(checkpoint), "fp16") == folder and (folder / "edgeattn.json").stat().st_mtime_ns == stamp
     os.utime(checkpoint / "model.safetensors")
+    (folder.parent / f".{folder.name}.999999999.tmp").mkdir()  # a killed export's, before the change
     again = models.exported(str(checkpoint), "fp16")
     with pytest.raises(ValueError, match="on fire"):
         models.exported(str(checkpoint), "int8")
@@ -162,7 +164,18 @@ def test_checkpoint_is_exported_once_and_again_when_it_changes(tmp_path, monkeyp
     assert models.exported(str(again)) == again
 
 
-def test_bundled_model_is_the_default():
+def test_layout_of_weights_is_part_of_an_export_s_name(monkeypatch, tmp_path):
+    before = models._fingerprint(NANO)
+    (tmp_path / "ops.py").write_text("PANEL = 32")
+    monkeypatch.setattr("edgeattn.ops.__file__", str(tmp_path / "ops.py"))
+    assert models._fingerprint(NANO) != before
+
+
+def test_bundled_model_is_the_default(tmp_path, monkeypatch):
+    (tmp_path / "nano").mkdir()
+    monkeypatch.chdir(tmp_path)
+    assert models.find(None).samefile(NANO)
+    (tmp_path / "nano").rmdir()
     assert models.find(None) == models.find("nano") and (models.find(None) / "model.safetensors").samefile(NANO / "model.safetensors")
 
 
@@ -217,6 +230,13 @@ def test_bench_beyond_the_context(edgeattn, nano_int4):
 def test_export_tells_what_it_made(edgeattn, tmp_path):
     done = edgeattn("export", "nano", "-o", tmp_path / "out", "--precision", "int8", "-c", 512, "--target", "pi5")
     assert done.returncode == 0 and "int8" in done.stdout and "26.7 M parameters" in done.stdout and "context 512" in done.stdout
+
+
+def test_progress_of_an_export_tells_of_its_check(capsys):
+    with Progress("exporting", patience=0) as progress:
+        for done in (1, 2, 3):
+            progress.exporting(done, 3)
+    assert capsys.readouterr().err.splitlines() == ["exporting ...", "checking against the checkpoint, which compiles kernels once ..."]
 
 
 def test_weights_are_counted_once(nano_int4):

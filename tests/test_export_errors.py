@@ -95,6 +95,12 @@ def test_missing_folder(tmp_path):
         export(tmp_path / "nowhere", tmp_path / "out")
 
 
+def test_progress_ends_with_all_bytes(tmp_path, checkpoint):
+    told = []
+    export(checkpoint, tmp_path / "out", "int8", progress=lambda *numbers: told.append(numbers))
+    assert told == sorted(told) and told[-1][0] == told[-1][1] and [done == total for done, total in told].count(True) == 1
+
+
 def interrupt(done, total):
     raise KeyboardInterrupt
 
