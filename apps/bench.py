@@ -14,7 +14,8 @@ SEED = 1  # of the random tokens: every run computes the same ones
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    for flag, name, default, text in (("-p", "--n-prompt", 512, "prompt lengths; 0 for none"), ("-n", "--n-gen", 128, "tokens to generate; 0 for none"),
+    for flag, name, default, text in (("-p", "--n-prompt", 512, "prompt lengths; 0 for none"),
+                                      ("-n", "--n-gen", 128, "tokens to generate; 0 for none"),
                                       ("-d", "--n-depth", 0, "tokens in the cache before a test")):
         parser.add_argument(flag, name, type=options.numbers(0), default=[default], metavar="N[,N]", help=f"{text} ({default})")
     parser.add_argument("-r", "--repetitions", type=options.whole(1), default=5, metavar="N", help="times each test runs (5)")
