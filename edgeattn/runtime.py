@@ -68,7 +68,7 @@ class Model:
 
     # ---- sequences ----------------------------------------------------------------------------------------------
     def new_sequence(self) -> Sequence:
-        return Sequence()
+        return self.cache.new_sequence()
 
     def fork(self, sequence: Sequence) -> Sequence:
         """A second sequence with the same tokens so far; pages are shared until written."""

@@ -35,6 +35,20 @@ def test_full_cache_says_so_and_changes_nothing():
     assert a.length == 30 and len(a.pages) == 2 and cache.pool.free == 0
 
 
+def test_forgotten_sequences_give_their_pages_back():
+    cache = small()
+    a = cache.new_sequence()
+    cache.append(a, 20)
+    b = cache.fork(a)
+    cache.append(b, 20)
+    assert cache.pool.used == 4  # one shared, a's last, b's copy of it, b's next
+    del a
+    assert cache.pool.used == 3
+    cache.truncate(b, 0)
+    del b
+    assert cache.pool.used == 0 and not cache.pool.references.any()
+
+
 def test_unknown_kv_type_is_named():
     with pytest.raises(ValueError, match="int1"):
         small(kv_type="int1")

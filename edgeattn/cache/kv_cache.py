@@ -1,4 +1,5 @@
 """The paged KV cache: storage, page tables per sequence, copy-on-write sharing."""
+import weakref
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -48,6 +49,19 @@ class KVCache:
         return {"cache.k": self.k[layer].ctypes.data, "cache.v": self.v[layer].ctypes.data,
                 "cache.type": list(KV_TYPES).index(self.kv_type), "cache.page_size": self.page_size}
 
+    def new_sequence(self) -> Sequence:
+        """An empty sequence. Its pages return to the pool when it is truncated to nothing, or when nobody holds it any more."""
+        return self._watched(Sequence())
+
+    def _watched(self, sequence):
+        weakref.finalize(sequence, self._give_back, self.pool, sequence.pages).atexit = False
+        return sequence
+
+    @staticmethod
+    def _give_back(pool, pages):
+        for page in pages:
+            pool.release(page)
+
     def append(self, sequence: Sequence, count: int) -> np.ndarray:
         """Make room for `count` more tokens; -> slots [count] int32 (page * page_size + offset).
 
@@ -84,7 +98,7 @@ class KVCache:
 
     def fork(self, sequence: Sequence) -> Sequence:
         """A second sequence with the same tokens; pages are shared until one of the two writes."""
-        return Sequence([self.pool.share(page) for page in sequence.pages], sequence.length)
+        return self._watched(Sequence([self.pool.share(page) for page in sequence.pages], sequence.length))
 
     def read(self, sequence: Sequence, layer: int) -> tuple[np.ndarray, np.ndarray]:
         """Keys and values [kv_heads, length, head_dim] float32, gathered: for tests and inspection."""
