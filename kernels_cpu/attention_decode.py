@@ -11,10 +11,10 @@ from edgeattn.kernels_cpu.attention_call import (CACHE_TYPE, CHUNK, DECODE_ROWS,
                                                  SELECTED, SELECTED_CAPACITY, SELECTED_COUNTS, SEGMENT_SHIFT, SEQUENCES, STARTS, V_POOL,
                                                  first_visible, page_base, rows_of)
 from edgeattn.kernels_cpu.attention_softmax import LOWEST_SCORE, soften
-from edgeattn.kernels_cpu.float_tiles import BLOCK, COLUMNS, load_block, load_floats, outer_add_rows
+from edgeattn.kernels_cpu.float_tiles import BLOCK, COLUMNS, load_floats, outer_add_rows
 from edgeattn.kernels_cpu.floats import F, is_half, load_float
 from edgeattn.kernels_cpu.parallel import worker
-from edgeattn.kernels_cpu.simd import at, hsum, load, prefetch, splat, store, store_tile, zeros
+from edgeattn.kernels_cpu.simd import at, hsum, load, load_rows, prefetch, splat, store, store_tile, zeros
 
 STRIDE = CHUNK + 16           # of a row of scores
 AHEAD = 2 * BLOCK // 16       # segments prefetched ahead
@@ -68,7 +68,7 @@ def _weigh(p, p_at, depth, v, base, ahead, count, out, to):
     """out[DECODE_ROWS heads, all channels] += p times the values of `count` tokens of a page, BLOCK channels at a time."""
     whole = depth // BLOCK * BLOCK
     for c in range(0, whole, BLOCK):
-        acc = load_block(DECODE_ROWS, COLUMNS, out, to + c, depth)
+        acc = load_rows(F, DECODE_ROWS, COLUMNS, out, to + c, depth, 16)
         for t in range(count):
             acc = outer_add_rows(acc, load_floats(COLUMNS, v, base + t * depth + c, 16), p, p_at + t, STRIDE)
             prefetch(v, ahead + t * depth + c)
@@ -76,7 +76,7 @@ def _weigh(p, p_at, depth, v, base, ahead, count, out, to):
                 prefetch(v, ahead + t * depth + c + 16)
         store_tile(out, to + c, depth, 16, COLUMNS, acc)
     for c in range(whole, depth, 16):
-        rest = load_block(DECODE_ROWS, 1, out, to + c, depth)
+        rest = load_rows(F, DECODE_ROWS, 1, out, to + c, depth, 16)
         for t in range(count):
             rest = outer_add_rows(rest, load_floats(1, v, base + t * depth + c, 16), p, p_at + t, STRIDE)
             prefetch(v, ahead + t * depth + c)

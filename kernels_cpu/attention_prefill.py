@@ -10,10 +10,10 @@ from edgeattn.kernels_cpu.attention_call import (CACHE_TYPE, GROUP, HEAD_DIM, K_
                                                  PAGE_SIZE, QUERIES, ROTATED, SCRATCH, SCRATCH_SIZE, V_POOL, first_visible, page_base,
                                                  rows_of)
 from edgeattn.kernels_cpu.attention_softmax import LOWEST_SCORE, soften
-from edgeattn.kernels_cpu.float_tiles import BLOCK, COLUMNS, ROWS, TILE, load_block, outer_add, outer_add_rows
+from edgeattn.kernels_cpu.float_tiles import BLOCK, COLUMNS, ROWS, TILE, outer_add_rows
 from edgeattn.kernels_cpu.floats import F, I, lane_numbers, load_float, where_less
 from edgeattn.kernels_cpu.parallel import worker
-from edgeattn.kernels_cpu.simd import at, hsum, load, load_tile, prefetch, splat, store, store_tile, zeros
+from edgeattn.kernels_cpu.simd import at, hsum, load, load_rows, load_tile, outer_add, prefetch, splat, store, store_tile, zeros
 
 STRIDE = KEYS + 16  # of a row of scores
 
@@ -87,12 +87,12 @@ def _weigh(scores, begin, end, values, depth, out, to):
     """out[ROWS, channels] += weights times the values of tokens begin ... end."""
     whole = depth // BLOCK * BLOCK
     for c in range(0, whole, BLOCK):
-        acc = load_block(ROWS, COLUMNS, out, to + c, depth)
+        acc = load_rows(F, ROWS, COLUMNS, out, to + c, depth, 16)
         for t in range(begin, end):
             acc = outer_add_rows(acc, load_tile(F, COLUMNS, values, t * depth + c, 16), scores, t, STRIDE)
         store_tile(out, to + c, depth, 16, COLUMNS, acc)
     for c in range(whole, depth, 16):
-        rest = load_block(ROWS, 1, out, to + c, depth)
+        rest = load_rows(F, ROWS, 1, out, to + c, depth, 16)
         for t in range(begin, end):
             rest = outer_add_rows(rest, load_tile(F, 1, values, t * depth + c, 16), scores, t, STRIDE)
         store_tile(out, to + c, depth, 16, 1, rest)

@@ -19,38 +19,8 @@ def _tile(tile, value, builder):
     return [builder.extract_value(value, i) for i in range(tile.count)]
 
 
-def _count(literal):
-    return literal.literal_value if isinstance(literal, types.IntegerLiteral) else None
-
-
-@intrinsic(prefer_literal=True)
-def load_block(typingctx, rows, columns, array, first, row_stride):
-    """A rows x columns tile of F from a float32 array; vectors of a row adjacent."""
-    n_rows, n_columns = _count(rows), _count(columns)
-    tile = types.UniTuple(F, n_rows * n_columns)
-
-    def codegen(context, builder, sig, args):
-        out = []
-        for r in range(n_rows):
-            start = builder.add(args[3], builder.mul(args[4], I64(r)))
-            out += [emit.load(builder, _address(context, builder, array, args[2], builder.add(start, I64(16 * c))), F.ir)
-                    for c in range(n_columns)]
-        return context.make_tuple(builder, tile, out)
-    return tile(rows, columns, array, types.intp, types.intp), codegen
-
-
 def _outer(builder, tile, totals, columns, rows):
     return [emit.fma(builder, columns[i % len(columns)], rows[i // len(columns)], totals[i]) for i in range(tile.count)]
-
-
-@intrinsic
-def outer_add(typingctx, total, w, array, first):
-    """total[r, c] += w[c] * array[first + r]."""
-    def codegen(context, builder, sig, args):
-        totals, columns = _tile(total, args[0], builder), _tile(w, args[1], builder)
-        rows = emit.broadcasts(builder, _address(context, builder, array, *args[2:]), F.ir, total.count // w.count)
-        return context.make_tuple(builder, total, _outer(builder, total, totals, columns, rows))
-    return total(total, w, array, types.intp), codegen
 
 
 @intrinsic

@@ -6,11 +6,11 @@ strip of BLOCK outputs is transposed to float32, SLICE of K at a time, into a sc
 import numpy as np
 from numba import carray, cfunc, float32, int64, njit, uint16
 
-from edgeattn.kernels_cpu.float_tiles import (BLOCK, COLUMNS, ROWS, TILE, add_tile, load_block, load_floats, outer_add, outer_product,
+from edgeattn.kernels_cpu.float_tiles import (BLOCK, COLUMNS, ROWS, TILE, add_tile, load_floats, outer_product,
                                                 transpose)
 from edgeattn.kernels_cpu.floats import F, fetch_add, is_half, load_end
 from edgeattn.kernels_cpu.parallel import call_worker, parallel, worker
-from edgeattn.kernels_cpu.simd import at, hsum, load_tile, prefetch, store, store_tile, zeros
+from edgeattn.kernels_cpu.simd import at, hsum, load_rows, load_tile, outer_add, prefetch, store, store_tile, zeros
 from edgeattn.kernels_cpu.steps import STEP, aligned, call, thread_count
 
 ARGS = ("x", "x.rows", "x.stride", "weight", "weight.type", "weight.0", "weight.1", "weight.stride", "bias", "out", "out.stride",
@@ -154,7 +154,7 @@ def _tile(strip, packed, x_at, size, start, start_at, start_stride, target, to, 
     acc = zeros(F, TILE)
     for k in range(size):
         acc = outer_add(acc, load_tile(F, COLUMNS, strip, k * BLOCK, 16), packed, x_at + k * ROWS)
-    store_tile(target, to, stride, 16, COLUMNS, add_tile(acc, load_block(ROWS, COLUMNS, start, start_at, start_stride)))
+    store_tile(target, to, stride, 16, COLUMNS, add_tile(acc, load_rows(F, ROWS, COLUMNS, start, start_at, start_stride, 16)))
 
 
 @njit(nogil=True, error_model="numpy")
