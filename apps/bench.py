@@ -70,19 +70,23 @@ class Bench:
         """A Row for each test, at one depth; the depth is computed once, and each repetition is taken back."""
         sequence = self._model.new_sequence()
         self._warm_up(sequence)
-        for start in range(0, depth, self._model.ubatch):
-            note(f"filling the cache to depth {depth}: {start}")
-            ids = self._tokens(min(self._model.ubatch, depth - start))
-            self._model.forward([(sequence, ids)], logit_rows="none")
+        self._fill(sequence, depth)
         for kind, n in tests:
             runs = []
             for i in range(self._repetitions):
                 note(f"{_name(kind, n, depth)}: {i + 1} of {self._repetitions}")
                 runs.append((self._prompt if kind == "pp" else self._generate)(sequence, n))
                 self._model.truncate(sequence, depth)
+                self._fill(sequence, depth)  # a quantised page that was cut, or all where tokens were evicted
             note("")
             yield self._row(kind, n, depth, runs)
         self._model.free(sequence)
+
+    def _fill(self, sequence, depth):
+        while sequence.length < depth:
+            note(f"filling the cache to depth {depth}: {sequence.length}")
+            ids = self._tokens(min(self._model.ubatch, depth - sequence.length))
+            self._model.forward([(sequence, ids)], logit_rows="none")
 
     def _tokens(self, n):
         return self._random.integers(0, self._model.vocab_size, n)
@@ -110,7 +114,7 @@ class Bench:
         model, weights = self._model, self._weights
         rates = [n / run.seconds for run in runs]
         row = Row(model=f"{model.config['architecture']} {model.config['precision']}", size_bytes=weights.bytes, params=weights.params,
-                  threads=model.threads, kv_type=model.cache.kv_type, ubatch=model.ubatch, test=_name(kind, n, depth),
+                  threads=model.threads, kv_type=model.cache.options.name, ubatch=model.ubatch, test=_name(kind, n, depth),
                   repetitions=len(runs),
                   tokens_per_second=statistics.mean(rates), deviation=statistics.stdev(rates) if len(rates) > 1 else 0.0,
                   peak_rss_bytes=_peak_rss(), kv_bytes=max(run.kv_bytes for run in runs), weight_bytes_per_token=weights.token_bytes,
@@ -129,8 +133,7 @@ class Bench:
         """Bytes of keys and values that one decoded token reads with `tokens` in the cache, itself included."""
         about = self._model.config["model"]
         seen = min(tokens, about["window"]) if about["window"] else tokens
-        item = {"f16": 2, "f32": 4}[self._model.cache.kv_type]
-        return round(seen * 2 * about["num_layers"] * about["kv_heads"] * about["head_dim"] * item)
+        return round(self._model.cache.read_bytes(seen))
 
 
 def _name(kind, n, depth):

@@ -7,7 +7,7 @@ import shutil
 import sys
 from pathlib import Path
 
-from edgeattn.apps.options import kv_type
+from edgeattn.apps.options import cache_options
 from edgeattn.apps.progress import Progress
 
 BUNDLED = "nano"
@@ -82,7 +82,7 @@ def _export(checkpoint, folder, precision, stem):
 
 def load(args: argparse.Namespace, ctx_size: int | None = None, chat: bool = False):
     """(model, tokenizer) for the flags of options.add_model; `chat` refuses a model without a working chat template."""
-    stored = kv_type(args)  # a mistake there should not wait for an export
+    cache = cache_options(args)  # a mistake there should not wait for an export
     folder = exported(args.model, args.precision)
     from edgeattn.runtime import Model
     from edgeattn.tokenizer import Tokenizer
@@ -90,7 +90,8 @@ def load(args: argparse.Namespace, ctx_size: int | None = None, chat: bool = Fal
     if chat:
         tokenizer.encode_chat([{"role": "user", "content": "?"}])
     with Progress("compiling kernels for this CPU (once)") as progress:
-        model = Model.load(folder, kv_type=stored, ctx_size=wanted, ubatch=args.ubatch_size, threads=args.threads, progress=progress)
+        model = Model.load(folder, cache=cache, ctx_size=wanted, ubatch=args.ubatch_size, threads=args.threads, progress=progress)
     if wanted and wanted > model.ctx_size:
-        print(f"context limited to {model.ctx_size} tokens, all that this export allows", file=sys.stderr)
+        why = "the KV budget holds" if model.ctx_size < model.config["model"]["ctx_size"] else "this export allows"
+        print(f"context limited to {model.ctx_size} tokens, all that {why}", file=sys.stderr)
     return model, tokenizer

@@ -1,7 +1,9 @@
 """Command-line flags that several verbs share, named as in llama.cpp."""
 import argparse
+import re
 
 PRECISIONS = ("int4", "int8", "fp16", "fp32")
+KV_TYPES = ("f32", "f16", "int8", "int4", "int3", "int2")
 
 
 def whole(minimum: int):
@@ -42,17 +44,41 @@ def add_model(parser: argparse.ArgumentParser) -> None:
     group.add_argument("-c", "--ctx-size", type=whole(0), metavar="N", help="tokens that the cache holds (0 or none: all the model allows)")
     group.add_argument("-t", "--threads", type=whole(1), metavar="N", help="threads (one for each core)")
     group.add_argument("-ub", "--ubatch-size", type=whole(1), metavar="N", help="prompt tokens computed at once (512)")
-    group.add_argument("--kv-type", choices=("f16", "f32"), help="what the cache stores (f16; f32 for fp32 exports)")
-    for flag, name in (("-ctk", "--cache-type-k"), ("-ctv", "--cache-type-v")):
-        group.add_argument(flag, name, choices=("f16", "f32"), help=argparse.SUPPRESS)
+    add_cache(parser)
 
 
-def kv_type(args: argparse.Namespace) -> str | None:
-    """The one storage type asked for by --kv-type, -ctk and -ctv."""
-    asked = {kind for kind in (args.kv_type, args.cache_type_k, args.cache_type_v) if kind}
-    if len(asked) > 1:
-        raise ValueError("keys and values are stored in one type: give --kv-type f16 or --kv-type f32")
-    return next(iter(asked), None)
+def add_cache(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("KV cache")
+    for flag, name, what in (("-ctk", "--cache-type-k", "keys"), ("-ctv", "--cache-type-v", "values")):
+        group.add_argument(flag, name, choices=KV_TYPES, metavar="TYPE",
+                           help=f"how {what} are stored: {', '.join(KV_TYPES)} (f16; with --kv-budget what fits)")
+    group.add_argument("--kv-bits", choices=(16, 8, 4, 3, 2), type=int, help="-ctk and -ctv in one: bits of keys and values")
+    group.add_argument("--kv-storage", metavar="METHOD", default="kivi", help="how codes are made: kivi, hadamard, zipcache, akvq, bitnet "
+                       "(kivi)")
+    group.add_argument("--kv-budget", type=size, metavar="N", help="most memory of the cache, in bytes or as 512M: a hard limit")
+    group.add_argument("--kv-eviction", metavar="METHOD", default="auto", help="which tokens go when the budget is full: snapkv (the "
+                       "default), streaming_llm, h2o, tova, key_diff ...; none: stop there")
+    group.add_argument("--kv-sink-tokens", type=whole(0), default=4, metavar="N", help="first tokens that are never evicted (4)")
+    group.add_argument("--kv-window", type=whole(32), default=64, metavar="N", help="newest tokens that are neither evicted nor quantised, "
+                       "a multiple of 32 (64)")
+
+
+def size(text: str) -> int:
+    """An argparse type: bytes, or a number with K, M or G behind it (powers of 1024)."""
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMG]?)i?B?", text.strip(), re.IGNORECASE)
+    if not found or not float(found[1]):
+        raise argparse.ArgumentTypeError(f"must be bytes, or a number with K, M or G such as 512M, got {text!r}")
+    return int(float(found[1]) * 1024 ** " KMG".index(found[2].upper() or " "))
+
+
+def cache_options(args: argparse.Namespace):
+    """The flags of `add_cache` as CacheOptions; ValueError for a mistake."""
+    from edgeattn.cache.options import CacheOptions
+    both = {None: None, 16: "f16"}.get(args.kv_bits, f"int{args.kv_bits}")
+    if both and {args.cache_type_k, args.cache_type_v} - {None, both}:
+        raise ValueError(f"--kv-bits {args.kv_bits} and -ctk or -ctv contradict each other: give one of them")
+    return CacheOptions(k_type=args.cache_type_k or both or "auto", v_type=args.cache_type_v or both or "auto", storage=args.kv_storage,
+                        budget=args.kv_budget, eviction=args.kv_eviction, sink_tokens=args.kv_sink_tokens, window=args.kv_window)
 
 
 def add_sampling(parser: argparse.ArgumentParser, predict: int) -> None:

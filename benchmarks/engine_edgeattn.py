@@ -22,8 +22,9 @@ def prepare(checkpoint: Path, folder: Path, config: dict) -> dict:
 class Engine:
     def __init__(self, path: str, context: int, threads: int):
         import edgeattn
+        from edgeattn.cache.options import CacheOptions
         from edgeattn.runtime import Model
-        self.model = Model.load(path, kv_type="f16", ctx_size=context, ubatch=512, threads=threads)
+        self.model = Model.load(path, cache=CacheOptions("f16", "f16"), ctx_size=context, ubatch=512, threads=threads)
         self.sequence = self.model.new_sequence()
         self.version = f"edgeattn {edgeattn.__version__}"
         self.settings = f"int4, ubatch 512, {threads} threads"

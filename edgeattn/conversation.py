@@ -43,7 +43,7 @@ class Conversation:
             raise ValueError(f"the conversation has {len(ids)} tokens, which leaves no room in a context of {self._model.ctx_size}; "
                              "start afresh with /clear, or raise -c (if the model allows it)")
         shared = _common_prefix(self._cached, ids[:-1])  # the last token is computed again: its logits are wanted
-        self._model.truncate(self._sequence, shared)
+        shared = self._model.truncate(self._sequence, shared)
         self._cached = ids[:shared]
         return Generation(self._model, self._tokenizer, self._sequence, ids[shared:], self._options, self._max_tokens, self._stop,
                           self._tokenizer.end_tokens, context_ids=ids[:shared], kernel=self._kernel)

@@ -3,6 +3,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from importlib import import_module
 
+from edgeattn.page_formats import PAGE, PageFormat
+
 DOMAIN = "edgeattn"  # ONNX domain of our own operators
 PANEL = 16           # outputs that one panel of block-quantised weights holds
 
@@ -27,6 +29,18 @@ def _cached_attention(s, a):
     return {"out": s["q"]}
 
 
+def _seal_pages(s, a):
+    f, n = _page_format(s["k"][1], a), s["k"][0]
+    return {"k_codes": (n, f.k_bytes), "k_params": (n, f.k_params), "v_codes": (n, f.v_bytes), "v_params": (n, f.v_params)}
+
+
+def _page_format(head_dim, a):
+    return PageFormat(head_dim, a["k_type"], a["v_type"], a.get("k_axis", "channel"), bool(a.get("one_group")), bool(a.get("separated")))
+
+
+_FORMAT = ("k_type", "v_type", "k_axis", "one_group", "separated")
+
+
 OPS = {op.name: op for op in (
     Op("embedding", ("ids", "weight"), ("out",), (), lambda s, a: {"out": (*s["ids"], s["weight"][1])}),
     Op("embedding_nbits", ("ids", "codes", "scales", "zero_points?"), ("out",), ("bits", "block_size", "K", "N"),
@@ -41,8 +55,11 @@ OPS = {op.name: op for op in (
     Op("cached_attention", ("q", "k", "v", "cos", "sin", "past_key", "past_value", "positions"),
        ("out", "present_key", "present_value"),
        ("num_heads", "kv_heads", "head_dim", "rotary_dim", "interleaved", "scale", "window", "layer"), _cached_attention),
-    Op("select_sink_window", ("kv_lengths",), ("pages", "counts"), ("kv_heads", "page_size", "capacity", "sink_pages", "window_pages"),
-       lambda s, a: {"pages": (*s["kv_lengths"], a["kv_heads"], a["capacity"]), "counts": (*s["kv_lengths"], a["kv_heads"])}),
+    Op("select_sink_window", ("slot_counts",), ("pages", "counts"), ("kv_heads", "capacity", "sink_pages", "window_pages", "layer"),
+       lambda s, a: {"pages": (*s["slot_counts"], a["capacity"]), "counts": s["slot_counts"]}),
+    Op("seal_pages", ("k", "v"), ("k_codes", "k_params", "v_codes", "v_params"), _FORMAT, _seal_pages),
+    Op("read_pages", ("k_codes", "k_params", "v_codes", "v_params"), ("k", "v"), ("head_dim", *_FORMAT),
+       lambda s, a: {"k": (s["k_codes"][0], a["head_dim"], PAGE), "v": (s["k_codes"][0], PAGE, a["head_dim"])}),
     Op("sample", ("logits", "history"), ("token",),
        ("temperature", "top_k", "top_p", "min_p", "repeat_penalty", "uniform"), lambda s, a: {"token": (1,)}),
 )}

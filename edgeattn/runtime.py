@@ -7,8 +7,11 @@ import numpy as np
 import psutil
 
 from edgeattn.batch import Batch
-from edgeattn.cache.kv_cache import KVCache, Sequence
+from edgeattn.cache.budget import choose_types
+from edgeattn.cache.kv_cache import KVCache
+from edgeattn.cache.options import CacheOptions
 from edgeattn.cache.pages import CacheFull
+from edgeattn.cache.sequence import Sequence
 from edgeattn.graph import read_graph
 from edgeattn.plan import Plan
 from edgeattn.policies import load_policy
@@ -23,9 +26,10 @@ class Model:
     ctx_size is how many tokens the cache holds, over all sequences; ubatch how many are computed at once in prefill.
     """
 
-    def __init__(self, folder, kv_type: str | None = None, ctx_size: int | None = None, ubatch: int | None = None,
+    def __init__(self, folder, cache: CacheOptions | None = None, ctx_size: int | None = None, ubatch: int | None = None,
                  threads: int | None = None, policy=None, progress=None):
-        """policy: a DecodePolicy (see policies/__init__.py), dense by default.
+        """cache: how keys and values are kept; the export's KV type by default, with room for ctx_size tokens.
+        policy: a DecodePolicy (see policies/__init__.py), dense by default.
         progress(operator, done, total) is called while kernels are compiled or read from the kernel cache.
 
         ValueError: the folder is not a complete export, or an option is out of range.
@@ -41,9 +45,15 @@ class Model:
         if not 1 <= self.threads <= most:
             raise ValueError(f"threads must be 1 to {most} (this machine's cores), got {self.threads}")
         numba.set_num_threads(self.threads)  # kernels' scratch is sized for this many
-        self.cache = KVCache(about["num_layers"], about["kv_heads"], about["head_dim"], self.ctx_size, kv_type or defaults["kv_type"])
+        shape = about["num_layers"], about["kv_heads"], about["head_dim"], self.ctx_size
+        options = choose_types(cache or CacheOptions(), defaults["kv_type"], *shape, self.ubatch)
+        if options.evicts and about["window"]:
+            raise ValueError("this model has sliding windows, whose positions eviction and head classes would lose: use "
+                             "--kv-eviction none and --kv-heads none")
+        self.cache = KVCache(*shape, options, self.ubatch)
+        self.ubatch, self.ctx_size = self.cache.plan.chunk, self.cache.capacity
         self._max_rows = max(1, min(self.ubatch, LOGITS_BYTES // (4 * self.vocab_size)))
-        self._batch = Batch(self.ubatch, self._max_rows, MAX_SEQUENCES, len(self.cache.pool.references))
+        self._batch = Batch(self.ubatch, self._max_rows, MAX_SEQUENCES)
         self.policy = policy or load_policy("decode", "dense")
         self.plan = self._plan(progress)
 
@@ -54,13 +64,13 @@ class Model:
     def _plan(self, progress):
         batch = self._batch
         inputs = {"token_ids": batch.token_ids, "positions": batch.positions, "logit_rows": batch.logit_rows}
-        counts = {"tokens": self.ubatch, "rows": self._max_rows, "sequences": MAX_SEQUENCES}
+        counts = {"tokens": self.ubatch, "rows": self._max_rows, "sequences": MAX_SEQUENCES, "probes": 0}
         return Plan(read_graph(self.folder), self.policy, batch.arguments() | self._selection(), self.cache.arguments, inputs, counts,
                     self.threads, progress)
 
     def _selection(self):
         """Memory for the policy's page lists; address 0 tells attention to read everything."""
-        capacity = self.policy.capacity(len(self.cache.pool.references))
+        capacity = self.policy.capacity(self.cache.plan.max_pages)
         shape = (MAX_SEQUENCES, self.config["model"]["kv_heads"], capacity)
         self._selected, self._selected_counts = np.zeros(shape, np.int32), np.zeros(shape[:2], np.int32)
         return {"selection.pages": self._selected.ctypes.data if capacity else 0,
@@ -74,8 +84,10 @@ class Model:
         """A second sequence with the same tokens so far; pages are shared until written."""
         return self.cache.fork(sequence)
 
-    def truncate(self, sequence: Sequence, length: int) -> None:
-        self.cache.truncate(sequence, length)
+    def truncate(self, sequence: Sequence, length: int) -> int:
+        """Forget the tokens from `length` on -> the length that is left: fewer where a quantised page goes as a whole, none where
+        tokens before were evicted meanwhile. The caller computes the difference again."""
+        return self.cache.truncate(sequence, length)
 
     def free(self, sequence: Sequence) -> None:
         self.cache.truncate(sequence, 0)
@@ -87,8 +99,8 @@ class Model:
         work        (sequence, token ids) pairs; a sequence at most once
         logit_rows  "last" (one row a sequence), "all" (every token) or "none"
         ->          [rows, vocab] float32, in the order of `work`; a fresh array
-        ValueError for nothing to compute or an unknown token id; CacheFull when the cache is full: then no sequence
-        has changed.
+        ValueError for nothing to compute or an unknown token id; CacheFull when the cache is full: then sequences are truncated to
+        their former lengths (see `truncate`).
         """
         numba.set_num_threads(self.threads)  # Numba keeps the number per thread, and another model may have set its own
         work = [(sequence, np.asarray(ids, np.int64).ravel()) for sequence, ids in work]
@@ -107,8 +119,11 @@ class Model:
             self._batch.clear()
             for i, start, end, rows in chunk:
                 sequence, ids = work[i]
-                self._batch.add(sequence, ids[start:end], self.cache.append(sequence, end - start), rows)
+                self.cache.append(sequence, end - start)
+                self._batch.add(sequence, ids[start:end], rows, self.cache.probes_for(sequence, end - start))
             self.plan.run(self._batch.state)
+            for i, start, end, _ in chunk:
+                self.cache.settle(work[i][0], end - start)
             found.append(self.plan.view("logits", self._batch.state).copy())
         return found[0] if len(found) == 1 else np.concatenate(found)  # chunks follow the order of `work`
 
@@ -151,7 +166,7 @@ class Model:
 
     # ---- figures ------------------------------------------------------------------------------------------------
     def kv_bytes(self) -> int:
-        """Bytes of the pages in use."""
+        """Bytes of the pages in use, of page lists and of what the cache keeps for each token."""
         return self.cache.used_bytes
 
     def memory(self) -> dict[str, int]:

@@ -1,11 +1,13 @@
 """Rotary embedding of q and k (arXiv 2104.09864), and the new keys and values into their pages."""
 import numpy as np
-from numba import float32, int32, int64, njit, uint16
+from numba import float32, int64, njit, uint16
 
-from edgeattn.kernels_cpu.attention_call import (CACHE_TYPE, COS, COS_STRIDE, HEAD_DIM, INTERLEAVED, K, K_POOL, K_STRIDE, KEYS_ROTATED,
-                                                 KV_HEADS, NUM_HEADS, PAGE_SIZE, POSITIONS, Q, Q_STRIDE, ROTARY_DIM, ROTATED, SCALE,
-                                                 SIN, SLOTS, TOKENS, V, V_POOL, V_STRIDE)
+from edgeattn.kernels_cpu.attention_call import (COS, COS_STRIDE, HEAD_DIM, INTERLEAVED, K, K_STRIDE, KEYS_ROTATED, KEYS_ROTATION, KV_HEADS,
+                                                 NUM_HEADS, PAGE, POOLS, POSITIONS, Q, Q_STRIDE, ROTARY_DIM, ROTATED, SCALE, SEQUENCES,
+                                                 SIN, TOKENS, V, V_STRIDE, WIDTH, entry_of, rows_of, slots_of)
 from edgeattn.kernels_cpu.floats import F, load_float, scatter_float, store_float
+from edgeattn.kernels_cpu.hadamard import hadamard
+from edgeattn.kernels_cpu.page_pool import K as K_CODES, K_BYTES, V as V_CODES, field_at, pool_of
 from edgeattn.kernels_cpu.parallel import call_worker, parallel, worker
 from edgeattn.kernels_cpu.simd import at, fma, load, splat, store
 from edgeattn.kernels_cpu.steps import as_f32
@@ -32,16 +34,19 @@ def _rotate(x, at, cos, sin, angle, half, interleaved, head_dim, scale, out, to)
 
 
 @njit(nogil=True, error_model="numpy")
-def _store_token(call, row, rotated_k, v, k_pool, v_pool):
-    """Keys become a column of each page, values a row."""
-    depth, size = call[HEAD_DIM], call[PAGE_SIZE]
-    slot = np.int64(at(int32, call[SLOTS])[row])
-    page, offset = slot // size, slot % size
-    for head in range(call[KV_HEADS]):
-        base, source = (page * call[KV_HEADS] + head) * depth * size, (row * call[KV_HEADS] + head) * depth
-        for d in range(0, depth, 16):
-            scatter_float(k_pool, base + d * size + offset, size, load_float(rotated_k, source + d))
-            store_float(v_pool, base + offset * depth + d, load_float(v, row * call[V_STRIDE] + head * depth + d))
+def _store_token(k_pool, v_pool, offset, depth, width, k, k_from, v, v_from):
+    """Keys become a column of the page, values a row."""
+    for d in range(0, depth, 16):
+        scatter_float(k_pool, d * PAGE + offset, PAGE, load_float(k, k_from + d))
+        store_float(v_pool, offset * width + d, load_float(v, v_from + d))
+
+
+@njit(nogil=True, error_model="numpy")
+def _sequence_of(call, row):
+    s = np.int64(0)
+    while s + 1 < call[SEQUENCES] and rows_of(call, s + 1)[0] <= row:
+        s += 1
+    return s
 
 
 @worker
@@ -51,20 +56,30 @@ def write_token(call, tokens, first, row, thread):
     rotated_q, rotated_k = at(float32, call[ROTATED]), at(float32, call[KEYS_ROTATED])
     angle = at(int64, call[POSITIONS])[row] * call[COS_STRIDE]
     for head in range(call[NUM_HEADS]):
-        _rotate(q, row * call[Q_STRIDE] + head * depth, cos, sin, angle, half, call[INTERLEAVED], depth, as_f32(call[SCALE]),
-                rotated_q, (row * call[NUM_HEADS] + head) * depth)
+        to = (row * call[NUM_HEADS] + head) * depth
+        _rotate(q, row * call[Q_STRIDE] + head * depth, cos, sin, angle, half, call[INTERLEAVED], depth, as_f32(call[SCALE]), rotated_q, to)
+        if call[KEYS_ROTATION]:
+            hadamard(rotated_q, to, depth)
+    s = _sequence_of(call, row)
+    start, rows = rows_of(call, s)
     for head in range(call[KV_HEADS]):
-        _rotate(k, row * call[K_STRIDE] + head * depth, cos, sin, angle, half, call[INTERLEAVED], depth, np.float32(1),
-                rotated_k, (row * call[KV_HEADS] + head) * depth)
-    if call[CACHE_TYPE]:
-        _store_token(call, row, rotated_k, v, at(uint16, call[K_POOL]), at(uint16, call[V_POOL]))
-    else:
-        _store_token(call, row, rotated_k, v, at(float32, call[K_POOL]), at(float32, call[V_POOL]))
+        to = (row * call[KV_HEADS] + head) * depth
+        _rotate(k, row * call[K_STRIDE] + head * depth, cos, sin, angle, half, call[INTERLEAVED], depth, np.float32(1), rotated_k, to)
+        if call[KEYS_ROTATION]:
+            hadamard(rotated_k, to, depth)
+        slot = slots_of(call, s, head) - rows + row - start
+        entry = entry_of(call, s, head, slot // PAGE)
+        pool = pool_of(call[POOLS], entry)
+        keys, values, v_from = field_at(pool, K_CODES, entry), field_at(pool, V_CODES, entry), row * call[V_STRIDE] + head * depth
+        if pool[K_BYTES] == 2 * PAGE * depth:  # halves
+            _store_token(at(uint16, keys), at(uint16, values), slot % PAGE, depth, call[WIDTH], rotated_k, to, v, v_from)
+        else:
+            _store_token(at(float32, keys), at(float32, values), slot % PAGE, depth, call[WIDTH], rotated_k, to, v, v_from)
 
 
 @njit(nogil=True, error_model="numpy")
 def write_tokens(call, address):
-    """Rotated q times the softmax scale to the workspace; rotated k, and v, to the pools. `address` is the call's."""
+    """Rotated q times the softmax scale to the workspace; rotated k, and v, to the pages. `address` is the call's."""
     tokens = call[TOKENS]
     if tokens > 1 and tokens * (call[NUM_HEADS] + 2 * call[KV_HEADS]) * call[HEAD_DIM] > SERIAL:
         parallel(write_token(), address, tokens, 0, tokens)

@@ -6,16 +6,19 @@ of pages for those with one. Threads take the next task until none is left; then
 import numpy as np
 from numba import cfunc, int64, njit
 
-from edgeattn.kernels_cpu.attention_call import (ARGS, CALL, COUNTER, HEAD_DIM, KV_HEADS, NUM_HEADS, PAGE_SIZE, PREFILL_TASKS, RANGE_PAGES,
-                                                 ROWS_INDEX, SEQUENCES, SEQUENCES_INDEX, SPLITS, STARTS, TASKS, THREADS, WORKSPACE,
-                                                 make_call, rows_of, workspace_bytes)
+from edgeattn.kernels_cpu.attention_call import (ARGS, CALL, COUNTER, HEAD_DIM, KV_HEADS, MASS_MODE, NUM_HEADS, PAGE, PREFILL_TASKS,
+                                                 PROBES, PROBES_INDEX, RANGE_PAGES, ROWS_INDEX, SEQUENCES, SEQUENCES_INDEX, SPLITS, STARTS,
+                                                 TASKS, THREADS, WORKSPACE, make_call, rows_of, slots_of, workspace_bytes)
 from edgeattn.kernels_cpu.attention_decode import attend_range, merge_ranges, visible_pages
+from edgeattn.kernels_cpu.attention_mass import probe_head
 from edgeattn.kernels_cpu.attention_prefill import attend_block, query_blocks
 from edgeattn.kernels_cpu.attention_write import write_tokens
 from edgeattn.kernels_cpu.floats import fetch_add
+from edgeattn.kernels_cpu.page_pool import POOLS, Pages
 from edgeattn.kernels_cpu.parallel import call_worker, parallel, worker
 from edgeattn.kernels_cpu.simd import at
 from edgeattn.kernels_cpu.steps import STEP, aligned, call as call_step, thread_count
+from edgeattn.page_formats import PageFormat
 
 MIN_TOKENS = 256    # a smaller range of decode is not worth a task
 SERIAL = 1 << 16    # fewer products of q and k than this are not worth a parallel region
@@ -30,57 +33,62 @@ def cached_attention(q, k, v, cos, sin, past_key, past_value, positions, *,
 
 
 class PagedCache:
-    """A small cache with physically shuffled pages, for tests and scripts.
+    """One layer's cache of floats with physically shuffled pages, for tests and scripts.
 
     past_keys, past_values  one [kv_heads, past, head_dim] float32 a sequence
     new                     how many tokens each sequence is about to get
+    kv_type                 "f32" or "f16"
     """
 
-    def __init__(self, past_keys, past_values, new, *, dtype=np.float32, page_size=32):
-        kv_heads, _, head_dim = past_keys[0].shape
-        self.dtype, self.page_size, self.new = np.dtype(dtype), page_size, list(new)
-        self.lengths = np.array([key.shape[1] + n for key, n in zip(past_keys, new)], np.int32)
-        counts = -(-self.lengths // page_size)
-        pages = np.random.default_rng(0).permutation(int(counts.sum()) + 3).astype(np.int32)
-        self.tables = np.full((len(counts), int(counts.max()) + 1), -1, np.int32)
-        for s, end in enumerate(np.cumsum(counts)):
-            self.tables[s, :counts[s]] = pages[end - counts[s]:end]
-        self.k = aligned((len(pages), kv_heads, head_dim, page_size), self.dtype)
-        self.v = aligned((len(pages), kv_heads, page_size, head_dim), self.dtype)
+    def __init__(self, past_keys, past_values, new, *, kv_type="f32"):
+        self.kv_heads, _, self.head_dim = past_keys[0].shape
+        self.new, self.lengths = list(new), [key.shape[1] + n for key, n in zip(past_keys, new)]
+        counts = [-(-length // PAGE) for length in self.lengths]
+        self.pages = Pages(PageFormat(self.head_dim, kv_type, kv_type), self.kv_heads * sum(counts) + 3)
+        free = np.random.default_rng(0).permutation(self.kv_heads * sum(counts) + 3).astype(np.int32)
+        self.tables = np.full((len(counts), self.kv_heads, max(counts) + 1), -1, np.int32)  # of sequences, not layers
+        for s, count in enumerate(counts):
+            self.tables[s, :, :count] = free[:self.kv_heads * count].reshape(-1, count) * POOLS
+            free = free[self.kv_heads * count:]
+        self.slot_counts = np.repeat(np.array(self.lengths, np.int32)[:, None], self.kv_heads, 1)
+        self.mass = np.zeros((len(counts), 2, self.kv_heads, self.tables.shape[2] * PAGE), np.float32)
+        dtype = {"f32": np.float32, "f16": np.float16}[kv_type]
+        self.k = self.pages.k.view(dtype).reshape(-1, self.head_dim, PAGE)
+        self.v = self.pages.v.view(dtype).reshape(-1, PAGE, self.pages.format.width)
         for s, (key, value) in enumerate(zip(past_keys, past_values)):
-            page, offset = self.slots(s, 0, key.shape[1])
-            self.k[page, :, :, offset], self.v[page, :, offset] = key.transpose(1, 0, 2), value.transpose(1, 0, 2)
+            page, offset = self.places(s, 0, key.shape[1])
+            self.k[page, :, offset], self.v[page, offset, :self.head_dim] = key, value
 
-    def slots(self, sequence, first, last):
-        tokens = np.arange(first, last)
-        return self.tables[sequence, tokens // self.page_size], tokens % self.page_size
+    def places(self, sequence, first, last):
+        """(pages [kv_heads, tokens], offsets [tokens]) of slots."""
+        slots = np.arange(first, last)
+        return self.tables[sequence][:, slots // PAGE] // POOLS, slots % PAGE
 
     def read(self, sequence):
         """Keys and values [kv_heads, length, head_dim] float32."""
-        page, offset = self.slots(sequence, 0, self.lengths[sequence])
-        return (self.k[page, :, :, offset].transpose(1, 0, 2).astype(np.float32),
-                self.v[page, :, offset].transpose(1, 0, 2).astype(np.float32))
-
-    def new_slots(self):
-        both = [self.slots(s, length - n, length) for s, (length, n) in enumerate(zip(self.lengths, self.new))]
-        return np.concatenate([page * self.page_size + offset for page, offset in both]).astype(np.int32)
+        page, offset = self.places(sequence, 0, self.lengths[sequence])
+        return self.k[page, :, offset].astype(np.float32), self.v[page, offset, :self.head_dim].astype(np.float32)
 
 
-def attend(cache, q, k, v, cos, sin, positions, *, selection=None, **attributes):
+def attend(cache, q, k, v, cos, sin, positions, *, selection=None, probes=0, mass_mode=0, keys_rotated=0, **attributes):
     """Run one step over all sequences of `cache`, their new tokens one after the other in q, k, v; -> out.
 
     selection: (pages [sequences, kv_heads, capacity], counts [sequences, kv_heads]) int32, or None to read everything.
     """
     tensors = dict(q=q, k=k, v=v, cos=cos, sin=sin, out=aligned(q.shape, np.float32))
     pages, counts = selection or (None, None)
-    addresses = {"batch.positions": np.ascontiguousarray(positions, np.int64), "batch.slots": cache.new_slots(),
-                 "batch.row_starts": np.cumsum([0, *cache.new], dtype=np.int32), "batch.kv_lengths": cache.lengths,
-                 "batch.page_tables": cache.tables, "cache.k": cache.k, "cache.v": cache.v,
+    pools = np.stack([cache.pages.table_row()] * POOLS)
+    each = {name: np.array([a.ctypes.data for a in arrays], np.int64)
+            for name, arrays in (("page_tables", cache.tables), ("slot_counts", cache.slot_counts), ("attention_mass", cache.mass))}
+    addresses = {"batch.positions": np.ascontiguousarray(positions, np.int64),
+                 "batch.row_starts": np.cumsum([0, *cache.new], dtype=np.int32),
+                 **{f"batch.{name}": array for name, array in each.items()}, "batch.compensation": None, "cache.pools": pools,
                  "selection.pages": pages, "selection.counts": counts}
-    numbers = {"batch.page_tables.stride": cache.tables.shape[1], "cache.type": int(cache.dtype == np.float16),
-               "cache.page_size": cache.page_size, "selection.capacity": 0 if pages is None else pages.shape[2]}
+    numbers = {"cache.max_pages": cache.tables.shape[2], "selection.capacity": 0 if pages is None else pages.shape[2], "layer": 0,
+               "cache.mass_mode": mass_mode, "cache.mass_plane": cache.mass[0, 0].size, "cache.keys_rotated": keys_rotated}
     tensors["row_starts"] = addresses["batch.row_starts"][1:]  # its rows are the sequences
-    numbers["batch.sequences"] = list(tensors).index("row_starts")
+    tensors["probes"] = np.empty(probes)
+    numbers |= {f"batch.{name}": list(tensors).index(tensor) for name, tensor in (("sequences", "row_starts"), ("probes", "probes"))}
     extra = numbers | {name: 0 if array is None else array.ctypes.data for name, array in addresses.items()}
     call_step(step, ARGS, tensors, {"interleaved": 0, "window": 0} | attributes, extra, workspace_bytes)
     return tensors["out"]
@@ -104,11 +112,11 @@ def count_tasks(call, rows, first, task, thread):
         if rows_of(call, s)[1] == 1:
             pages += call[KV_HEADS] * _most_pages(call, s)
     size = call[THREADS] * SPLITS
-    call[RANGE_PAGES] = max((pages + size - 1) // size, MIN_TOKENS // call[PAGE_SIZE])
+    call[RANGE_PAGES] = max((pages + size - 1) // size, MIN_TOKENS // PAGE)
     prefill, decode = np.int64(0), np.int64(0)
     for s in range(sequences):
         starts[s], starts[sequences + 1 + s] = prefill, decode
-        _, new, _ = rows_of(call, s)
+        _, new = rows_of(call, s)
         if new == 1:
             decode += call[KV_HEADS] * ((_most_pages(call, s) + call[RANGE_PAGES] - 1) // call[RANGE_PAGES])
         else:
@@ -156,8 +164,7 @@ def _attend(call, address):
     at(int64, call[WORKSPACE] + COUNTER)[0] = 0
     work, starts = np.int64(0), at(int64, call[STARTS])
     for s in range(call[SEQUENCES]):
-        _, rows, length = rows_of(call, s)
-        work += rows * length * call[NUM_HEADS] * call[HEAD_DIM]
+        work += rows_of(call, s)[1] * slots_of(call, s, 0) * call[NUM_HEADS] * call[HEAD_DIM]
     if call[THREADS] > 1 and work > SERIAL:
         parallel(run_tasks(), address, 0, 0, call[THREADS])
     else:
@@ -168,9 +175,12 @@ def _attend(call, address):
         if ranges:
             for h in range(call[KV_HEADS]):
                 call_worker(merge_ranges(), address, ranges, s, h, 0)
+    if call[MASS_MODE] and call[PROBES]:
+        for s in range(call[SEQUENCES]):
+            parallel(probe_head(), address, s, 0, call[KV_HEADS])
 
 
 @cfunc(STEP, cache=True)
 def step(a, state):
-    call = make_call(a, state[a[ROWS_INDEX]], state[a[SEQUENCES_INDEX]], thread_count())
+    call = make_call(a, state[a[ROWS_INDEX]], state[a[SEQUENCES_INDEX]], state[a[PROBES_INDEX]], thread_count())
     _attend(call, a[WORKSPACE] + CALL)

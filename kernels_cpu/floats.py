@@ -195,6 +195,13 @@ def divide(typingctx, a, b):
 
 
 @intrinsic
+def sqrt(typingctx, a):
+    def codegen(context, builder, sig, args):
+        return emit.call(builder, f"llvm.sqrt.v{a.lanes}f32", a.ir, args[0])
+    return a(a), codegen
+
+
+@intrinsic
 def lane_numbers(typingctx, vec):
     """0, 1, 2 ..."""
     v = vec.instance_type

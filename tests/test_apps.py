@@ -45,7 +45,7 @@ ROW = Row("llama int4", 18 << 20, 26_700_000, 2, "f16", 512, "tg128", 5, 123.456
     ("generate -p x -t 0", "must be a whole number of at least 1, got '0'"),
     ("generate -p x -c many", "got 'many'"),
     ("generate -p x -ub 0", "at least 1"),
-    ("generate -p x --kv-type q3", "invalid choice: 'q3'"),
+    ("generate -p x -ctk q3", "invalid choice: 'q3'"),
     ("generate -p x -m {nano} -ctk f16 -ctv f32", "stored in one type"),
     ("chat -m {empty} -p x", "neither an exported folder"),
     ("bench -p 0 -n 0", "nothing to measure"),
@@ -131,8 +131,8 @@ assert not {{"numpy", "numba", "onnx", "rich", "jinja2", "tokenizers"}} & set(sy
 def test_flags_are_llama_cpp_s():
     args = cli.make_parser().parse_args(
         "chat -m x -p hi -n 5 -c 99 -t 2 --temp 0 --top-k 1 --top-p 0.5 --min-p 0.1 --repeat-penalty 1.1 --repeat-last-n 9 -s 3 -ub 64 "
-        "-r A --reverse-prompt B\\n --stop C -sys S --kv-type f32".split())
-    assert args.stop == ["A", "B\n", "C"] and args.system_prompt == "S" and args.ubatch_size == 64 and options.kv_type(args) == "f32"
+        "-r A --reverse-prompt B\\n --stop C -sys S -ctk f32 -ctv f32".split())
+    assert args.stop == ["A", "B\n", "C"] and args.system_prompt == "S" and args.ubatch_size == 64 and options.cache_options(args).name == "f32"
     sampler = options.sampler_options(args)
     assert (sampler.temperature, sampler.top_k, sampler.min_p, sampler.repeat_last_n, sampler.seed) == (0, 1, 0.1, 9, 3)
 

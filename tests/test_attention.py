@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from edgeattn.kernels_cpu.cached_attention import PagedCache, attend
+from edgeattn.page_formats import PAGE
 from edgeattn.reference.cached_attention import cached_attention as reference, rotate
 
 MAX_POSITION = 2048
@@ -56,16 +57,15 @@ def close(got, expected, tolerance=EXACT):
 MIXED = [(31, 1), (0, 40), (1000, 1), (64, 33), (0, 1), (5, 2), (32, 1)]
 
 
-@pytest.mark.parametrize("dtype, tolerance", [(np.float32, EXACT), (np.float16, HALF)])
-@pytest.mark.parametrize("page_size", [16, 32, 64])
-def test_batch_of_prefill_and_decode(dtype, tolerance, page_size):
+@pytest.mark.parametrize("kv_type, tolerance", [("f32", EXACT), ("f16", HALF)])
+def test_batch_of_prefill_and_decode(kv_type, tolerance):
     example = Example(MIXED)
-    cache = example.cache(dtype=dtype, page_size=page_size)
+    cache = example.cache(kv_type=kv_type)
     out, present = example.expected()
     close(example.run(cache), out, tolerance)
     for s, expected in enumerate(present):
         for got, want in zip(cache.read(s), expected):
-            close(got, want, EXACT if dtype == np.float32 else HALF)
+            close(got, want, EXACT if kv_type == "f32" else HALF)
 
 
 @pytest.mark.parametrize("threads", [1, 2, 3])
@@ -83,10 +83,10 @@ def test_threads(threads):
 
 
 @pytest.mark.parametrize("heads, kv_heads, head_dim", [(1, 1, 16), (3, 1, 80), (8, 1, 96), (4, 4, 128), (14, 2, 64), (6, 2, 48)])
-@pytest.mark.parametrize("dtype, tolerance", [(np.float32, EXACT), (np.float16, HALF)])
-def test_shapes(heads, kv_heads, head_dim, dtype, tolerance):
+@pytest.mark.parametrize("kv_type, tolerance", [("f32", EXACT), ("f16", HALF)])
+def test_shapes(heads, kv_heads, head_dim, kv_type, tolerance):
     example = Example([(200, 1), (70, 150)], heads=heads, kv_heads=kv_heads, head_dim=head_dim)
-    close(example.run(example.cache(dtype=dtype)), example.expected()[0], tolerance)
+    close(example.run(example.cache(kv_type=kv_type)), example.expected()[0], tolerance)
 
 
 @pytest.mark.parametrize("length", [1, 15, 16, 17, 31, 32, 33, 511, 512, 513, 1025])
@@ -110,10 +110,10 @@ def test_large_scores_do_not_overflow():
 def test_unused_memory_may_hold_anything():
     example = Example([(37, 1), (5, 44)])
     cache = example.cache()
-    for pool, tokens in ((cache.k, 3), (cache.v, 2)):
-        used = np.zeros((len(pool), cache.page_size), bool)
+    for pool, tokens in ((cache.k, 2), (cache.v, 1)):
+        used = np.zeros((len(pool), PAGE), bool)
         for s, (past, _) in enumerate(example.sequences):
-            used[cache.slots(s, 0, past)] = True
+            used[cache.places(s, 0, past)] = True
         np.moveaxis(pool, tokens, 1)[~used] = np.nan
     close(example.run(cache), example.expected()[0])
 
@@ -132,11 +132,11 @@ def test_chunked_prefill_is_one_prefill():
     close(np.concatenate(parts), whole)
 
 
-def expected_of_pages(example, sequence, head, pages, page_size):
+def expected_of_pages(example, sequence, head, pages):
     """A decode step over the tokens of some pages, for the query heads of one KV head: [group, head_dim]."""
     about, last = example.attributes, example.sequences[sequence][0]
     key, value = example.expected()[1][sequence]
-    tokens = [t for t in range(last + 1) if t // page_size in pages and (not about["window"] or t > last - about["window"])]
+    tokens = [t for t in range(last + 1) if t // PAGE in pages and (not about["window"] or t > last - about["window"])]
     q = example.q[[sequence]].reshape(1, about["num_heads"], -1)
     position = example.positions[[sequence]]
     q = rotate(q, example.cos[position], example.sin[position]).reshape(about["kv_heads"], -1, about["head_dim"])[head]
@@ -146,22 +146,22 @@ def expected_of_pages(example, sequence, head, pages, page_size):
 
 
 @pytest.mark.parametrize("window", [0, 70])
-@pytest.mark.parametrize("dtype, tolerance", [(np.float32, EXACT), (np.float16, HALF)])
-def test_selected_pages(dtype, tolerance, window):
+@pytest.mark.parametrize("kv_type, tolerance", [("f32", EXACT), ("f16", HALF)])
+def test_selected_pages(kv_type, tolerance, window):
     """Decode reads the listed pages only: any number of them, different for each KV head, the last one partly filled."""
     example = Example([(300, 1), (95, 1), (32, 1), (1200, 1)], window=window)
-    rng, page_size = np.random.default_rng(), 32
+    rng = np.random.default_rng()
     pages, counts = np.zeros((4, 2, 40), np.int32), np.zeros((4, 2), np.int32)
     for s, (past, _) in enumerate(example.sequences):
-        last = past // page_size
+        last = past // PAGE
         for h in range(2):
             chosen = np.union1d(rng.choice(last + 1, rng.integers(1, last + 2), replace=False), [last])
             counts[s, h] = len(chosen)
             pages[s, h, :len(chosen)] = chosen
-    out = example.run(example.cache(dtype=dtype), (pages, counts)).reshape(4, 2, 2, -1)
+    out = example.run(example.cache(kv_type=kv_type), (pages, counts)).reshape(4, 2, 2, -1)
     for s in range(4):
         for h in range(2):
-            close(out[s, h], expected_of_pages(example, s, h, pages[s, h, :counts[s, h]], page_size), tolerance)
+            close(out[s, h], expected_of_pages(example, s, h, pages[s, h, :counts[s, h]]), tolerance)
 
 
 @pytest.mark.parametrize("threads", [1, 2, 3])
@@ -169,18 +169,18 @@ def test_one_head_selects_far_more(threads):
     """Room for partial results follows the head with most pages, of which all heads get as many ranges."""
     if threads > numba.config.NUMBA_NUM_THREADS:
         pytest.skip(f"this machine runs {numba.config.NUMBA_NUM_THREADS} threads")
-    example, page_size = Example([(1500, 1)], heads=8, kv_heads=8), 16
+    example = Example([(1500, 1)], heads=8, kv_heads=8)
     pages, counts = np.zeros((1, 8, 100), np.int32), np.ones((1, 8), np.int32)
-    pages[:, :, 0], counts[0, 5] = 1500 // page_size, 1500 // page_size + 1
+    pages[:, :, 0], counts[0, 5] = 1500 // PAGE, 1500 // PAGE + 1
     pages[0, 5, :counts[0, 5]] = np.arange(counts[0, 5])
     before = numba.get_num_threads()
     numba.set_num_threads(threads)
     try:
-        out = example.run(example.cache(page_size=page_size), (pages, counts)).reshape(8, 1, -1)
+        out = example.run(example.cache(), (pages, counts)).reshape(8, 1, -1)
     finally:
         numba.set_num_threads(before)
     for h in range(8):
-        close(out[h], expected_of_pages(example, 0, h, pages[0, h, :counts[0, h]], page_size))
+        close(out[h], expected_of_pages(example, 0, h, pages[0, h, :counts[0, h]]))
 
 
 def test_selection_is_for_decode_only():

@@ -57,7 +57,7 @@ SHAPES = [dict(head_dim=d, num_attention_heads=h, num_key_value_heads=kv, hidden
 def ours(folder, tokens, decoded):
     """Logits of every token in our runtime, the last `decoded` of them computed one at a time."""
     model = Model.load(folder, ctx_size=len(tokens), ubatch=40)  # less than the prompt: windows reach into an earlier chunk
-    assert model.cache.kv_type == "f32"
+    assert model.cache.options.name == "f32"
     sequence, first = model.new_sequence(), len(tokens) - decoded
     parts = [tokens[:first], *(tokens[i:i + 1] for i in range(first, len(tokens)))]
     return np.concatenate([model.forward([(sequence, part)], "all") for part in parts])

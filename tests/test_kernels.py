@@ -44,6 +44,28 @@ def attention(rng, past, tokens, heads=6, kv_heads=2, head_dim=64, rotary_dim=No
 
 
 # One entry an operator: a list of (id, arguments, keywords, tolerance) builders. Cases build their inputs from a Generator.
+PAGE_FORMATS = [(64, "int4", "int4"), (128, "int8", "int2"), (16, "int3", "int3"), (80, "int2", "int8"), (64, "int4", "int4", "token"),
+                (48, "int3", "int3", "token", 1), (96, "int3", "int2", "token", 1), (64, "int2", "int4", "channel", 0, 1),
+                (80, "int3", "int3", "channel", 0, 1), (80, "int3", "int8", "token"), (64, "int3", "int4", "token")]
+
+
+def formats(k_type, v_type, k_axis="channel", one_group=0, separated=0):
+    return dict(k_type=k_type, v_type=v_type, k_axis=k_axis, one_group=one_group, separated=separated)
+
+
+def pages_case(rng, head_dim):
+    """Keys and values with outlier channels, constant rows, zeros and tiny values."""
+    k, v = rng.standard_normal((5, head_dim, 32), np.float32), rng.standard_normal((5, 32, head_dim), np.float32)
+    k[:, 3] *= 10
+    v[:, :, 5] *= 10
+    k[1, 1], v[1, 1], k[2], v[2], k[3], v[3] = 0.1, 0.1, 0, 0, k[3] * np.float32(1e-5), v[3] * np.float32(1e-5)
+    return k, v
+
+
+def read_pages_case(rng, head_dim, *kind):
+    return load_kernel("seal_pages", "reference")(*pages_case(rng, head_dim), **formats(*kind)), dict(head_dim=head_dim, **formats(*kind))
+
+
 CASES = {
     "add": [
         ("one", lambda rng: ((rng.standard_normal((1, 1), np.float32),) * 2, {}), 0),
@@ -95,11 +117,13 @@ CASES = {
         ("x".join(map(str, c[:5])) + ("-zeros" if c[5] else ""), lambda rng, c=c: embedding_nbits_case(rng, *c), 1e-6)
         for c in ((1, 16, 64, 4, 32, False), (300, 90, 100, 8, 32, False), (9, 33, 77, 4, 16, True), (5, 40, 600, 8, 256, True))],
     "select_sink_window": [
-        ("lengths", lambda rng: ((rng.integers(1, 700, 9, np.int32),), dict(
-            kv_heads=2, page_size=32, capacity=8, sink_pages=1, window_pages=3)), 0),
-        ("no-sink", lambda rng: ((np.arange(1, 130, 7, dtype=np.int32),), dict(
-            kv_heads=1, page_size=16, capacity=2, sink_pages=0, window_pages=2)), 0),
+        ("lengths", lambda rng: ((rng.integers(1, 700, (9, 2), np.int32),), dict(
+            kv_heads=2, capacity=8, sink_pages=1, window_pages=3)), 0),
+        ("no-sink", lambda rng: ((np.arange(1, 130, 7, dtype=np.int32)[:, None].copy(),), dict(
+            kv_heads=1, capacity=2, sink_pages=0, window_pages=2, layer=3)), 0),
     ],
+    "seal_pages": [("-".join(map(str, c)), lambda rng, c=c: (pages_case(rng, c[0]), formats(*c[1:])), 0) for c in PAGE_FORMATS],
+    "read_pages": [("-".join(map(str, c)), lambda rng, c=c: read_pages_case(rng, *c), 2e-5) for c in PAGE_FORMATS],  # values up to 40
 }
 
 

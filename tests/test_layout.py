@@ -5,12 +5,13 @@ from pathlib import Path
 import pytest
 
 from edgeattn.ops import OPS
+from edgeattn.page_formats import BITS
 
 ROOT = Path(__file__).parent.parent
 FOLDERS = {"edgeattn": "edgeattn", "exporters": "edgeattn.exporters", "kernels_cpu": "edgeattn.kernels_cpu",
            "kernels_cuda": "edgeattn.kernels_cuda", "apps": "edgeattn.apps"}
 LAYERS = [  # a file may import only from its own row or the rows above
-    ["edgeattn.ops", "edgeattn.reference", "edgeattn.__init__"],
+    ["edgeattn.ops", "edgeattn.page_formats", "edgeattn.reference", "edgeattn.__init__"],
     ["edgeattn.kernels_cpu", "edgeattn.kernels_cuda"],
     ["edgeattn.cache", "edgeattn.policies", "edgeattn.batch", "edgeattn.graph", "edgeattn.segments", "edgeattn.plan",
      "edgeattn.tokenizer", "edgeattn.bandwidth"],
@@ -19,7 +20,9 @@ LAYERS = [  # a file may import only from its own row or the rows above
     ["edgeattn.apps"],
 ]
 HELPERS = {"__init__", "steps", "parallel", "simd", "simd_emit", "simd_pairs", "floats", "float_tiles", "quantise", "gemm_nbits",
-           "gemv_nbits", "attention_call", "attention_write", "attention_decode", "attention_prefill", "attention_softmax"}
+           "gemv_nbits", "attention_call", "attention_write", "attention_decode", "attention_prefill", "attention_softmax",
+           "attention_compensation", "attention_mass", "hadamard", "page_pool", "page_rows",
+           *(f"page_{kind}" for kind in BITS)}
 LONG = {"simd.py": 600}                                                # files that may pass 300 lines, and how far
 
 

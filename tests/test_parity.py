@@ -3,6 +3,7 @@ import numpy as np
 import onnxruntime
 import pytest
 
+from edgeattn.cache.options import CacheOptions
 from edgeattn.runtime import Model
 
 
@@ -48,7 +49,7 @@ def test_fp32_greedy_tokens_are_identical(nano_export):
 def test_teacher_forced_agreement(nano_export, written, precision, agreement, error):
     ours, theirs = [], []
     for text in written:
-        model, stock = opened(nano_export, precision, kv_type="f32")
+        model, stock = opened(nano_export, precision, cache=CacheOptions("f32", "f32"))
         ours.append(model.forward([(model.new_sequence(), text)], "all"))
         theirs.append(stock.forward(text, np.arange(len(text))))
     ours, theirs = np.concatenate(ours), np.concatenate(theirs)

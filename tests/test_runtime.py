@@ -5,6 +5,7 @@ import numba
 import numpy as np
 import pytest
 
+from edgeattn.cache.options import CacheOptions
 from edgeattn.cache.pages import CacheFull
 from edgeattn.policies import load_policy
 from edgeattn.runtime import Model
@@ -59,10 +60,11 @@ def test_forks_share_pages_and_then_differ(model):
     model.forward([(a, ids)], "none")
     before = model.kv_bytes()
     b = model.fork(a)
-    assert model.kv_bytes() == before
+    assert model.kv_bytes() == before + b.nbytes
+    last_pages = np.prod(model.cache.shape) * model.cache.pools[0].format.page_bytes
     x, y = tokens(5), tokens(5)
     out = model.forward([(a, x), (b, y)])
-    assert model.kv_bytes() == before + model.cache.page_bytes  # only the last page, partly filled, is copied
+    assert model.kv_bytes() == before + b.nbytes + last_pages  # only the last page of each head, partly filled, is copied
     for got, more in zip(out, (x, y)):
         np.testing.assert_allclose(got, fresh(model, np.concatenate([ids, more]))[0], atol=2e-4)
     model.free(a), model.free(b)
@@ -104,7 +106,7 @@ def test_the_same_sequence_twice_is_refused(model):
 
 
 def test_half_precision_cache_is_close(nano_fp32, model):
-    half = Model.load(nano_fp32, kv_type="f16", ctx_size=1024)
+    half = Model.load(nano_fp32, cache=CacheOptions("f16", "f16"), ctx_size=1024)
     ids = tokens(400)
     exact, got = fresh(model, ids, logit_rows="all"), fresh(half, ids, logit_rows="all")
     assert np.abs(got - exact).max() < 0.02 * exact.std()  # halves keep 11 bits: 5e-4 a value

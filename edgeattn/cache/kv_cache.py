@@ -1,110 +1,209 @@
-"""The paged KV cache: storage, page tables per sequence, copy-on-write sharing."""
+"""The paged KV cache: page lists for each layer and KV head, copy-on-write sharing, quantised pages, eviction."""
 import weakref
-from dataclasses import dataclass, field
 
 import numpy as np
 
+from edgeattn.cache.budget import plan_cache
+from edgeattn.cache.eviction import evict
+from edgeattn.cache.options import CacheOptions
 from edgeattn.cache.pages import CacheFull, PagePool
-from edgeattn.kernels_cpu.steps import aligned
+from edgeattn.cache.sealing import seal
+from edgeattn.cache.sequence import Sequence
+from edgeattn.kernels_cpu import read_pages
+from edgeattn.kernels_cpu.page_pool import FIELDS, POOLS, RELEASED
+from edgeattn.page_formats import PAGE
 
-KV_TYPES = {"f32": np.float32, "f16": np.uint16}  # halves are kept as bits: Numba has no float16 arrays
-PAGE_SIZE = 32
-
-
-@dataclass(eq=False)
-class Sequence:
-    """One conversation: logical page i holds tokens i * page_size and on, in physical page `pages[i]`."""
-    pages: list[int] = field(default_factory=list)
-    length: int = 0
+DECODE_PROBES = 8  # decode steps of which one is probed
+MASS_MODES = {"": 0, "sum": 1, "last": 2}
 
 
 class KVCache:
-    """Keys and values of all layers in pages of `page_size` tokens.
+    """Keys and values of all layers. `tokens` is the context size; `ubatch` the most tokens of a forward call.
 
-    k  [layers, pages, kv_heads, head_dim, page_size]   keys after rotary; channel-major, so that a score is a sum of vectors of tokens
-    v  [layers, pages, kv_heads, page_size, head_dim]
-    kv_type "f32", or "f16" (stored as uint16 bits). Memory is touched only as pages are used.
+    Pools hold pages of one format each (page_formats.py): pools[0] floats, which every token enters, the others quantised pages.
+    ValueError: options that do not compose, or a budget too small.
     """
 
-    def __init__(self, layers: int, kv_heads: int, head_dim: int, tokens: int, kv_type: str = "f16", page_size: int = PAGE_SIZE):
-        if kv_type not in KV_TYPES:
-            raise ValueError(f"KV type must be one of {', '.join(KV_TYPES)}, got {kv_type!r}")
-        num_pages = -(-tokens // page_size)
-        self.kv_type, self.page_size = kv_type, page_size
-        self.k = aligned((layers, num_pages, kv_heads, head_dim, page_size), KV_TYPES[kv_type])
-        self.v = aligned((layers, num_pages, kv_heads, page_size, head_dim), KV_TYPES[kv_type])
-        self.pool = PagePool(num_pages)
+    def __init__(self, layers: int, kv_heads: int, head_dim: int, tokens: int, options: CacheOptions = CacheOptions(), ubatch: int = 512,
+                 classes: np.ndarray | None = None):
+        self.options, self.shape, self.head_dim, self.tokens = options, (layers, kv_heads), head_dim, tokens
+        self.plan = plan_cache(options, layers, kv_heads, head_dim, tokens, ubatch, classes)
+        self.pools = [PagePool(f, n) for f, n in zip(self.plan.formats, self.plan.pages)]
+        self.storage, self.eviction = options.storage_policy(), options.eviction_policy()
+        statistic = self.eviction if self.eviction and self.eviction.mass else self.storage
+        self.mass, self.probes = (statistic.mass, statistic.probes) if self.plan.weighed else ("", 0)
+        self.table = np.zeros((POOLS, FIELDS), np.int64)
+        for i, pool in enumerate(self.pools):
+            self.table[i] = pool.pages.table_row()
+        self._state_bytes = 0
 
+    # ---- figures ------------------------------------------------------------------------------------------------
     @property
-    def page_bytes(self) -> int:
-        """Bytes of one page, keys and values, over all layers."""
-        return (self.k.nbytes + self.v.nbytes) // self.k.shape[1]
+    def capacity(self) -> int:
+        """Tokens that a sequence may have before the cache is full; with eviction, as many as the context."""
+        full = self.plan.limits if self.plan.classes is None else self.plan.limits[self.plan.classes]
+        return self.tokens if self.eviction else min(self.tokens, int(full.min(initial=self.tokens)))
 
     @property
     def used_bytes(self) -> int:
-        return self.pool.used * self.page_bytes
+        """Bytes of the pages in use, of page lists and per-token arrays."""
+        return sum(pool.used_bytes for pool in self.pools) + self._state_bytes
+
+    @property
+    def total_bytes(self) -> int:
+        """Bytes that the cache may take at most, with one sequence: what a budget limits."""
+        return self.plan.total_bytes()
+
+    def stored_bytes(self, sequence: Sequence) -> int:
+        """Payload and parameters of a sequence's pages: what a dense decode step reads, once each."""
+        entries = sequence.tables[sequence.tables != RELEASED]
+        return sum(int((entries % POOLS == i).sum()) * pool.format.page_bytes for i, pool in enumerate(self.pools))
+
+    def read_bytes(self, tokens: float) -> float:
+        """What a dense decode step reads with `tokens` in the cache, if nothing was evicted: payload and parameters."""
+        kept = self.options.window + PAGE * 1.5 if len(self.pools) > 1 else tokens  # the first page, the window, half a page
+        order = self.storage.pages() if len(self.pools) > 1 else [0]
+        sealed = sum(self.pools[1 + i].format.page_bytes for i in order) / len(order) if len(self.pools) > 1 else 0
+        each = min(tokens, kept) * self.pools[0].format.page_bytes + max(0, tokens - kept) * sealed
+        return self.shape[0] * self.shape[1] * each / PAGE
 
     def arguments(self, layer: int) -> dict[str, int]:
-        """What a kernel needs to reach one layer, under the names used in ARGS."""
-        return {"cache.k": self.k[layer].ctypes.data, "cache.v": self.v[layer].ctypes.data,
-                "cache.type": list(KV_TYPES).index(self.kv_type), "cache.page_size": self.page_size}
+        """What kernels need to reach the pages, under the names used in ARGS."""
+        return {"cache.pools": self.table.ctypes.data, "cache.max_pages": self.plan.max_pages, "cache.keys_rotated": self.storage.rotated
+                and self.options.quantised, "cache.mass_mode": MASS_MODES[self.mass],
+                "cache.mass_plane": self.shape[0] * self.shape[1] * self.plan.max_pages * PAGE}
 
+    # ---- sequences ----------------------------------------------------------------------------------------------
     def new_sequence(self) -> Sequence:
-        """An empty sequence. Its pages return to the pool when it is truncated to nothing, or when nobody holds it any more."""
-        return self._watched(Sequence())
+        """An empty sequence. Its pages return to the pools when it is truncated to nothing, or when nobody holds it any more."""
+        shape, slots = self.shape, self.plan.max_pages * PAGE
+        return self._watched(Sequence(
+            np.full((*shape, self.plan.max_pages), RELEASED, np.int32), np.zeros(shape, np.int32), np.ones(shape, np.int32),
+            np.zeros((*shape, slots), np.int32) if self.plan.tracked else None,
+            np.zeros((2, *shape, slots), np.float32) if self.plan.weighed else None,
+            np.zeros((*shape, 1 + 2 * self.head_dim), np.float32) if self.options.heads == "razor" else None))
 
     def _watched(self, sequence):
-        weakref.finalize(sequence, self._give_back, self.pool, sequence.pages).atexit = False
+        self._state_bytes += sequence.nbytes
+        weakref.finalize(sequence, self._forget, sequence.tables, sequence.nbytes).atexit = False
         return sequence
 
-    @staticmethod
-    def _give_back(pool, pages):
-        for page in pages:
-            pool.release(page)
+    def _forget(self, tables, nbytes):
+        self._state_bytes -= nbytes
+        self.release(tables.ravel())
 
-    def append(self, sequence: Sequence, count: int) -> np.ndarray:
-        """Make room for `count` more tokens; -> slots [count] int32 (page * page_size + offset).
-
-        A shared last page is copied first. CacheFull leaves the sequence as it was.
-        """
-        end = sequence.length + count
-        missing = -(-end // self.page_size) - len(sequence.pages)
-        last_shared = sequence.length % self.page_size and self.pool.references[sequence.pages[-1]] > 1
-        if missing + bool(last_shared) > self.pool.free:
-            raise CacheFull(f"KV cache is full: {count} more tokens need {missing} pages of {self.page_size}, "
-                            f"{self.pool.free} are free; raise --ctx-size or shorten the text")
-        if last_shared:
-            self._own_last(sequence)
-        sequence.pages += [self.pool.allocate() for _ in range(missing)]
-        index = np.arange(sequence.length, end)
-        sequence.length = end
-        return (np.asarray(sequence.pages, np.int32)[index // self.page_size] * self.page_size + index % self.page_size).astype(np.int32)
-
-    def _own_last(self, sequence):
-        shared, own = sequence.pages[-1], self.pool.allocate()
-        self.k[:, own], self.v[:, own] = self.k[:, shared], self.v[:, shared]
-        self.pool.release(shared)
-        sequence.pages[-1] = own
-
-    def truncate(self, sequence: Sequence, length: int) -> None:
-        """Forget the tokens from `length` on."""
-        if not 0 <= length <= sequence.length:
-            raise ValueError(f"length must be 0 to {sequence.length} (the sequence's own), got {length}")
-        keep = -(-length // self.page_size)
-        for page in sequence.pages[keep:]:
-            self.pool.release(page)
-        del sequence.pages[keep:]
-        sequence.length = length
+    def release(self, entries: np.ndarray) -> None:
+        """One holder less of each page."""
+        for i, pool in enumerate(self.pools):
+            pool.release(entries[(entries >= 0) & (entries % POOLS == i)] // POOLS)
 
     def fork(self, sequence: Sequence) -> Sequence:
         """A second sequence with the same tokens; pages are shared until one of the two writes."""
-        return self._watched(Sequence([self.pool.share(page) for page in sequence.pages], sequence.length))
+        entries = sequence.tables[sequence.tables != RELEASED]
+        for i, pool in enumerate(self.pools):
+            pool.share(entries[entries % POOLS == i] // POOLS)
+        sequence.shared = True
+        return self._watched(sequence.copy())
 
-    def read(self, sequence: Sequence, layer: int) -> tuple[np.ndarray, np.ndarray]:
-        """Keys and values [kv_heads, length, head_dim] float32, gathered: for tests and inspection."""
-        pages = np.asarray(sequence.pages, np.int64)
-        k, v = (x[layer][pages] for x in (self.k, self.v))
-        k, v = (x.view(np.float16) if x.dtype == np.uint16 else x for x in (k, v))
-        k = k.transpose(1, 0, 3, 2).reshape(k.shape[1], -1, k.shape[2])
-        v = v.transpose(1, 0, 2, 3).reshape(v.shape[1], -1, v.shape[3])
-        return k[:, :sequence.length].astype(np.float32), v[:, :sequence.length].astype(np.float32)
+    def append(self, sequence: Sequence, count: int) -> None:
+        """Make room for `count` more tokens, at most a chunk. CacheFull leaves the sequence as it was."""
+        if sequence.length + count > self.capacity:
+            raise CacheFull(f"KV cache is full: it has room for {self.capacity} tokens and {sequence.length + count} are wanted; raise "
+                            "--ctx-size or --kv-budget, choose fewer --kv-bits or a --kv-eviction method, or shorten the text")
+        if count > sequence.room or sequence.shared:
+            self._take_pages(sequence, count)
+        for planes, new in ((sequence.positions, np.arange(sequence.length, sequence.length + count, dtype=np.int32)), (sequence.mass, 0)):
+            if planes is not None:
+                slots = sequence.counts[..., None] + np.arange(count)
+                np.put_along_axis(planes, slots if planes.ndim == 3 else np.broadcast_to(slots, (2, *slots.shape)), new, -1)
+        sequence.counts += np.int32(count)
+        sequence.room -= count
+        sequence.length += count
+
+    def _take_pages(self, sequence, count):
+        used = -(-sequence.counts // PAGE)
+        wanted = -(-(sequence.counts + count) // PAGE)
+        if wanted.max() > self.plan.max_pages:
+            raise CacheFull(f"KV cache is full: {count} more tokens do not fit; raise --ctx-size or --kv-budget, or shorten the text")
+        missing = (wanted - used).ravel()
+        last = self._shared_pages(sequence, (sequence.counts % PAGE > 0).nonzero(), (used - 1)[sequence.counts % PAGE > 0])
+        new = self.pools[0].allocate(len(last[0]) + int(missing.sum())) * POOLS
+        self._own(sequence, last, new[:len(last[0])])
+        heads = np.repeat(np.arange(missing.size), missing)
+        within = np.arange(len(heads)) - np.repeat(np.cumsum(missing) - missing, missing)
+        sequence.tables.reshape(missing.size, -1)[heads, used.ravel()[heads] + within] = new[len(last[0]):]
+        sequence.room = int((wanted * PAGE - sequence.counts).min())
+        sequence.shared = False  # of all shared pages only the last is written by appending
+
+    def _shared_pages(self, sequence, heads, pages):
+        """Those of the float pages (heads, pages) that others hold as well, as indices into `tables`."""
+        entries = sequence.tables[(*heads, pages)]
+        others = self.pools[0].references[entries // POOLS] > 1
+        return tuple(index[others] for index in (*heads, pages))
+
+    def _own(self, sequence, where, new):
+        """Copy shared pages into new ones."""
+        old = sequence.tables[where]
+        self.pools[0].copy(old // POOLS, new // POOLS)
+        self.pools[0].release(old // POOLS)
+        sequence.tables[where] = new
+
+    def own_floats(self, sequence: Sequence) -> None:
+        """Make every page of floats of a sequence its own, before tokens are moved."""
+        where = np.nonzero((sequence.tables != RELEASED) & (sequence.tables % POOLS == 0))
+        shared = self._shared_pages(sequence, where[:2], where[2])
+        if len(shared[0]):
+            self._own(sequence, shared, self.pools[0].allocate(len(shared[0])) * POOLS)
+
+    def probes_for(self, sequence: Sequence, rows: int) -> int:
+        """How many of a forward call's last rows are to be probed for the attention they pay, after append()."""
+        if rows > 1 or not self.mass:
+            return min(rows, self.probes)
+        if self.mass == "sum":  # a sample is enough for a sum over many steps
+            return int(sequence.length % DECODE_PROBES == 0)
+        return int(((sequence.counts > self.plan.limits) & (sequence.counts % PAGE == 0)).any())  # settle is about to evict
+
+    def settle(self, sequence: Sequence, count: int) -> None:
+        """After a forward call of `count` tokens: evict what is over the limits, then quantise pages that are full and older than the
+        window. A decoded token changes nothing unless it fills a page."""
+        if count == 1 and sequence.room:
+            return
+        if self.plan.evicts and (sequence.counts > self.plan.limits).any():
+            evict(self, sequence)
+        if len(self.pools) > 1:
+            seal(self, sequence)
+        sequence.room = int((-sequence.counts % PAGE).min())
+
+    def truncate(self, sequence: Sequence, length: int) -> int:
+        """Forget the newest tokens, so that `length` are left, or fewer: a quantised page cannot take tokens again, so it goes as a
+        whole, and what was evicted does not come back. -> the length that is left; the caller computes the rest again."""
+        if not 0 <= length <= sequence.length:
+            raise ValueError(f"length must be 0 to {sequence.length} (the sequence's own), got {length}")
+        if length < sequence.exact_from:
+            length = 0
+        gone = sequence.length - length
+        if gone and length:
+            keep = np.maximum(sequence.counts - gone, 0)
+            inside = (keep < sequence.sealed * PAGE) & (keep >= PAGE)  # the cut goes through a quantised page
+            length -= int(np.where(inside, keep % PAGE, 0).max())
+            gone = sequence.length - length
+        counts = np.maximum(sequence.counts - gone, 0) if length else np.zeros_like(sequence.counts)
+        keep = -(-counts // PAGE)
+        drop = np.arange(self.plan.max_pages) >= keep[..., None]
+        self.release(sequence.tables[drop])
+        sequence.tables[drop] = RELEASED
+        sequence.counts[:] = counts
+        sequence.sealed[:] = np.clip(sequence.sealed, 1, np.maximum(keep, 1))
+        sequence.room, sequence.length = int((keep * PAGE - counts).min()), length
+        if not length:
+            sequence.exact_from = 0
+            if sequence.compensation is not None:
+                sequence.compensation[:] = 0
+        return length
+
+    def read(self, sequence: Sequence, layer: int, head: int) -> tuple[np.ndarray, np.ndarray]:
+        """Keys (rotated where the storage does that) and values [slots, head_dim] float32 of one KV head."""
+        count = int(sequence.counts[layer, head])
+        entries = sequence.tables[layer, head, :-(-count // PAGE)]
+        k, v = read_pages.run(self.table, self.head_dim, entries)
+        return k.transpose(0, 2, 1).reshape(-1, self.head_dim)[:count], v.reshape(-1, self.head_dim)[:count]

@@ -1,5 +1,8 @@
-"""Physical pages: who holds each one."""
+"""Physical pages of one format: their memory, and who holds each one."""
 import numpy as np
+
+from edgeattn.kernels_cpu.page_pool import Pages
+from edgeattn.page_formats import PageFormat
 
 
 class CacheFull(RuntimeError):
@@ -7,32 +10,46 @@ class CacheFull(RuntimeError):
 
 
 class PagePool:
-    """Reference counts over `num_pages` physical pages. A page with one holder may be written; a shared one must be copied."""
+    """`count` pages with reference counts. A page with one holder may be written; a shared one must be copied."""
 
-    def __init__(self, num_pages: int):
-        self.references = np.zeros(num_pages, np.int32)
-        self._free = list(range(num_pages - 1, -1, -1))  # a stack: low numbers first, so that memory is touched gradually
+    def __init__(self, page_format: PageFormat, count: int):
+        self.pages, self.format = Pages(page_format, count), page_format
+        self.references = np.zeros(count, np.int32)
+        self._free, self._top = np.arange(count - 1, -1, -1, dtype=np.int32), count  # a stack: low numbers first, so that memory is
+        #                                                                              touched gradually
 
     @property
     def used(self) -> int:
-        return len(self.references) - len(self._free)
+        return len(self.references) - self._top
 
     @property
     def free(self) -> int:
-        return len(self._free)
+        return self._top
 
-    def allocate(self) -> int:
-        if not self._free:
-            raise CacheFull(f"KV cache is full: all {len(self.references)} pages are in use; raise --ctx-size or shorten the text")
-        page = self._free.pop()
-        self.references[page] = 1
-        return page
+    @property
+    def used_bytes(self) -> int:
+        return self.used * self.format.page_bytes
 
-    def share(self, page: int) -> int:
-        self.references[page] += 1
-        return page
+    def allocate(self, count: int) -> np.ndarray:
+        """[count] int32, each held once; neighbours where that can be."""
+        if count > self._top:
+            raise CacheFull(f"KV cache is full: {count} pages are needed, {self._top} of {len(self.references)} are free; raise "
+                            "--ctx-size or --kv-budget, or shorten the text")
+        found = self._free[self._top - count:self._top][::-1].copy()
+        self._top -= count
+        self.references[found] = 1
+        return found
 
-    def release(self, page: int) -> None:
-        self.references[page] -= 1
-        if self.references[page] == 0:
-            self._free.append(page)
+    def share(self, pages: np.ndarray) -> None:
+        self.references[pages] += 1
+
+    def release(self, pages: np.ndarray) -> None:
+        """One holder less of each; every page at most once."""
+        self.references[pages] -= 1
+        gone = pages[self.references[pages] == 0][::-1]
+        self._free[self._top:self._top + len(gone)] = gone
+        self._top += len(gone)
+
+    def copy(self, source: np.ndarray, target: np.ndarray) -> None:
+        for array in self.pages.arrays().values():
+            array[target] = array[source]

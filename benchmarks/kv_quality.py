@@ -1,0 +1,209 @@
+"""What a setting of the KV cache costs, against the same model with the plain 16-bit cache.
+
+    python benchmarks/kv_quality.py FOLDER --text book.txt --setting int4:k_type=int4,v_type=int4 --out kv.jsonl
+
+A setting is a name and fields of CacheOptions; --settings takes a file, {"int4": {"k_type": "int4", "v_type": "int4"}, ...}.
+Perplexity, KL (base against setting, natural log) and top-1 agreement of the next token are over windows of the text. Look-ups plant
+one or eight facts in the text and ask for each once all of it is in the cache, so that nothing can be kept with the question
+in view. Chunks are small (--ubatch): a chunk sees its own tokens before they are stored, and only earlier ones as the cache gives
+them back. Every setting gets the base's windows and questions. --out keeps results, one line a setting, and settings that
+it holds are not run again: begin a new file after a change to the cache's code.
+"""
+import argparse
+import ast
+import hashlib
+import json
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+from kv_lookups import ANSWER_TOKENS, GROUP, difference, look_up
+from quality import log_softmax
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+from edgeattn.runtime import Model
+from edgeattn.tokenizer import Tokenizer
+
+BASE = ("f16", {"kv_type": "f16"})  # in words, for an export may have another default
+MOST_ALONE = 80  # each takes a prefill of most of a haystack, where eight facts share one
+SLACK = 256  # tokens of cache for pages that a question's branch copies
+
+
+def load(folder, fields, args):
+    """The model with the cache of a setting."""
+    tokens = max(args.window, max(args.depths) + ANSWER_TOKENS)
+    model = Model.load(folder, **fields, ctx_size=tokens + SLACK, ubatch=args.ubatch)
+    if tokens > model.ctx_size:
+        raise SystemExit(f"{folder}: {tokens} tokens are needed, its context is {model.ctx_size}; give a smaller --window or --depths")
+    return model
+
+
+def compare_text(model, base, ids, window, windows, advance) -> dict:
+    """Perplexities, mean KL(base || model) and top-1 agreement; both read a chunk at a time, so that few logits are held."""
+    sums, chunk = np.zeros(4), model.ubatch
+    for i in range(windows):
+        part = ids[i * window:(i + 1) * window]
+        # A list, for the base is compared with itself too.
+        pair = [(m, m.new_sequence()) for m in ((base, model) if base is not model else (base,))]
+        try:
+            for start in range(0, window, chunk):
+                rows = [log_softmax(m.forward([(sequence, part[start:start + chunk])], "all")) for m, sequence in pair]
+                p, q = rows[0], rows[-1]
+                targets = part[start + 1:start + 1 + len(p)]
+                at = np.arange(len(targets)), targets
+                sums += (-p[at].sum(), -q[at].sum(), (np.exp(p) * (p - q)).sum(), (p.argmax(-1) == q.argmax(-1)).sum())
+        finally:
+            for m, sequence in pair:
+                m.free(sequence)
+        advance(1)
+    losses, others = sums[:2] / (windows * (window - 1)), sums[2:] / (windows * window)
+    return {"base_perplexity": float(np.exp(losses[0])), "perplexity": float(np.exp(losses[1])),
+            "kl": float(others[0]), "top1": float(others[1])}
+
+
+def measure(name, fields, base, args, tokenizer, ids) -> dict:
+    """A line of the results. base: the base's model, or None for the base itself."""
+    began, model = time.perf_counter(), load(args.folder, fields, args)
+    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
+    with Progress(*columns, console=Console(file=sys.stderr)) as progress:
+        task = progress.add_task(f"{name}: text", total=args.windows)
+        text = compare_text(model, base or model, ids, args.window, args.windows, lambda n: progress.advance(task, n))
+        seconds, lookups = {"text": time.perf_counter() - began}, {}
+        for facts, depth in kinds(args):
+            began, count = time.perf_counter(), args.one_fact if facts == 1 else args.questions
+            task = progress.add_task(f"{name}: {facts} in {depth:,}", total=count)
+            lookups[cell(facts, depth)] = look_up(model, tokenizer, ids.tolist(), depth, facts, count, lambda n: progress.advance(task, n))
+            seconds[cell(facts, depth)] = time.perf_counter() - began
+    return {"name": name, "fields": fields, **text, "lookups": lookups, "seconds": {k: round(v, 1) for k, v in seconds.items()}}
+
+
+def kinds(args) -> list[tuple[int, int]]:
+    """(facts in a haystack, its tokens) of every kind of look-up."""
+    return [(facts, depth) for facts in ((1, GROUP) if args.one_fact else (GROUP,)) for depth in args.depths]
+
+
+def cell(facts, depth):
+    return f"{facts} in {depth}"
+
+
+def compared(record, base, args) -> dict:
+    """The differences in points, with intervals, of each kind of look-up and of all together."""
+    names = [cell(*kind) for kind in kinds(args)]
+    right, other = ({n: r["lookups"][n]["right"] for n in names} for r in (record, base))
+    pairs = {n: (right[n], other[n]) for n in names} | {"all": (sum(right.values(), []), sum(other.values(), []))}
+    return {n: [round(100 * x, 2) for x in difference(*pair)] for n, pair in pairs.items()}
+
+
+def table(records, args) -> str:
+    deepest = max(args.depths)
+    head = ["method", f"KV at {deepest:,}, MB (bytes a token)", "perplexity", "KL", "top-1",
+            *(f"{'one fact' if facts == 1 else 'eight facts'}, {depth:,}" for facts, depth in kinds(args)), "look-ups, points"]
+    lines = ["| " + " | ".join(head) + " |", "|---|" + "---:|" * (len(head) - 1)]
+    for record in records:
+        kv = record["lookups"][cell(GROUP, deepest)]
+        cells = [record["name"], f"{kv['kv_bytes'] / 1e6:.2f} ({kv['kv_bytes'] / kv['tokens']:,.0f})"]
+        if record is records[0]:
+            cells += [f"{record['perplexity']:.3f}", "", ""]
+        else:
+            cells += [f"{100 * (record['perplexity'] / record['base_perplexity'] - 1):+.2f} %",
+                      f"{record['kl']:.4f}" if record["kl"] >= 1e-3 else f"{record['kl']:.1e}", f"{100 * record['top1']:.2f} %"]
+        for right in (record["lookups"][cell(*kind)]["right"] for kind in kinds(args)):
+            cells.append(f"{np.sum(right)} of {np.size(right)}")
+        cells.append("" if record is records[0] else "{:+.1f} ({:+.1f} to {:+.1f})".format(*record["points"]["all"]))
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+# ---- settings and stored results -----------------------------------------------------------------------------------
+def setting(text: str) -> tuple[str, dict]:
+    """name:field=value,... ; a value is a number, True, False or None where it reads as one, otherwise a string."""
+    name, _, rest = text.partition(":")
+    return name, dict(_field(part) for part in rest.split(",") if part)
+
+
+def _field(part):
+    name, equals, value = part.partition("=")
+    if not equals:
+        raise argparse.ArgumentTypeError(f"a field is name=value, got {part!r}")
+    try:
+        return name, ast.literal_eval(value)
+    except (ValueError, SyntaxError):
+        return name, value
+
+
+def conditions(args) -> dict:
+    """What results must share to stand in one table; a file may hold those of several."""
+    return {"model": _digest(args.folder / "edgeattn.json"), "text": _digest(args.text), "base": args.base[1], "window": args.window,
+            "windows": args.windows, "ubatch": args.ubatch, "questions": args.questions, "one_fact": args.one_fact, "depths": args.depths}
+
+
+def _digest(path):
+    return hashlib.sha256(path.read_bytes()).hexdigest()[:16]
+
+
+def stored(args, run) -> list[dict]:
+    if not (args.out and args.out.is_file()):
+        return []
+    records = [json.loads(line) for line in args.out.read_text(encoding="utf-8").splitlines()]
+    return [record for record in records if record["run"] == run]
+
+
+def run_settings(args, tokenizer, ids) -> list[dict]:
+    """The base's record, then one a setting in the order given, from the file or measured now."""
+    run = conditions(args)
+    known, records, base = stored(args, run), [], None
+    for name, fields in (args.base, *args.settings):
+        record = next((r for r in known if r["fields"] == fields), None)
+        if record is None:
+            if records and base is None:
+                base = load(args.folder, args.base[1], args)
+            record = {"run": run, **measure(name, fields, base, args, tokenizer, ids)}
+            record["points"] = compared(record, records[0] if records else record, args)
+            if args.out:
+                with args.out.open("a", encoding="utf-8") as file:
+                    file.write(json.dumps(record) + "\n")
+        records.append(record | {"name": name})
+    return records
+
+
+def parse():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--text", type=Path, required=True, help="text that the model has not seen, UTF-8")
+    parser.add_argument("--setting", type=setting, action="append", default=[], metavar="NAME:FIELD=VALUE,...", help="may be repeated")
+    parser.add_argument("--settings", type=Path, metavar="FILE.json", help="more settings, {name: {field: value}}")
+    parser.add_argument("--base", type=setting, default=BASE, metavar="NAME:FIELD=VALUE,...", help="default: the plain 16-bit cache")
+    parser.add_argument("--out", type=Path, metavar="FILE.jsonl", help="results are added here; settings already there are not run again")
+    parser.add_argument("--window", type=int, default=4096)
+    parser.add_argument("--windows", type=int, default=4)
+    parser.add_argument("--ubatch", type=int, default=128, help="tokens computed at once")
+    parser.add_argument("--depths", type=int, nargs="+", default=[4000, 7700], help="tokens of a look-up, question included")
+    parser.add_argument("--questions", type=int, default=40, help=f"look-ups of each kind and depth, in whole groups of {GROUP}")
+    parser.add_argument("--one-fact", type=int, metavar="QUESTIONS", help="those of haystacks with one fact, the slow ones (0: leave "
+                        f"them out); default: as --questions, at most {MOST_ALONE}")
+    args = parser.parse_args()
+    more = list(json.loads(args.settings.read_text(encoding="utf-8")).items()) if args.settings else []
+    args.settings, args.one_fact = args.setting + more, min(args.questions, MOST_ALONE) if args.one_fact is None else args.one_fact
+    args.questions, args.one_fact = (-(-count // GROUP) * GROUP for count in (args.questions, args.one_fact))
+    if args.one_fact < 0 or min(args.window - 1, args.windows, args.ubatch, args.questions, *args.depths) < 1:
+        parser.error("--window must be at least 2 tokens; --windows, --ubatch, --depths and --questions at least 1")
+    return args
+
+
+def main():
+    args = parse()
+    tokenizer = Tokenizer(args.folder)
+    ids = np.array(tokenizer.encode(args.text.read_text(encoding="utf-8"), special=False), np.int64)
+    args.windows = min(args.windows, len(ids) // args.window)
+    if not args.windows:
+        raise SystemExit(f"{args.text}: {len(ids)} tokens, less than a window of {args.window}; give a longer text or a smaller --window")
+    records = run_settings(args, tokenizer, ids)
+    print(table(records, args))
+    print(f"\n{args.windows} windows of {args.window:,} tokens, {args.ubatch} at once. Points: all look-ups, paired with "
+          f"{records[0]['name']}'s, 95 % interval (Newcombe's method 10, haystacks as clusters).")
+
+
+if __name__ == "__main__":
+    main()

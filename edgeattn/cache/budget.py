@@ -1,0 +1,104 @@
+"""How many pages of which format a cache gets: for the whole context, or for as much as a budget of bytes holds.
+
+Every array of the cache is made once, at its full size, so that the sum of their sizes is a hard limit.
+"""
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from edgeattn.cache.options import CacheOptions
+from edgeattn.page_formats import BITS, PAGE, PageFormat
+
+SMALLEST_CHUNK = 32
+SEQUENCES = 64     # that may be open at once where memory is not limited (it is touched only when used)
+STREAM_PAGES = 8   # recent pages that a streaming head keeps: 256 tokens (DuoAttention)
+
+
+@dataclass(frozen=True)
+class CachePlan:
+    """
+    formats    of the pools: floats first, then those of sealed pages, the widest first
+    pages      how many of each
+    limits     [layers, kv_heads] int64: tokens that a head holds at most, between forward calls
+    max_pages  length of a page list
+    chunk      tokens of a forward call at most
+    evicts     whether some head is to drop tokens when it reaches its limit
+    """
+    formats: tuple[PageFormat, ...]
+    pages: tuple[int, ...]
+    limits: np.ndarray
+    max_pages: int
+    chunk: int
+    evicts: bool
+    tracked: bool   # positions are kept: slots are no longer positions
+    weighed: bool   # attention mass is kept
+    classes: np.ndarray | None
+
+    def state_bytes(self) -> int:
+        """Bytes of one sequence's tables and per-token arrays."""
+        heads = self.limits.size
+        return heads * (8 + self.max_pages * (4 + PAGE * (4 * self.tracked + 8 * self.weighed)))
+
+    def chunk_bytes(self) -> int:
+        """Bytes of one forward call's K and V before they are in pages: k, v and rotated k of one layer, float32."""
+        return self.chunk * self.limits.shape[1] * self.formats[0].head_dim * 12
+
+    def total_bytes(self) -> int:
+        """All that the cache takes, with one sequence."""
+        return sum(n * f.page_bytes for n, f in zip(self.pages, self.formats)) + self.state_bytes() + self.chunk_bytes()
+
+
+def plan_cache(options: CacheOptions, layers: int, kv_heads: int, head_dim: int, ctx_size: int, ubatch: int,
+               classes: np.ndarray | None = None) -> CachePlan:
+    """classes: [layers, kv_heads] bool, True for heads that keep everything. ValueError: the budget is too small for anything."""
+    storage, eviction = options.storage_policy(), options.eviction_policy()
+    floats = PageFormat(head_dim, options.float_type, options.float_type)
+    formats = (floats, *storage.formats(head_dim, options.k_type, options.v_type)) if options.quantised else (floats,)
+    order = storage.pages() if options.quantised else [0]
+    weighed = bool(eviction and eviction.mass or options.quantised and storage.mass or options.layer_budget != "uniform")
+    tracked = eviction is not None or classes is not None or weighed
+    shape = (layers, kv_heads)
+
+    def build(tokens, chunk):
+        """The plan for heads that hold `tokens` each (streaming heads fewer)."""
+        limits = np.full(shape, tokens, np.int64)
+        if classes is not None:
+            limits[~classes] = min(tokens, PAGE * (1 + STREAM_PAGES) + options.window + PAGE - 1)
+        if options.quantised:
+            sealed = np.maximum(0, (limits - options.window) // PAGE - 1)
+            open_pages = (options.window // PAGE + 3 + (storage.group - 1)) * (SEQUENCES if options.budget is None else 1)
+            kept_floats = (open_pages + -(-chunk // PAGE)) * limits.size
+            groups = -(-sealed // storage.group).sum()
+            pages = (kept_floats, *(int(groups * order.count(i)) for i in range(len(formats) - 1)))
+        else:
+            pages = (int((-(-(limits + chunk) // PAGE) + 1).sum()),)
+        max_pages = -(-(tokens + chunk) // PAGE) + 1
+        return CachePlan(formats, pages, limits, max_pages, chunk, eviction is not None or classes is not None, tracked, weighed, classes)
+
+    if options.budget is None:
+        return build(ctx_size, min(ubatch, ctx_size))
+    chunk = min(ubatch, ctx_size)
+    while chunk > SMALLEST_CHUNK and build(0, chunk).total_bytes() > options.budget // 6:
+        chunk //= 2
+    chunk = max(SMALLEST_CHUNK, chunk // PAGE * PAGE)
+    low, high = 0, -(-ctx_size // PAGE)  # in pages: the most that fits
+    while low < high:
+        middle = (low + high + 1) // 2
+        low, high = (middle, high) if build(middle * PAGE, chunk).total_bytes() <= options.budget else (low, middle - 1)
+    least = PAGE + options.window + PAGE
+    if low * PAGE < min(least, ctx_size):
+        raise ValueError(f"a KV budget of {options.budget} bytes is too small: this model needs at least "
+                         f"{build(least, SMALLEST_CHUNK).total_bytes()} bytes with these types, for {least} tokens")
+    return build(low * PAGE, chunk)
+
+
+def choose_types(options: CacheOptions, default: str, layers: int, kv_heads: int, head_dim: int, ctx_size: int,
+                 ubatch: int) -> CacheOptions:
+    """`options` with "auto" types settled: without a budget `default`, else the widest in which the context fits."""
+    kinds = [default] if options.budget is None else \
+        [kind for kind in ("f16", "int8", "int4") if default == "f32" or BITS[kind] <= BITS[default]]
+    for kind in kinds:
+        chosen = replace(options, k_type=kind if options.k_type == "auto" else options.k_type,
+                         v_type=kind if options.v_type == "auto" else options.v_type)
+        if kind == kinds[-1] or plan_cache(chosen, layers, kv_heads, head_dim, ctx_size, ubatch).limits.min() >= ctx_size:
+            return chosen

@@ -1,0 +1,117 @@
+"""Drop tokens where a KV head holds more than its limit: token by token in pages of floats, page by page in quantised ones."""
+from functools import cached_property
+
+import numpy as np
+
+from edgeattn.cache.sealing import move_tokens
+from edgeattn.kernels_cpu import read_pages
+from edgeattn.kernels_cpu.page_pool import POOLS, RELEASED
+from edgeattn.page_formats import PAGE
+from edgeattn.policies import load_policy
+
+
+class Heads:
+    """KV heads of one layer with the same number of slots, as eviction policies see them (policies/eviction: HeadView)."""
+
+    def __init__(self, cache, sequence, layer, heads):
+        self._cache, self._sequence, self.layer, self.heads, self.length = cache, sequence, int(layer), heads, sequence.length
+        self.slots = int(sequence.counts[layer, heads[0]])
+        self.positions = sequence.positions[layer, heads, :self.slots]
+        mass = np.zeros((2, len(heads), self.slots), np.float32) if sequence.mass is None else sequence.mass[:, layer, heads, :self.slots]
+        self.mass, self.seen = mass
+
+    @cached_property
+    def _floats(self):
+        pages = -(-self.slots // PAGE)
+        k, v = read_pages.run(self._cache.table, self._cache.head_dim, self._sequence.tables[self.layer, self.heads, :pages].ravel())
+        shape = (len(self.heads), pages * PAGE, self._cache.head_dim)
+        return k.transpose(0, 2, 1).reshape(shape)[:, :self.slots], v.reshape(shape)[:, :self.slots]
+
+    def keys(self):
+        return self._floats[0]
+
+    def values(self):
+        return self._floats[1]
+
+
+def evict(cache, sequence) -> None:
+    """Bring every head that exceeds its limit under it, by at least a page, so that the next time is a page of tokens away."""
+    cache.own_floats(sequence)
+    over = sequence.counts > cache.plan.limits
+    streams = ~cache.plan.classes if cache.plan.classes is not None else np.zeros_like(over)
+    for layer in np.flatnonzero(over.any(1)):
+        for kind in (False, True):
+            members = np.flatnonzero(over[layer] & (streams[layer] == kind))
+            for count in np.unique(sequence.counts[layer, members]):
+                heads = members[sequence.counts[layer, members] == count]
+                policy = load_policy("eviction", "streaming_llm") if kind else cache.eviction
+                view = Heads(cache, sequence, layer, heads)
+                scores = policy.scores(view)
+                for i, head in enumerate(heads):
+                    _drop(cache, sequence, view, int(head), i, scores[i])
+    sequence.exact_from = sequence.length
+
+
+def _drop(cache, sequence, view, head, i, scores):
+    layer, slots, options = view.layer, view.slots, cache.options
+    excess = max(PAGE, slots - int(cache.plan.limits[layer, head]))
+    sealed = slice(PAGE, PAGE * int(sequence.sealed[layer, head]))  # slots of quantised pages
+    scores = scores.astype(np.float64)
+    scores[(view.positions[i] < options.sink_tokens) | (view.positions[i] >= view.length - options.window)] = np.inf
+    free = np.arange(sealed.stop, slots) if sealed.stop > PAGE else np.arange(slots)  # the first page stays whole before quantised ones
+    pages = scores[sealed].reshape(-1, PAGE).mean(1)
+    gone_pages, gone = _cheapest(pages, scores[free], excess)
+    keep = np.ones(slots, bool)
+    keep[free[gone]] = False
+    for page in gone_pages:
+        keep[PAGE * (page + 1):PAGE * (page + 2)] = False
+    if sequence.compensation is not None:
+        _compensate(sequence, layer, head, view, i, ~keep)
+    _compact(cache, sequence, layer, head, keep, gone_pages + 1, sealed)
+
+
+def _cheapest(pages, tokens, excess):
+    """Indices of pages and of single tokens with the lowest scores, together at least `excess` tokens; of equals the older go first,
+    tokens before pages."""
+    scores = np.r_[tokens, pages]
+    sizes = np.r_[np.ones(len(tokens), int), np.full(len(pages), PAGE)]
+    order = np.argsort(scores, kind="stable")
+    order = order[np.isfinite(scores[order])]
+    count = int(np.searchsorted(np.cumsum(sizes[order]), excess)) + 1
+    chosen = order[:count]
+    return np.sort(chosen[chosen >= len(tokens)] - len(tokens)), np.sort(chosen[chosen < len(tokens)])
+
+
+def _compact(cache, sequence, layer, head, keep, gone_pages, sealed):
+    """Close the gaps: quantised pages move up in the list; tokens in pages of floats move to the first free places."""
+    table = sequence.tables[layer, head]
+    cache.release(table[gone_pages])
+    left = np.delete(np.arange(sealed.stop // PAGE), gone_pages)  # page 0 and the quantised pages that stay
+    moved = PAGE * len(gone_pages)
+    last = -(-len(keep) // PAGE)
+    for plane in (sequence.positions, *(sequence.mass if sequence.mass is not None else ())):
+        row = plane[layer, head]
+        row[:len(keep) - moved] = np.delete(row[:len(keep)], (gone_pages[:, None] * PAGE + np.arange(PAGE)).ravel())
+    table[:last - len(gone_pages)] = np.r_[table[left], table[sealed.stop // PAGE:last]]
+    table[last - len(gone_pages):last] = RELEASED
+    keep = np.delete(keep, (gone_pages[:, None] * PAGE + np.arange(PAGE)).ravel())
+    stop = sealed.stop - moved
+    sequence.sealed[layer, head] -= len(gone_pages)
+    places = np.arange(stop if stop > PAGE else 0, len(keep))
+    stay = places[keep[places]]
+    move_tokens(cache, sequence, layer, head, stay, places[:len(stay)])
+    count = len(keep) - (len(places) - len(stay))
+    used, before = -(-count // PAGE), -(-len(keep) // PAGE)
+    cache.release(table[used:before])
+    table[used:before] = RELEASED
+    sequence.counts[layer, head] = count
+
+
+def _compensate(sequence, layer, head, view, i, gone):
+    """Add dropped tokens to the mean key and value that stand for them (RazorAttention)."""
+    held = sequence.compensation[layer, head]
+    depth = (len(held) - 1) // 2
+    total = held[0] + gone.sum()
+    for part, x in ((slice(1, 1 + depth), view.keys()), (slice(1 + depth, None), view.values())):
+        held[part] += (x[i, gone].sum(0) - gone.sum() * held[part]) / total
+    held[0] = total

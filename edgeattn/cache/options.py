@@ -1,0 +1,86 @@
+"""What a user chooses about the KV cache."""
+from dataclasses import dataclass
+
+from edgeattn.page_formats import BITS
+from edgeattn.policies import load_policy, policy_names
+
+LAYER_BUDGETS = ("uniform", "zipvl")
+DEFAULT_EVICTION = "snapkv"
+
+
+def evictions() -> list[str]:
+    """Methods that can be chosen by name: nats needs token types, which only a checkpoint brings."""
+    return [name for name in policy_names("eviction") if name != "nats"]
+
+
+@dataclass(frozen=True)
+class CacheOptions:
+    """
+    k_type, v_type  f32, f16, int8, int4, int3 or int2: how whole pages of keys and values are kept; the first page, the last `window`
+                    tokens and the page being filled stay in 16 bits (or 32). "auto": the export's type, or with a budget the widest
+                    type in which the whole context fits, int4 at least
+    storage         how codes are made: a file of policies/storage
+    budget          bytes that the cache may take in all, a hard limit; None: as many as ctx_size needs
+    eviction        which tokens go when the budget is full: a file of policies/eviction, or "none": then the cache is full. "auto":
+                    DEFAULT_EVICTION where there is a budget
+    sink_tokens     first tokens that are never evicted
+    window          newest tokens that are never evicted nor quantised, a multiple of 32
+    heads           "none", or a file of policies/heads: KV heads that need only sinks and recent tokens
+    retrieval       share of the KV heads that keep everything
+    layer_budget    "uniform", or "zipvl": layers whose attention is spread more widely keep more
+    ValueError: an unknown name, a number out of range, or a pair that does not compose.
+    """
+    k_type: str = "auto"
+    v_type: str = "auto"
+    storage: str = "kivi"
+    budget: int | None = None
+    eviction: str = "auto"
+    sink_tokens: int = 4
+    window: int = 64
+    heads: str = "none"
+    retrieval: float = 0.5
+    layer_budget: str = "uniform"
+
+    def __post_init__(self):
+        for name, known in (("k_type", ("auto", *BITS)), ("v_type", ("auto", *BITS)), ("storage", policy_names("storage")),
+                            ("eviction", ("auto", "none", *evictions())), ("layer_budget", LAYER_BUDGETS)):
+            if getattr(self, name) not in known:
+                raise ValueError(f"{name} must be one of {', '.join(known)}, got {getattr(self, name)!r}")
+        if not 0 <= self.sink_tokens <= 32:
+            raise ValueError(f"sink_tokens must be 0 to 32 (they stand in the first page), got {self.sink_tokens}")
+        if self.window < 32 or self.window % 32:
+            raise ValueError(f"window must be a multiple of 32, at least 32, got {self.window}")
+        if self.eviction not in ("auto", "none") and self.budget is None:
+            raise ValueError(f"eviction {self.eviction!r} needs a budget to keep: give --kv-budget too")
+        if ("f32" in (self.k_type, self.v_type)) and self.k_type != self.v_type:
+            raise ValueError("f32 is for both keys and values: give the same type twice")
+
+    @property
+    def name(self) -> str:
+        """The types in short: f16, int4, int4/f16 (keys, values)."""
+        return self.k_type if self.k_type == self.v_type else f"{self.k_type}/{self.v_type}"
+
+    @property
+    def quantised(self) -> bool:
+        return min(BITS[self.k_type], BITS[self.v_type]) < 16
+
+    @property
+    def method(self) -> str:
+        """The eviction method in use, or "none"."""
+        return (DEFAULT_EVICTION if self.budget else "none") if self.eviction == "auto" else self.eviction
+
+    @property
+    def evicts(self) -> bool:
+        """Whether slots may stop being positions."""
+        return self.method != "none" or self.heads != "none"
+
+    @property
+    def float_type(self) -> str:
+        """The type of what is not quantised."""
+        return "f32" if self.k_type == "f32" else "f16"
+
+    def storage_policy(self):
+        return load_policy("storage", self.storage)
+
+    def eviction_policy(self):
+        return None if self.method == "none" else load_policy("eviction", self.method)

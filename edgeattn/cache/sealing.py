@@ -1,0 +1,73 @@
+"""Quantise pages that are full and older than the window. A sealed page is never changed again."""
+import numpy as np
+
+from edgeattn.kernels_cpu import read_pages, seal_pages
+from edgeattn.kernels_cpu.page_pool import POOLS
+from edgeattn.page_formats import PAGE
+
+
+def seal(cache, sequence) -> None:
+    """Seal what is due, all layers and heads at once. Where quantised pages run out, pages stay floats for now."""
+    storage, window = cache.storage, cache.options.window
+    due = np.maximum(0, (sequence.counts - window) // PAGE - sequence.sealed) // storage.group * storage.group
+    if not due.any():
+        return
+    order = np.array(storage.pages())
+    needed = due.sum() // storage.group * np.bincount(order, minlength=len(cache.pools) - 1)
+    if any(n > pool.free for n, pool in zip(needed, cache.pools[1:])):
+        return
+    if storage.group > 1 or storage.anchors:
+        cache.own_floats(sequence)
+        for layer, head in np.argwhere(due):
+            for first in range(sequence.sealed[layer, head], sequence.sealed[layer, head] + due[layer, head], storage.group):
+                _sort(cache, sequence, layer, head, first)
+    flat = due.ravel()
+    heads = np.repeat(np.arange(flat.size), flat)
+    within = np.arange(len(heads)) - np.repeat(np.cumsum(flat) - flat, flat)
+    tables = sequence.tables.reshape(flat.size, -1)
+    columns = sequence.sealed.ravel()[heads] + within
+    sources, kinds = tables[heads, columns], order[within % storage.group] + 1
+    targets = np.empty_like(sources)
+    for kind in range(1, len(cache.pools)):
+        targets[kinds == kind] = cache.pools[kind].allocate(int((kinds == kind).sum())) * POOLS + kind
+    seal_pages.run(cache.table, cache.head_dim, sources, targets)
+    tables[heads, columns] = targets
+    cache.pools[0].release(sources // POOLS)
+    sequence.sealed += due
+    if storage.group > 1 or storage.anchors:  # slots are out of order up to here
+        sequence.exact_from = max(sequence.exact_from, sequence.length - int((sequence.counts - sequence.sealed * PAGE).min()))
+
+
+def _sort(cache, sequence, layer, head, first):
+    """The most salient tokens of a group of pages to its first pages, or to the first page of all; their order in the text stays within
+    a page."""
+    storage = cache.storage
+    pages = np.r_[0 if storage.anchors else np.empty(0, int), first:first + storage.group].astype(int)
+    slots = (pages[:, None] * PAGE + np.arange(PAGE)).ravel()
+    mass, seen = (plane[layer, head, slots] for plane in sequence.mass)
+
+    def keys():
+        k, _ = read_pages.run(cache.table, cache.head_dim, sequence.tables[layer, head, pages])
+        return k.transpose(0, 2, 1).reshape(-1, cache.head_dim)
+    scores = storage.saliency(mass, seen, keys)
+    if storage.anchors:
+        scores[:cache.options.sink_tokens] = np.inf
+    best = np.argsort(-scores, kind="stable").reshape(-1, PAGE)
+    move_tokens(cache, sequence, layer, head, slots[np.sort(best, 1).ravel()], slots)
+
+
+def move_tokens(cache, sequence, layer, head, sources, targets) -> None:
+    """Tokens of one KV head from slots to slots, all in pages of floats that are the sequence's own; sources are read before any is
+    written."""
+    table, pool = sequence.tables[layer, head], cache.pools[0]
+    item = np.uint16 if cache.options.float_type == "f16" else np.float32
+    k = pool.pages.k.view(item).reshape(-1, cache.head_dim, PAGE)
+    v = pool.pages.v.view(item).reshape(-1, PAGE, pool.format.width)
+    moved = sources != targets
+    sources, targets = sources[moved], targets[moved]
+    a, b = table[sources // PAGE] // POOLS, table[targets // PAGE] // POOLS
+    k[b, :, targets % PAGE] = k[a, :, sources % PAGE]
+    v[b, targets % PAGE] = v[a, sources % PAGE]
+    for plane in (sequence.positions, *(sequence.mass if sequence.mass is not None else ())):
+        if plane is not None:
+            plane[layer, head, targets] = plane[layer, head, sources]

@@ -1,0 +1,44 @@
+"""What the cache knows about one sequence."""
+from dataclasses import dataclass
+
+import numpy as np
+
+
+@dataclass(eq=False)
+class Sequence:
+    """One conversation. Each layer's KV heads have page lists of their own: logical page i of a head holds its slots 32 * i and on; all
+    pages are full but the last.
+
+    tables        [layers, kv_heads, max_pages]   int32, entries (page_pool.py), RELEASED behind the last page
+    counts        [layers, kv_heads]              int32, slots: tokens that the head holds
+    sealed        [layers, kv_heads]              int32, the first page from page 1 on that is not quantised
+    positions     [layers, kv_heads, slots]       int32, where each token stands in the text; None where slot = position
+    mass          [2, layers, kv_heads, slots]    float32, attention received, and how many probes could see the slot; or None
+    compensation  [layers, kv_heads, 1 + 2 * head_dim]   float32 (attention_compensation.py), or None
+    length        tokens that the sequence has seen
+    exact_from    it can be truncated to this length or more; shorter ones are lost to eviction
+    """
+    tables: np.ndarray
+    counts: np.ndarray
+    sealed: np.ndarray
+    positions: np.ndarray | None = None
+    mass: np.ndarray | None = None
+    compensation: np.ndarray | None = None
+    length: int = 0
+    exact_from: int = 0
+    room: int = 0          # tokens until some head needs another page
+    shared: bool = False   # whether pages that would be written may have other holders
+
+    @property
+    def arrays(self) -> dict[str, np.ndarray]:
+        """The arrays that there are, by name."""
+        found = {name: getattr(self, name) for name in ("tables", "counts", "sealed", "positions", "mass", "compensation")}
+        return {name: array for name, array in found.items() if array is not None}
+
+    @property
+    def nbytes(self) -> int:
+        return sum(array.nbytes for array in self.arrays.values())
+
+    def copy(self) -> "Sequence":
+        numbers = {name: getattr(self, name) for name in ("length", "exact_from", "room", "shared")}
+        return Sequence(**{name: array.copy() for name, array in self.arrays.items()}, **numbers)

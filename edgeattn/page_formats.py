@@ -1,0 +1,78 @@
+"""How the keys and values of 32 tokens of one KV head lie in a page, byte by byte: the same on every device.
+
+A page is made of rows of 32 values. A row of K is one channel of all the tokens; a row of V is 32 channels of one token.
+    f32, f16   K [head_dim][32], V [32][width]                                     width: head_dim, up to a multiple of 32
+    int8       32 bytes a row                                                      rows of V: [block of 32 channels][token]
+    int4       16 bytes: byte i holds value i (low nibble) and value i + 16
+    int2       16 bytes a pair of rows: byte i holds values i and i + 16 of the first row, then of the second, low bits first
+    int3       the low two bits as int2, all rows, then the top bits, 16 bytes for 4 rows: bit 2 * (row % 4) of byte i is value i's,
+               the bit above it value i + 16's
+Parameters are halves, minimum and step, value = minimum + code * step:
+    K by channel  [2][head_dim]              one pair for each row (KIVI, arXiv 2402.02750)
+    K by token    [groups][2][32 tokens]     a group is 32 channels, or all of them
+    V by token    [groups][2][32 tokens]     the same; then, where channels are separated (ZipCache, arXiv 2405.14256), [width] scales
+"""
+from dataclasses import dataclass
+
+PAGE = 32  # tokens
+BITS = {"f32": 32, "f16": 16, "int8": 8, "int4": 4, "int3": 3, "int2": 2}
+
+
+@dataclass(frozen=True)
+class PageFormat:
+    """Types of K and V, and what their parameters belong to.
+
+    k_axis      "channel" or "token"
+    one_group   parameters by token are shared by all channels, and symmetric: minimum = -2**(bits - 1) * step
+    separated   V is divided by a scale for each channel before it is quantised
+    ValueError: an unknown type, or a type with floats on one side only of the page.
+    """
+    head_dim: int
+    k_type: str = "f16"
+    v_type: str = "f16"
+    k_axis: str = "channel"
+    one_group: bool = False
+    separated: bool = False
+
+    def __post_init__(self):
+        for kind in (self.k_type, self.v_type):
+            if kind not in BITS:
+                raise ValueError(f"a KV type must be one of {', '.join(BITS)}, got {kind!r}")
+
+    @property
+    def blocks(self) -> int:
+        return -(-self.head_dim // PAGE)
+
+    @property
+    def width(self) -> int:
+        """Channels of V with their padding."""
+        return self.blocks * PAGE
+
+    @property
+    def groups(self) -> int:
+        """Pairs of parameters that a token has, where they go by token."""
+        return 1 if self.one_group else self.blocks
+
+    @property
+    def k_bytes(self) -> int:
+        return self.head_dim * 4 * BITS[self.k_type]
+
+    @property
+    def v_bytes(self) -> int:
+        return self.width * 4 * BITS[self.v_type]
+
+    @property
+    def k_params(self) -> int:
+        """Halves of one page."""
+        if BITS[self.k_type] >= 16:
+            return 0
+        return 2 * self.head_dim if self.k_axis == "channel" else 2 * PAGE * self.groups
+
+    @property
+    def v_params(self) -> int:
+        return 0 if BITS[self.v_type] >= 16 else 2 * PAGE * self.groups + (self.width if self.separated else 0)
+
+    @property
+    def page_bytes(self) -> int:
+        """Bytes of one page: codes and parameters, K and V."""
+        return self.k_bytes + self.v_bytes + 2 * (self.k_params + self.v_params)

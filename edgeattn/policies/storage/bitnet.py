@@ -1,0 +1,16 @@
+"""BitNet a4.8's cache (arXiv 2411.04965): symmetric codes, one step for each token and head. Meant for 3 bits and models trained for it."""
+from dataclasses import dataclass
+
+from edgeattn.page_formats import PageFormat
+
+
+@dataclass(frozen=True)
+class Bitnet:
+    rotated = False
+    mass, probes, group, anchors = "", 0, 1, False
+
+    def formats(self, head_dim, k_type, v_type):
+        return [PageFormat(head_dim, k_type, v_type, k_axis="token", one_group=True)]
+
+    def pages(self):
+        return [0]

@@ -1,0 +1,51 @@
+import numpy as np
+
+from edgeattn.page_formats import PAGE
+
+
+def read_pages(k_codes, k_params, v_codes, v_params, *, head_dim, k_type, v_type, k_axis="channel", one_group=0, separated=0):
+    """The values that quantised pages stand for: minimum + code * step. Arguments are what seal_pages returns.
+
+    ->  k [pages, head_dim, 32], v [pages, 32, head_dim]   float32
+    """
+    pages, blocks = len(k_codes), -(-head_dim // PAGE)
+    k = unpack(k_codes, head_dim, k_type).astype(np.float32)
+    p = k_params.view(np.float16).astype(np.float32)
+    if k_axis == "channel":
+        low, step = p.reshape(pages, 2, head_dim, 1).transpose(1, 0, 2, 3)
+    else:
+        low, step = _of_channels(p, one_group, blocks)[:, :, :head_dim]
+    k = low + k * step
+    v = np.stack([unpack(codes, PAGE, v_type) for codes in np.split(v_codes, blocks, 1)], 1)  # [pages, block, token, channel]
+    v = v.transpose(0, 1, 3, 2).reshape(pages, blocks * PAGE, PAGE).astype(np.float32)
+    p = v_params.view(np.float16).astype(np.float32)
+    count = 2 * PAGE * (1 if one_group else blocks)
+    low, step = _of_channels(p[:, :count], one_group, blocks)
+    v = low + v * step
+    if separated:
+        v = v * p[:, count:, None]
+    return k, v.transpose(0, 2, 1)[..., :head_dim]
+
+
+def _of_channels(params, one_group, blocks):
+    """(minimum, step), each [pages, channels, 32], from [pages, groups * 2 * 32]."""
+    groups = 1 if one_group else blocks
+    return np.repeat(params.reshape(len(params), groups, 2, PAGE), blocks * PAGE // groups, 1).transpose(2, 0, 1, 3)
+
+
+def unpack(codes, rows, kind):
+    """[pages, bytes] uint8 -> [pages, rows, 32] codes."""
+    pages = len(codes)
+    if kind == "int8":
+        return codes.reshape(pages, rows, 32)
+    if kind == "int4":
+        x = codes.reshape(pages, rows, 16)
+        return np.concatenate([x & 15, x >> 4], 2)
+    low, out = codes[:, :rows * 8].reshape(pages, rows // 2, 16), np.zeros((pages, rows, 32), np.uint8)
+    for r in range(2):
+        out[:, r::2] = np.concatenate([low >> 4 * r & 3, low >> 4 * r + 2 & 3], 2)
+    if kind == "int3":
+        top = codes[:, rows * 8:].reshape(pages, rows // 4, 16)
+        for r in range(4):
+            out[:, r::4] |= np.concatenate([top >> 2 * r & 1, top >> 2 * r + 1 & 1], 2) << 2
+    return out

@@ -1,0 +1,38 @@
+"""KV type int4: how its rows are read and written (page_formats.py), and the workers made of that."""
+from numba import njit, uint8
+
+from edgeattn.kernels_cpu.floats import F, I
+from edgeattn.kernels_cpu.page_rows import add_rows_by, expand_rows_by, pack_rows_by
+from edgeattn.kernels_cpu.parallel import worker
+from edgeattn.kernels_cpu.simd import at, convert, load, store, u8
+
+B = u8(16)
+
+
+@njit(nogil=True, error_model="numpy")
+def _pair(codes, r, gap):
+    x = convert(I, load(B, at(uint8, codes + 16 * r), 0))
+    return convert(F, x & 15), convert(F, x >> 4)
+
+
+@njit(nogil=True, error_model="numpy")
+def _put(codes, r, gap, a, b):
+    store(at(uint8, codes + 16 * r), 0, convert(B, a | b << 4))
+
+
+_add, _expand, _pack = add_rows_by(_pair), expand_rows_by(_pair), pack_rows_by(_put)
+
+
+@worker
+def add(task, codes, weights, out, ahead):
+    _add(task, codes, weights, out, ahead)
+
+
+@worker
+def expand(task, codes, params, out, unused):
+    _expand(task, codes, params, out)
+
+
+@worker
+def pack(task, values, params, codes, unused):
+    _pack(task, values, params, codes)
