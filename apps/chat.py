@@ -3,6 +3,7 @@ import argparse
 import sys
 
 from edgeattn.apps import options
+from edgeattn.apps.session import SessionFile, add_session
 
 HELP = "talk to a model; each line of piped text is one turn"
 COMMANDS = """/help    this list
@@ -16,27 +17,46 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     options.add_prompt(parser, "the first thing to say")
     parser.add_argument("-sys", "--system-prompt", metavar="TEXT", help="instructions that stand before the conversation")
     parser.add_argument("-st", "--single-turn", action="store_true", help="leave after the first answer")
+    add_session(parser, "go on with the conversation in FILE, if there is one, and save it there after every answer")
     options.add_model(parser)
     options.add_sampling(parser, predict=-1)
 
 
 def main(args: argparse.Namespace) -> int:
-    first, sampling = options.read_prompt(args), options.sampler_options(args)
+    first, sampling, kept = options.read_prompt(args), options.sampler_options(args), SessionFile(args.session)
     from edgeattn.apps import models
     from edgeattn.conversation import Conversation
     model, tokenizer = models.load(args, chat=True)
     conversation = Conversation(model, tokenizer, sampling, args.system_prompt, args.predict, tuple(args.stop))
+    _restore(conversation, kept)
     if sys.stdin.isatty():
         _greet(model)
-    if first:
-        if sys.stdin.isatty():
-            print(f"> {first}", file=sys.stderr)
-        _answer(conversation, first)
-    if not (args.single_turn and first):
-        for line in _lines():
-            if not _turn(conversation, model, line) or args.single_turn:
-                break
+    try:
+        if first:
+            if sys.stdin.isatty():
+                print(f"> {first}", file=sys.stderr)
+            _answer(conversation, first, kept)
+        if not (args.single_turn and first):
+            for line in _lines():
+                if not _turn(conversation, model, line, kept) or args.single_turn:
+                    break
+    finally:
+        _save(conversation, kept)
     return 0
+
+
+def _restore(conversation, kept):
+    def load(path):
+        conversation.restore(path)
+        return True
+    if kept.restore(load):
+        kept.restored = conversation.tokens
+        print(f"session {kept.path}: {len(conversation.messages)} messages, {conversation.tokens} tokens in the cache", file=sys.stderr)
+    kept.unchanged(list(conversation.messages))
+
+
+def _save(conversation, kept):
+    kept.save(conversation.save, list(conversation.messages))
 
 
 def _greet(model):
@@ -44,7 +64,7 @@ def _greet(model):
           "/help lists commands, Ctrl-D leaves.", file=sys.stderr)
 
 
-def _turn(conversation, model, line):
+def _turn(conversation, model, line, kept):
     """Answer a line or obey a command; False to leave."""
     command = line.strip()
     if command == "/exit":
@@ -57,11 +77,11 @@ def _turn(conversation, model, line):
     elif command.startswith("/") and command[1:].isalpha():
         print(COMMANDS if command == "/help" else f"no command {command}; /help lists them", file=sys.stderr)
     elif command:
-        _answer(conversation, line)
+        _answer(conversation, line, kept)
     return True
 
 
-def _answer(conversation, text):
+def _answer(conversation, text, kept):
     from edgeattn.apps import terminal
     try:
         events = conversation.say(text)
@@ -75,6 +95,10 @@ def _answer(conversation, text):
             terminal.show(conversation.last, events)
     except KeyboardInterrupt:  # a second Ctrl-C, or one just as the answer began: the program stays
         print(file=sys.stderr)
+    finally:
+        events.close()  # or an interrupted answer is not among the messages yet
+    kept.tell_reuse(conversation.last.timings)
+    _save(conversation, kept)
     if conversation.last.finish_reason == "context":
         print("the context is full: /clear starts afresh, or raise -c (if the model allows it)", file=sys.stderr)
 

@@ -1,7 +1,8 @@
 """A conversation over one cached sequence: each turn computes only what the cache does not hold yet."""
 from collections.abc import Iterator
 
-from edgeattn.generation import Event, Generation, SamplerOptions
+from edgeattn.cache import session
+from edgeattn.generation import Event, Generation, Sampler, SamplerOptions, reuse
 
 
 class Conversation:
@@ -11,7 +12,7 @@ class Conversation:
                  stop: tuple[str, ...] = (), kernel=None):
         self._model, self._tokenizer, self._options, self._kernel = model, tokenizer, options, kernel
         self._system, self._max_tokens, self._stop = system, max_tokens, stop
-        self._sequence, self._cached = model.new_sequence(), []
+        self._sequence, self._cached, self._sampler = model.new_sequence(), [], Sampler(options, kernel)
         self.last: Generation | None = None
         self.messages: list[dict] = []
         self.clear()
@@ -24,6 +25,29 @@ class Conversation:
     def tokens(self) -> int:
         """Tokens that the cache holds."""
         return self._sequence.length
+
+    def save(self, path) -> None:
+        """Write the conversation to a session file, with what the cache holds of it. OSError; see cache/session.py."""
+        session.save(path, self._model.cache, self._sequence, self._cached, self._model.config,
+                     {"messages": self.messages, "sampler": self._sampler.state})
+
+    def restore(self, path) -> None:
+        """Go on where a saved conversation was, its system prompt included, unless this one has another. With the same options,
+        threads and device the answers are those that the saved one would have given; a seed other than its own starts anew.
+        OSError, CacheFull, ValueError: the file cannot be continued here, and nothing has changed."""
+        sequence, token_ids, meta = session.load(path, self._model.cache, self._model.config)
+        messages = meta.get("messages")
+        if messages is None:
+            raise ValueError("a text of `edgeattn generate`, not a conversation")
+        if not isinstance(messages, list) or not all(isinstance(m, dict) and set(m) == {"role", "content"} and
+                                                     all(isinstance(x, str) for x in m.values()) for m in messages):
+            raise ValueError("damaged: no valid messages")
+        self._sampler = Sampler(self._options, self._kernel, meta.get("sampler"))
+        self._sequence, self._cached = sequence, token_ids[:sequence.length]
+        saved = messages.pop(0)["content"] if messages and messages[0]["role"] == "system" else None
+        self._system = self._system or saved
+        self.clear()
+        self.messages += messages
 
     def say(self, text: str) -> Iterator[Event]:
         """Ask, and stream the answer. However it ends, by itself, cancel() or Ctrl-C, what was shown stays in the conversation;
@@ -42,11 +66,10 @@ class Conversation:
         if len(ids) >= self._model.ctx_size:
             raise ValueError(f"the conversation has {len(ids)} tokens, which leaves no room in a context of {self._model.ctx_size}; "
                              "start afresh with /clear, or raise -c (if the model allows it)")
-        shared = _common_prefix(self._cached, ids[:-1])  # the last token is computed again: its logits are wanted
-        shared = self._model.truncate(self._sequence, shared)
+        shared = reuse(self._model, self._sequence, self._cached, ids)
         self._cached = ids[:shared]
         return Generation(self._model, self._tokenizer, self._sequence, ids[shared:], self._options, self._max_tokens, self._stop,
-                          self._tokenizer.end_tokens, context_ids=ids[:shared], kernel=self._kernel)
+                          self._tokenizer.end_tokens, context_ids=ids[:shared], sampler=self._sampler)
 
     def _stream(self, run, question):
         answer = ""
@@ -58,10 +81,3 @@ class Conversation:
             self._cached = run.cached[:self._sequence.length]
             if answer:
                 self.messages += [question, {"role": "assistant", "content": answer}]
-
-
-def _common_prefix(a, b):
-    n = 0
-    while n < min(len(a), len(b)) and a[n] == b[n]:
-        n += 1
-    return n

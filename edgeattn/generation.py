@@ -39,12 +39,27 @@ class SamplerOptions:
 class Sampler:
     """Chooses tokens by one SamplerOptions; the same seed gives the same choices."""
 
-    def __init__(self, options: SamplerOptions, kernel: Callable | None = None):
+    def __init__(self, options: SamplerOptions, kernel: Callable | None = None, state: dict | None = None):
+        """state: another sampler's, to go on where it was, unless the options ask for another seed. ValueError: it is not one."""
         self.options = options
         self.seed = secrets.randbits(32) if options.seed is None or options.seed < 0 else options.seed
         self._random = np.random.default_rng(self.seed)
         self._greedy = options.temperature <= 0 and options.repeat_penalty == 1
         self._kernel = kernel or (None if self._greedy else load_kernel("sample", "cpu"))
+        if state is not None:
+            self._continue(state)
+
+    def _continue(self, state):
+        try:
+            if self.options.seed in (None, state["seed"]) or self.options.seed < 0:
+                self.seed, self._random.bit_generator.state = int(state["seed"]), state["random"]
+        except (ValueError, TypeError, LookupError, ArithmeticError):
+            raise ValueError("damaged: no valid state of the sampler") from None
+
+    @property
+    def state(self) -> dict:
+        """The seed and where its random numbers are; JSON can hold it."""
+        return {"seed": self.seed, "random": self._random.bit_generator.state}
 
     def __call__(self, logits: np.ndarray, tokens: list[int]) -> int:
         """logits [vocab] float32; tokens: all ids so far, the newest last -> the next id."""
@@ -110,12 +125,13 @@ class Generation:
 
     def __init__(self, model, tokenizer, sequence, prompt_ids: list[int], options: SamplerOptions, max_tokens: int = -1,
                  stop: tuple[str, ...] = (), end_tokens: frozenset[int] = frozenset(), context_ids: list[int] = (),
-                 continues_text: bool = False, kernel: Callable | None = None):
+                 continues_text: bool = False, kernel: Callable | None = None, sampler: Sampler | None = None):
         """
         prompt_ids      appended to `sequence` first; at least one
         max_tokens      -1: until the model ends or the context is full
         context_ids     what `sequence` holds already, for the repeat penalty
         continues_text  a leading space of SentencePiece tokenizers is part of the text
+        sampler         to go on with instead of a new one made from `options`
         """
         if not len(prompt_ids):
             raise ValueError("the prompt is empty: give at least one token")
@@ -123,15 +139,20 @@ class Generation:
             raise ValueError(f"the prompt has {sequence.length + len(prompt_ids)} tokens, which leaves no room in a context of "
                              f"{model.ctx_size}; shorten it or raise -c (if the model allows it)")
         self._model, self._sequence, self._prompt_ids = model, sequence, list(prompt_ids)
-        self._sampler = Sampler(options, kernel)
+        self.sampler = sampler or Sampler(options, kernel)
         self._max_tokens, self._stops, self._end_tokens = max_tokens, StopStrings(stop), end_tokens
         self._stream = tokenizer.stream(continues_text)
         self._all = list(context_ids) + self._prompt_ids
-        self.seed, self.tokens, self.finish_reason = self._sampler.seed, [], None
+        self.seed, self.tokens, self.finish_reason = self.sampler.seed, [], None
         self.cached = list(context_ids)  # token ids that the sequence's cache holds for certain
         self.timings = Timings(len(prompt_ids), sequence.length)
         self.on_prompt: Callable[[int, int], None] | None = None  # told (tokens computed, of the prompt) after each chunk
         self._cancelled = False
+
+    @property
+    def token_ids(self) -> list[int]:
+        """All of the text: context, prompt and what came. The last ones may not be in the cache."""
+        return list(self._all)
 
     def cancel(self) -> None:
         """Stop at the next token or the next chunk of the prompt; safe in a signal handler."""
@@ -143,7 +164,7 @@ class Generation:
         if self._max_tokens == 0 and logits is not None:
             self.finish_reason = "length"
         while logits is not None and self.finish_reason is None:
-            token = self._sampler(logits, self._all)
+            token = self.sampler(logits, self._all)
             now = time.perf_counter()
             if self.timings.first_token_s:
                 self.timings.token_s.append(now - started)
@@ -205,6 +226,15 @@ class Generation:
             return None
         self.cached += ids
         return logits[-1] if rows == "last" else None
+
+
+def reuse(model, sequence, cached: list[int], ids: list[int]) -> int:
+    """Cut `sequence`, which holds the tokens `cached`, to the start it shares with `ids`, or to less where the cache must -> how many
+    tokens it still holds, always fewer than `ids`: the last one is computed again, for its logits."""
+    shared, most = 0, min(len(cached), len(ids) - 1)
+    while shared < most and cached[shared] == ids[shared]:
+        shared += 1
+    return model.truncate(sequence, shared)
 
 
 def generate(model, tokenizer, sequence, prompt_ids: list[int], options: SamplerOptions = SamplerOptions(), max_tokens: int = -1,

@@ -2,11 +2,12 @@
 
 A page is made of rows of 32 values. A row of K is one channel of all the tokens; a row of V is 32 channels of one token.
     f32, f16   K [head_dim][32], V [32][width]                                     width: head_dim, up to a multiple of 32
-    int8       32 bytes a row                                                      rows of V: [block of 32 channels][token]
-    int4       16 bytes: byte i holds value i (low nibble) and value i + 16
-    int2       16 bytes a pair of rows: byte i holds values i and i + 16 of the first row, then of the second, low bits first
-    int3       the low two bits as int2, all rows, then the top bits, 16 bytes for 4 rows: bit 2 * (row % 4) of byte i is value i's,
-               the bit above it value i + 16's
+Quantised rows stand in quads, four rows together, so that a dot product of four bytes is a step: byte 4 * i + j of 64 belongs to row j
+of the quad and to value i of the row, or to value i + 16, called the second half.
+    int8       64 bytes of the first half, 64 of the second                        rows of V: [block of 32 channels][token]
+    int4       64 bytes: low nibbles the first half, high nibbles the second
+    int2       64 bytes for two quads: from the low bits on first and second half of the first quad, then of the second
+    int3       the low two bits as int2, all quads, then the top bits, 64 bytes for four quads: bit 2 * (quad % 4) + half
 Parameters are halves, minimum and step, value = minimum + code * step:
     K by channel  [2][head_dim]              one pair for each row (KIVI, arXiv 2402.02750)
     K by token    [groups][2][32 tokens]     a group is 32 channels, or all of them

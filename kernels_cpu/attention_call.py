@@ -38,7 +38,7 @@ def scratch_floats(head_dim: int, group: int) -> int:
     rows = (max(1, QUERIES // group) * group + ROWS - 1) // ROWS * ROWS
     prefill = KEYS * (head_dim + width) + rows * (2 * head_dim + 32) + ROWS * (KEYS + 16) + 4 * width + 128
     heads = -(-group // HEAD_ROWS) * HEAD_ROWS
-    decode = heads * (CHUNK + 16 + 3 * width + width // 2 + 64) + 4 * width + 256
+    decode = heads * (CHUNK + 16 + 4 * width + 80) + 256  # attention_fold.places
     return 32 + -(-max(prefill, decode) // 16) * 16
 
 

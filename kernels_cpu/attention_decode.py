@@ -5,22 +5,26 @@ channel) or into the softmax weights (values by token). CHUNK tokens are scored,
 chunks), while the pages that come next are prefetched. Ranges of one sequence are merged at the end (flash decoding).
 """
 import numpy as np
-from numba import float32, int32, int64, njit, uint16
+from numba import float32, int32, int64, njit, uint16, uint8
 
-from edgeattn.kernels_cpu.attention_call import (CHUNK, GROUP, HEAD_DIM, KV_HEADS, NUM_HEADS, OUT, OUT_STRIDE, PAGE, PARTIALS,
-                                                 PLACE, POOLS, RANGE_PAGES, ROTATED, SCRATCH, SCRATCH_SIZE, SELECTED, SELECTED_CAPACITY,
-                                                 SELECTED_COUNTS, SEQUENCES, STARTS, WIDTH, entry_of, first_visible, rows_of, slots_of)
+from edgeattn.kernels_cpu.attention_call import (CHUNK, GROUP, HEAD_DIM, KV_HEADS, NUM_HEADS, OUT as RESULT, OUT_STRIDE, PAGE,
+                                                 PARTIALS, POOLS, RANGE_PAGES, ROTATED, SELECTED, SELECTED_CAPACITY, SELECTED_COUNTS,
+                                                 SEQUENCES, STARTS, WIDTH, entry_of, first_visible, rows_of, slots_of)
 from edgeattn.kernels_cpu.attention_compensation import compensation_of
+from edgeattn.kernels_cpu.attention_fold import (BYTES, OUT, PRODUCTS, SCALES, SCORES, STRIDE, SUMS, TASK, TOKEN_BASES, TOKEN_BYTES,
+                                                 TOKEN_SCALES, TOKEN_SUMS, TOPS, block_bytes, block_scales, fold_keys, fold_weights, places,
+                                                 prepare_queries)
 from edgeattn.kernels_cpu.attention_softmax import LOWEST_SCORE, soften
 from edgeattn.kernels_cpu.floats import F
-from edgeattn.kernels_cpu.page_pool import (BY_ROW, BY_TOKEN, GROUPS, K as K_CODES, K_ADD, K_AXIS, K_BYTES, K_GAP, K_PARAMS, K_ROW,
-                                            SEPARATED, V as V_CODES, V_ADD, V_BLOCK, V_BYTES, V_GAP, V_PARAMS, V_QUANTISED, field_at, pool_of)
-from edgeattn.kernels_cpu.page_rows import AHEAD_STEP, GAP, HEAD_ROWS, HEADS, OUT_STRIDE as TASK_OUT, ROWS, WEIGHT_STRIDE
+from edgeattn.kernels_cpu.page_pool import (BY_ROW, BY_TOKEN, GROUPS, K as K_CODES, K_ADD, K_AXIS, K_BYTES, K_GAP, K_LEVELS, K_OFFSET,
+                                            K_PARAMS, K_ROW, SEPARATED, V as V_CODES, V_ADD, V_BLOCK, V_BYTES, V_GAP, V_LEVELS,
+                                            V_OFFSET, V_PARAMS, V_QUANTISED, field_at, pool_of)
+from edgeattn.kernels_cpu.page_rows import (AHEAD_STEP, GAP, HEAD_ROWS, HEADS, OUT_STRIDE as TASK_OUT, ROWS, SCALES as TASK_SCALES,
+                                            WEIGHT_STRIDE)
 from edgeattn.kernels_cpu.parallel import call_worker, worker
-from edgeattn.kernels_cpu.simd import at, fma, hsum, load, load_half, splat, store
+from edgeattn.kernels_cpu.simd import at, fma, hsum, load, load_half, prefetch, splat, store
 
-STRIDE = CHUNK + 16   # of a row of scores
-AHEAD = 2             # pages prefetched ahead
+AHEAD = 6             # pages prefetched ahead
 
 
 @njit(nogil=True, error_model="numpy")
@@ -43,55 +47,32 @@ def _page(call, row, i):
 
 
 @njit(nogil=True, error_model="numpy")
-def places(call, thread):
-    """Addresses in a thread's scratch: task, scores, weighted sums, sums of weights (16 lanes), maxima, folded rows, products with
-    minima. A row of weighted sums is followed by WIDTH / 2 lanes: for each block of 32 channels 16 lanes of weights times minima."""
-    start = call[SCRATCH] + 4 * thread * call[SCRATCH_SIZE]
-    heads, width = (call[GROUP] + HEAD_ROWS - 1) // HEAD_ROWS * HEAD_ROWS, call[WIDTH]
-    scores = start + PLACE
-    out = scores + 4 * heads * STRIDE
-    sums = out + 4 * heads * (width + width // 2)
-    tops = sums + 64 * heads
-    folded = tops + 64 * heads // 16 * 4
-    folded = (folded + 63) // 64 * 64
-    return start, scores, out, sums, tops, folded, folded + 4 * heads * width
-
-
-@njit(nogil=True, error_model="numpy")
-def _fold_keys(call, params, q, folded, heads, scores, at_score):
-    """Keys by channel: q * step becomes the rows' weights, and q . minimum each score's start."""
-    depth, group, width = call[HEAD_DIM], call[GROUP], call[WIDTH]
-    p, x, w = at(uint16, params), at(float32, q), at(float32, folded)
-    for h in range(group):
-        base = splat(F, np.float32(0))
-        for d in range(0, depth, 16):
-            part = load(F, x, h * depth + d)
-            store(w, h * width + d, part * load_half(F, p, depth + d))
-            base = fma(part, load_half(F, p, d), base)
-        start = splat(F, hsum(base))
-        store(scores, h * STRIDE + at_score, start)
-        store(scores, h * STRIDE + at_score + 16, start)
-
-
-@njit(nogil=True, error_model="numpy")
-def _score_by_token(call, address, pool, codes, params, q, folded, heads, scores, at_score, ahead):
+def _score_by_token(call, place, pool, codes, params, heads, at_score, ahead):
     """Keys by token: each group of channels is summed, then scaled by its tokens' steps."""
-    depth, group, task = call[HEAD_DIM], call[GROUP], at(int64, address)
-    p, x, sums, size = at(uint16, params), at(float32, q), at(float32, folded), depth if pool[GROUPS] == 1 else 32
-    task[TASK_OUT], task[WEIGHT_STRIDE] = 32, depth
+    depth, group, task = call[HEAD_DIM], call[GROUP], at(int64, place[TASK])
+    p, scores, sums, size = at(uint16, params), at(float32, place[SCORES]), at(float32, place[PRODUCTS]), depth if pool[GROUPS] == 1 else 32
+    bases, totals = at(float32, place[TOKEN_BASES]), at(float32, place[TOKEN_SUMS])
+    scales, mean = at(float32, place[TOKEN_SCALES]), np.float32(pool[K_LEVELS]) * np.float32(0.5)
+    back = mean - np.float32(pool[K_OFFSET])
+    task[TASK_OUT], task[WEIGHT_STRIDE], task[TASK_SCALES] = 32, 4 * depth, place[TOKEN_SCALES]
     for h in range(group):
         for t in range(0, 32, 16):
             store(scores, h * STRIDE + at_score + t, splat(F, np.float32(0)))
     for d in range(0, depth, size):
         task[ROWS], task[GAP], first = min(size, depth - d), pool[K_GAP] - 4 * d, d // size * 64
-        for i in range(0, 32 * heads, 16):
-            store(sums, i, splat(F, np.float32(0)))
-        call_worker(pool[K_ADD], address, codes + d * pool[K_ROW], q + 4 * d, folded, ahead)
+        for h in range(heads):
+            base = total = np.float32(0)
+            for g in range(d // 32, (d + task[ROWS] + 31) // 32):
+                base += bases[g * heads + h]
+                total += totals[g * heads + h]
+            start = splat(F, mean * total - back * base * scales[h])
+            store(sums, 32 * h, start)
+            store(sums, 32 * h + 16, start)
+        call_worker(pool[K_ADD], place[TASK], codes + d * pool[K_ROW], place[TOKEN_BYTES] + 4 * d, place[PRODUCTS], ahead)
         for h in range(group):
-            total = splat(F, np.float32(0))
-            for c in range(d, d + task[ROWS], 16):
-                total += load(F, x, h * depth + c)
-            total = splat(F, hsum(total))
+            total = np.float32(0)
+            for g in range(d // 32, (d + task[ROWS] + 31) // 32):
+                total += totals[g * heads + h]
             for t in range(0, 32, 16):
                 to = h * STRIDE + at_score + t
                 y = fma(load(F, sums, 32 * h + t), load_half(F, p, first + 32 + t), load_half(F, p, first + t) * total)
@@ -99,64 +80,56 @@ def _score_by_token(call, address, pool, codes, params, q, folded, heads, scores
 
 
 @njit(nogil=True, error_model="numpy")
+def _prefetch_params(pool, field, entry):
+    start = field_at(pool, field, entry)
+    for line in range(start, start + pool[field + 1], 64):
+        prefetch(at(uint8, line), 0)
+
+
+@njit(nogil=True, error_model="numpy")
 def score_page(call, place, entry, ahead_entry, q, at_score):
-    """Scores of one page's 32 slots, all query heads of the group; `q` is the address of the group's rotated queries."""
-    start, score_address, _, _, _, folded, _ = place
-    depth, group, task, scores = call[HEAD_DIM], call[GROUP], at(int64, start), at(float32, score_address)
+    """Scores of one page's 32 slots, all query heads of the group; `q` is the address of the group's rotated queries, for which
+    prepare_queries was called."""
+    depth, group, task, scores = call[HEAD_DIM], call[GROUP], at(int64, place[TASK]), at(float32, place[SCORES])
     heads = (group + HEAD_ROWS - 1) // HEAD_ROWS * HEAD_ROWS
     pool, ahead_pool = pool_of(call[POOLS], entry), pool_of(call[POOLS], ahead_entry)
     codes, params, ahead = field_at(pool, K_CODES, entry), field_at(pool, K_PARAMS, entry), field_at(ahead_pool, K_CODES, ahead_entry)
     task[ROWS], task[GAP], task[HEADS], task[TASK_OUT] = depth, pool[K_GAP], heads, STRIDE
-    task[AHEAD_STEP] = ahead_pool[K_BYTES] // depth
+    steps = depth if pool[K_AXIS] == 0 else depth // 4
+    task[AHEAD_STEP] = ahead_pool[K_BYTES] // steps
+    _prefetch_params(ahead_pool, K_PARAMS, ahead_entry)
     if pool[K_AXIS] == BY_TOKEN:
-        _score_by_token(call, start, pool, codes, params, q, folded, heads, scores, at_score, ahead)
+        _score_by_token(call, place, pool, codes, params, heads, at_score, ahead)
         return
+    weights = q
     if pool[K_AXIS] == BY_ROW:
-        _fold_keys(call, params, q, folded, heads, scores, at_score)
-        task[WEIGHT_STRIDE] = call[WIDTH]
-        call_worker(pool[K_ADD], start, codes, folded, score_address + 4 * at_score, ahead)
+        fold_keys(call, place, params, pool[K_LEVELS], pool[K_OFFSET], at_score)
+        weights, task[WEIGHT_STRIDE], task[TASK_SCALES] = place[BYTES], 4 * depth, place[SCALES]
     else:
         for h in range(group):
             store(scores, h * STRIDE + at_score, splat(F, np.float32(0)))
             store(scores, h * STRIDE + at_score + 16, splat(F, np.float32(0)))
         task[WEIGHT_STRIDE] = depth
-        call_worker(pool[K_ADD], start, codes, q, score_address + 4 * at_score, ahead)
+    call_worker(pool[K_ADD], place[TASK], codes, weights, place[SCORES] + 4 * at_score, ahead)
 
 
 @njit(nogil=True, error_model="numpy")
-def _fold_weights(call, params, block, group_at, scores, at_score, folded, out, to):
-    """Values by token: weight * step becomes the rows' weights; weights times minima are summed lane by lane behind the head's row."""
-    width, p, w = call[WIDTH], at(uint16, params), at(float32, folded)
+def _weigh_separated(call, place, pool, codes, params, group_at, block, at_score, ahead):
+    """Where channels have scales of their own, which differ from page to page: the page's sum first, then its share of the output."""
+    width, p, part, out = call[WIDTH], at(uint16, params), at(float32, place[PRODUCTS]), at(float32, place[OUT])
+    scales, task, stride = 64 * pool[GROUPS] + 32 * block, at(int64, place[TASK]), call[WIDTH] + call[WIDTH] // 2
     for h in range(call[GROUP]):
-        rest = h * (width + width // 2) + width + 16 * block
-        total = load(F, out, rest)
-        for t in range(0, 32, 16):
-            x = load(F, scores, h * STRIDE + at_score + t)
-            store(w, h * width + t, x * load_half(F, p, group_at + 32 + t))
-            total = fma(x, load_half(F, p, group_at + t), total)
-        store(out, rest, total)
-
-
-@njit(nogil=True, error_model="numpy")
-def _weigh_separated(call, address, pool, codes, params, block, scores, at_score, folded, sums, out, ahead):
-    """The same where channels have scales of their own, which differ from page to page."""
-    width, p, w, part = call[WIDTH], at(uint16, params), at(float32, folded), at(float32, sums)
-    group_at, scales = (block if pool[GROUPS] > 1 else 0) * 64, 64 * pool[GROUPS] + 32 * block
-    task = at(int64, address)
-    task[TASK_OUT] = 32
+        store(part, 32 * h, splat(F, np.float32(0)))
+    fold_weights(call, place, 0, params + 2 * group_at, pool[V_LEVELS], pool[V_OFFSET], at_score, part, 0, 32)
     for h in range(call[GROUP]):
-        base = splat(F, np.float32(0))
-        for t in range(0, 32, 16):
-            x = load(F, scores, h * STRIDE + at_score + t)
-            store(w, h * width + t, x * load_half(F, p, group_at + 32 + t))
-            base = fma(x, load_half(F, p, group_at + t), base)
-        base = splat(F, hsum(base))
+        base = splat(F, hsum(load(F, part, 32 * h)))
         store(part, 32 * h, base)
         store(part, 32 * h + 16, base)
-    call_worker(pool[V_ADD], address, codes, folded, sums, ahead)
+    task[TASK_OUT] = 32
+    call_worker(pool[V_ADD], place[TASK], codes, place[BYTES], place[PRODUCTS], ahead)
     for h in range(call[GROUP]):
         for c in range(0, 32, 16):
-            to = h * (width + width // 2) + 32 * block + c
+            to = h * stride + 32 * block + c
             store(out, to, fma(load(F, part, 32 * h + c), load_half(F, p, scales + c), load(F, out, to)))
     task[TASK_OUT] = width + width // 2
 
@@ -164,25 +137,30 @@ def _weigh_separated(call, address, pool, codes, params, block, scores, at_score
 @njit(nogil=True, error_model="numpy")
 def _weigh_page(call, place, entry, ahead_entry, count, at_score):
     """Add the weighted values of a page's first `count` slots; the others may never have been written."""
-    start, score_address, out_address, _, _, folded, products = place
-    task, scores, out, width = at(int64, start), at(float32, score_address), at(float32, out_address), call[WIDTH]
+    task, out, width = at(int64, place[TASK]), at(float32, place[OUT]), call[WIDTH]
     pool, ahead_pool = pool_of(call[POOLS], entry), pool_of(call[POOLS], ahead_entry)
     codes, params, ahead = field_at(pool, V_CODES, entry), field_at(pool, V_PARAMS, entry), field_at(ahead_pool, V_CODES, ahead_entry)
-    task[ROWS], task[GAP], task[TASK_OUT] = count, pool[V_GAP], width + width // 2
-    task[HEADS] = (call[GROUP] + HEAD_ROWS - 1) // HEAD_ROWS * HEAD_ROWS
-    blocks = width // 32
-    task[AHEAD_STEP] = ahead_pool[V_BYTES] // (32 * blocks)
-    task[WEIGHT_STRIDE] = width if pool[V_QUANTISED] else STRIDE
+    blocks, stride = width // 32, width + width // 2
+    task[ROWS], task[GAP], task[TASK_OUT] = 32 if pool[V_QUANTISED] else count, pool[V_GAP], stride
+    task[HEADS], task[TASK_SCALES] = (call[GROUP] + HEAD_ROWS - 1) // HEAD_ROWS * HEAD_ROWS, place[SCALES]
+    task[WEIGHT_STRIDE] = 128 if pool[V_QUANTISED] else STRIDE
+    steps = 8 if pool[V_QUANTISED] else 32
+    task[AHEAD_STEP] = ahead_pool[V_BYTES] // (steps * blocks)
+    _prefetch_params(ahead_pool, V_PARAMS, ahead_entry)
+    if pool[V_QUANTISED] and not pool[SEPARATED]:  # all blocks before the dots of any: short chains side by side
+        for block in range(blocks):
+            part = params + 2 * (block if pool[GROUPS] > 1 else 0) * 64
+            fold_weights(call, place, block, part, pool[V_LEVELS], pool[V_OFFSET], at_score, out, width + 16 * block, stride)
     for block in range(blocks):
-        from_block = codes + block * pool[V_BLOCK]
-        soon = ahead + block * 32 * task[AHEAD_STEP]
+        from_block, group_at = codes + block * pool[V_BLOCK], (block if pool[GROUPS] > 1 else 0) * 64
+        soon = ahead + block * steps * task[AHEAD_STEP]
         if pool[SEPARATED]:
-            _weigh_separated(call, start, pool, from_block, params, block, scores, at_score, folded, products, out, soon)
+            _weigh_separated(call, place, pool, from_block, params, group_at, block, at_score, soon)
         elif pool[V_QUANTISED]:
-            _fold_weights(call, params, block, (block if pool[GROUPS] > 1 else 0) * 64, scores, at_score, folded, out, 0)
-            call_worker(pool[V_ADD], start, from_block, folded, out_address + 128 * block, soon)
+            task[TASK_SCALES] = block_scales(call, place, block)
+            call_worker(pool[V_ADD], place[TASK], from_block, block_bytes(call, place, block), place[OUT] + 128 * block, soon)
         else:
-            call_worker(pool[V_ADD], start, from_block, score_address + 4 * at_score, out_address + 128 * block, soon)
+            call_worker(pool[V_ADD], place[TASK], from_block, place[SCORES] + 4 * at_score, place[OUT] + 128 * block, soon)
 
 
 @njit(nogil=True, error_model="numpy")
@@ -200,8 +178,7 @@ def _chunk(call, row, begin, end, last, low, high, place):
     """Pages begin ... end of the list, at most CHUNK tokens; the task ends at page `last`."""
     sequence, head, q_row = row
     group, width = call[GROUP], call[WIDTH]
-    _, scores, out, sums, tops, _, _ = place
-    scores, out, sums, tops = at(float32, scores), at(float32, out), at(float32, sums), at(float32, tops)
+    scores, out, sums, tops = at(float32, place[SCORES]), at(float32, place[OUT]), at(float32, place[SUMS]), at(float32, place[TOPS])
     q = call[ROTATED] + 4 * (q_row * call[NUM_HEADS] + head * group) * call[HEAD_DIM]
     for i in range(begin, end):
         entry, logical = _page(call, row, i)
@@ -235,7 +212,9 @@ def attend_range(call, sequence, head, part, thread):
     depth, group, size, width = call[HEAD_DIM], call[GROUP], call[RANGE_PAGES], call[WIDTH]
     heads = (group + HEAD_ROWS - 1) // HEAD_ROWS * HEAD_ROWS
     place = places(call, thread)
-    out, sums, tops = at(float32, place[2]), at(float32, place[3]), at(float32, place[4])
+    out, sums, tops = at(float32, place[OUT]), at(float32, place[SUMS]), at(float32, place[TOPS])
+    row = (sequence, head, rows_of(call, sequence)[0])
+    prepare_queries(call, place, call[ROTATED] + 4 * (row[2] * call[NUM_HEADS] + head * group) * depth, True)
     for i in range(heads * (width + width // 2 + 16)):  # sums follow
         out[i] = 0
     for h in range(heads):
@@ -243,7 +222,6 @@ def attend_range(call, sequence, head, part, thread):
     first, count = visible_pages(call, sequence, head)
     slots = slots_of(call, sequence, head)
     begin, last = first + part * size, first + min(count, (part + 1) * size)
-    row = (sequence, head, rows_of(call, sequence)[0])
     for i in range(begin, last, CHUNK // PAGE):
         _chunk(call, row, i, min(i + CHUNK // PAGE, last), last, first_visible(call, slots - 1), slots, place)
     partial = at(float32, call[PARTIALS])
@@ -260,7 +238,7 @@ def merge_ranges(call, ranges, sequence, head, thread):
     """The output of one KV head's query heads from the partial results of all ranges."""
     depth = call[HEAD_DIM]
     row, _ = rows_of(call, sequence)
-    partials, out = at(float32, call[PARTIALS]), at(float32, call[OUT])
+    partials, out = at(float32, call[PARTIALS]), at(float32, call[RESULT])
     for h in range(call[GROUP]):
         extra, weight, mean = compensation_of(call, sequence, head, row, h)
         top, total = extra, np.float32(0)

@@ -8,7 +8,8 @@ from numba import float32, int64, njit
 
 from edgeattn.kernels_cpu.attention_call import (CHUNK, GROUP, HEAD_DIM, KV_HEADS, LAYER, MASS, MASS_MODE, MASS_PLANE, MAX_PAGES, NUM_HEADS,
                                                  PAGE, PROBES, ROTATED, entry_of, first_visible, rows_of, slots_of)
-from edgeattn.kernels_cpu.attention_decode import STRIDE, hide, places, score_page
+from edgeattn.kernels_cpu.attention_decode import hide, score_page
+from edgeattn.kernels_cpu.attention_fold import OUT, SCORES, STRIDE, SUMS, TOPS, places, prepare_queries
 from edgeattn.kernels_cpu.attention_softmax import LOWEST_SCORE, soften
 from edgeattn.kernels_cpu.floats import F, exp_low
 from edgeattn.kernels_cpu.parallel import worker
@@ -18,24 +19,30 @@ LAST = 2  # MASS_MODE: only the newest call's probes count; 1: all of them
 
 
 @njit(nogil=True, error_model="numpy")
+def _queries(call, head, row):
+    return call[ROTATED] + 4 * (row * call[NUM_HEADS] + head * call[GROUP]) * call[HEAD_DIM]
+
+
+@njit(nogil=True, error_model="numpy")
 def _scores(call, place, sequence, head, row, first, low, high):
     """Scores of the query row with the slots of one chunk of pages."""
-    q = call[ROTATED] + 4 * (row * call[NUM_HEADS] + head * call[GROUP]) * call[HEAD_DIM]
+    q, scores = _queries(call, head, row), at(float32, place[SCORES])
     last = (high + PAGE - 1) // PAGE
     for page in range(first, min(first + CHUNK // PAGE, last)):
         entry, to = entry_of(call, sequence, head, page), (page - first) * PAGE
         if entry < 0:
-            hide(at(float32, place[1]), call[GROUP], to, 0, 0, 0)
+            hide(scores, call[GROUP], to, 0, 0, 0)
         else:
             score_page(call, place, entry, entry, q, to)
-            hide(at(float32, place[1]), call[GROUP], to, page * PAGE, low, high)
+            hide(scores, call[GROUP], to, page * PAGE, low, high)
     return (min(first + CHUNK // PAGE, last) - first) * PAGE
 
 
 @njit(nogil=True, error_model="numpy")
 def _probe(call, place, sequence, head, row, slot, mass, seen):
     group, low, high = call[GROUP], first_visible(call, slot), slot + 1
-    scores, out, sums, tops = at(float32, place[1]), at(float32, place[2]), at(float32, place[3]), at(float32, place[4])
+    scores, out, sums, tops = at(float32, place[SCORES]), at(float32, place[OUT]), at(float32, place[SUMS]), at(float32, place[TOPS])
+    prepare_queries(call, place, _queries(call, head, row), True)
     for h in range(group):
         tops[h] = LOWEST_SCORE
         store(sums, 16 * h, splat(F, np.float32(0)))

@@ -8,7 +8,7 @@ from numba.extending import intrinsic, overload
 
 from edgeattn.kernels_cpu import simd_emit as emit
 from edgeattn.kernels_cpu.floats import F, _address
-from edgeattn.kernels_cpu.simd import load_half_tile, load_tile
+from edgeattn.kernels_cpu.simd import Vec, load_half_tile, load_tile
 
 ROWS, COLUMNS = {"avx512": (12, 2), "avxvnni": (6, 1), "avx2": (6, 1), "neon": (6, 1), "plain": (4, 1)}[emit.MACHINE]
 TILE, BLOCK = ROWS * COLUMNS, 16 * COLUMNS  # vectors of a tile, floats across a tile
@@ -70,6 +70,34 @@ def _load_floats(count, array, first, stride):
     if array.dtype == types.uint16:
         return lambda count, array, first, stride: load_half_tile(F, count, array, first, stride)
     return lambda count, array, first, stride: load_tile(F, count, array, first, stride)
+
+
+@intrinsic
+def add_scaled(typingctx, total, acc, array, first):
+    """total[r, c] += float(acc[r, c]) * array[first + r], of tiles with four rows."""
+    def codegen(context, builder, sig, args):
+        totals, accs, columns = _tile(total, args[0], builder), _tile(acc, args[1], builder), total.count // 4
+        rows = emit.broadcasts(builder, _address(context, builder, array, *args[2:]), F.ir, 4)
+        out = [emit.fma(builder, builder.sitofp(accs[i], F.ir), rows[i // columns], totals[i]) for i in range(total.count)]
+        return context.make_tuple(builder, total, out)
+    return total(total, acc, array, types.intp), codegen
+
+
+@intrinsic
+def weave(typingctx, a, b, c, d):
+    """Signed bytes [quad][a, b, c, d][4] of four vectors of 16 small integers: quad q of each stands together."""
+    out = Vec("i8", 64)
+
+    def codegen(context, builder, sig, args):
+        if emit.MACHINE == "avx512":  # packing with saturation works within 16 bytes: just this order
+            words = ir.VectorType(ir.IntType(16), 32)
+            pairs = [emit.call(builder, "llvm.x86.avx512.packssdw.512", words, x, y) for x, y in (args[:2], args[2:])]
+            return emit.call(builder, "llvm.x86.avx512.packsswb.512", out.ir, *pairs)
+        quads = [builder.bitcast(builder.trunc(x, ir.VectorType(ir.IntType(8), 16)), ir.VectorType(ir.IntType(32), 4)) for x in args]
+        halves = [emit.pick(builder, x, y, range(8)) for x, y in (quads[:2], quads[2:])]
+        whole = emit.pick(builder, *halves, [4 * v + q for q in range(4) for v in range(4)])
+        return builder.bitcast(whole, out.ir)
+    return out(a, b, c, d), codegen
 
 
 @intrinsic

@@ -1,29 +1,26 @@
-"""KV type int2: how its rows are read and written (page_formats.py), and the workers made of that."""
+"""KV type int2: how its quads of rows are read and written (page_formats.py), and the workers made of that."""
 from numba import njit, uint8
 
-from edgeattn.kernels_cpu.floats import F, I
-from edgeattn.kernels_cpu.page_rows import add_rows_by, expand_rows_by, pack_rows_by
+from edgeattn.kernels_cpu.page_rows import QUAD, dot_rows_by, expand_quads_by, pack_quads_by
 from edgeattn.kernels_cpu.parallel import worker
-from edgeattn.kernels_cpu.simd import at, convert, load, store, u8
-
-B = u8(16)
+from edgeattn.kernels_cpu.simd import at, load, store
 
 
 @njit(nogil=True, error_model="numpy")
-def _pair(codes, r, gap):
-    x = convert(I, load(B, at(uint8, codes + 16 * (r >> 1)), 0)) >> 4 * (r & 1)
-    return convert(F, x & 3), convert(F, x >> 2 & 3)
+def _quad(codes, g, gap):
+    x = load(QUAD, at(uint8, codes + 64 * (g >> 1)), 0) >> 4 * (g & 1)
+    return x & 3, x >> 2 & 3
 
 
 @njit(nogil=True, error_model="numpy")
-def _put(codes, r, gap, a, b):
-    place, x = at(uint8, codes + 16 * (r >> 1)), a | b << 2
-    if r & 1:
-        x = x << 4 | convert(I, load(B, place, 0))
-    store(place, 0, convert(B, x))
+def _put(codes, g, gap, a, b):
+    place, x = at(uint8, codes + 64 * (g >> 1)), a | b << 2
+    if g & 1:
+        x = x << 4 | load(QUAD, place, 0)
+    store(place, 0, x)
 
 
-_add, _expand, _pack = add_rows_by(_pair), expand_rows_by(_pair), pack_rows_by(_put)
+_add, _expand, _pack = dot_rows_by(_quad, False), expand_quads_by(_quad, False), pack_quads_by(_put)
 
 
 @worker

@@ -1,34 +1,31 @@
-"""KV type int3: how its rows are read and written (page_formats.py), and the workers made of that."""
+"""KV type int3: how its quads of rows are read and written (page_formats.py), and the workers made of that."""
 from numba import njit, uint8
 
-from edgeattn.kernels_cpu.floats import F, I
-from edgeattn.kernels_cpu.page_rows import add_rows_by, expand_rows_by, pack_rows_by
+from edgeattn.kernels_cpu.page_rows import QUAD, dot_rows_by, expand_quads_by, pack_quads_by
 from edgeattn.kernels_cpu.parallel import worker
-from edgeattn.kernels_cpu.simd import at, convert, load, store, u8
-
-B = u8(16)
+from edgeattn.kernels_cpu.simd import at, load, store
 
 
 @njit(nogil=True, error_model="numpy")
-def _pair(codes, r, gap):
-    x = convert(I, load(B, at(uint8, codes + 16 * (r >> 1)), 0)) >> 4 * (r & 1)
-    top = convert(I, load(B, at(uint8, codes + gap + 16 * (r >> 2)), 0)) >> 2 * (r & 3)
-    return convert(F, x & 3 | (top & 1) << 2), convert(F, x >> 2 & 3 | (top & 2) << 1)
+def _quad(codes, g, gap):
+    x = load(QUAD, at(uint8, codes + 64 * (g >> 1)), 0) >> 4 * (g & 1)
+    top = load(QUAD, at(uint8, codes + gap + 64 * (g >> 2)), 0) >> 2 * (g & 3)
+    return x & 3 | (top & 1) << 2, x >> 2 & 3 | (top & 2) << 1
 
 
 @njit(nogil=True, error_model="numpy")
-def _put(codes, r, gap, a, b):
-    low, high = at(uint8, codes + 16 * (r >> 1)), at(uint8, codes + gap + 16 * (r >> 2))
-    x, top = a & 3 | (b & 3) << 2, (a >> 2 | b >> 2 << 1) << 2 * (r & 3)
-    if r & 1:
-        x = x << 4 | convert(I, load(B, low, 0))
-    if r & 3:
-        top = top | convert(I, load(B, high, 0))
-    store(low, 0, convert(B, x))
-    store(high, 0, convert(B, top))
+def _put(codes, g, gap, a, b):
+    low, high = at(uint8, codes + 64 * (g >> 1)), at(uint8, codes + gap + 64 * (g >> 2))
+    x, top = a & 3 | (b & 3) << 2, (a >> 2 | b >> 2 << 1) << 2 * (g & 3)
+    if g & 1:
+        x = x << 4 | load(QUAD, low, 0)
+    if g & 3:
+        top = top | load(QUAD, high, 0)
+    store(low, 0, x)
+    store(high, 0, top)
 
 
-_add, _expand, _pack = add_rows_by(_pair), expand_rows_by(_pair), pack_rows_by(_put)
+_add, _expand, _pack = dot_rows_by(_quad, False), expand_quads_by(_quad, False), pack_quads_by(_put)
 
 
 @worker

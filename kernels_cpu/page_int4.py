@@ -1,26 +1,23 @@
-"""KV type int4: how its rows are read and written (page_formats.py), and the workers made of that."""
+"""KV type int4: how its quads of rows are read and written (page_formats.py), and the workers made of that."""
 from numba import njit, uint8
 
-from edgeattn.kernels_cpu.floats import F, I
-from edgeattn.kernels_cpu.page_rows import add_rows_by, expand_rows_by, pack_rows_by
+from edgeattn.kernels_cpu.page_rows import QUAD, dot_rows_by, expand_quads_by, pack_quads_by
 from edgeattn.kernels_cpu.parallel import worker
-from edgeattn.kernels_cpu.simd import at, convert, load, store, u8
-
-B = u8(16)
+from edgeattn.kernels_cpu.simd import at, load, store
 
 
 @njit(nogil=True, error_model="numpy")
-def _pair(codes, r, gap):
-    x = convert(I, load(B, at(uint8, codes + 16 * r), 0))
-    return convert(F, x & 15), convert(F, x >> 4)
+def _quad(codes, g, gap):
+    x = load(QUAD, at(uint8, codes + 64 * g), 0)
+    return x & 15, x >> 4
 
 
 @njit(nogil=True, error_model="numpy")
-def _put(codes, r, gap, a, b):
-    store(at(uint8, codes + 16 * r), 0, convert(B, a | b << 4))
+def _put(codes, g, gap, a, b):
+    store(at(uint8, codes + 64 * g), 0, a | b << 4)
 
 
-_add, _expand, _pack = add_rows_by(_pair), expand_rows_by(_pair), pack_rows_by(_put)
+_add, _expand, _pack = dot_rows_by(_quad, False), expand_quads_by(_quad, False), pack_quads_by(_put)
 
 
 @worker

@@ -1,28 +1,24 @@
-"""KV type int8: how its rows are read and written (page_formats.py), and the workers made of that."""
+"""KV type int8: how its quads of rows are read and written (page_formats.py), and the workers made of that."""
 from numba import njit, uint8
 
-from edgeattn.kernels_cpu.floats import F, I
-from edgeattn.kernels_cpu.page_rows import add_rows_by, expand_rows_by, pack_rows_by
+from edgeattn.kernels_cpu.page_rows import QUAD, dot_rows_by, expand_quads_by, pack_quads_by
 from edgeattn.kernels_cpu.parallel import worker
-from edgeattn.kernels_cpu.simd import at, convert, load, store, u8
-
-B = u8(16)
+from edgeattn.kernels_cpu.simd import at, codes8, load, store
 
 
 @njit(nogil=True, error_model="numpy")
-def _pair(codes, r, gap):
-    x = at(uint8, codes + 32 * r)
-    return convert(F, convert(I, load(B, x, 0))), convert(F, convert(I, load(B, x, 16)))
+def _quad(codes, g, gap):
+    x = at(uint8, codes + 128 * g)
+    return codes8(load(QUAD, x, 0)), codes8(load(QUAD, x, 64))
 
 
 @njit(nogil=True, error_model="numpy")
-def _put(codes, r, gap, a, b):
-    x = at(uint8, codes + 32 * r)
-    store(x, 0, convert(B, a))
-    store(x, 16, convert(B, b))
+def _put(codes, g, gap, a, b):
+    store(at(uint8, codes + 128 * g), 0, a)
+    store(at(uint8, codes + 128 * g), 64, b)
 
 
-_add, _expand, _pack = add_rows_by(_pair), expand_rows_by(_pair), pack_rows_by(_put)
+_add, _expand, _pack = dot_rows_by(_quad, True), expand_quads_by(_quad, True), pack_quads_by(_put)
 
 
 @worker

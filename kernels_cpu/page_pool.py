@@ -7,14 +7,14 @@ from importlib import import_module
 import numpy as np
 from numba import int64, njit
 
-from edgeattn.kernels_cpu.simd import at
+from edgeattn.kernels_cpu.simd import SIGNED_BYTES, at
 from edgeattn.kernels_cpu.steps import aligned
 from edgeattn.page_formats import BITS, PageFormat
 
 POOLS, RELEASED = 4, -1
 BY_ROW, BY_TOKEN = 1, 2  # what K's parameters belong to; 0: there are none
 (K, K_BYTES, K_PARAMS, K_PARAM_BYTES, V, V_BYTES, V_PARAMS, V_PARAM_BYTES, K_ADD, K_EXPAND, K_PACK, V_ADD, V_EXPAND, V_PACK,
- K_GAP, K_ROW, V_GAP, V_BLOCK, K_AXIS, V_QUANTISED, GROUPS, SEPARATED, SYMMETRIC, K_LEVELS, V_LEVELS, FIELDS) = range(26)
+ K_GAP, K_ROW, V_GAP, V_BLOCK, K_AXIS, V_QUANTISED, GROUPS, SEPARATED, SYMMETRIC, K_LEVELS, V_LEVELS, K_OFFSET, V_OFFSET, FIELDS) = range(28)
 
 
 class Pages:
@@ -53,6 +53,7 @@ class Pages:
         row[K_AXIS] = 0 if k_bits >= 16 else BY_ROW if f.k_axis == "channel" else BY_TOKEN
         row[V_QUANTISED], row[GROUPS], row[SEPARATED], row[SYMMETRIC] = v_bits < 16, f.groups, f.separated, f.one_group
         row[K_LEVELS], row[V_LEVELS] = 2 ** k_bits - 1 if k_bits < 16 else 0, 2 ** v_bits - 1 if v_bits < 16 else 0
+        row[K_OFFSET], row[V_OFFSET] = (128 if bits == 8 and SIGNED_BYTES else 0 for bits in (k_bits, v_bits))
         return row
 
 

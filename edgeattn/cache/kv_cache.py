@@ -61,7 +61,8 @@ class KVCache:
 
     def read_bytes(self, tokens: float) -> float:
         """What a dense decode step reads with `tokens` in the cache, if nothing was evicted: payload and parameters."""
-        kept = self.options.window + PAGE * 1.5 if len(self.pools) > 1 else tokens  # the first page, the window, half a page
+        kept = PAGE + self.options.window  # what stays floats, and behind it what fills a group of pages
+        kept = kept + (tokens - kept) % (PAGE * self.storage.group) if len(self.pools) > 1 else tokens
         order = self.storage.pages() if len(self.pools) > 1 else [0]
         sealed = sum(self.pools[1 + i].format.page_bytes for i in order) / len(order) if len(self.pools) > 1 else 0
         each = min(tokens, kept) * self.pools[0].format.page_bytes + max(0, tokens - kept) * sealed
@@ -195,6 +196,7 @@ class KVCache:
         sequence.counts[:] = counts
         sequence.sealed[:] = np.clip(sequence.sealed, 1, np.maximum(keep, 1))
         sequence.room, sequence.length = int((keep * PAGE - counts).min()), length
+        sequence.shared = True  # the last page now may be one that was full when it was shared
         if not length:
             sequence.exact_from = 0
             if sequence.compensation is not None:

@@ -37,15 +37,16 @@ def unpack(codes, rows, kind):
     """[pages, bytes] uint8 -> [pages, rows, 32] codes."""
     pages = len(codes)
     if kind == "int8":
-        return codes.reshape(pages, rows, 32)
-    if kind == "int4":
-        x = codes.reshape(pages, rows, 16)
-        return np.concatenate([x & 15, x >> 4], 2)
-    low, out = codes[:, :rows * 8].reshape(pages, rows // 2, 16), np.zeros((pages, rows, 32), np.uint8)
-    for r in range(2):
-        out[:, r::2] = np.concatenate([low >> 4 * r & 3, low >> 4 * r + 2 & 3], 2)
-    if kind == "int3":
-        top = codes[:, rows * 8:].reshape(pages, rows // 4, 16)
-        for r in range(4):
-            out[:, r::4] |= np.concatenate([top >> 2 * r & 1, top >> 2 * r + 1 & 1], 2) << 2
-    return out
+        quads = codes.reshape(pages, rows // 4, 2, 64)
+    elif kind == "int4":
+        x = codes.reshape(pages, rows // 4, 64)
+        quads = np.stack([x & 15, x >> 4], 2)
+    else:
+        low, quads = codes[:, :rows * 8].reshape(pages, rows // 8, 64), np.zeros((pages, rows // 4, 2, 64), np.uint8)
+        for q in range(2):
+            quads[:, q::2] = np.stack([low >> 4 * q & 3, low >> 4 * q + 2 & 3], 2)
+        if kind == "int3":
+            top = codes[:, rows * 8:].reshape(pages, rows // 16, 64)
+            for q in range(4):
+                quads[:, q::4] |= np.stack([top >> 2 * q & 1, top >> 2 * q + 1 & 1], 2) << 2
+    return quads.reshape(pages, rows // 4, 2, 16, 4).transpose(0, 1, 4, 2, 3).reshape(pages, rows, 32)

@@ -68,16 +68,17 @@ def _codes(x, low, step, kind):
 def pack(codes, kind):
     """[pages, rows, 32] -> [pages, bytes] uint8."""
     pages, rows, _ = codes.shape
-    a, b = codes[..., :16], codes[..., 16:]
+    quads = codes.reshape(pages, rows // 4, 4, 2, 16).transpose(0, 1, 3, 4, 2).reshape(pages, rows // 4, 2, 64)
+    a, b = quads[:, :, 0], quads[:, :, 1]
     if kind == "int8":
-        return codes.reshape(pages, -1)
+        return quads.reshape(pages, -1)
     if kind == "int4":
         return (a | b << 4).reshape(pages, -1)
     low = (a & 3) | (b & 3) << 2
     low = (low[:, ::2] | low[:, 1::2] << 4).reshape(pages, -1)
     if kind == "int2":
         return low
-    top = np.zeros((pages, rows // 4, 16), np.uint8)
-    for r in range(4):
-        top |= (a[:, r::4] >> 2 | b[:, r::4] >> 2 << 1) << 2 * r
+    top = np.zeros((pages, rows // 16, 64), np.uint8)
+    for q in range(4):
+        top |= (a[:, q::4] >> 2 | b[:, q::4] >> 2 << 1) << 2 * q
     return np.concatenate([low, top.reshape(pages, -1)], 1)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from edgeattn.page_formats import PageFormat
+from edgeattn.page_formats import BITS, PageFormat
 
 
 @dataclass(frozen=True)
@@ -16,7 +16,7 @@ class Zipcache:
     mass, probes, group, anchors = "sum", 32, 5, False
 
     def formats(self, head_dim, k_type, v_type):
-        return [PageFormat(head_dim, k, v, separated=True) for k, v in ((k_type, v_type), ("int2", "int2"))]
+        return [PageFormat(head_dim, k, v, separated=BITS[v] < 16) for k, v in ((k_type, v_type), ("int2", "int2"))]
 
     def pages(self):
         return [0, 0, 0, 1, 1]
