@@ -23,10 +23,12 @@ from quality import log_softmax
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
+from edgeattn.cache.options import CacheOptions
+from edgeattn.cache.pages import PagePool
 from edgeattn.runtime import Model
 from edgeattn.tokenizer import Tokenizer
 
-BASE = ("f16", {"kv_type": "f16"})  # in words, for an export may have another default
+BASE = ("f16", {"k_type": "f16", "v_type": "f16"})  # in words, for an export may have another default
 MOST_ALONE = 80  # each takes a prefill of most of a haystack, where eight facts share one
 SLACK = 256  # tokens of cache for pages that a question's branch copies
 
@@ -34,10 +36,19 @@ SLACK = 256  # tokens of cache for pages that a question's branch copies
 def load(folder, fields, args):
     """The model with the cache of a setting."""
     tokens = max(args.window, max(args.depths) + ANSWER_TOKENS)
-    model = Model.load(folder, **fields, ctx_size=tokens + SLACK, ubatch=args.ubatch)
+    model = Model.load(folder, cache=CacheOptions(**fields), ctx_size=tokens + SLACK, ubatch=args.ubatch)
+    if model.cache.options.budget:
+        widen(model.cache)
     if tokens > model.ctx_size:
         raise SystemExit(f"{folder}: {tokens} tokens are needed, its context is {model.ctx_size}; give a smaller --window or --depths")
     return model
+
+
+def widen(cache):
+    """Room for a haystack and a branch of it side by side. How much each sequence may hold is still what the budget says."""
+    for i, pool in enumerate(cache.pools):
+        cache.pools[i] = PagePool(pool.format, 3 * len(pool.references))
+        cache.table[i] = cache.pools[i].pages.table_row()
 
 
 def compare_text(model, base, ids, window, windows, advance) -> dict:

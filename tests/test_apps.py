@@ -46,7 +46,7 @@ ROW = Row("llama int4", 18 << 20, 26_700_000, 2, "f16", 512, "tg128", 5, 123.456
     ("generate -p x -c many", "got 'many'"),
     ("generate -p x -ub 0", "at least 1"),
     ("generate -p x -ctk q3", "invalid choice: 'q3'"),
-    ("generate -p x -m {nano} -ctk f16 -ctv f32", "stored in one type"),
+    ("generate -p x -m {nano} -ctk f16 -ctv f32", "f32 is for both"),
     ("chat -m {empty} -p x", "neither an exported folder"),
     ("bench -p 0 -n 0", "nothing to measure"),
     ("bench -p 5,x", "got 'x'"),

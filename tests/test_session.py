@@ -1,12 +1,8 @@
 """Sessions on disk: they continue bit for bit, survive a killed save, and a file that is not whole is refused and left alone."""
-import errno
-import io
-import json
 import mmap
 import os
 import random
 import resource
-import shutil
 import signal
 import time
 
@@ -18,7 +14,7 @@ from edgeattn.cache import session
 from edgeattn.cache.kv_cache import KVCache
 from edgeattn.cache.options import CacheOptions
 from edgeattn.cache.pages import CacheFull
-from edgeattn.cache.session_file import SessionError, check, read_metadata, write
+from edgeattn.cache.session_file import NO_SUM, SessionError, check, read_metadata, write
 from edgeattn.conversation import Conversation
 from edgeattn.generation import SamplerOptions
 from edgeattn.kernels_cpu.page_pool import RELEASED
@@ -135,13 +131,14 @@ def small(options=CacheOptions("int4", "int4", window=32), tokens=512):
 def filled(cache, count, seed=0):
     """A sequence with random pages."""
     rng, sequence = np.random.default_rng(seed), cache.new_sequence()
-    for start in range(0, count, 128):
-        cache.append(sequence, min(128, count - start))
+    for start in range(0, count, cache.plan.chunk):
+        new = min(cache.plan.chunk, count - start)
+        cache.append(sequence, new)
         for entry in sequence.tables[sequence.tables >= 0]:
             if entry % 4 == 0:
                 for array in (cache.pools[0].pages.k, cache.pools[0].pages.v):
                     array[entry // 4].view(np.float16)[:] = rng.standard_normal(array.shape[1] // 2)
-        cache.settle(sequence, min(128, count - start))
+        cache.settle(sequence, new)
     return sequence
 
 
@@ -182,7 +179,7 @@ def forge(path, change, **metadata):
     tensors, known = load_file(path), read_metadata(path) | metadata
     changed = change(tensors) or tensors
     with open(path, "wb") as file:
-        write(file, known | {"checksum": "0" * 64}, {name: (array, None) for name, array in changed.items()})
+        write(file, known | {"checksum": NO_SUM}, {name: (array, None) for name, array in changed.items()})
 
 
 def put(name, where, value):

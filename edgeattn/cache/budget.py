@@ -57,10 +57,11 @@ def plan_cache(options: CacheOptions, layers: int, kv_heads: int, head_dim: int,
     order = storage.pages() if options.quantised else [0]
     weighed = bool(eviction and eviction.mass or options.quantised and storage.mass or options.layer_budget != "uniform")
     tracked = eviction is not None or classes is not None or weighed
-    shape = (layers, kv_heads)
+    shape, evicts = (layers, kv_heads), eviction is not None or classes is not None
 
     def build(tokens, chunk):
         """The plan for heads that hold `tokens` each (streaming heads fewer)."""
+        spare = chunk + PAGE if evicts else 0  # a forward call comes on top before anything goes
         limits = np.full(shape, tokens, np.int64)
         if classes is not None:
             limits[~classes] = min(tokens, PAGE * (1 + STREAM_PAGES) + options.window + PAGE - 1)
@@ -71,9 +72,9 @@ def plan_cache(options: CacheOptions, layers: int, kv_heads: int, head_dim: int,
             groups = -(-sealed // storage.group).sum()
             pages = (kept_floats, *(int(groups * order.count(i)) for i in range(len(formats) - 1)))
         else:
-            pages = (int((-(-(limits + chunk) // PAGE) + 1).sum()),)
-        max_pages = -(-(tokens + chunk) // PAGE) + 1
-        return CachePlan(formats, pages, limits, max_pages, chunk, eviction is not None or classes is not None, tracked, weighed, classes)
+            pages = (int((-(-(limits + spare) // PAGE)).sum()),)
+        max_pages = -(-(tokens + spare) // PAGE)
+        return CachePlan(formats, pages, limits, max_pages, chunk, evicts, tracked, weighed, classes)
 
     if options.budget is None:
         return build(ctx_size, min(ubatch, ctx_size))
