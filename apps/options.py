@@ -61,6 +61,8 @@ def add_cache(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--kv-sink-tokens", type=whole(0), default=4, metavar="N", help="first tokens that are never evicted (4)")
     group.add_argument("--kv-window", type=whole(32), default=64, metavar="N", help="newest tokens that are neither evicted nor quantised, "
                        "a multiple of 32 (64)")
+    group.add_argument("--kv-progressive", type=float, default=0.0, metavar="X", help="with -ctk int8: read four bits of keys where the "
+                       "largest attention weight of the step before was at least X (0: off)")
 
 
 def size(text: str) -> int:
@@ -78,7 +80,8 @@ def cache_options(args: argparse.Namespace):
     if both and {args.cache_type_k, args.cache_type_v} - {None, both}:
         raise ValueError(f"--kv-bits {args.kv_bits} and -ctk or -ctv contradict each other: give one of them")
     return CacheOptions(k_type=args.cache_type_k or both or "auto", v_type=args.cache_type_v or both or "auto", storage=args.kv_storage,
-                        budget=args.kv_budget, eviction=args.kv_eviction, sink_tokens=args.kv_sink_tokens, window=args.kv_window)
+                        budget=args.kv_budget, eviction=args.kv_eviction, sink_tokens=args.kv_sink_tokens, window=args.kv_window,
+                        progressive=args.kv_progressive)
 
 
 def add_sampling(parser: argparse.ArgumentParser, predict: int) -> None:

@@ -145,6 +145,8 @@ class SessionFile:
             print(f"session {self.path}: not saved: interrupted", file=sys.stderr)
 
     def _give_up(self, why):
+        from edgeattn.apps.terminal import CONTROLS
+        why = why.translate(CONTROLS)  # parts of it come from the file
         print(f"session {self.path}: {why}; the file stays as it is, and nothing more is saved", file=sys.stderr)
         self.path = None
 

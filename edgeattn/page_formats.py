@@ -4,8 +4,8 @@ A page is made of rows of 32 values. A row of K is one channel of all the tokens
     f32, f16   K [head_dim][32], V [32][width]                                     width: head_dim, up to a multiple of 32
 Quantised rows stand in quads, four rows together, so that a dot product of four bytes is a step: byte 4 * i + j of 64 belongs to row j
 of the quad and to value i of the row, or to value i + 16, called the second half.
-    int8       64 bytes of the first half, 64 of the second                        rows of V: [block of 32 channels][token]
-    int4       64 bytes: low nibbles the first half, high nibbles the second
+    int4       64 bytes: low nibbles the first half, high nibbles the second       rows of V: [block of 32 channels][token]
+    int8       the high four bits as int4, all quads, then the low four bits: a reader may leave those out (SpAtten, arXiv 2012.09852)
     int2       64 bytes for two quads: from the low bits on first and second half of the first quad, then of the second
     int3       the low two bits as int2, all quads, then the top bits, 64 bytes for four quads: bit 2 * (quad % 4) + half
 Parameters are halves, minimum and step, value = minimum + code * step:

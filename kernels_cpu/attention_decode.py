@@ -7,22 +7,25 @@ chunks), while the pages that come next are prefetched. Ranges of one sequence a
 import numpy as np
 from numba import float32, int32, int64, njit, uint16, uint8
 
-from edgeattn.kernels_cpu.attention_call import (CHUNK, GROUP, HEAD_DIM, KV_HEADS, NUM_HEADS, OUT as RESULT, OUT_STRIDE, PAGE,
-                                                 PARTIALS, POOLS, RANGE_PAGES, ROTATED, SELECTED, SELECTED_CAPACITY, SELECTED_COUNTS,
-                                                 SEQUENCES, STARTS, WIDTH, entry_of, first_visible, rows_of, slots_of)
+from edgeattn.kernels_cpu.attention_call import (CHUNK, CONFIDENCE, GROUP, HEAD_DIM, KV_HEADS, LAYER, NUM_HEADS, OUT as RESULT,
+                                                 OUT_STRIDE, PAGE,
+                                                 PARTIALS, POOLS, PROGRESSIVE, RANGE_PAGES, ROTATED, SELECTED, SELECTED_CAPACITY,
+                                                 SELECTED_COUNTS, SEQUENCES, STARTS, WIDTH, entry_of, first_visible, rows_of, slots_of)
 from edgeattn.kernels_cpu.attention_compensation import compensation_of
-from edgeattn.kernels_cpu.attention_fold import (BYTES, OUT, PRODUCTS, SCALES, SCORES, STRIDE, SUMS, TASK, TOKEN_BASES, TOKEN_BYTES,
+from edgeattn.kernels_cpu.attention_fold import (BYTES, OUT, PEAKS, PRODUCTS, SCALES, SCORES, STRIDE, SUMS, TASK, TOKEN_BASES, TOKEN_BYTES,
                                                  TOKEN_SCALES, TOKEN_SUMS, TOPS, block_bytes, block_scales, fold_keys, fold_weights, places,
                                                  prepare_queries)
 from edgeattn.kernels_cpu.attention_softmax import LOWEST_SCORE, soften
 from edgeattn.kernels_cpu.floats import F
-from edgeattn.kernels_cpu.page_pool import (BY_ROW, BY_TOKEN, GROUPS, K as K_CODES, K_ADD, K_AXIS, K_BYTES, K_GAP, K_LEVELS, K_OFFSET,
-                                            K_PARAMS, K_ROW, SEPARATED, V as V_CODES, V_ADD, V_BLOCK, V_BYTES, V_GAP, V_LEVELS,
-                                            V_OFFSET, V_PARAMS, V_QUANTISED, field_at, pool_of)
-from edgeattn.kernels_cpu.page_rows import (AHEAD_STEP, GAP, HEAD_ROWS, HEADS, OUT_STRIDE as TASK_OUT, ROWS, SCALES as TASK_SCALES,
+from edgeattn.kernels_cpu.page_pool import (BY_ROW, BY_TOKEN, GROUPS, K as K_CODES, K_ADD, K_AXIS, K_BYTES, K_GAP, K_LEVELS,
+                                            K_PARAMS, K_ROW, K_TWO_PLANES, SEPARATED, V as V_CODES, V_ADD, V_BLOCK, V_BYTES,
+                                            V_GAP, V_LEVELS,
+                                            V_PARAMS, V_QUANTISED, field_at, pool_of)
+from edgeattn.kernels_cpu.page_rows import (AHEAD_STEP, COARSE, GAP, HEAD_ROWS, HEADS, OUT_STRIDE as TASK_OUT, ROWS, SCALES as TASK_SCALES,
                                             WEIGHT_STRIDE)
 from edgeattn.kernels_cpu.parallel import call_worker, worker
-from edgeattn.kernels_cpu.simd import at, fma, hsum, load, load_half, prefetch, splat, store
+from edgeattn.kernels_cpu.simd import at, fma, hmax, hsum, load, load_half, prefetch, splat, store, vmax
+from edgeattn.kernels_cpu.steps import as_f32
 
 AHEAD = 6             # pages prefetched ahead
 
@@ -47,19 +50,19 @@ def _page(call, row, i):
 
 
 @njit(nogil=True, error_model="numpy")
-def _score_by_token(call, place, pool, codes, params, heads, at_score, ahead):
+def _score_by_token(call, place, pool, codes, params, heads, unread, at_score, ahead):
     """Keys by token: each group of channels is summed, then scaled by its tokens' steps."""
     depth, group, task = call[HEAD_DIM], call[GROUP], at(int64, place[TASK])
     p, scores, sums, size = at(uint16, params), at(float32, place[SCORES]), at(float32, place[PRODUCTS]), depth if pool[GROUPS] == 1 else 32
     bases, totals = at(float32, place[TOKEN_BASES]), at(float32, place[TOKEN_SUMS])
     scales, mean = at(float32, place[TOKEN_SCALES]), np.float32(pool[K_LEVELS]) * np.float32(0.5)
-    back = mean - np.float32(pool[K_OFFSET])
+    back = mean - unread
     task[TASK_OUT], task[WEIGHT_STRIDE], task[TASK_SCALES] = 32, 4 * depth, place[TOKEN_SCALES]
     for h in range(group):
         for t in range(0, 32, 16):
             store(scores, h * STRIDE + at_score + t, splat(F, np.float32(0)))
     for d in range(0, depth, size):
-        task[ROWS], task[GAP], first = min(size, depth - d), pool[K_GAP] - 4 * d, d // size * 64
+        task[ROWS], task[GAP], first = min(size, depth - d), pool[K_GAP] - (4 * d if pool[K_LEVELS] == 7 else 0), d // size * 64
         for h in range(heads):
             base = total = np.float32(0)
             for g in range(d // 32, (d + task[ROWS] + 31) // 32):
@@ -87,9 +90,9 @@ def _prefetch_params(pool, field, entry):
 
 
 @njit(nogil=True, error_model="numpy")
-def score_page(call, place, entry, ahead_entry, q, at_score):
+def score_page(call, place, entry, ahead_entry, q, coarse, at_score):
     """Scores of one page's 32 slots, all query heads of the group; `q` is the address of the group's rotated queries, for which
-    prepare_queries was called."""
+    prepare_queries was called. coarse: of codes in two planes only the first is read, and the mean stands for the other."""
     depth, group, task, scores = call[HEAD_DIM], call[GROUP], at(int64, place[TASK]), at(float32, place[SCORES])
     heads = (group + HEAD_ROWS - 1) // HEAD_ROWS * HEAD_ROWS
     pool, ahead_pool = pool_of(call[POOLS], entry), pool_of(call[POOLS], ahead_entry)
@@ -97,13 +100,15 @@ def score_page(call, place, entry, ahead_entry, q, at_score):
     task[ROWS], task[GAP], task[HEADS], task[TASK_OUT] = depth, pool[K_GAP], heads, STRIDE
     steps = depth if pool[K_AXIS] == 0 else depth // 4
     task[AHEAD_STEP] = ahead_pool[K_BYTES] // steps
+    coarse = coarse and pool[K_TWO_PLANES]
+    task[COARSE], unread = coarse, np.float32(7.5 if coarse else 0)
     _prefetch_params(ahead_pool, K_PARAMS, ahead_entry)
     if pool[K_AXIS] == BY_TOKEN:
-        _score_by_token(call, place, pool, codes, params, heads, at_score, ahead)
+        _score_by_token(call, place, pool, codes, params, heads, unread, at_score, ahead)
         return
     weights = q
     if pool[K_AXIS] == BY_ROW:
-        fold_keys(call, place, params, pool[K_LEVELS], pool[K_OFFSET], at_score)
+        fold_keys(call, place, params, pool[K_LEVELS], unread, at_score)
         weights, task[WEIGHT_STRIDE], task[TASK_SCALES] = place[BYTES], 4 * depth, place[SCALES]
     else:
         for h in range(group):
@@ -120,7 +125,7 @@ def _weigh_separated(call, place, pool, codes, params, group_at, block, at_score
     scales, task, stride = 64 * pool[GROUPS] + 32 * block, at(int64, place[TASK]), call[WIDTH] + call[WIDTH] // 2
     for h in range(call[GROUP]):
         store(part, 32 * h, splat(F, np.float32(0)))
-    fold_weights(call, place, 0, params + 2 * group_at, pool[V_LEVELS], pool[V_OFFSET], at_score, part, 0, 32)
+    fold_weights(call, place, 0, params + 2 * group_at, pool[V_LEVELS], at_score, part, 0, 32)
     for h in range(call[GROUP]):
         base = splat(F, hsum(load(F, part, 32 * h)))
         store(part, 32 * h, base)
@@ -140,6 +145,7 @@ def _weigh_page(call, place, entry, ahead_entry, count, at_score):
     task, out, width = at(int64, place[TASK]), at(float32, place[OUT]), call[WIDTH]
     pool, ahead_pool = pool_of(call[POOLS], entry), pool_of(call[POOLS], ahead_entry)
     codes, params, ahead = field_at(pool, V_CODES, entry), field_at(pool, V_PARAMS, entry), field_at(ahead_pool, V_CODES, ahead_entry)
+    task[COARSE] = 0
     blocks, stride = width // 32, width + width // 2
     task[ROWS], task[GAP], task[TASK_OUT] = 32 if pool[V_QUANTISED] else count, pool[V_GAP], stride
     task[HEADS], task[TASK_SCALES] = (call[GROUP] + HEAD_ROWS - 1) // HEAD_ROWS * HEAD_ROWS, place[SCALES]
@@ -150,7 +156,7 @@ def _weigh_page(call, place, entry, ahead_entry, count, at_score):
     if pool[V_QUANTISED] and not pool[SEPARATED]:  # all blocks before the dots of any: short chains side by side
         for block in range(blocks):
             part = params + 2 * (block if pool[GROUPS] > 1 else 0) * 64
-            fold_weights(call, place, block, part, pool[V_LEVELS], pool[V_OFFSET], at_score, out, width + 16 * block, stride)
+            fold_weights(call, place, block, part, pool[V_LEVELS], at_score, out, width + 16 * block, stride)
     for block in range(blocks):
         from_block, group_at = codes + block * pool[V_BLOCK], (block if pool[GROUPS] > 1 else 0) * 64
         soon = ahead + block * steps * task[AHEAD_STEP]
@@ -174,7 +180,24 @@ def hide(scores, heads, to, start, low, high):
 
 
 @njit(nogil=True, error_model="numpy")
-def _chunk(call, row, begin, end, last, low, high, place):
+def _peaks(scores, group, count, peaks):
+    """The highest score so far of each head."""
+    for h in range(group):
+        best = splat(F, peaks[h])
+        for i in range(0, count, 16):
+            best = vmax(best, load(F, scores, h * STRIDE + i))
+        peaks[h] = hmax(best)
+
+
+@njit(nogil=True, error_model="numpy")
+def confidence_of(call, sequence, head):
+    """Where a sequence keeps the largest attention weight of its last decode step, of the group's least certain query head: whether
+    the next step may read keys coarsely (SpAtten's progressive reads, decided one step late)."""
+    return at(float32, at(int64, call[CONFIDENCE])[sequence] + 4 * (call[LAYER] * call[KV_HEADS] + head))
+
+
+@njit(nogil=True, error_model="numpy")
+def _chunk(call, row, begin, end, last, low, high, coarse, place):
     """Pages begin ... end of the list, at most CHUNK tokens; the task ends at page `last`."""
     sequence, head, q_row = row
     group, width = call[GROUP], call[WIDTH]
@@ -187,9 +210,11 @@ def _chunk(call, row, begin, end, last, low, high, place):
             hide(scores, group, to, 0, 0, 0)
         else:
             ahead = _page(call, row, min(i + AHEAD, last - 1))[0]
-            score_page(call, place, entry, ahead if ahead >= 0 else entry, q, to)
+            score_page(call, place, entry, ahead if ahead >= 0 else entry, q, coarse, to)
             hide(scores, group, to, logical * PAGE, low, high)
     count = (end - begin) * PAGE
+    if call[PROGRESSIVE]:
+        _peaks(scores, group, count, at(float32, place[PEAKS]))
     for h in range(group):
         soften(scores, h * STRIDE, h * STRIDE + count, tops, sums, h, out, h * (width + width // 2), width + width // 2)
     for i in range(begin, end):
@@ -218,12 +243,13 @@ def attend_range(call, sequence, head, part, thread):
     for i in range(heads * (width + width // 2 + 16)):  # sums follow
         out[i] = 0
     for h in range(heads):
-        tops[h] = LOWEST_SCORE
+        tops[h] = at(float32, place[PEAKS])[h] = LOWEST_SCORE
+    coarse = call[PROGRESSIVE] != 0 and confidence_of(call, sequence, head)[0] >= as_f32(call[PROGRESSIVE])
     first, count = visible_pages(call, sequence, head)
     slots = slots_of(call, sequence, head)
     begin, last = first + part * size, first + min(count, (part + 1) * size)
     for i in range(begin, last, CHUNK // PAGE):
-        _chunk(call, row, i, min(i + CHUNK // PAGE, last), last, first_visible(call, slots - 1), slots, place)
+        _chunk(call, row, i, min(i + CHUNK // PAGE, last), last, first_visible(call, slots - 1), slots, coarse, place)
     partial = at(float32, call[PARTIALS])
     for h in range(group):
         to, source = partial_at(call, sequence, head, part, h), h * (width + width // 2)
@@ -231,6 +257,7 @@ def attend_range(call, sequence, head, part, thread):
             rest = hsum(load(F, out, source + width + c // 32 * 16))
             store(partial, to + c, load(F, out, source + c) + rest)
         partial[to + depth], partial[to + depth + 1] = tops[h], hsum(load(F, sums, h * 16))
+        partial[to + depth + 2] = at(float32, place[PEAKS])[h]
 
 
 @worker
@@ -238,8 +265,9 @@ def merge_ranges(call, ranges, sequence, head, thread):
     """The output of one KV head's query heads from the partial results of all ranges."""
     depth = call[HEAD_DIM]
     row, _ = rows_of(call, sequence)
-    partials, out = at(float32, call[PARTIALS]), at(float32, call[RESULT])
+    partials, out, confidence = at(float32, call[PARTIALS]), at(float32, call[RESULT]), np.float32(1)
     for h in range(call[GROUP]):
+        peak = LOWEST_SCORE
         extra, weight, mean = compensation_of(call, sequence, head, row, h)
         top, total = extra, np.float32(0)
         to = row * call[OUT_STRIDE] + (head * call[GROUP] + h) * depth
@@ -253,8 +281,12 @@ def merge_ranges(call, ranges, sequence, head, thread):
             start = partial_at(call, sequence, head, r, h)
             weight = np.exp(partials[start + depth] - top)
             total += weight * partials[start + depth + 1]
+            peak = max(peak, partials[start + depth + 2])
             for c in range(0, depth, 16):
                 store(out, to + c, load(F, out, to + c) + load(F, partials, start + c) * weight)
         if total > 0:
+            confidence = min(confidence, np.exp(peak - top) / total)
             for c in range(0, depth, 16):
                 store(out, to + c, load(F, out, to + c) * (np.float32(1) / total))
+    if call[PROGRESSIVE]:
+        confidence_of(call, sequence, head)[0] = confidence

@@ -19,7 +19,8 @@ STRIDE = CHUNK + 16   # of a row of scores
 TINY = np.float32(1e-30)
 # Addresses in a thread's scratch. A row of weighted sums, OUT, is followed by WIDTH / 2 lanes: for each block of 32 channels 16 lanes
 # of what the values' minima add. TOKEN_...: q as bytes for keys by token, the same for all pages.
-TASK, SCORES, OUT, SUMS, TOPS, BYTES, SCALES, PRODUCTS, Q, Q_TOPS, NORMS, TOKEN_BYTES, TOKEN_SCALES, TOKEN_BASES, TOKEN_SUMS = range(15)
+(TASK, SCORES, OUT, SUMS, TOPS, BYTES, SCALES, PRODUCTS, Q, Q_TOPS, NORMS, TOKEN_BYTES, TOKEN_SCALES, TOKEN_BASES, TOKEN_SUMS,
+ PEAKS) = range(16)
 
 
 @njit(nogil=True, error_model="numpy")
@@ -40,7 +41,7 @@ def places(call, thread):
     token_scales = token_bytes + heads * width
     token_bases = token_scales + 16 * heads
     return (start, scores, out, sums, tops, bytes_, scales, products, q, q_tops, norms, token_bytes, token_scales, token_bases,
-            token_bases + heads * width // 8)
+            token_bases + heads * width // 8, token_bases + heads * width // 4)
 
 
 @njit(nogil=True, error_model="numpy")
@@ -91,15 +92,14 @@ def _four(x, first, stride, scale):
 
 
 @njit(nogil=True, error_model="numpy")
-def fold_keys(call, place, params, levels, offset, at_score):
-    """Keys by channel -> bytes and scales for dot_rows, and the start of each head's scores.
-
-    offset: what dot_rows takes from each code (128 where it wants signed bytes, else 0).
-    """
+def fold_keys(call, place, params, levels, unread, at_score):
+    """Keys by channel -> bytes and scales for dot_rows, and the start of each head's scores. unread: the mean of what dot_rows leaves
+    out of each code."""
     depth, p, q = call[HEAD_DIM], at(uint16, params), at(float32, place[Q])
-    scores, scales, norms, tops = at(float32, place[SCORES]), at(float32, place[SCALES]), at(float32, place[NORMS]), at(float32, place[Q_TOPS])
+    scores, scales = at(float32, place[SCORES]), at(float32, place[SCALES])
+    norms, tops = at(float32, place[NORMS]), at(float32, place[Q_TOPS])
     mean = np.float32(levels) * np.float32(0.5)
-    center = mean - np.float32(offset)
+    center = mean - unread
     for h in range(0, call[GROUP], HEAD_ROWS):
         top = splat(F, TINY)
         for c in range(0, depth, 16):
@@ -126,7 +126,7 @@ def fold_keys(call, place, params, levels, offset, at_score):
 
 
 @njit(nogil=True, error_model="numpy")
-def _weights(scores, first, low_step, high_step, low, high, rest_at, out, scales, h, center):
+def _weights(scores, first, low_step, high_step, low, high, rest_at, out, scales, h, mean):
     """One head's 32 weights times their steps -> rounded, in two vectors; what minima and rounding leave goes to `out`."""
     p0, p1 = load(F, scores, first), load(F, scores, first + 16)
     w0, w1 = p0 * low_step, p1 * high_step
@@ -135,7 +135,7 @@ def _weights(scores, first, low_step, high_step, low, high, rest_at, out, scales
     r0, r1 = convert(I, w0 * inverse), convert(I, w1 * inverse)
     scales[h] = unit
     rest = fma(p1, high, fma(p0, low, load(F, out, rest_at)))
-    store(out, rest_at, fma(convert(F, r0 + r1), splat(F, -center * unit), rest))
+    store(out, rest_at, fma(convert(F, r0 + r1), splat(F, -mean * unit), rest))
     return r0, r1
 
 
@@ -150,19 +150,19 @@ def block_scales(call, place, block):
 
 
 @njit(nogil=True, error_model="numpy")
-def fold_weights(call, place, block, params, levels, offset, at_score, out, rest, rest_stride):
+def fold_weights(call, place, block, params, levels, at_score, out, rest, rest_stride):
     """Values by token -> a block's bytes and scales for dot_rows over 32 tokens. Minimum and mean code, weighted, are added lane by lane to
     16 floats of `out` at rest + head * rest_stride."""
     p, scores, scales, to = at(uint16, params), at(float32, place[SCORES]), at(float32, block_scales(call, place, block)), \
         at(int8, block_bytes(call, place, block))
     mean = np.float32(levels) * np.float32(0.5)
-    center, m = mean - np.float32(offset), splat(F, mean)
+    m = splat(F, mean)
     s0, s1 = load_half(F, p, 32), load_half(F, p, 48)
     l0, l1 = fma(s0, m, load_half(F, p, 0)), fma(s1, m, load_half(F, p, 16))
     for h in range(0, call[GROUP], HEAD_ROWS):
-        a0, a1 = _weights(scores, h * STRIDE + at_score, s0, s1, l0, l1, rest + h * rest_stride, out, scales, h, center)
-        b0, b1 = _weights(scores, (h + 1) * STRIDE + at_score, s0, s1, l0, l1, rest + (h + 1) * rest_stride, out, scales, h + 1, center)
-        c0, c1 = _weights(scores, (h + 2) * STRIDE + at_score, s0, s1, l0, l1, rest + (h + 2) * rest_stride, out, scales, h + 2, center)
-        d0, d1 = _weights(scores, (h + 3) * STRIDE + at_score, s0, s1, l0, l1, rest + (h + 3) * rest_stride, out, scales, h + 3, center)
+        a0, a1 = _weights(scores, h * STRIDE + at_score, s0, s1, l0, l1, rest + h * rest_stride, out, scales, h, mean)
+        b0, b1 = _weights(scores, (h + 1) * STRIDE + at_score, s0, s1, l0, l1, rest + (h + 1) * rest_stride, out, scales, h + 1, mean)
+        c0, c1 = _weights(scores, (h + 2) * STRIDE + at_score, s0, s1, l0, l1, rest + (h + 2) * rest_stride, out, scales, h + 2, mean)
+        d0, d1 = _weights(scores, (h + 3) * STRIDE + at_score, s0, s1, l0, l1, rest + (h + 3) * rest_stride, out, scales, h + 3, mean)
         store(to, 32 * h, weave(a0, b0, c0, d0))
         store(to, 32 * h + 64, weave(a1, b1, c1, d1))

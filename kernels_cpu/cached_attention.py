@@ -51,7 +51,7 @@ class PagedCache:
             self.tables[s, :, :count] = free[:self.kv_heads * count].reshape(-1, count) * POOLS
             free = free[self.kv_heads * count:]
         self.slot_counts = np.repeat(np.array(self.lengths, np.int32)[:, None], self.kv_heads, 1)
-        self.mass = np.zeros((len(counts), 2, self.kv_heads, self.tables.shape[2] * PAGE), np.float32)
+        self.mass = np.zeros((len(counts), 3, self.kv_heads, self.tables.shape[2] * PAGE), np.float32)
         dtype = {"f32": np.float32, "f16": np.float16}[kv_type]
         self.k = self.pages.k.view(dtype).reshape(-1, self.head_dim, PAGE)
         self.v = self.pages.v.view(dtype).reshape(-1, PAGE, self.pages.format.width)
@@ -82,10 +82,10 @@ def attend(cache, q, k, v, cos, sin, positions, *, selection=None, probes=0, mas
             for name, arrays in (("page_tables", cache.tables), ("slot_counts", cache.slot_counts), ("attention_mass", cache.mass))}
     addresses = {"batch.positions": np.ascontiguousarray(positions, np.int64),
                  "batch.row_starts": np.cumsum([0, *cache.new], dtype=np.int32),
-                 **{f"batch.{name}": array for name, array in each.items()}, "batch.compensation": None, "cache.pools": pools,
+                 **{f"batch.{name}": array for name, array in each.items()}, "batch.compensation": None, "batch.confidence": None, "cache.pools": pools,
                  "selection.pages": pages, "selection.counts": counts}
     numbers = {"cache.max_pages": cache.tables.shape[2], "selection.capacity": 0 if pages is None else pages.shape[2], "layer": 0,
-               "cache.mass_mode": mass_mode, "cache.mass_plane": cache.mass[0, 0].size, "cache.keys_rotated": keys_rotated}
+               "cache.mass_mode": mass_mode, "cache.mass_plane": cache.mass[0, 0].size, "cache.keys_rotated": keys_rotated, "cache.progressive": 0}
     tensors["row_starts"] = addresses["batch.row_starts"][1:]  # its rows are the sequences
     tensors["probes"] = np.empty(probes)
     numbers |= {f"batch.{name}": list(tensors).index(tensor) for name, tensor in (("sequences", "row_starts"), ("probes", "probes"))}

@@ -84,6 +84,15 @@ def add_scaled(typingctx, total, acc, array, first):
 
 
 @intrinsic
+def times_16(typingctx, tile):
+    """A tile of integers."""
+    def codegen(context, builder, sig, args):
+        parts = _tile(tile, args[0], builder)
+        return context.make_tuple(builder, tile, [builder.shl(x, emit.constant(x.type, 4)) for x in parts])
+    return tile(tile), codegen
+
+
+@intrinsic
 def weave(typingctx, a, b, c, d):
     """Signed bytes [quad][a, b, c, d][4] of four vectors of 16 small integers: quad q of each stands together."""
     out = Vec("i8", 64)

@@ -17,7 +17,7 @@ def _put(codes, g, gap, a, b):
     store(at(uint8, codes + 64 * g), 0, a | b << 4)
 
 
-_add, _expand, _pack = dot_rows_by(_quad, False), expand_quads_by(_quad, False), pack_quads_by(_put)
+_add, _expand, _pack = dot_rows_by(_quad), expand_quads_by(_quad), pack_quads_by(_put)
 
 
 @worker

@@ -3,22 +3,33 @@ from numba import njit, uint8
 
 from edgeattn.kernels_cpu.page_rows import QUAD, dot_rows_by, expand_quads_by, pack_quads_by
 from edgeattn.kernels_cpu.parallel import worker
-from edgeattn.kernels_cpu.simd import at, codes8, load, store
+from edgeattn.kernels_cpu.simd import at, load, store
+
+
+@njit(nogil=True, error_model="numpy")
+def _high(codes, g, gap):
+    x = load(QUAD, at(uint8, codes + 64 * g), 0)
+    return x & 15, x >> 4
+
+
+@njit(nogil=True, error_model="numpy")
+def _low(codes, g, gap):
+    return _high(codes + gap, g, gap)
 
 
 @njit(nogil=True, error_model="numpy")
 def _quad(codes, g, gap):
-    x = at(uint8, codes + 128 * g)
-    return codes8(load(QUAD, x, 0)), codes8(load(QUAD, x, 64))
+    high, low = load(QUAD, at(uint8, codes + 64 * g), 0), load(QUAD, at(uint8, codes + gap + 64 * g), 0)
+    return high << 4 | low & 15, high & 240 | low >> 4
 
 
 @njit(nogil=True, error_model="numpy")
 def _put(codes, g, gap, a, b):
-    store(at(uint8, codes + 128 * g), 0, a)
-    store(at(uint8, codes + 128 * g), 64, b)
+    store(at(uint8, codes + 64 * g), 0, a >> 4 | b & 240)
+    store(at(uint8, codes + gap + 64 * g), 0, a & 15 | b << 4)
 
 
-_add, _expand, _pack = dot_rows_by(_quad, True), expand_quads_by(_quad, True), pack_quads_by(_put)
+_add, _expand, _pack = dot_rows_by(_high, _low), expand_quads_by(_quad), pack_quads_by(_put)
 
 
 @worker

@@ -7,14 +7,14 @@ from importlib import import_module
 import numpy as np
 from numba import int64, njit
 
-from edgeattn.kernels_cpu.simd import SIGNED_BYTES, at
+from edgeattn.kernels_cpu.simd import at
 from edgeattn.kernels_cpu.steps import aligned
 from edgeattn.page_formats import BITS, PageFormat
 
 POOLS, RELEASED = 4, -1
 BY_ROW, BY_TOKEN = 1, 2  # what K's parameters belong to; 0: there are none
 (K, K_BYTES, K_PARAMS, K_PARAM_BYTES, V, V_BYTES, V_PARAMS, V_PARAM_BYTES, K_ADD, K_EXPAND, K_PACK, V_ADD, V_EXPAND, V_PACK,
- K_GAP, K_ROW, V_GAP, V_BLOCK, K_AXIS, V_QUANTISED, GROUPS, SEPARATED, SYMMETRIC, K_LEVELS, V_LEVELS, K_OFFSET, V_OFFSET, FIELDS) = range(28)
+ K_GAP, K_ROW, V_GAP, V_BLOCK, K_AXIS, V_QUANTISED, GROUPS, SEPARATED, SYMMETRIC, K_LEVELS, V_LEVELS, K_TWO_PLANES, FIELDS) = range(27)
 
 
 class Pages:
@@ -46,14 +46,15 @@ class Pages:
             row[first:first + 3] = [getattr(module, name).compiled.address if hasattr(module, name) else 0
                                     for name in ("add", "expand", "pack")]
         k_bits, v_bits = BITS[f.k_type], BITS[f.v_type]
-        row[K_GAP] = 32 if k_bits >= 16 else 8 * f.head_dim   # of int3: the top bits stand behind 8 bytes a row
-        row[K_ROW] = 8 if k_bits == 3 else 4 * k_bits
-        row[V_GAP] = f.width if v_bits >= 16 else 8 * 32
+        first_plane = {3: 8, 8: 16}  # bytes a row, where there is a second one
+        row[K_ROW] = first_plane.get(k_bits, 4 * k_bits)
+        row[K_GAP] = 32 if k_bits >= 16 else row[K_ROW] * f.head_dim
+        row[V_GAP] = f.width if v_bits >= 16 else first_plane.get(v_bits, 4 * v_bits) * 32
         row[V_BLOCK] = 32 * v_bits // 8 if v_bits >= 16 else 32 * 4 * v_bits
         row[K_AXIS] = 0 if k_bits >= 16 else BY_ROW if f.k_axis == "channel" else BY_TOKEN
         row[V_QUANTISED], row[GROUPS], row[SEPARATED], row[SYMMETRIC] = v_bits < 16, f.groups, f.separated, f.one_group
         row[K_LEVELS], row[V_LEVELS] = 2 ** k_bits - 1 if k_bits < 16 else 0, 2 ** v_bits - 1 if v_bits < 16 else 0
-        row[K_OFFSET], row[V_OFFSET] = (128 if bits == 8 and SIGNED_BYTES else 0 for bits in (k_bits, v_bits))
+        row[K_TWO_PLANES] = k_bits == 8
         return row
 
 

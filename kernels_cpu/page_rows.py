@@ -10,12 +10,12 @@ Arguments that stay the same over many calls stand in a small int64 array, the `
 import numpy as np
 from numba import float32, int8, njit, uint8
 
-from edgeattn.kernels_cpu.float_tiles import COLUMNS, add_scaled, outer_add_rows
+from edgeattn.kernels_cpu.float_tiles import COLUMNS, add_scaled, outer_add_rows, times_16
 from edgeattn.kernels_cpu.floats import F, I
-from edgeattn.kernels_cpu.simd import (SIGNED_BYTES, at, bitcast, convert, fma, load, load_rows, outer_dot, outer_dot8, prefetch, splat, store,
+from edgeattn.kernels_cpu.simd import (at, bitcast, convert, fma, load, load_rows, outer_dot, prefetch, splat, store,
                                        store_tile, u8, vmax, vmin, zeros)
 
-ROWS, GAP, HEADS, WEIGHT_STRIDE, OUT_STRIDE, HALF, AHEAD_STEP, LEVELS, SCALES, TASK_FIELDS = range(10)
+ROWS, GAP, HEADS, WEIGHT_STRIDE, OUT_STRIDE, HALF, AHEAD_STEP, LEVELS, SCALES, COARSE, TASK_FIELDS = range(11)
 HEAD_ROWS = 4  # query heads in the register tile
 QUAD = u8(64)
 
@@ -50,8 +50,10 @@ def add_rows_by(pair):
     return add_rows
 
 
-def dot_rows_by(quad, wide):
-    dot = outer_dot8 if wide else outer_dot
+def dot_rows_by(quad, low_quad=None):
+    """low_quad: reads the low four bits of types that have them in a plane of their own."""
+    two_planes = low_quad is not None
+    low_quad = low_quad or quad
 
     @njit(nogil=True, error_model="numpy")
     def dot_rows(task, codes, weights, out, ahead):
@@ -60,6 +62,7 @@ def dot_rows_by(quad, wide):
         weights     signed bytes [HEADS / 4][quad][4 heads][4 rows]; WEIGHT_STRIDE bytes from one four of heads to the next
         SCALES      address of [HEADS] float32
         GAP         where the second plane lies, for types that have one
+        COARSE      of two planes only the first is read
         AHEAD_STEP  bytes of `ahead` to prefetch for each quad
         """
         w, to, scales = at(int8, weights), at(float32, out), at(float32, task[SCALES])
@@ -70,18 +73,30 @@ def dot_rows_by(quad, wide):
                 acc = zeros(I, 8)
                 for g in range(quads):
                     prefetch(at(uint8, ahead), g * step)
-                    if wide:
-                        prefetch(at(uint8, ahead), g * step + 64)
-                    acc = dot(acc, quad(codes, g, gap), w, first + 16 * g)
+                    acc = outer_dot(acc, quad(codes, g, gap), w, first + 16 * g)
+                if two_planes:
+                    acc = times_16(acc)
+                    if not task[COARSE]:
+                        for g in range(quads):
+                            prefetch(at(uint8, ahead), g * step + 64)
+                            acc = outer_dot(acc, low_quad(codes, g, gap), w, first + 16 * g)
                 total = load_rows(F, HEAD_ROWS, 2, to, h * stride, stride, 16)
                 store_tile(to, h * stride, stride, 16, 2, add_scaled(total, acc, scales, h))
             else:
                 low = high = zeros(I, 4)
                 for g in range(quads):
                     prefetch(at(uint8, ahead), g * step)
-                    low = dot(low, quad(codes, g, gap)[:1], w, first + 16 * g)
+                    low = outer_dot(low, quad(codes, g, gap)[:1], w, first + 16 * g)
                 for g in range(quads):
-                    high = dot(high, quad(codes, g, gap)[1:], w, first + 16 * g)
+                    high = outer_dot(high, quad(codes, g, gap)[1:], w, first + 16 * g)
+                if two_planes:
+                    low, high = times_16(low), times_16(high)
+                    if not task[COARSE]:
+                        for g in range(quads):
+                            prefetch(at(uint8, ahead), g * step + 64)
+                            low = outer_dot(low, low_quad(codes, g, gap)[:1], w, first + 16 * g)
+                        for g in range(quads):
+                            high = outer_dot(high, low_quad(codes, g, gap)[1:], w, first + 16 * g)
                 total = load_rows(F, HEAD_ROWS, 1, to, h * stride, stride, 16)
                 store_tile(to, h * stride, stride, 16, 1, add_scaled(total, low, scales, h))
                 total = load_rows(F, HEAD_ROWS, 1, to, h * stride + 16, stride, 16)
@@ -101,9 +116,7 @@ def expand_rows_by(pair):
     return expand_rows
 
 
-def expand_quads_by(quad, wide):
-    flip = np.int32(128 if wide and SIGNED_BYTES else 0)  # dot_rows wants bytes of 8 bits as codes8 makes them; flipping twice is nothing
-
+def expand_quads_by(quad):
     @njit(nogil=True, error_model="numpy")
     def expand_quads(task, codes, params, out):
         """out[row] = minimum[row] + step[row] * codes[row]; params: float32 minimum [ROWS] and step [ROWS], 0 for the bare codes."""
@@ -113,8 +126,6 @@ def expand_quads_by(quad, wide):
             a, b = bitcast(I, a), bitcast(I, b)
             for r in range(4 * g, 4 * g + 4):
                 x, y = a >> 8 * (r & 3) & 255, b >> 8 * (r & 3) & 255
-                if flip:
-                    x, y = x ^ flip, y ^ flip
                 u, v = convert(F, x), convert(F, y)
                 if params:
                     low, step = splat(F, p[r]), splat(F, p[task[ROWS] + r])

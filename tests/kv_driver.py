@@ -27,26 +27,35 @@ def dequantise(cache, sequence, layer, head):
     """Keys and values [slots, head_dim] float32 of the pages as the format says, by the reference alone; NaN where pages are released."""
     count, depth = int(sequence.counts[layer, head]), cache.head_dim
     pages = sequence.tables[layer, head, :-(-count // PAGE)]
-    k, v = np.full((2, len(pages) * PAGE, depth), np.nan, np.float32)
-    for i in np.flatnonzero(pages != RELEASED):
-        pool, number = cache.pools[pages[i] % POOLS], [pages[i] // POOLS]
-        k[i * PAGE:(i + 1) * PAGE], v[i * PAGE:(i + 1) * PAGE] = page_values(pool, number)
-    return k[:count], v[:count]
+    k, v = np.full((2, len(pages), PAGE, depth), np.nan, np.float32)
+    for i, pool in enumerate(cache.pools):
+        here = np.flatnonzero((pages != RELEASED) & (pages % POOLS == i))
+        if len(here):
+            k[here], v[here] = page_values(pool, pages[here] // POOLS)
+    return k.reshape(-1, depth)[:count], v.reshape(-1, depth)[:count]
 
 
-def page_values(pool, number):
-    """K and V [32, head_dim] of one page."""
-    f, (codes, params, v_codes, v_params) = pool.format, [array[number] for array in pool.pages.arrays().values()]
-    about = dict(head_dim=f.head_dim, k_axis=f.k_axis, one_group=f.one_group, separated=f.separated)
-    spare = seal_pages(np.zeros((1, f.head_dim, PAGE), np.float32), np.zeros((1, PAGE, f.head_dim), np.float32), k_type="int2",
-                       v_type="int2", **{name: about[name] for name in ("k_axis", "one_group", "separated")})
-    if BITS[f.k_type] < 16:
-        k = read_pages(codes, params, *spare[2:], k_type=f.k_type, v_type="int2", **about)[0][0].T
-    else:
-        k = codes.view(f"f{BITS[f.k_type] // 8}").reshape(f.head_dim, PAGE).T
-    if BITS[f.v_type] < 16:
-        return k, read_pages(*spare[:2], v_codes, v_params, k_type="int2", v_type=f.v_type, **about)[1][0]
-    return k, v_codes.view(f"f{BITS[f.v_type] // 8}").reshape(PAGE, -1)[:, :f.head_dim]
+def page_values(pool, numbers):
+    """K and V [pages, 32, head_dim]."""
+    f, (k, k_params, v, v_params) = pool.format, [array[numbers] for array in pool.pages.arrays().values()]
+    about = dict(k_axis=f.k_axis, one_group=f.one_group, separated=f.separated)
+    other = np.zeros((len(k), f.head_dim, PAGE), np.float32)  # for sides that are floats the reference gets something else
+    other = seal_pages(other, other.transpose(0, 2, 1), k_type="int2", v_type="int2", **about)
+    (keys, key_params), k_type = ((k, k_params), f.k_type) if BITS[f.k_type] < 16 else (other[:2], "int2")
+    (values, value_params), v_type = ((v, v_params), f.v_type) if BITS[f.v_type] < 16 else (other[2:], "int2")
+    keys, values = read_pages(keys, key_params, values, value_params, head_dim=f.head_dim, k_type=k_type, v_type=v_type, **about)
+    if BITS[f.k_type] >= 16:
+        keys = k.view(f"f{BITS[f.k_type] // 8}").reshape(-1, f.head_dim, PAGE)
+    if BITS[f.v_type] >= 16:
+        values = v.view(f"f{BITS[f.v_type] // 8}").reshape(-1, PAGE, f.width)[..., :f.head_dim]
+    return keys.transpose(0, 2, 1), values
+
+
+def page_bytes(cache, sequence):
+    """The bytes of all full pages, list by list."""
+    return [[[array[entry // POOLS].tobytes() for array in cache.pools[entry % POOLS].pages.arrays().values()]
+             for entry in table[:count // PAGE]]
+            for table, count in zip(sequence.tables.reshape(-1, cache.plan.max_pages), sequence.counts.ravel())]
 
 
 class Driver:

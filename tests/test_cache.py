@@ -10,7 +10,7 @@ from edgeattn.cache.pages import CacheFull, PagePool
 from edgeattn.kernels_cpu.page_pool import POOLS, RELEASED
 from edgeattn.page_formats import BITS, PAGE, PageFormat
 from edgeattn.reference.seal_pages import seal_pages
-from kv_driver import dequantise
+from kv_driver import dequantise, page_bytes
 
 TYPES = ("int8", "int4", "int3", "int2")
 
@@ -49,13 +49,6 @@ def append_all(cache, sequence, k, v, chunk):
     for start in range(0, len(k), chunk):
         write(cache, sequence, k[start:start + chunk], v[start:start + chunk])
         cache.settle(sequence, min(chunk, len(k) - start))
-
-
-def contents(cache, sequence):
-    """The bytes of all full pages, list by list."""
-    return [[[array[entry // POOLS].tobytes() for array in cache.pools[entry % POOLS].pages.arrays().values()]
-             for entry in table[:count // PAGE]]
-            for table, count in zip(sequence.tables.reshape(-1, cache.plan.max_pages), sequence.counts.ravel())]
 
 
 def test_pool():
@@ -121,7 +114,7 @@ def test_forgotten_sequences_give_their_pages_back():
     assert used(cache) == one and cache.used_bytes == sum(p.used_bytes for p in cache.pools) + a.nbytes + b.nbytes
     grow(cache, b, 100)
     del a
-    assert used(cache) == sum(map(len, contents(cache, b))) + 2
+    assert used(cache) == sum(map(len, page_bytes(cache, b))) + 2
     cache.truncate(b, 0)
     assert used(cache) == 0 and (b.length, b.counts.any(), (b.tables == RELEASED).all()) == (0, False, True)
     del b
@@ -168,12 +161,12 @@ def test_chunks_do_not_change_pages(kv_type, storage):
         parts = cache.new_sequence()
         append_all(cache, parts, k, v, chunk)
         cache.settle(parts, tokens)
-        assert (parts.sealed == whole.sealed).all() and contents(cache, parts) == contents(cache, whole)
+        assert (parts.sealed == whole.sealed).all() and page_bytes(cache, parts) == page_bytes(cache, whole)
     if kv_type != ("f16", "f16"):  # the first page and the window stay floats
         assert (whole.sealed == (tokens - 32) // PAGE).all()
 
 
-def page_bytes(cache, bits_k, bits_v):
+def bytes_of(cache, bits_k, bits_v):
     """Closed form of KIVI's page, all heads: K 32 codes and two halves a channel, V head_dim codes and two halves a block, by token."""
     blocks = -(-cache.head_dim // 32)
     k = cache.head_dim * 4 * bits_k + (4 * cache.head_dim if bits_k < 16 else 0)
@@ -189,7 +182,7 @@ def test_stored_bytes(k_type, v_type, head_dim):
     a = cache.new_sequence()
     cache.append(a, tokens)
     cache.settle(a, tokens)
-    floats, codes = page_bytes(cache, 16, 16), page_bytes(cache, BITS[k_type], BITS[v_type])
+    floats, codes = bytes_of(cache, 16, 16), bytes_of(cache, BITS[k_type], BITS[v_type])
     kept = 2 if cache.options.quantised else tokens // PAGE  # pages of floats: the first, and the window
     assert cache.stored_bytes(a) == kept * floats + (tokens // PAGE - kept) * codes
     assert cache.stored_bytes(a) == cache.used_bytes - a.nbytes

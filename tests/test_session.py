@@ -15,12 +15,9 @@ from edgeattn.cache.kv_cache import KVCache
 from edgeattn.cache.options import CacheOptions
 from edgeattn.cache.pages import CacheFull
 from edgeattn.cache.session_file import NO_SUM, SessionError, check, read_metadata, write
-from edgeattn.conversation import Conversation
-from edgeattn.generation import SamplerOptions
 from edgeattn.kernels_cpu.page_pool import RELEASED
 from edgeattn.page_formats import PAGE
 from edgeattn.runtime import Model
-from edgeattn.tokenizer import Tokenizer
 
 BUDGET = 1200 << 10
 CACHES = {
@@ -30,6 +27,7 @@ CACHES = {
     "hadamard": CacheOptions("int4", "int4", storage="hadamard"),
     "zipcache": CacheOptions("int4", "int4", storage="zipcache", window=32),
     "akvq": CacheOptions("int2", "int2", storage="akvq"),
+    "progressive": CacheOptions("int8", "int8", progressive=0.1),
     "evicting": CacheOptions("f16", "f16", budget=2 << 20),
     "evicting_int4": CacheOptions("int4", "int4", budget=BUDGET, eviction="h2o"),
     "streaming_int4": CacheOptions("int4", "int4", budget=BUDGET, eviction="streaming_llm"),
@@ -93,34 +91,6 @@ def test_a_session_holds_no_more_than_its_tokens_pages(nano_int4, tmp_path):
     tensors = load_file(path)  # any safetensors reader reads it
     assert tensors["token_ids"].tolist() == ids and len(tensors["pages.1.k"]) == (tensors["kinds"] == 1).sum() > 0
     assert path.stat().st_mode & 0o777 == 0o600
-
-
-def test_a_conversation_goes_on_where_it_was(nano_int4, tmp_path):
-    tokenizer, path = Tokenizer(nano_int4), tmp_path / "session"
-    questions = ["Who was Napoleon?", "When did he die?", "And where?"]
-
-    def talk(conversation, some):
-        for question in some:
-            assert list(conversation.say(question)) is not None
-        return conversation
-
-    def fresh(seed=None, **more):
-        return Conversation(load_model(nano_int4, CACHES["int4"]), tokenizer, SamplerOptions(seed=seed), max_tokens=30, **more)
-    unbroken = talk(fresh(11, system="Be brief."), questions[:2])
-    unbroken.save(path)
-    talk(unbroken, questions[2:])
-    for seed in (11, None, -1):
-        restored = fresh(seed)
-        restored.restore(path)
-        cached = restored.tokens
-        assert talk(restored, questions[2:]).messages == unbroken.messages
-        assert restored.last.tokens == unbroken.last.tokens and restored.last.timings.cached_tokens == cached > 50
-    other = fresh(12, system="Be wordy.")
-    other.restore(path)
-    assert [m["content"] for m in other.messages[:2]] == ["Be wordy.", questions[0]]
-    assert talk(other, questions[2:]).last.seed == 12 and other.last.timings.cached_tokens < cached
-    other.clear()
-    assert other.messages == [{"role": "system", "content": "Be wordy."}]
 
 
 # ---- a cache without a model -----------------------------------------------------------------------------------------
@@ -238,7 +208,7 @@ def test_another_cache_is_named(saved):
                            (small(CacheOptions("int4", "int4", window=32, budget=200_000)), "eviction none (here snapkv)"),
                            (KVCache(2, 4, 32, 512, CacheOptions("int4", "int4", window=32)), "shape 2 layers of 2 KV heads")):
         assert f"made with another KV cache: {message}" in refusal(path, other)
-    limited = [small(CacheOptions("int4", "int4", window=32, budget=budget, eviction="streaming_llm")) for budget in (200_000, 240_000)]
+    limited = [small(CacheOptions("int4", "int4", window=32, budget=budget, eviction="streaming_llm")) for budget in (140_000, 170_000)]
     session.save(path, limited[0], filled(limited[0], 300), [1] * 300, {"precision": "int4"}, {})
     assert "limits" in refusal(path, limited[1])
     session.load(path, limited[0], {"precision": "int4"})

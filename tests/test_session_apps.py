@@ -1,11 +1,19 @@
-"""--session and `edgeattn session` as a user meets them."""
+"""Conversations that go on from a file: in Python, with --session, and `edgeattn session`."""
 import os
 import re
 
 import pytest
 
+from edgeattn.apps.session import SessionFile
 from edgeattn.cache import session
-from edgeattn.cache.session_file import SessionError
+from edgeattn.cache.options import CacheOptions
+from edgeattn.conversation import Conversation
+from edgeattn.generation import SamplerOptions
+from edgeattn.runtime import Model
+from edgeattn.tokenizer import Tokenizer
+
+
+BUDGET = ("--kv-budget", "1500K", "-ctk", "f16", "-ctv", "f16")  # some 250 tokens
 
 
 @pytest.fixture
@@ -15,12 +23,54 @@ def chat(edgeattn, nano_int4):
     return run
 
 
-@pytest.mark.parametrize("settings", [(), ("-ctk", "int4", "-ctv", "int4", "--kv-window", 32), ("--kv-budget", "2M")])
+def test_a_conversation_goes_on_where_it_was(nano_int4, tmp_path):
+    tokenizer, path = Tokenizer(nano_int4), tmp_path / "session"
+    questions = ["Who was Napoleon?", "When did he die?", "And where?"]
+
+    def talk(conversation, some):
+        for question in some:
+            assert list(conversation.say(question)) is not None
+        return conversation
+
+    def fresh(seed=None, **more):
+        return Conversation(
+            Model.load(nano_int4, cache=CacheOptions("int4", "int4"), ctx_size=1024), tokenizer,
+            SamplerOptions(seed=seed), max_tokens=30, **more)
+    unbroken = talk(fresh(11, system="Be brief."), questions[:2])
+    unbroken.save(path)
+    talk(unbroken, questions[2:])
+    for seed in (11, None, -1):
+        restored = fresh(seed)
+        restored.restore(path)
+        cached = restored.tokens
+        assert talk(restored, questions[2:]).messages == unbroken.messages
+        assert restored.last.tokens == unbroken.last.tokens and restored.last.timings.cached_tokens == cached > 50
+    other = fresh(12, system="Be wordy.")
+    other.restore(path)
+    assert [m["content"] for m in other.messages[:2]] == ["Be wordy.", questions[0]]
+    assert talk(other, questions[2:]).last.seed == 12 and other.last.timings.cached_tokens < cached
+    other.clear()
+    assert other.messages == [{"role": "system", "content": "Be wordy."}]
+    model = other._model
+    for messages, sampler, why in ((None, {}, "a text"), ([{"role": "user"}], {}, "messages"), ("hi", {}, "messages"),
+                                   ([{"role": 1, "content": ""}], {}, "messages"), ([], {}, "sampler"), ([], 7, "sampler"),
+                                   ([], {"seed": 12, "random": {"bit_generator": "PCG64", "state": {"state": 1 << 200}}}, "sampler")):
+        sequence = model.new_sequence()
+        model.forward([(sequence, [5, 6, 7])])
+        session.save(path, model.cache, sequence, [5, 6, 7], model.config, {"messages": messages, "sampler": sampler})
+        model.free(sequence)
+        used = model.cache.pools[0].used
+        with pytest.raises(ValueError, match=why):
+            other.restore(path)
+        assert model.cache.pools[0].used == used and len(other.messages) == 1
+
+
+@pytest.mark.parametrize("settings", [(), ("-ctk", "int4", "-ctv", "int4", "--kv-window", 32), BUDGET])
 def test_chat_goes_on_as_if_it_had_never_ended(chat, settings, tmp_path):
-    questions = ["What is the capital of France? " * 12, "And of Italy?", "Tell me more."]
+    questions = ["What is the capital of France? " * 60, "And of Italy?", "Tell me more."]
     unbroken = chat("\n".join(questions), *settings)
     parts = [chat(question, "--session", tmp_path / "x", *settings) for question in questions]
-    assert "".join(part.stdout for part in parts) == unbroken.stdout and unbroken.stdout.count("\n") == 3
+    assert "".join(part.stdout for part in parts) == unbroken.stdout
     assert parts[0].stderr == ""
     for before, part in zip((2, 4), parts[1:]):
         found = re.fullmatch(rf"session \S+/x: {before} messages, (\d+) tokens in the cache\n"
@@ -29,7 +79,7 @@ def test_chat_goes_on_as_if_it_had_never_ended(chat, settings, tmp_path):
 
 
 def test_what_was_reused_is_what_the_cache_could_keep(chat, tmp_path):
-    tight = ("--session", tmp_path / "x", "--kv-budget", "2M")
+    tight = ("--session", tmp_path / "x", *BUDGET)
     chat("One two three four five. " * 60, *tight)
     done = chat("/clear\nhi", *tight)  # the tokens before were evicted: they cannot be cut off, so all is computed again
     assert re.search(r"session: 0 of \d{3,} tokens reused, \d+ computed", done.stderr)
@@ -66,7 +116,7 @@ def test_a_file_that_cannot_be_continued_is_left_alone(chat, tmp_path):
     chat("hi", "--session", path)
     good = path.read_bytes()
     for content, settings, why in ((good[:-100], (), "damaged"), (b"my notes", (), "not a session"), (good, ("-ctk", "int4"), "k_type f16"),
-                                   (good, ("-c", 16), "raise -c")):
+                                   (good, ("-c", 16, "-n", 1), "raise -c")):
         path.write_bytes(content)
         done = chat("hi", "--session", path, *settings)
         assert done.returncode == 0 and done.stdout.count("\n") == 1 and path.read_bytes() == content
@@ -93,16 +143,16 @@ def test_a_save_that_fails_does_not_end_the_chat(chat, tmp_path, monkeypatch):
 
 
 def test_another_program_s_session_is_not_overwritten(chat, tmp_path, monkeypatch):
-    path, save, written = tmp_path / "x", session.save, []
+    path, answers = tmp_path / "x", []
 
-    def meanwhile(where, *arguments):
-        save(where, *arguments)
-        written.append(path.read_bytes())
-        path.write_bytes(b"someone else's")
-    monkeypatch.setattr(session, "save", meanwhile)
+    def meanwhile(self, timings):
+        answers.append(timings)
+        if len(answers) == 2:
+            path.write_bytes(b"another's")
+    monkeypatch.setattr(SessionFile, "tell_reuse", meanwhile)
     done = chat("hi\nand\nso\n", "--session", path)
-    assert done.stderr.count("changed by another program") == 0 or path.read_bytes() == b"someone else's"
-    assert len(written) >= 1
+    assert done.returncode == 0 and len(answers) == 3 and path.read_bytes() == b"another's"
+    assert done.stderr.count("\n") == 1 and "was changed by another program" in done.stderr
 
 
 def test_session_list_show_rm(edgeattn, chat, nano_int4, tmp_path):
@@ -128,4 +178,3 @@ def test_session_list_show_rm(edgeattn, chat, nano_int4, tmp_path):
     assert edgeattn("session", "rm", path).returncode == 0 and not path.exists()
     assert "No such file" in edgeattn.fails("session", "rm", path) and "No such file" in edgeattn.fails("session", "show", path)
     assert "no such folder" in edgeattn.fails("chat", "-m", nano_int4, "--session", tmp_path / "no" / "x")
-    assert issubclass(SessionError, ValueError)

@@ -10,6 +10,7 @@ from edgeattn.cache.options import CacheOptions
 from edgeattn.page_formats import BITS, PAGE, PageFormat
 
 SMALLEST_CHUNK = 32
+MASS = {"": 0, "sum": 1, "last": 2}  # attention statistics: bits, as attention_mass.py wants them
 SEQUENCES = 64     # that may be open at once where memory is not limited (it is touched only when used)
 STREAM_PAGES = 8   # recent pages that a streaming head keeps: 256 tokens (DuoAttention)
 
@@ -31,13 +32,20 @@ class CachePlan:
     chunk: int
     evicts: bool
     tracked: bool   # positions are kept: slots are no longer positions
-    weighed: bool   # attention mass is kept
+    mass_mode: int  # which attention statistics are kept: bits of MASS
     classes: np.ndarray | None
+    position_type: np.dtype
+    head_bytes: int  # of a sequence's arrays for each KV head, however many tokens there are
 
     def state_bytes(self) -> int:
         """Bytes of one sequence's tables and per-token arrays."""
         heads = self.limits.size
-        return heads * (8 + self.max_pages * (4 + PAGE * (4 * self.tracked + 8 * self.weighed)))
+        return heads * (self.head_bytes + self.max_pages * (4 + PAGE * (self.tracked * self.position_type.itemsize + 4 * self.mass_planes)))
+
+    @property
+    def mass_planes(self) -> int:
+        """Floats that are kept for each slot: two for the sum (mass, probes that could see it), one for the last."""
+        return 2 * bool(self.mass_mode & MASS["sum"]) + bool(self.mass_mode & MASS["last"])
 
     def chunk_bytes(self) -> int:
         """Bytes of one forward call's K and V before they are in pages: k, v and rotated k of one layer, float32."""
@@ -55,9 +63,15 @@ def plan_cache(options: CacheOptions, layers: int, kv_heads: int, head_dim: int,
     floats = PageFormat(head_dim, options.float_type, options.float_type)
     formats = (floats, *storage.formats(head_dim, options.k_type, options.v_type)) if options.quantised else (floats,)
     order = storage.pages() if options.quantised else [0]
-    weighed = bool(eviction and eviction.mass or options.quantised and storage.mass or options.layer_budget != "uniform")
-    tracked = eviction is not None or classes is not None or weighed
+    mass_mode = 0
+    for user in options.probing():
+        mass_mode |= MASS[user.mass]
+    if options.layer_budget != "uniform":
+        mass_mode |= MASS["sum"]
+    tracked = eviction is not None or classes is not None or mass_mode > 0
+    position_type = np.dtype(np.uint16 if ctx_size <= 1 << 16 else np.int32)
     shape, evicts = (layers, kv_heads), eviction is not None or classes is not None
+    head_bytes = 8 + (4 * (1 + 2 * head_dim) if options.heads == "razor" else 0)  # counts, sealed; the compensation token
 
     def build(tokens, chunk):
         """The plan for heads that hold `tokens` each (streaming heads fewer)."""
@@ -74,7 +88,7 @@ def plan_cache(options: CacheOptions, layers: int, kv_heads: int, head_dim: int,
         else:
             pages = (int((-(-(limits + spare) // PAGE)).sum()),)
         max_pages = -(-(tokens + spare) // PAGE)
-        return CachePlan(formats, pages, limits, max_pages, chunk, evicts, tracked, weighed, classes)
+        return CachePlan(formats, pages, limits, max_pages, chunk, evicts, tracked, mass_mode, classes, position_type, head_bytes)
 
     if options.budget is None:
         return build(ctx_size, min(ubatch, ctx_size))

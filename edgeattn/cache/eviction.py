@@ -16,9 +16,11 @@ class Heads:
     def __init__(self, cache, sequence, layer, heads):
         self._cache, self._sequence, self.layer, self.heads, self.length = cache, sequence, int(layer), heads, sequence.length
         self.slots = int(sequence.counts[layer, heads[0]])
-        self.positions = sequence.positions[layer, heads, :self.slots]
-        mass = np.zeros((2, len(heads), self.slots), np.float32) if sequence.mass is None else sequence.mass[:, layer, heads, :self.slots]
-        self.mass, self.seen = mass
+        self.positions = sequence.positions[layer, heads, :self.slots].astype(np.int32)
+        self.mass = self.seen = np.zeros((len(heads), self.slots), np.float32)
+        if sequence.mass is not None:
+            planes = sequence.mass[:, layer, heads, :self.slots]
+            self.mass, self.seen = (planes[-1], self.seen) if cache.eviction and cache.eviction.mass == "last" else planes[:2]
 
     @cached_property
     def _floats(self):

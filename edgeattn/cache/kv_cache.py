@@ -3,7 +3,7 @@ import weakref
 
 import numpy as np
 
-from edgeattn.cache.budget import plan_cache
+from edgeattn.cache.budget import MASS, plan_cache
 from edgeattn.cache.eviction import evict
 from edgeattn.cache.options import CacheOptions
 from edgeattn.cache.pages import CacheFull, PagePool
@@ -14,7 +14,6 @@ from edgeattn.kernels_cpu.page_pool import FIELDS, POOLS, RELEASED
 from edgeattn.page_formats import PAGE
 
 DECODE_PROBES = 8  # decode steps of which one is probed
-MASS_MODES = {"": 0, "sum": 1, "last": 2}
 
 
 class KVCache:
@@ -30,8 +29,7 @@ class KVCache:
         self.plan = plan_cache(options, layers, kv_heads, head_dim, tokens, ubatch, classes)
         self.pools = [PagePool(f, n) for f, n in zip(self.plan.formats, self.plan.pages)]
         self.storage, self.eviction = options.storage_policy(), options.eviction_policy()
-        statistic = self.eviction if self.eviction and self.eviction.mass else self.storage
-        self.mass, self.probes = (statistic.mass, statistic.probes) if self.plan.weighed else ("", 0)
+        self.probes = max((user.probes for user in options.probing()), default=0)
         self.table = np.zeros((POOLS, FIELDS), np.int64)
         for i, pool in enumerate(self.pools):
             self.table[i] = pool.pages.table_row()
@@ -71,8 +69,9 @@ class KVCache:
     def arguments(self, layer: int) -> dict[str, int]:
         """What kernels need to reach the pages, under the names used in ARGS."""
         return {"cache.pools": self.table.ctypes.data, "cache.max_pages": self.plan.max_pages, "cache.keys_rotated": self.storage.rotated
-                and self.options.quantised, "cache.mass_mode": MASS_MODES[self.mass],
-                "cache.mass_plane": self.shape[0] * self.shape[1] * self.plan.max_pages * PAGE}
+                and self.options.quantised, "cache.mass_mode": self.plan.mass_mode,
+                "cache.mass_plane": self.shape[0] * self.shape[1] * self.plan.max_pages * PAGE,
+                "cache.progressive": int(np.float32(self.options.progressive).view(np.int32))}
 
     # ---- sequences ----------------------------------------------------------------------------------------------
     def new_sequence(self) -> Sequence:
@@ -80,9 +79,10 @@ class KVCache:
         shape, slots = self.shape, self.plan.max_pages * PAGE
         return self._watched(Sequence(
             np.full((*shape, self.plan.max_pages), RELEASED, np.int32), np.zeros(shape, np.int32), np.ones(shape, np.int32),
-            np.zeros((*shape, slots), np.int32) if self.plan.tracked else None,
-            np.zeros((2, *shape, slots), np.float32) if self.plan.weighed else None,
-            np.zeros((*shape, 1 + 2 * self.head_dim), np.float32) if self.options.heads == "razor" else None))
+            np.zeros((*shape, slots), self.plan.position_type) if self.plan.tracked else None,
+            np.zeros((self.plan.mass_planes, *shape, slots), np.float32) if self.plan.mass_mode else None,
+            np.zeros((*shape, 1 + 2 * self.head_dim), np.float32) if self.options.heads == "razor" else None,
+            np.zeros(shape, np.float32) if self.options.progressive else None))
 
     def _watched(self, sequence):
         self._state_bytes += sequence.nbytes
@@ -113,10 +113,11 @@ class KVCache:
                             "--ctx-size or --kv-budget, choose fewer --kv-bits or a --kv-eviction method, or shorten the text")
         if count > sequence.room or sequence.shared:
             self._take_pages(sequence, count)
-        for planes, new in ((sequence.positions, np.arange(sequence.length, sequence.length + count, dtype=np.int32)), (sequence.mass, 0)):
+        positions = np.arange(sequence.length, sequence.length + count).astype(self.plan.position_type)
+        for planes, new in ((sequence.positions, positions), (sequence.mass, 0)):
             if planes is not None:
                 slots = sequence.counts[..., None] + np.arange(count)
-                np.put_along_axis(planes, slots if planes.ndim == 3 else np.broadcast_to(slots, (2, *slots.shape)), new, -1)
+                np.put_along_axis(planes, slots if planes.ndim == 3 else np.broadcast_to(slots, (len(planes), *slots.shape)), new, -1)
         sequence.counts += np.int32(count)
         sequence.room -= count
         sequence.length += count
@@ -158,10 +159,10 @@ class KVCache:
 
     def probes_for(self, sequence: Sequence, rows: int) -> int:
         """How many of a forward call's last rows are to be probed for the attention they pay, after append()."""
-        if rows > 1 or not self.mass:
+        if rows > 1 or not self.probes:
             return min(rows, self.probes)
-        if self.mass == "sum":  # a sample is enough for a sum over many steps
-            return int(sequence.length % DECODE_PROBES == 0)
+        if self.plan.mass_mode & MASS["sum"] and sequence.length % DECODE_PROBES == 0:  # a sample is enough for a sum over many steps
+            return 1
         return int(((sequence.counts > self.plan.limits) & (sequence.counts % PAGE == 0)).any())  # settle is about to evict
 
     def settle(self, sequence: Sequence, count: int) -> None:

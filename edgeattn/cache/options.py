@@ -28,6 +28,8 @@ class CacheOptions:
     heads           "none", or a file of policies/heads: KV heads that need only sinks and recent tokens
     retrieval       share of the KV heads that keep everything
     layer_budget    "uniform", or "zipvl": layers whose attention is spread more widely keep more
+    progressive     of int8 keys a decode step reads the high four bits alone where the step before was certain: where the largest
+                    attention weight of each query head was at least this (SpAtten, arXiv 2012.09852); 0 is off
     ValueError: an unknown name, a number out of range, or a pair that does not compose.
     """
     k_type: str = "auto"
@@ -40,6 +42,7 @@ class CacheOptions:
     heads: str = "none"
     retrieval: float = 0.5
     layer_budget: str = "uniform"
+    progressive: float = 0.0
 
     def __post_init__(self):
         for name, known in (("k_type", ("auto", *BITS)), ("v_type", ("auto", *BITS)), ("storage", policy_names("storage")),
@@ -52,6 +55,12 @@ class CacheOptions:
             raise ValueError(f"window must be a multiple of 32, at least 32, got {self.window}")
         if self.eviction not in ("auto", "none") and self.budget is None:
             raise ValueError(f"eviction {self.eviction!r} needs a budget to keep: give --kv-budget too")
+        if self.storage != "kivi" and "auto" not in (self.k_type, self.v_type) and not self.quantised:
+            raise ValueError(f"storage {self.storage!r} is a way to quantise: choose -ctk and -ctv (or --kv-bits) below 16 bits")
+        if not 0 <= self.progressive <= 1:
+            raise ValueError(f"progressive must be 0 (off) to 1, an attention weight, got {self.progressive}")
+        if self.progressive and self.k_type != "int8":
+            raise ValueError(f"progressive reads need keys in two planes of four bits: use -ctk int8, not {self.k_type}")
         if ("f32" in (self.k_type, self.v_type)) and self.k_type != self.v_type:
             raise ValueError("f32 is for both keys and values: give the same type twice")
 
@@ -78,6 +87,11 @@ class CacheOptions:
     def float_type(self) -> str:
         """The type of what is not quantised."""
         return "f32" if self.k_type == "f32" else "f16"
+
+    def probing(self) -> list:
+        """The policies that ask for attention statistics."""
+        users = [self.eviction_policy(), self.storage_policy() if self.quantised else None]
+        return [user for user in users if user is not None and user.mass]
 
     def storage_policy(self):
         return load_policy("storage", self.storage)

@@ -12,21 +12,20 @@ def seal(cache, sequence) -> None:
     due = np.maximum(0, (sequence.counts - window) // PAGE - sequence.sealed) // storage.group * storage.group
     if not due.any():
         return
-    order = np.array(storage.pages())
-    needed = due.sum() // storage.group * np.bincount(order, minlength=len(cache.pools) - 1)
-    if any(n > pool.free for n, pool in zip(needed, cache.pools[1:])):
+    flat = due.ravel()
+    heads = np.repeat(np.arange(flat.size), flat)
+    within = np.arange(len(heads)) - np.repeat(np.cumsum(flat) - flat, flat)
+    kinds = _kinds(cache, within % storage.group)
+    if kinds is None:
         return
     if storage.group > 1 or storage.anchors:
         cache.own_floats(sequence)
         for layer, head in np.argwhere(due):
             for first in range(sequence.sealed[layer, head], sequence.sealed[layer, head] + due[layer, head], storage.group):
                 _sort(cache, sequence, layer, head, first)
-    flat = due.ravel()
-    heads = np.repeat(np.arange(flat.size), flat)
-    within = np.arange(len(heads)) - np.repeat(np.cumsum(flat) - flat, flat)
     tables = sequence.tables.reshape(flat.size, -1)
     columns = sequence.sealed.ravel()[heads] + within
-    sources, kinds = tables[heads, columns], order[within % storage.group] + 1
+    sources = tables[heads, columns]
     targets = np.empty_like(sources)
     for kind in range(1, len(cache.pools)):
         targets[kinds == kind] = cache.pools[kind].allocate(int((kinds == kind).sum())) * POOLS + kind
@@ -38,13 +37,28 @@ def seal(cache, sequence) -> None:
         sequence.exact_from = max(sequence.exact_from, sequence.length - int((sequence.counts - sequence.sealed * PAGE).min()))
 
 
+def _kinds(cache, places):
+    """The pools of pages that stand at `places` of their groups; None where pages run out. Where one pool does (eviction may have left
+    pages of one width alone), another's pages serve, for the last places first: those of the least salient tokens."""
+    free = np.array([pool.free for pool in cache.pools[1:]])
+    if len(places) > free.sum():
+        return None
+    kinds = np.array(cache.storage.pages())[places]
+    spare = np.repeat(np.arange(len(free)), np.maximum(0, free - np.bincount(kinds, minlength=len(free))))  # the widest first
+    by_place = np.argsort(places, kind="stable")
+    for kind in range(len(free)):
+        over = by_place[kinds[by_place] == kind][free[kind]:]
+        kinds[over], spare = spare[:len(over)], spare[len(over):]
+    return kinds + 1
+
+
 def _sort(cache, sequence, layer, head, first):
     """The most salient tokens of a group of pages to its first pages, or to the first page of all; their order in the text stays within
     a page."""
     storage = cache.storage
     pages = np.r_[0 if storage.anchors else np.empty(0, int), first:first + storage.group].astype(int)
     slots = (pages[:, None] * PAGE + np.arange(PAGE)).ravel()
-    mass, seen = (plane[layer, head, slots] for plane in sequence.mass)
+    mass, seen = sequence.mass[:2, layer, head, slots]
 
     def keys():
         k, _ = read_pages.run(cache.table, cache.head_dim, sequence.tables[layer, head, pages])

@@ -12,9 +12,10 @@ class Sequence:
     tables        [layers, kv_heads, max_pages]   int32, entries (page_pool.py), RELEASED behind the last page
     counts        [layers, kv_heads]              int32, slots: tokens that the head holds
     sealed        [layers, kv_heads]              int32, the first page from page 1 on that is not quantised
-    positions     [layers, kv_heads, slots]       int32, where each token stands in the text; None where slot = position
-    mass          [2, layers, kv_heads, slots]    float32, attention received, and how many probes could see the slot; or None
+    positions     [layers, kv_heads, slots]       uint16 or int32, where each token stands in the text; None where slot = position
+    mass          [planes, layers, kv_heads, slots]   float32, attention received (attention_mass.py), or None
     compensation  [layers, kv_heads, 1 + 2 * head_dim]   float32 (attention_compensation.py), or None
+    confidence    [layers, kv_heads]              float32, the largest attention weight of the last decode step, or None
     length        tokens that the sequence has seen
     exact_from    it can be truncated to this length or more; shorter ones are lost to eviction
     """
@@ -24,6 +25,7 @@ class Sequence:
     positions: np.ndarray | None = None
     mass: np.ndarray | None = None
     compensation: np.ndarray | None = None
+    confidence: np.ndarray | None = None
     length: int = 0
     exact_from: int = 0
     room: int = 0          # tokens until some head needs another page
@@ -32,7 +34,7 @@ class Sequence:
     @property
     def arrays(self) -> dict[str, np.ndarray]:
         """The arrays that there are, by name."""
-        found = {name: getattr(self, name) for name in ("tables", "counts", "sealed", "positions", "mass", "compensation")}
+        found = {name: getattr(self, name) for name in ("tables", "counts", "sealed", "positions", "mass", "compensation", "confidence")}
         return {name: array for name, array in found.items() if array is not None}
 
     @property

@@ -5,16 +5,16 @@ Metadata, besides what session_file.py writes:
     settings    JSON: what the cache must have in common (`settings`)
     tokens, exact_from, date, meta   numbers of the sequence, UTC, JSON of the caller's `meta`
 Tensors; "pages" are all pages of the sequence, layer by layer, head by head, as the page lists order them:
-    counts, sealed    [layers, kv_heads] int32      as in cache/sequence.py
+    counts, sealed and the other arrays of cache/sequence.py, as they are there, where the cache keeps them
+    positions, mass   [slots] int32, [2, slots] float32   of the slots in use, in the order of pages
     kinds             [pages] uint8                 the pool of each page; the n-th page of a kind is row n of that pool's arrays
-    positions, mass   [slots] int32, [2, slots] float32   of the slots in use, in the order of pages; where the cache keeps them
-    compensation      as in cache/sequence.py, where the cache keeps it
     token_ids         [tokens or more] int32        what the tokens are; any more are the text's, and not in the cache yet
     pages.I.k, .k_params, .v, .v_params             [pages of pool I, ...] codes or floats, and parameters (page_formats.py)
 """
 import hashlib
 import json
 import re
+from dataclasses import asdict
 from datetime import datetime, timezone
 
 import numpy as np
@@ -36,14 +36,10 @@ def fingerprint(config: dict) -> str:
 def settings(cache) -> dict[str, str]:
     """What a cache must have in common with the one that a session was made in: shape, types, and what changes which tokens are kept."""
     options, plan = cache.options, cache.plan
-    found = {"shape": f"{cache.shape[0]} layers of {cache.shape[1]} KV heads of {cache.head_dim}", "k_type": options.k_type,
-             "v_type": options.v_type, "eviction": options.method, "heads": options.heads, "layer_budget": options.layer_budget}
-    if options.quantised:
-        found["storage"] = options.storage
-    if options.quantised or plan.evicts:
-        found["window"] = str(options.window)
-    if plan.evicts or cache.storage.anchors:
-        found["sink_tokens"] = str(options.sink_tokens)
+    unused = {"budget", *(() if options.quantised else ("storage",)), *(() if options.quantised or plan.evicts else ("window",)),
+              *(() if plan.evicts or cache.storage.anchors else ("sink_tokens",)), *(() if options.heads != "none" else ("retrieval",))}
+    found = {"shape": f"{cache.shape[0]} layers of {cache.shape[1]} KV heads of {cache.head_dim}"}
+    found |= {name: str(value) for name, value in asdict(options).items() if name not in unused} | {"eviction": options.method}
     if plan.evicts:
         classes = b"" if plan.classes is None else np.asarray(plan.classes, bool).tobytes()
         found["limits"] = f"{plan.limits.min()} to {plan.limits.max()} tokens a head, " \
@@ -76,19 +72,19 @@ def _tensors(cache, sequence, token_ids):
     pages = -(-sequence.counts // PAGE)
     entries = sequence.tables[_first(pages, sequence.tables.shape[-1])]
     kinds = (entries % POOLS).astype(np.uint8)
-    found = {"counts": sequence.counts, "sealed": sequence.sealed, "token_ids": np.asarray(token_ids, np.int32), "kinds": kinds}
-    used = _first(sequence.counts, sequence.tables.shape[-1] * PAGE)
-    if sequence.positions is not None:
-        found["positions"] = sequence.positions[used]
-    if sequence.mass is not None:
-        found["mass"] = sequence.mass[:, used]
-    if sequence.compensation is not None:
-        found["compensation"] = sequence.compensation
-    found = {name: (array, None) for name, array in found.items()}
+    found = {"token_ids": (np.asarray(token_ids, np.int32), None), "kinds": (kinds, None)}
+    found |= {name: (array[where], None) for name, (array, where, _) in _parts(sequence, sequence.counts).items()}
     for i, pool in enumerate(cache.pools):
         numbers = entries[kinds == i] // POOLS
         found |= {f"pages.{i}.{name}": (array, numbers) for name, array in pool.pages.arrays().items() if len(numbers) and array.shape[1]}
     return found
+
+
+def _parts(sequence, counts):
+    """{name: (array, what of it is in use, the shape of that)} of a sequence whose heads hold `counts`, its page lists apart."""
+    used, slots = _first(counts, sequence.tables.shape[-1] * PAGE), int(counts.sum())
+    cut = {"positions": (used, (slots,)), "mass": ((slice(None), used), (2, slots))}
+    return {name: (array, *cut.get(name, (..., array.shape))) for name, array in sequence.arrays.items() if name != "tables"}
 
 
 def _first(counts, length):
@@ -137,17 +133,13 @@ def _restore(file, cache, metadata):
     sequence = cache.new_sequence()
     need, max_pages = _Tensors(file), sequence.tables.shape[-1]
     numbers = _numbers(metadata, cache.capacity)
-    counts, sealed, kinds = _page_lists(need, cache, numbers["length"], max_pages)
+    counts, kinds = _page_lists(need, cache, numbers["length"], max_pages)
     token_ids = need("token_ids", np.int32)
     _require(token_ids.ndim == 1 and len(token_ids) >= numbers["length"] and (token_ids >= 0).all(), "impossible tokens")
-    used, slots = _first(counts, max_pages * PAGE), int(counts.sum())
-    places = {"counts": (..., counts), "sealed": (..., sealed)}  # of the sequence's arrays
-    for name, where, shape in (("positions", used, (slots,)), ("mass", (slice(None), used), (2, slots)), ("compensation", ..., None)):
-        array = getattr(sequence, name)
-        if array is not None:
-            places[name] = where, need(name, array.dtype, shape or array.shape)
-    if "positions" in places:
-        _require(((places["positions"][1] >= 0) & (places["positions"][1] < numbers["length"])).all(), "impossible positions")
+    parts = _parts(sequence, counts)
+    values = {name: need(name, array.dtype, shape) for name, (array, _, shape) in parts.items()}
+    if "positions" in values:
+        _require(((values["positions"] >= 0) & (values["positions"] < numbers["length"])).all(), "impossible positions")
     arrays = [{name: array for name, array in pool.pages.arrays().items() if array.shape[1]} for pool in cache.pools]
     rows = np.bincount(kinds, minlength=len(cache.pools))
     for i, pool in enumerate(cache.pools):
@@ -160,8 +152,8 @@ def _restore(file, cache, metadata):
     for i, pool in enumerate(cache.pools):
         entries[kinds == i] = pool.allocate(rows[i]) * POOLS + i
     sequence.tables[_first(-(-counts // PAGE), max_pages)] = entries
-    for name, (where, values) in places.items():
-        getattr(sequence, name)[where] = values
+    for name, (array, where, _) in parts.items():
+        array[where] = values[name]
     for name, number in numbers.items():
         setattr(sequence, name, number)
     sequence.room = int((-counts % PAGE).min())
@@ -181,7 +173,7 @@ def _numbers(metadata, capacity):
 
 
 def _page_lists(need, cache, length, max_pages):
-    """counts, sealed, kinds. Only pages of floats are ever written, so that no other may stand where the next tokens go."""
+    """counts, kinds. Only pages of floats are ever written, so that no other may stand where the next tokens go."""
     counts, sealed = (need(name, np.int32, cache.shape) for name in ("counts", "sealed"))
     _require((counts >= 0).all() and (counts <= length).all() and (cache.plan.evicts or (counts == length).all()), "impossible counts")
     pages = -(-counts // PAGE)
@@ -191,7 +183,7 @@ def _page_lists(need, cache, length, max_pages):
     kinds = need("kinds", np.uint8, (int(pages.sum()),))
     quantised = (_first(sealed, max_pages) & (np.arange(max_pages) > 0))[_first(pages, max_pages)]
     _require(((kinds > 0) == quantised).all() and (kinds < len(cache.pools)).all(), "impossible page lists")
-    return counts, sealed, kinds
+    return counts, kinds
 
 
 class _Tensors:

@@ -37,7 +37,8 @@ def unpack(codes, rows, kind):
     """[pages, bytes] uint8 -> [pages, rows, 32] codes."""
     pages = len(codes)
     if kind == "int8":
-        quads = codes.reshape(pages, rows // 4, 2, 64)
+        high, low = codes.reshape(pages, 2, rows // 4, 64).transpose(1, 0, 2, 3)
+        quads = np.stack([high << 4 | low & 15, high & 240 | low >> 4], 2)
     elif kind == "int4":
         x = codes.reshape(pages, rows // 4, 64)
         quads = np.stack([x & 15, x >> 4], 2)

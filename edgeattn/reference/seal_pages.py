@@ -71,7 +71,7 @@ def pack(codes, kind):
     quads = codes.reshape(pages, rows // 4, 4, 2, 16).transpose(0, 1, 3, 4, 2).reshape(pages, rows // 4, 2, 64)
     a, b = quads[:, :, 0], quads[:, :, 1]
     if kind == "int8":
-        return quads.reshape(pages, -1)
+        return np.concatenate([(x[0] | x[1] << 4).reshape(pages, -1) for x in ((a >> 4, b >> 4), (a & 15, b & 15))], 1)
     if kind == "int4":
         return (a | b << 4).reshape(pages, -1)
     low = (a & 3) | (b & 3) << 2
