@@ -20,14 +20,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_session(parser, "go on with the conversation in FILE, if there is one, and save it there after every answer")
     options.add_model(parser)
     options.add_sampling(parser, predict=-1)
+    options.add_shift(parser, "the system prompt, or 32")
 
 
 def main(args: argparse.Namespace) -> int:
     first, sampling, kept = options.read_prompt(args), options.sampler_options(args), SessionFile(args.session)
+    shift = options.context_shift(args)
     from edgeattn.apps import models
     from edgeattn.conversation import Conversation
     model, tokenizer = models.load(args, chat=True)
-    conversation = Conversation(model, tokenizer, sampling, args.system_prompt, args.predict, tuple(args.stop))
+    conversation = Conversation(model, tokenizer, sampling, args.system_prompt, args.predict, tuple(args.stop), shift=shift)
     _restore(conversation, kept)
     if sys.stdin.isatty():
         _greet(model)
@@ -100,7 +102,8 @@ def _answer(conversation, text, kept):
     kept.tell_reuse(conversation.last.timings)
     _save(conversation, kept)
     if conversation.last.finish_reason == "context":
-        print("the context is full: /clear starts afresh, or raise -c (if the model allows it)", file=sys.stderr)
+        print("the context is full: /clear starts afresh, --context-shift goes on, or raise -c (if the model allows it)", file=sys.stderr)
+    terminal.tell_shift(conversation.last)
 
 
 def _stats(conversation, model):

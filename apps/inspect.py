@@ -1,4 +1,4 @@
-"""edgeattn inspect: what an exported folder holds."""
+"""edgeattn inspect: what an exported folder holds, and which cache options go together."""
 import argparse
 import json
 from pathlib import Path
@@ -7,12 +7,17 @@ HELP = "show what an exported folder holds: configuration, weight formats, opera
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("folder", metavar="FOLDER", help="an exported folder")
+    parser.add_argument("folder", metavar="FOLDER", nargs="?", help="an exported folder")
+    parser.add_argument("--matrix", action="store_true", help="print which KV storage, eviction and head classes go together")
     parser.add_argument("--check", action="store_true", help="read every file and compare its sha256 with the recorded one")
     parser.add_argument("--json", action="store_true", help="print edgeattn.json as it is")
 
 
 def main(args: argparse.Namespace) -> int:
+    if args.matrix:
+        return _matrix()
+    if args.folder is None:
+        raise ValueError("give an exported folder, or --matrix")
     from edgeattn.runtime import read_config
     folder = Path(args.folder)
     config = read_config(folder)
@@ -33,6 +38,23 @@ def main(args: argparse.Namespace) -> int:
     for name, n in weights.nodes.most_common():
         print(f"  {name:<20} {n:>4}")
     return _check(folder, config["files"]) if args.check else 0
+
+
+def _matrix():
+    """A line for each storage and head class: the eviction methods that work with them; then what is refused, and why."""
+    from edgeattn.cache.matrix import matrix
+    cells, refused = matrix(), {}
+    for storage, heads in dict.fromkeys((c.storage, c.heads) for c in cells):
+        row = [c for c in cells if (c.storage, c.heads) == (storage, heads)]
+        print(f"--kv-storage {storage:<10} --kv-heads {heads:<6} --kv-eviction {' '.join(c.eviction for c in row if not c.refused)}")
+    for c in cells:
+        if c.refused:
+            refused.setdefault(c.refused, []).append(f"{c.storage} + {c.eviction} + {c.heads}")
+    for reason, triples in refused.items():
+        print(f"\nrefused: {', '.join(triples)}\n  {reason}")
+    works = sum(not c.refused for c in cells)
+    print(f"\n{works} of {len(cells)} combinations work with any -ctk and -ctv; {len(cells) - works} are refused before a model is loaded")
+    return 0
 
 
 def _check(folder, files):

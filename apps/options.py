@@ -105,6 +105,22 @@ def sampler_options(args: argparse.Namespace):
     return SamplerOptions(args.temp, args.top_k, args.top_p, args.min_p, args.repeat_penalty, args.repeat_last_n, args.seed)
 
 
+def add_shift(parser: argparse.ArgumentParser, first: str) -> None:
+    group = parser.add_argument_group("full context")
+    group.add_argument("--context-shift", action="store_true", help="go on when the context is full: forget the older half of it, and "
+                       "compute the rest again")
+    group.add_argument("--keep", type=whole(0), metavar="N", help=f"first tokens that --context-shift never forgets, half of the context "
+                       f"at most ({first})")
+
+
+def context_shift(args: argparse.Namespace):
+    """The flags of `add_shift` as a ContextShift; None without --context-shift. ValueError: --keep alone."""
+    from edgeattn.context_shift import ContextShift
+    if args.keep is not None and not args.context_shift:
+        raise ValueError("--keep says what --context-shift keeps: give that too")
+    return ContextShift(args.keep) if args.context_shift else None
+
+
 def add_prompt(parser: argparse.ArgumentParser, what: str) -> None:
     group = parser.add_mutually_exclusive_group()
     group.add_argument("-p", "--prompt", metavar="TEXT", help=what)

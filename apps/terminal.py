@@ -61,6 +61,12 @@ def timing_line(run) -> str:
             f"{len(run.tokens)} tokens at {t.tokens_per_second:.1f} t/s | ended: {REASONS.get(run.finish_reason, 'interrupted')}")
 
 
+def tell_shift(run) -> None:
+    """A line, if a Generation went on in spite of a full context."""
+    if run.dropped > 0:
+        print(f"the context was full: {run.dropped} tokens behind the first ones were forgotten, the rest was computed again", file=sys.stderr)
+
+
 def size(number: float) -> str:
     """Bytes, readable."""
     for unit in ("B", "KiB", "MiB"):

@@ -1,7 +1,9 @@
 """A conversation over one cached sequence: each turn computes only what the cache does not hold yet."""
+import os
 from collections.abc import Iterator
 
 from edgeattn.cache import session
+from edgeattn.context_shift import ContextShift
 from edgeattn.generation import Event, Generation, Sampler, SamplerOptions, reuse
 
 
@@ -9,9 +11,10 @@ class Conversation:
     """`messages` is the conversation so far, [{"role", "content"}]; `last` the Generation of the newest answer."""
 
     def __init__(self, model, tokenizer, options: SamplerOptions = SamplerOptions(), system: str | None = None, max_tokens: int = -1,
-                 stop: tuple[str, ...] = (), kernel=None):
+                 stop: tuple[str, ...] = (), kernel=None, shift: ContextShift | None = None):
+        """shift: how to go on when the context is full, in an answer or before one; None: end there."""
         self._model, self._tokenizer, self._options, self._kernel = model, tokenizer, options, kernel
-        self._system, self._max_tokens, self._stop = system, max_tokens, stop
+        self._system, self._max_tokens, self._stop, self._shift = system, max_tokens, stop, shift
         self._sequence, self._cached, self._sampler = model.new_sequence(), [], Sampler(options, kernel)
         self.last: Generation | None = None
         self.messages: list[dict] = []
@@ -20,6 +23,7 @@ class Conversation:
     def clear(self) -> None:
         """Forget everything but the system prompt (whose cached tokens stay useful)."""
         self.messages = [{"role": "system", "content": self._system}] if self._system else []
+        self._dropped = 0  # tokens of the messages that context shifts have dropped, behind those that they keep
 
     @property
     def tokens(self) -> int:
@@ -29,7 +33,7 @@ class Conversation:
     def save(self, path) -> None:
         """Write the conversation to a session file, with what the cache holds of it. OSError; see cache/session.py."""
         session.save(path, self._model.cache, self._sequence, self._cached, self._model.config,
-                     {"messages": self.messages, "sampler": self._sampler.state})
+                     {"messages": self.messages, "sampler": self._sampler.state, "dropped": self._dropped})
 
     def restore(self, path) -> None:
         """Go on where a saved conversation was, its system prompt included, unless this one has another. With the same options,
@@ -42,12 +46,15 @@ class Conversation:
         if not isinstance(messages, list) or not all(isinstance(m, dict) and set(m) == {"role", "content"} and
                                                      all(isinstance(x, str) for x in m.values()) for m in messages):
             raise ValueError("damaged: no valid messages")
+        if not isinstance(dropped := meta.get("dropped", 0), int) or dropped < 0:
+            raise ValueError("damaged: no valid number of dropped tokens")
         self._sampler = Sampler(self._options, self._kernel, meta.get("sampler"))
         self._sequence, self._cached = sequence, token_ids[:sequence.length]
         saved = messages.pop(0)["content"] if messages and messages[0]["role"] == "system" else None
         self._system = self._system or saved
         self.clear()
         self.messages += messages
+        self._dropped = dropped
 
     def say(self, text: str) -> Iterator[Event]:
         """Ask, and stream the answer. However it ends, by itself, cancel() or Ctrl-C, what was shown stays in the conversation;
@@ -62,14 +69,25 @@ class Conversation:
             self.last.cancel()
 
     def _start(self, messages):
-        ids = self._tokenizer.encode_chat(messages)
+        ids, dropped, shift = self._tokenizer.encode_chat(messages), self._dropped, self._shift
+        if shift is not None:
+            shift = shift if shift.keep is not None or not self._system else ContextShift(self._system_tokens())
+            ids, dropped = shift.cut(ids, self._model.ctx_size, dropped)
         if len(ids) >= self._model.ctx_size:
             raise ValueError(f"the conversation has {len(ids)} tokens, which leaves no room in a context of {self._model.ctx_size}; "
                              "start afresh with /clear, or raise -c (if the model allows it)")
-        shared = reuse(self._model, self._sequence, self._cached, ids)
+        if dropped > self._dropped:
+            shift.restart(self._model, self._sequence)
+        shared = reuse(self._model, self._sequence, self._cached[:self._sequence.length], ids)
         self._cached = ids[:shared]
-        return Generation(self._model, self._tokenizer, self._sequence, ids[shared:], self._options, self._max_tokens, self._stop,
-                          self._tokenizer.end_tokens, context_ids=ids[:shared], sampler=self._sampler)
+        run = Generation(self._model, self._tokenizer, self._sequence, ids[shared:], self._options, self._max_tokens, self._stop,
+                         self._tokenizer.end_tokens, context_ids=ids[:shared], sampler=self._sampler, shift=shift)
+        run.dropped = dropped - self._dropped
+        return run
+
+    def _system_tokens(self):
+        questions = [[self.messages[0], {"role": "user", "content": text}] for text in "ab"]
+        return len(os.path.commonprefix([self._tokenizer.encode_chat(messages) for messages in questions]))
 
     def _stream(self, run, question):
         answer = ""
@@ -81,3 +99,4 @@ class Conversation:
             self._cached = run.cached[:self._sequence.length]
             if answer:
                 self.messages += [question, {"role": "assistant", "content": answer}]
+                self._dropped += run.dropped

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from edgeattn.cache.pages import CacheFull
+from edgeattn.context_shift import ContextShift
 from edgeattn.ops import load_kernel
 
 REASONS = {"stop": "the model ended, or a stop string came", "length": "the token limit was reached",
@@ -125,33 +126,38 @@ class Generation:
 
     def __init__(self, model, tokenizer, sequence, prompt_ids: list[int], options: SamplerOptions, max_tokens: int = -1,
                  stop: tuple[str, ...] = (), end_tokens: frozenset[int] = frozenset(), context_ids: list[int] = (),
-                 continues_text: bool = False, kernel: Callable | None = None, sampler: Sampler | None = None):
+                 continues_text: bool = False, kernel: Callable | None = None, sampler: Sampler | None = None,
+                 shift: ContextShift | None = None):
         """
         prompt_ids      appended to `sequence` first; at least one
         max_tokens      -1: until the model ends or the context is full
-        context_ids     what `sequence` holds already, for the repeat penalty
+        context_ids     what `sequence` holds already, for the repeat penalty and for `shift`
         continues_text  a leading space of SentencePiece tokenizers is part of the text
         sampler         to go on with instead of a new one made from `options`
+        shift           how to go on when the context is full; None: end there
         """
         if not len(prompt_ids):
             raise ValueError("the prompt is empty: give at least one token")
         if sequence.length + len(prompt_ids) >= model.ctx_size:
             raise ValueError(f"the prompt has {sequence.length + len(prompt_ids)} tokens, which leaves no room in a context of "
                              f"{model.ctx_size}; shorten it or raise -c (if the model allows it)")
-        self._model, self._sequence, self._prompt_ids = model, sequence, list(prompt_ids)
+        if shift is not None and len(context_ids) != sequence.length:
+            raise ValueError(f"a context shift needs the ids of all {sequence.length} tokens in the cache, got {len(context_ids)}")
+        self._model, self._sequence, self._prompt_ids, self._shift = model, sequence, list(prompt_ids), shift
         self.sampler = sampler or Sampler(options, kernel)
         self._max_tokens, self._stops, self._end_tokens = max_tokens, StopStrings(stop), end_tokens
         self._stream = tokenizer.stream(continues_text)
         self._all = list(context_ids) + self._prompt_ids
         self.seed, self.tokens, self.finish_reason = self.sampler.seed, [], None
         self.cached = list(context_ids)  # token ids that the sequence's cache holds for certain
+        self.dropped = 0  # tokens that a context shift has dropped
         self.timings = Timings(len(prompt_ids), sequence.length)
         self.on_prompt: Callable[[int, int], None] | None = None  # told (tokens computed, of the prompt) after each chunk
         self._cancelled = False
 
     @property
     def token_ids(self) -> list[int]:
-        """All of the text: context, prompt and what came. The last ones may not be in the cache."""
+        """All of the text, less what a context shift dropped: context, prompt and what came. The last ones may not be in the cache."""
         return list(self._all)
 
     def cancel(self) -> None:
@@ -160,7 +166,7 @@ class Generation:
 
     def __iter__(self) -> Iterator[Event]:
         started = time.perf_counter()
-        logits = self._prefill()
+        logits = self._prefill(self._prompt_ids, self.on_prompt)
         if self._max_tokens == 0 and logits is not None:
             self.finish_reason = "length"
         while logits is not None and self.finish_reason is None:
@@ -173,7 +179,7 @@ class Generation:
             started = now
             yield from self._accept(token)
             if self.finish_reason is None:
-                logits = self._forward([token])
+                logits = self._next(token)
         if self.finish_reason is None:
             self.finish_reason = "cancelled"
         if not self._stops.hit:
@@ -199,21 +205,31 @@ class Generation:
             self.finish_reason = "stop"
         elif len(self.tokens) == self._max_tokens:
             self.finish_reason = "length"
-        elif self._sequence.length >= self._model.ctx_size:
+        elif self._sequence.length >= self._model.ctx_size and self._shift is None:
             self.finish_reason = "context"
         elif self._cancelled:
             self.finish_reason = "cancelled"
         yield Event(token, text)
 
-    def _prefill(self):
-        """Logits after the prompt; None when cancelled on the way, or when other sequences have filled the cache."""
-        ids, step = self._prompt_ids, self._model.ubatch
+    def _next(self, token):
+        """Logits after a token, for which room is made first where there is none."""
+        if self._sequence.length < self._model.ctx_size:
+            return self._forward([token])
+        self._all, dropped = self._shift.cut(self._all, self._model.ctx_size)
+        self.dropped += dropped
+        self._shift.restart(self._model, self._sequence)
+        self.cached = self._all[:self._sequence.length]
+        return self._prefill(self._all[len(self.cached):])
+
+    def _prefill(self, ids, on_prompt=None):
+        """Logits after some tokens; None when cancelled on the way, or when other sequences have filled the cache."""
+        step = self._model.ubatch
         for start in range(0, len(ids), step):
             logits = self._forward(ids[start:start + step], "last" if start + step >= len(ids) else "none")
             if self.finish_reason:
                 return None
-            if self.on_prompt:
-                self.on_prompt(min(start + step, len(ids)), len(ids))
+            if on_prompt:
+                on_prompt(min(start + step, len(ids)), len(ids))
             if self._cancelled:
                 return None
         return logits

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from edgeattn.cache.options import CacheOptions
-from edgeattn.page_formats import BITS, PAGE, PageFormat
+from edgeattn.page_formats import PAGE, PageFormat
 
 SMALLEST_CHUNK = 32
 MASS = {"": 0, "sum": 1, "last": 2}  # attention statistics: bits, as attention_mass.py wants them
@@ -93,7 +93,7 @@ def plan_cache(options: CacheOptions, layers: int, kv_heads: int, head_dim: int,
     if options.budget is None:
         return build(ctx_size, min(ubatch, ctx_size))
     chunk = min(ubatch, ctx_size)
-    while chunk > SMALLEST_CHUNK and build(0, chunk).total_bytes() > options.budget // 6:
+    while chunk > SMALLEST_CHUNK and build(0, chunk).total_bytes() - build(0, 0).total_bytes() > options.budget // 10:
         chunk //= 2
     chunk = max(SMALLEST_CHUNK, chunk // PAGE * PAGE)
     low, high = 0, -(-ctx_size // PAGE)  # in pages: the most that fits
@@ -109,11 +109,17 @@ def plan_cache(options: CacheOptions, layers: int, kv_heads: int, head_dim: int,
 
 def choose_types(options: CacheOptions, default: str, layers: int, kv_heads: int, head_dim: int, ctx_size: int,
                  ubatch: int) -> CacheOptions:
-    """`options` with "auto" types settled: without a budget `default`, else the widest in which the context fits."""
-    kinds = [default] if options.budget is None else \
-        [kind for kind in ("f16", "int8", "int4") if default == "f32" or BITS[kind] <= BITS[default]]
+    """`options` with "auto" settled: without a budget the type is `default`, else the widest in which the context fits without
+    eviction; if it fits in none, tokens are evicted."""
+    kinds = [default] if options.budget is None else ["f16", "int8", "int4"]
+    if options.storage != "kivi":  # all others are ways to quantise
+        kinds = ["int4"]
     for kind in kinds:
         chosen = replace(options, k_type=kind if options.k_type == "auto" else options.k_type,
                          v_type=kind if options.v_type == "auto" else options.v_type)
-        if kind == kinds[-1] or plan_cache(chosen, layers, kv_heads, head_dim, ctx_size, ubatch).limits.min() >= ctx_size:
+        if options.budget is None:
             return chosen
+        fits = plan_cache(replace(chosen, eviction="none", heads="none"), layers, kv_heads, head_dim, ctx_size, ubatch)
+        if fits.limits.min() >= ctx_size:
+            return replace(chosen, eviction="none") if options.eviction == "auto" else chosen
+    return chosen

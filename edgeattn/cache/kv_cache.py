@@ -52,6 +52,11 @@ class KVCache:
         """Bytes that the cache may take at most, with one sequence: what a budget limits."""
         return self.plan.total_bytes()
 
+    @property
+    def exact(self) -> bool:
+        """Whether it holds every token as it was computed: nothing is quantised or evicted."""
+        return len(self.pools) == 1 and not self.plan.evicts
+
     def stored_bytes(self, sequence: Sequence) -> int:
         """Payload and parameters of a sequence's pages: what a dense decode step reads, once each."""
         entries = sequence.tables[sequence.tables != RELEASED]
