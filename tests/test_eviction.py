@@ -32,6 +32,16 @@ class View:
     k: np.ndarray
     v: np.ndarray
 
+    handed: dict | None = None
+    below: np.ndarray | None = None
+
+    @property
+    def carry(self):
+        return {} if self.handed is None else self.handed
+
+    def kept_below(self):
+        return self.below
+
     def keys(self):
         return self.k.copy()
 
@@ -270,3 +280,18 @@ def test_nats_live_set_is_that_of_tokens_arriving_one_by_one(rng):
 def test_nats_needs_types():
     with pytest.raises(ValueError, match="types"):
         load_policy("eviction", "nats")
+
+
+def test_spatten_adds_up_over_layers_and_prunes_what_the_layer_before_has_pruned(rng):
+    carry, view = {}, random_view(rng, heads=2, slots=20)
+    length = view.length
+    first = scored("spatten", replace(view, handed=carry))
+    total = np.zeros(length)
+    for positions, mass in zip(view.positions, view.mass):
+        total[positions] += mass
+    np.testing.assert_allclose(first, total[view.positions], rtol=1e-5)
+    kept = np.zeros(length, bool)
+    kept[view.positions[0, ::2]] = True
+    second = scored("spatten", replace(view, handed=carry, below=kept))
+    np.testing.assert_allclose(second[kept[view.positions]], 2 * total[view.positions][kept[view.positions]], rtol=1e-5)
+    assert (second[~kept[view.positions]] < -1e8).all()

@@ -13,7 +13,8 @@ from edgeattn.policies import load_policy
 class Heads:
     """KV heads of one layer with the same number of slots, as eviction policies see them (policies/eviction: HeadView)."""
 
-    def __init__(self, cache, sequence, layer, heads):
+    def __init__(self, cache, sequence, layer, heads, carry):
+        self.carry = carry
         self._cache, self._sequence, self.layer, self.heads, self.length = cache, sequence, int(layer), heads, sequence.length
         self.slots = int(sequence.counts[layer, heads[0]])
         self.positions = sequence.positions[layer, heads, :self.slots].astype(np.int32)
@@ -21,6 +22,14 @@ class Heads:
         if sequence.mass is not None:
             planes = sequence.mass[:, layer, heads, :self.slots]
             self.mass, self.seen = (planes[-1], self.seen) if cache.eviction and cache.eviction.mass == "last" else planes[:2]
+
+    def kept_below(self):
+        if not self.layer:
+            return None
+        kept, layer = np.zeros(self.length, bool), self.layer - 1
+        for head, count in enumerate(self._sequence.counts[layer]):
+            kept[self._sequence.positions[layer, head, :count]] = True
+        return kept
 
     @cached_property
     def _floats(self):
@@ -40,14 +49,14 @@ def evict(cache, sequence) -> None:
     """Bring every head that exceeds its limit under it, by at least a page, so that the next time is a page of tokens away."""
     cache.own_floats(sequence)
     over = sequence.counts > cache.plan.limits
-    streams = ~cache.plan.classes if cache.plan.classes is not None else np.zeros_like(over)
+    carry, streams = {}, ~cache.plan.classes if cache.plan.classes is not None else np.zeros_like(over)
     for layer in np.flatnonzero(over.any(1)):
         for kind in (False, True):
             members = np.flatnonzero(over[layer] & (streams[layer] == kind))
             for count in np.unique(sequence.counts[layer, members]):
                 heads = members[sequence.counts[layer, members] == count]
                 policy = load_policy("eviction", "streaming_llm") if kind else cache.eviction
-                view = Heads(cache, sequence, layer, heads)
+                view = Heads(cache, sequence, layer, heads, carry)
                 scores = policy.scores(view)
                 for i, head in enumerate(heads):
                     _drop(cache, sequence, view, int(head), i, scores[i])

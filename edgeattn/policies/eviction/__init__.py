@@ -16,12 +16,17 @@ class HeadView(Protocol):
     length      int                       tokens the sequence has seen: the newest position + 1
     mass        [heads, slots]  float32   attention received, summed over the query heads of the group; zeros where the policy needs none
     seen        [heads, slots]  float32   probe queries that could see the token, >= 0
+    carry       dict                      what a policy hands on from layer to layer, the first to the last, within one eviction
     """
     layer: int
     positions: np.ndarray
     length: int
     mass: np.ndarray
     seen: np.ndarray
+    carry: dict
+
+    def kept_below(self) -> np.ndarray | None:
+        """[length] bool: positions that some KV head of the layer before still holds; None for the first layer."""
 
     def keys(self) -> np.ndarray:
         """[heads, slots, head_dim] float32, after rotary, dequantised from the cache at each call."""
