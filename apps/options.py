@@ -58,6 +58,10 @@ def add_cache(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--kv-budget", type=size, metavar="N", help="most memory of the cache, in bytes or as 512M: a hard limit")
     group.add_argument("--kv-eviction", metavar="METHOD", default="auto", help="which tokens go when the budget is full: snapkv (the "
                        "default), streaming_llm, h2o, tova, key_diff ...; none: stop there")
+    group.add_argument("--kv-heads", metavar="METHOD", default="none", help="what KV heads keep that look nothing up: duo or razor (the "
+                       "first page and recent tokens); none: everything (the default). Needs edgeattn calibrate once")
+    group.add_argument("--kv-retrieval-heads", type=share, default=0.5, metavar="SHARE", help="with --kv-heads: part of the KV heads that "
+                       "keep everything, those that retrieve most (0.5)")
     group.add_argument("--kv-sink-tokens", type=whole(0), default=4, metavar="N", help="first tokens that are never evicted (4)")
     group.add_argument("--kv-window", type=whole(32), default=64, metavar="N", help="newest tokens that are neither evicted nor quantised, "
                        "a multiple of 32 (64)")
@@ -73,14 +77,28 @@ def size(text: str) -> int:
     return int(float(found[1]) * 1024 ** " KMG".index(found[2].upper() or " "))
 
 
+def share(text: str) -> float:
+    """An argparse type: a number from 0 to 1."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1
+    if not 0 <= value <= 1:
+        raise argparse.ArgumentTypeError(f"must be a number from 0 to 1, got {text!r}")
+    return value
+
+
 def cache_options(args: argparse.Namespace):
     """The flags of `add_cache` as CacheOptions; ValueError for a mistake."""
     from edgeattn.cache.options import CacheOptions
+    if args.kv_eviction == "adore" and getattr(args, "session", None):
+        raise ValueError("--session cannot save a cache with released pages: leave it out, or choose another --kv-eviction than adore")
     both = {None: None, 16: "f16"}.get(args.kv_bits, f"int{args.kv_bits}")
     if both and {args.cache_type_k, args.cache_type_v} - {None, both}:
         raise ValueError(f"--kv-bits {args.kv_bits} and -ctk or -ctv contradict each other: give one of them")
     return CacheOptions(k_type=args.cache_type_k or both or "auto", v_type=args.cache_type_v or both or "auto", storage=args.kv_storage,
                         budget=args.kv_budget, eviction=args.kv_eviction, sink_tokens=args.kv_sink_tokens, window=args.kv_window,
+                        heads=args.kv_heads, retrieval=args.kv_retrieval_heads,
                         progressive=args.kv_progressive)
 
 

@@ -64,7 +64,8 @@ def timing_line(run) -> str:
 def tell_shift(run) -> None:
     """A line, if a Generation went on in spite of a full context."""
     if run.dropped > 0:
-        print(f"the context was full: {run.dropped} tokens behind the first ones were forgotten, the rest was computed again", file=sys.stderr)
+        print(f"the context was full: {run.dropped} tokens behind the first ones were forgotten, the rest was computed again",
+              file=sys.stderr)
 
 
 def size(number: float) -> str:

@@ -12,9 +12,11 @@ from edgeattn.cache.kv_cache import KVCache
 from edgeattn.cache.options import CacheOptions
 from edgeattn.cache.pages import CacheFull
 from edgeattn.cache.sequence import Sequence
+from edgeattn.calibration import head_classes
 from edgeattn.graph import read_graph
 from edgeattn.plan import Plan
 from edgeattn.policies import load_policy
+from edgeattn.rebuild import recall
 
 MAX_SEQUENCES = 64
 LOGITS_BYTES = 64 << 20  # rows of logits are limited to this much at a time
@@ -46,11 +48,13 @@ class Model:
             raise ValueError(f"threads must be 1 to {most} (this machine's cores), got {self.threads}")
         numba.set_num_threads(self.threads)  # kernels' scratch is sized for this many
         shape = about["num_layers"], about["kv_heads"], about["head_dim"], self.ctx_size
-        options = choose_types(cache or CacheOptions(), defaults["kv_type"], *shape, self.ubatch)
+        options = cache or CacheOptions()
         if options.evicts and about["window"]:
             raise ValueError("this model has sliding windows, whose positions eviction and head classes would lose: use "
                              "--kv-eviction none and --kv-heads none")
-        self.cache = KVCache(*shape, options, self.ubatch)
+        classes = None if options.heads == "none" else head_classes(self.folder, self.config, options.retrieval)
+        options = choose_types(options, defaults["kv_type"], *shape, self.ubatch, classes)
+        self.cache = KVCache(*shape, options, self.ubatch, classes)
         self.ubatch, self.ctx_size = self.cache.plan.chunk, self.cache.capacity
         self._max_rows = max(1, min(self.ubatch, LOGITS_BYTES // (4 * self.vocab_size)))
         self._batch = Batch(self.ubatch, self._max_rows, MAX_SEQUENCES)
@@ -107,6 +111,8 @@ class Model:
         self._check(work, logit_rows)
         lengths = [sequence.length for sequence, _ in work]
         try:
+            if self.cache.options.releases:
+                self._note_tokens(work)
             return self._run_chunks(work, logit_rows)
         except BaseException:  # also Ctrl-C: a half-computed chunk must not stay in the cache
             for (sequence, _), length in zip(work, lengths):
@@ -126,6 +132,23 @@ class Model:
                 self.cache.settle(work[i][0], end - start)
             found.append(self.plan.view("logits", self._batch.state).copy())
         return found[0] if len(found) == 1 else np.concatenate(found)  # chunks follow the order of `work`
+
+    def _note_tokens(self, work):
+        """Keep the ids, from which released pages are rebuilt, and rebuild what a new prompt is about."""
+        for sequence, ids in work:
+            if len(ids) > 1 and sequence.answered:
+                recall(self, sequence, ids)
+            sequence.token_ids[sequence.length:sequence.length + len(ids)] = ids
+            sequence.answered = len(ids) == 1
+
+    def compute(self, sequence: Sequence, ids: np.ndarray) -> None:
+        """Append tokens and compute their keys and values, nothing else: the cache does not settle, so that truncate() undoes it."""
+        for start in range(0, len(ids), self.ubatch):
+            piece = ids[start:start + self.ubatch]
+            self.cache.append(sequence, len(piece))
+            self._batch.clear()
+            self._batch.add(sequence, piece, np.arange(0))
+            self.plan.run(self._batch.state)
 
     def _chunks(self, work, logit_rows):
         """Lists of (index into work, start, end, rows that need logits) that fit one batch."""

@@ -8,6 +8,7 @@ from numba import njit
 
 from edgeattn.kernels_cpu import LEVEL
 from edgeattn.kernels_cpu.gemv_nbits import AHEAD
+from edgeattn.kernels_cpu.parallel import variant
 from edgeattn.kernels_cpu.simd import MACHINE, codes8, f32, i32, load, load_half_tile, load_tile, prefetch, store, u8, zero_scales
 
 if LEVEL == "i8mm":
@@ -47,8 +48,8 @@ def unpack(codes, scales, zero_points, has_zeros, bits, source, blocks, size, co
                 store_steps(w, to, COLUMNS * 64, codes8(u), codes8(v))
 
 
-def _build(dot):
-    @njit(nogil=True, error_model="numpy")
+def _build(dot, bits):
+    @variant(bits)
     def sweep(weights, activations, unit, blocks, steps, part, has_zeros, start, out, to, stride):
         """A tile of ROWS tokens, whose activations begin with unit `unit` (a unit is a block of a tile), x LANES * COLUMNS outputs
         from `part` of the strip on: added to what `start` holds from `to` on, `stride` (0 for a bias) from one row to the next."""
@@ -68,8 +69,8 @@ def _build(dot):
     return sweep
 
 
-sweep4 = _build(outer_dot)
-sweep8 = _build(outer_dot8) if MACHINE == "avx2" else sweep4  # elsewhere one dot product serves both
+sweep4 = _build(outer_dot, 4)
+sweep8 = _build(outer_dot8, 8) if MACHINE == "avx2" else sweep4  # elsewhere one dot product serves both
 
 
 @njit(nogil=True, error_model="numpy")

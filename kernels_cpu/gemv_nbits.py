@@ -4,8 +4,8 @@ A thread walks its panels as `streams` parallel sequences, each prefetched: two 
 Outputs are the lanes, so nothing is summed across a vector.
 """
 import numpy as np
-from numba import njit
 
+from edgeattn.kernels_cpu.parallel import variant
 from edgeattn.kernels_cpu.simd import (MACHINE, broadcast_rows, byte_dots, f32, i32, load, load_half_tile, outer_add, outer_fma, packed_dots,
                                        prefetch, store, store_tile, zero_scales, zeros)
 
@@ -22,7 +22,7 @@ def _build_put(lanes):
     when its index is not negative."""
     F = f32(lanes)
 
-    @njit(nogil=True, error_model="numpy")
+    @variant(lanes)
     def put(tile, at, out, to, n, bias, bias_at):
         if n >= lanes:
             value = load(F, tile, at)
@@ -38,13 +38,13 @@ def _build_put(lanes):
 def _build_dots(rows, streams, bits):
     """dots(acc, codes, at, gap, a, first, size): acc plus the products of one block of `size`, whose codes start at `at` (the second
     stream's `gap` later) and activations at a[first]."""
-    @njit(nogil=True, error_model="numpy", forceinline=True)
+    @variant(rows, streams, bits, forceinline=True)
     def fetch(codes, at, gap, lines):
         for line in range(lines):
             for s in range(streams):
                 prefetch(codes, at + s * gap + 64 * line + AHEAD)
 
-    @njit(nogil=True, error_model="numpy", forceinline=True)
+    @variant(rows, streams, bits, forceinline=True)
     def dots4(acc, codes, at, gap, a, first, size):
         odds = first + size // 2 * rows
         for q in range(size // 32):  # once for blocks of 32; for those of 16 below
@@ -55,7 +55,7 @@ def _build_dots(rows, streams, bits):
             acc = packed_dots(acc, streams, 2, codes, at, gap, a, first, odds)
         return acc
 
-    @njit(nogil=True, error_model="numpy", forceinline=True)
+    @variant(rows, streams, bits, forceinline=True)
     def dots8(acc, codes, at, gap, a, first, size):
         for q in range(size // 16):
             fetch(codes, at + 256 * q, gap, 4)
@@ -68,7 +68,7 @@ def _build_outputs(rows, lanes, streams, bits):
     F, I = f32(lanes), i32(lanes)
     count, step_k, zero, dots = rows * streams, 32 // bits, np.float32(1 << (bits - 1)), _build_dots(rows, streams, bits)
 
-    @njit(nogil=True, error_model="numpy")
+    @variant(rows, lanes, streams, bits)
     def outputs(weights, activations, size, blocks, has_zeros, panel, gap, part):
         """`lanes` outputs, from `part` on, of `panel` (and of `panel + gap`): a tile of rows x streams."""
         codes, scales, zero_points = weights
@@ -96,7 +96,7 @@ def build(rows, lanes, streams, bits):
     """
     outputs, put = _build_outputs(rows, lanes, streams, bits), _build_put(lanes)
 
-    @njit(nogil=True, error_model="numpy")
+    @variant(rows, lanes, streams, bits)
     def gemv(weights, activations, bias, out, tile, sizes, flags):
         size, blocks, first, last, tokens, n, out_stride = sizes
         has_zeros, has_bias = flags

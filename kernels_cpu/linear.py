@@ -9,7 +9,7 @@ from numba import carray, cfunc, float32, int64, njit, uint16
 from edgeattn.kernels_cpu.float_tiles import (BLOCK, COLUMNS, ROWS, TILE, add_tile, load_floats, outer_product,
                                                 transpose)
 from edgeattn.kernels_cpu.floats import F, fetch_add, is_half, load_end
-from edgeattn.kernels_cpu.parallel import call_worker, parallel, worker
+from edgeattn.kernels_cpu.parallel import call_worker, parallel, variant, worker
 from edgeattn.kernels_cpu.simd import at, hsum, load_rows, load_tile, outer_add, prefetch, store, store_tile, zeros
 from edgeattn.kernels_cpu.steps import STEP, aligned, call, thread_count
 
@@ -42,7 +42,7 @@ def _dot_kernel(tokens, streams):
     """Dots of `tokens` rows of x with the weight's rows i, i + apart, i + 2 * apart ..."""
     count = tokens * streams
 
-    @njit(nogil=True, error_model="numpy")
+    @variant(tokens, streams)
     def dots(valid, x, x_stride, w, w_stride, depth, bias, out, out_stride, i, apart):
         acc, start, gap = zeros(F, count), i * w_stride, apart * w_stride
         ahead = AHEAD // 2 if is_half(w) else AHEAD // 4

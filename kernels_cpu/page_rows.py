@@ -8,10 +8,11 @@ functions that make them because Numba does not cache what takes a function as a
 Arguments that stay the same over many calls stand in a small int64 array, the `task`.
 """
 import numpy as np
-from numba import float32, int8, njit, uint8
+from numba import float32, int8, uint8
 
 from edgeattn.kernels_cpu.float_tiles import COLUMNS, add_scaled, outer_add_rows, times_16
 from edgeattn.kernels_cpu.floats import F, I
+from edgeattn.kernels_cpu.parallel import variant
 from edgeattn.kernels_cpu.simd import (at, bitcast, convert, fma, load, load_rows, outer_dot, prefetch, splat, store,
                                        store_tile, u8, vmax, vmin, zeros)
 
@@ -20,8 +21,13 @@ HEAD_ROWS = 4  # query heads in the register tile
 QUAD = u8(64)
 
 
+def _type(function):
+    """The type's file, by which its loops are told apart."""
+    return function.py_func.__module__.rpartition(".")[2]
+
+
 def add_rows_by(pair):
-    @njit(nogil=True, error_model="numpy")
+    @variant(_type(pair))
     def add_rows(task, values, weights, out, ahead):
         """Rows of floats: out[head, 32] += sum over rows of weights[head, row] * values[row, 32], HEAD_ROWS query heads at a time.
 
@@ -55,7 +61,7 @@ def dot_rows_by(quad, low_quad=None):
     two_planes = low_quad is not None
     low_quad = low_quad or quad
 
-    @njit(nogil=True, error_model="numpy")
+    @variant(_type(quad))
     def dot_rows(task, codes, weights, out, ahead):
         """Codes: out[head, 32] += scale[head] * sum over rows of weights[head, row] * codes[row, 32].
 
@@ -105,7 +111,7 @@ def dot_rows_by(quad, low_quad=None):
 
 
 def expand_rows_by(pair):
-    @njit(nogil=True, error_model="numpy")
+    @variant(_type(pair))
     def expand_rows(task, values, params, out):
         """Rows of floats to float32: the first 16 values at row * OUT_STRIDE, the others HALF further on."""
         to = at(float32, out)
@@ -117,7 +123,7 @@ def expand_rows_by(pair):
 
 
 def expand_quads_by(quad):
-    @njit(nogil=True, error_model="numpy")
+    @variant(_type(quad))
     def expand_quads(task, codes, params, out):
         """out[row] = minimum[row] + step[row] * codes[row]; params: float32 minimum [ROWS] and step [ROWS], 0 for the bare codes."""
         to, p = at(float32, out), at(float32, params)
@@ -136,11 +142,11 @@ def expand_quads_by(quad):
 
 
 def pack_quads_by(put):
-    @njit(nogil=True, error_model="numpy")
+    @variant(_type(put))
     def code(x, low, inverse, top):
         return convert(I, vmin(vmax((x - low) * inverse, splat(F, np.float32(0))), top))
 
-    @njit(nogil=True, error_model="numpy")
+    @variant(_type(put))
     def pack_quads(task, values, params, codes):
         """Codes of `values` [ROWS, 32] float32, to nearest even; params: minimum [ROWS] and step [ROWS] float32."""
         x, p, top = at(float32, values), at(float32, params), splat(F, np.float32(task[LEVELS]))

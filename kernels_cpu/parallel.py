@@ -12,6 +12,18 @@ ARGS = types.CPointer(types.int64)
 WORKER = types.void(ARGS, types.int64, types.int64, types.int64, types.int64)
 
 
+def variant(*of, **options):
+    """njit for a function that another function makes several of, which `of` tells apart.
+
+    Numba names compiled code after the function and a number that it counts up in each process. Two variants that two processes cached
+    may have the same name then, and whoever loads both would silently run one in place of the other.
+    """
+    def compile(function):
+        function.__qualname__ = "_".join([function.__qualname__, *(str(x) for x in of)])
+        return njit(nogil=True, error_model="numpy", **options)(function)
+    return compile
+
+
 def worker(function):
     """Compile `function(args, rows, first, task, thread)`; returns what gives compiled code its address.
 

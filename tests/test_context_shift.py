@@ -68,8 +68,8 @@ class Spy:
 
 def start(model, sequence=None, prompt=tuple(range(3, 103)), max_tokens=-1, shift=ContextShift(40), **more):
     """A greedy generation that no token ends."""
-    return Generation(model, TOKENIZER, sequence or model.new_sequence(), list(prompt), SamplerOptions(temperature=0), max_tokens, shift=shift,
-                      **more)
+    return Generation(model, TOKENIZER, sequence or model.new_sequence(), list(prompt), SamplerOptions(temperature=0), max_tokens,
+                      shift=shift, **more)
 
 
 @pytest.mark.parametrize("cache", CACHES)

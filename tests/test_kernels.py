@@ -1,4 +1,7 @@
 """Every operator's CPU kernel against its NumPy reference, on fresh random inputs."""
+import ast
+from pathlib import Path
+
 import numpy as np
 import pytest
 
@@ -150,3 +153,11 @@ def test_sample_takes_nan_for_minus_infinity(share, options):
 
 def test_every_operator_has_cases():
     assert set(CASES) == set(OPS)
+
+
+def test_functions_made_by_functions_are_told_apart():
+    """By `variant`: under njit alone, code that two processes cached may have one name, and one variant would run for the other."""
+    for path in (Path(__file__).parent.parent / "kernels_cpu").glob("*.py"):
+        outer = [node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.FunctionDef)]
+        for function in (node for made_by in outer for node in made_by.body if isinstance(node, ast.FunctionDef)):
+            assert not any("njit" in ast.unparse(d) for d in function.decorator_list), f"{path.name}: {function.name} needs @variant"

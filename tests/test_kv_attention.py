@@ -12,7 +12,10 @@ from edgeattn.policies import policy_names
 from kv_driver import ROUNDED, Driver, dequantise, hadamard
 
 TYPES = ["int8", "int4", "int3", "int2", "int4/f16", "f16/int4"]
-FORMATS = [*((kind, name) for kind in TYPES for name in policy_names("storage")), ("f16", "kivi"), ("f32", "kivi")]
+HEAD_DIMS = [16, 48, 64, 80, 128]
+FORMATS = [*((kind, name, depth) for kind in TYPES for name in ("kivi", "hadamard") for depth in HEAD_DIMS),
+           *((kind, name, None) for kind in TYPES for name in policy_names("storage") if name not in ("kivi", "hadamard")),
+           *((kind, "kivi", depth) for kind in ("f16", "f32") for depth in HEAD_DIMS)]  # None: a random one
 
 
 def cache_of(types, *, tokens=1024, layers=1, kv_heads=2, head_dim=64, ubatch=256, classes=None, **options):
@@ -31,13 +34,12 @@ def with_threads(threads, call):
         numba.set_num_threads(before)
 
 
-@pytest.mark.parametrize("types, storage", FORMATS)
-@pytest.mark.parametrize("head_dim", [16, 48, 64, 80, 128])
+@pytest.mark.parametrize("types, storage, head_dim", FORMATS)
 def test_pages_are_read_as_they_are(types, storage, head_dim):
     """Prefill behind sealed pages, decode, and both in one batch."""
     rng = np.random.default_rng()
-    group, chunk = int(rng.integers(1, 9)), int(rng.integers(60, 200))
-    print(f"group {group}, chunk {chunk}")  # pytest shows it when the test fails
+    group, chunk, head_dim = int(rng.integers(1, 9)), int(rng.integers(60, 200)), head_dim or int(rng.choice(HEAD_DIMS))
+    print(f"group {group}, chunk {chunk}, head_dim {head_dim}")  # pytest shows it when the test fails
     cache = cache_of(types, head_dim=head_dim, storage=storage)
     driver = Driver(cache, group)
     a, b, c = (cache.new_sequence() for _ in range(3))
@@ -71,7 +73,7 @@ def test_long_contexts(types, group, threads):
     with_threads(threads, run)
 
 
-@pytest.mark.parametrize("head_dim", [16, 48, 64, 80, 128])
+@pytest.mark.parametrize("head_dim", HEAD_DIMS)
 def test_rotation_leaves_scores_as_they_are(head_dim):
     rng, heads, kv_heads = np.random.default_rng(), 6, 2
     sequences = [(100, 1), (70, 35), (0, 40)]
@@ -140,27 +142,28 @@ def expected_mass(driver, sequence, queries, probes):
 @pytest.mark.parametrize("mode, types, options, window", [
     ("sum", "int4", {"storage": "zipcache"}, 0), ("sum", "int4", {"storage": "akvq"}, 0), ("sum", "int8", {"storage": "zipcache"}, 90),
     ("sum", "f16", {"eviction": "h2o", "budget": 450_000}, 0), ("last", "f32", {"eviction": "snapkv", "budget": 900_000}, 0),
-    ("last", "int4", {"eviction": "tova", "budget": 250_000}, 0)])
+    ("last", "int4", {"eviction": "tova", "budget": 250_000}, 0),
+    ("sum, last", "int4", {"storage": "zipcache", "eviction": "snapkv", "budget": 400_000}, 0)])
 def test_mass_is_the_attention_received(mode, types, options, window):
     """By token: tokens take their mass along when they are sorted into other pages."""
     cache = cache_of(types, layers=2, **options)
     driver, a = Driver(cache, 3, window=window), cache.new_sequence()
-    mass, seen = np.zeros((2, *cache.shape, 1024))
-    assert cache.mass == mode
+    mass, seen, last = np.zeros((3, *cache.shape, 1024))
     for count in (100, 33, 1, 1, 90, 1, 120, 2, 200, 77, 100, 1) * (2 if cache.plan.evicts else 1):
         count = min(count, cache.plan.chunk)
         parts, probes = driver.random(count), min(count, int(np.random.default_rng().integers(1, 50)))
         driver.forward([(a, parts)], settle=False, probes=probes)
         slots = a.counts.max()
         held = np.arange(slots) < a.counts[..., None]
-        places, found = np.where(held, a.positions[..., :slots], 1023), expected_mass(driver, a, parts[0], probes)
-        if mode == "last":
-            mass[:] = 0
-        for total, part in ((mass, found[0]), (seen, found[1])):
+        places, found = np.where(held, a.positions[..., :slots], 1023).astype(int), expected_mass(driver, a, parts[0], probes)
+        last[:] = 0
+        for total, part in ((mass, found[0]), (seen, found[1]), (last, found[0])):
             np.put_along_axis(total, places, np.take_along_axis(total, places, -1) + part, -1)
-        error = abs(a.mass[0, ..., :slots] - np.take_along_axis(mass, places, -1))[held]
-        assert error.max() < (ROUNDED * mass.max() if cache.options.quantised else 1e-4)
-        np.testing.assert_array_equal(a.mass[1, ..., :slots][held], np.take_along_axis(seen, places, -1)[held])
+        planes = {"sum": [mass, seen], "last": [last], "sum, last": [mass, seen, last]}[mode]
+        assert len(a.mass) == len(planes)
+        for got, total in zip(a.mass, planes):
+            error = abs(got[..., :slots] - np.take_along_axis(total, places, -1))[held].max()
+            assert error < (1e-9 if total is seen else ROUNDED * total.max() if cache.options.quantised else 1e-4)
         cache.settle(a, count)
     assert (a.length > a.counts).all() == cache.plan.evicts
 

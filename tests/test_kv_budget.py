@@ -71,7 +71,9 @@ def draw_cache(draw):
     while True:
         try:
             classes = draw(st.none() | st.lists(st.booleans(), min_size=2, max_size=2).map(lambda x: np.array([x])))
-            return some_cache(draw(st.sampled_from(TYPES)), draw(st.sampled_from(policy_names("storage"))), draw(st.sampled_from(evictions())),
+            kind = draw(st.sampled_from(TYPES))
+            storage = draw(st.sampled_from(policy_names("storage"))) if kind in TYPES[2:] else "kivi"
+            return some_cache(kind, storage, draw(st.sampled_from(evictions())),
                               draw(st.floats(8, 24)), draw(st.sampled_from([32, 64, 96])), draw(st.integers(0, 32)),
                               draw(st.sampled_from([32, 64, 100, 512])), classes, heads=draw(st.sampled_from(["none", "razor"])))
         except ValueError as error:
@@ -153,10 +155,11 @@ def test_evicting_is_masking(eviction):
     assert (a.counts < a.length - PAGE).all()
 
 
-@pytest.mark.parametrize("kind", [("f16", "f16"), ("int4", "int4"), ("int8", "f16")])
-@pytest.mark.parametrize("storage", policy_names("storage"))
+@pytest.mark.parametrize("storage, kind", [("kivi", ("f16", "f16")), *((name, kind) for name in policy_names("storage") for kind in TYPES[3:7:3])])
 def test_a_large_budget_changes_nothing(kind, storage):
-    eviction = "random" if storage in ("zipcache", "akvq") else np.random.default_rng().choice(evictions())  # these need their own mass
+    # Policies that weigh tokens probe more often, which is seen by storage that weighs them, too.
+    eviction = np.random.default_rng().choice(["random", "key_diff"] if storage in ("zipcache", "akvq") else evictions())
+    print(eviction)  # pytest shows it when the test fails
     tight, free = some_cache(kind, storage, str(eviction), 100, tokens=500), \
         KVCache(1, KV_HEADS, DEPTH, 500, CacheOptions(*kind, storage=storage, window=32), 64)
     assert (tight.plan.limits >= 500).all()

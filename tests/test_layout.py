@@ -14,7 +14,7 @@ LAYERS = [  # a file may import only from its own row or the rows above
     ["edgeattn.ops", "edgeattn.page_formats", "edgeattn.reference", "edgeattn.__init__"],
     ["edgeattn.kernels_cpu", "edgeattn.kernels_cuda"],
     ["edgeattn.cache", "edgeattn.policies", "edgeattn.batch", "edgeattn.graph", "edgeattn.segments", "edgeattn.plan",
-     "edgeattn.tokenizer", "edgeattn.bandwidth"],
+     "edgeattn.tokenizer", "edgeattn.bandwidth", "edgeattn.calibration"],
     ["edgeattn.runtime", "edgeattn.rebuild", "edgeattn.context_shift", "edgeattn.generation", "edgeattn.conversation"],
     ["edgeattn.exporters"],
     ["edgeattn.apps"],

@@ -6,13 +6,14 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
+from edgeattn.cache.layer_budget import MOST
 from edgeattn.cache.options import CacheOptions
 from edgeattn.page_formats import PAGE, PageFormat
+from edgeattn.policies import load_policy
 
 SMALLEST_CHUNK = 32
 MASS = {"": 0, "sum": 1, "last": 2}  # attention statistics: bits, as attention_mass.py wants them
 SEQUENCES = 64     # that may be open at once where memory is not limited (it is touched only when used)
-STREAM_PAGES = 8   # recent pages that a streaming head keeps: 256 tokens (DuoAttention)
 
 
 @dataclass(frozen=True)
@@ -20,7 +21,8 @@ class CachePlan:
     """
     formats    of the pools: floats first, then those of sealed pages, the widest first
     pages      how many of each
-    limits     [layers, kv_heads] int64: tokens that a head holds at most, between forward calls
+    limits     [layers, kv_heads] int64: tokens that a head holds at most, between forward calls, unless layers share (layer_budget.py)
+    most       tokens that a head may get when they do
     max_pages  length of a page list
     chunk      tokens of a forward call at most
     evicts     whether some head is to drop tokens when it reaches its limit
@@ -28,6 +30,7 @@ class CachePlan:
     formats: tuple[PageFormat, ...]
     pages: tuple[int, ...]
     limits: np.ndarray
+    most: int
     max_pages: int
     chunk: int
     evicts: bool
@@ -36,11 +39,14 @@ class CachePlan:
     classes: np.ndarray | None
     position_type: np.dtype
     head_bytes: int  # of a sequence's arrays for each KV head, however many tokens there are
+    releases: bool   # pages are released and rebuilt
 
     def state_bytes(self) -> int:
         """Bytes of one sequence's tables and per-token arrays."""
         heads = self.limits.size
-        return heads * (self.head_bytes + self.max_pages * (4 + PAGE * (self.tracked * self.position_type.itemsize + 4 * self.mass_planes)))
+        token = self.tracked * self.position_type.itemsize + 4 * self.mass_planes
+        page = 4 + PAGE * token + self.releases * (2 * self.formats[0].head_dim + 4)  # a mean key; the page list of the part rebuilt from
+        return heads * (self.head_bytes + self.max_pages * page) + self.releases * self.max_pages * (4 * PAGE + 1)
 
     @property
     def mass_planes(self) -> int:
@@ -58,7 +64,8 @@ class CachePlan:
 
 def plan_cache(options: CacheOptions, layers: int, kv_heads: int, head_dim: int, ctx_size: int, ubatch: int,
                classes: np.ndarray | None = None) -> CachePlan:
-    """classes: [layers, kv_heads] bool, True for heads that keep everything. ValueError: the budget is too small for anything."""
+    """classes: [layers, kv_heads] bool, True for heads that keep everything; None: all of them. ValueError: the budget is too small for
+    anything."""
     storage, eviction = options.storage_policy(), options.eviction_policy()
     floats = PageFormat(head_dim, options.float_type, options.float_type)
     formats = (floats, *storage.formats(head_dim, options.k_type, options.v_type)) if options.quantised else (floats,)
@@ -66,29 +73,34 @@ def plan_cache(options: CacheOptions, layers: int, kv_heads: int, head_dim: int,
     mass_mode = 0
     for user in options.probing():
         mass_mode |= MASS[user.mass]
-    if options.layer_budget != "uniform":
-        mass_mode |= MASS["sum"]
-    tracked = eviction is not None or classes is not None or mass_mode > 0
+    tracked = (eviction is not None or classes is not None or mass_mode > 0) and not options.releases
     position_type = np.dtype(np.uint16 if ctx_size <= 1 << 16 else np.int32)
     shape, evicts = (layers, kv_heads), eviction is not None or classes is not None
-    head_bytes = 8 + (4 * (1 + 2 * head_dim) if options.heads == "razor" else 0)  # counts, sealed; the compensation token
+    streaming = load_policy("heads", "duo" if options.heads == "none" else options.heads)
+    head_bytes = 8 + (4 * (1 + 2 * head_dim) if options.compensated else 0) + 4 * options.shares_layers
+    # counts, sealed; the compensation token; limits
 
     def build(tokens, chunk):
         """The plan for heads that hold `tokens` each (streaming heads fewer)."""
         spare = chunk + PAGE if evicts else 0  # a forward call comes on top before anything goes
         limits = np.full(shape, tokens, np.int64)
         if classes is not None:
-            limits[~classes] = min(tokens, PAGE * (1 + STREAM_PAGES) + options.window + PAGE - 1)
+            recent = max(streaming.recent(tokens), options.window)
+            limits[~classes] = min(tokens, PAGE + recent + PAGE - 1)  # over it, whole pages go: the recent tokens stay
+        # Several sequences share the context, and each has recent tokens of its own; unlimited memory is touched only when it is used.
+        held = limits if options.budget is not None else np.full(shape, tokens)
         if options.quantised:
-            sealed = np.maximum(0, (limits - options.window) // PAGE - 1)
+            sealed = np.maximum(0, (held - options.window) // PAGE - 1)
             open_pages = (options.window // PAGE + 3 + (storage.group - 1)) * (SEQUENCES if options.budget is None else 1)
             kept_floats = (open_pages + -(-chunk // PAGE)) * limits.size
             groups = -(-sealed // storage.group).sum()
             pages = (kept_floats, *(int(groups * order.count(i)) for i in range(len(formats) - 1)))
         else:
-            pages = (int((-(-(limits + spare) // PAGE)).sum()),)
-        max_pages = -(-(tokens + spare) // PAGE)
-        return CachePlan(formats, pages, limits, max_pages, chunk, evicts, tracked, mass_mode, classes, position_type, head_bytes)
+            pages = (int((-(-(held + spare) // PAGE)).sum()),)
+        most = min(MOST * tokens, -(-ctx_size // PAGE) * PAGE) if options.shares_layers else tokens
+        max_pages = -(-((ctx_size if options.releases else most) + spare) // PAGE)
+        return CachePlan(formats, pages, limits, most, max_pages, chunk, evicts, tracked, mass_mode, classes, position_type, head_bytes,
+                         options.releases)
 
     if options.budget is None:
         return build(ctx_size, min(ubatch, ctx_size))
@@ -108,7 +120,7 @@ def plan_cache(options: CacheOptions, layers: int, kv_heads: int, head_dim: int,
 
 
 def choose_types(options: CacheOptions, default: str, layers: int, kv_heads: int, head_dim: int, ctx_size: int,
-                 ubatch: int) -> CacheOptions:
+                 ubatch: int, classes: np.ndarray | None = None) -> CacheOptions:
     """`options` with "auto" settled: without a budget the type is `default`, else the widest in which the context fits without
     eviction; if it fits in none, tokens are evicted."""
     kinds = [default] if options.budget is None else ["f16", "int8", "int4"]
@@ -119,7 +131,7 @@ def choose_types(options: CacheOptions, default: str, layers: int, kv_heads: int
                          v_type=kind if options.v_type == "auto" else options.v_type)
         if options.budget is None:
             return chosen
-        fits = plan_cache(replace(chosen, eviction="none", heads="none"), layers, kv_heads, head_dim, ctx_size, ubatch)
-        if fits.limits.min() >= ctx_size:
+        limits = plan_cache(replace(chosen, eviction="none"), layers, kv_heads, head_dim, ctx_size, ubatch, classes).limits
+        if limits[... if classes is None else classes].min(initial=ctx_size) >= ctx_size:
             return replace(chosen, eviction="none") if options.eviction == "auto" else chosen
     return chosen

@@ -3,11 +3,11 @@ from functools import cached_property
 
 import numpy as np
 
+from edgeattn.cache.layer_budget import share_limits
 from edgeattn.cache.sealing import move_tokens
 from edgeattn.kernels_cpu import read_pages
 from edgeattn.kernels_cpu.page_pool import POOLS, RELEASED
 from edgeattn.page_formats import PAGE
-from edgeattn.policies import load_policy
 
 
 class Heads:
@@ -47,25 +47,51 @@ class Heads:
 
 def evict(cache, sequence) -> None:
     """Bring every head that exceeds its limit under it, by at least a page, so that the next time is a page of tokens away."""
-    cache.own_floats(sequence)
-    over = sequence.counts > cache.plan.limits
-    carry, streams = {}, ~cache.plan.classes if cache.plan.classes is not None else np.zeros_like(over)
-    for layer in np.flatnonzero(over.any(1)):
-        for kind in (False, True):
-            members = np.flatnonzero(over[layer] & (streams[layer] == kind))
-            for count in np.unique(sequence.counts[layer, members]):
-                heads = members[sequence.counts[layer, members] == count]
-                policy = load_policy("eviction", "streaming_llm") if kind else cache.eviction
-                view = Heads(cache, sequence, layer, heads, carry)
-                scores = policy.scores(view)
-                for i, head in enumerate(heads):
-                    _drop(cache, sequence, view, int(head), i, scores[i])
+    if sequence.limits is not None and not sequence.limits.any():
+        sequence.limits[:] = share_limits(cache, sequence)
+    excess, carry = np.maximum(0, sequence.counts - cache.limits(sequence)), {}
+    if cache.plan.classes is not None:
+        drop_oldest(cache, sequence, -(-np.where(cache.plan.classes, 0, excess) // PAGE))
+        excess *= cache.plan.classes
+    if excess.any():
+        cache.own_floats(sequence)
+    for layer in np.flatnonzero(excess.any(1)):
+        members = np.flatnonzero(excess[layer])
+        for count in np.unique(sequence.counts[layer, members]):
+            heads = members[sequence.counts[layer, members] == count]
+            view = Heads(cache, sequence, layer, heads, carry)
+            scores = cache.eviction.scores(view)
+            for i, head in enumerate(heads):
+                _drop(cache, sequence, view, int(head), i, scores[i])
     sequence.exact_from = sequence.length
+
+
+def drop_oldest(cache, sequence, pages) -> None:
+    """Drop the oldest full pages behind the first, pages[layer, kv_head] of each head. No token moves, so forks go on sharing the rest."""
+    for layer, head in np.argwhere(pages):
+        n, table = int(pages[layer, head]), sequence.tables[layer, head]
+        if sequence.compensation is not None:
+            _compensate(cache, sequence.compensation[layer, head], table[1:1 + n])
+        cache.release(table[1:1 + n])
+        table[1:-n], table[-n:] = table[1 + n:], RELEASED
+        for plane in (sequence.positions, *(sequence.mass if sequence.mass is not None else ())):
+            if plane is not None:
+                plane[layer, head, PAGE:-n * PAGE] = plane[layer, head, (1 + n) * PAGE:]
+    sequence.counts -= (PAGE * pages).astype(np.int32)
+    sequence.sealed[:] = np.maximum(1, sequence.sealed - pages)
+
+
+def _compensate(cache, held, entries):
+    """Add the tokens of pages that go to the mean key and value that stand for them (RazorAttention)."""
+    k, v = read_pages.run(cache.table, cache.head_dim, entries)
+    count = len(entries) * PAGE
+    held[0] += count
+    held[1:] += (np.r_[k.mean((0, 2)), v.mean((0, 1))] - held[1:]) * (count / held[0])
 
 
 def _drop(cache, sequence, view, head, i, scores):
     layer, slots, options = view.layer, view.slots, cache.options
-    excess = max(PAGE, slots - int(cache.plan.limits[layer, head]))
+    excess = max(PAGE, slots - int(cache.limits(sequence)[layer, head]))
     sealed = slice(PAGE, PAGE * int(sequence.sealed[layer, head]))  # slots of quantised pages
     scores = scores.astype(np.float64)
     scores[(view.positions[i] < options.sink_tokens) | (view.positions[i] >= view.length - options.window)] = np.inf
@@ -76,8 +102,6 @@ def _drop(cache, sequence, view, head, i, scores):
     keep[free[gone]] = False
     for page in gone_pages:
         keep[PAGE * (page + 1):PAGE * (page + 2)] = False
-    if sequence.compensation is not None:
-        _compensate(sequence, layer, head, view, i, ~keep)
     _compact(cache, sequence, layer, head, keep, gone_pages + 1, sealed)
 
 
@@ -116,13 +140,3 @@ def _compact(cache, sequence, layer, head, keep, gone_pages, sealed):
     cache.release(table[used:before])
     table[used:before] = RELEASED
     sequence.counts[layer, head] = count
-
-
-def _compensate(sequence, layer, head, view, i, gone):
-    """Add dropped tokens to the mean key and value that stand for them (RazorAttention)."""
-    held = sequence.compensation[layer, head]
-    depth = (len(held) - 1) // 2
-    total = held[0] + gone.sum()
-    for part, x in ((slice(1, 1 + depth), view.keys()), (slice(1 + depth, None), view.values())):
-        held[part] += (x[i, gone].sum(0) - gone.sum() * held[part]) / total
-    held[0] = total

@@ -7,6 +7,7 @@ from edgeattn.cache.budget import MASS, plan_cache
 from edgeattn.cache.eviction import evict
 from edgeattn.cache.options import CacheOptions
 from edgeattn.cache.pages import CacheFull, PagePool
+from edgeattn.cache.release import make_room
 from edgeattn.cache.sealing import seal
 from edgeattn.cache.sequence import Sequence
 from edgeattn.kernels_cpu import read_pages
@@ -86,8 +87,11 @@ class KVCache:
             np.full((*shape, self.plan.max_pages), RELEASED, np.int32), np.zeros(shape, np.int32), np.ones(shape, np.int32),
             np.zeros((*shape, slots), self.plan.position_type) if self.plan.tracked else None,
             np.zeros((self.plan.mass_planes, *shape, slots), np.float32) if self.plan.mass_mode else None,
-            np.zeros((*shape, 1 + 2 * self.head_dim), np.float32) if self.options.heads == "razor" else None,
-            np.zeros(shape, np.float32) if self.options.progressive else None))
+            np.zeros((*shape, 1 + 2 * self.head_dim), np.float32) if self.options.compensated else None,
+            np.zeros(shape, np.float32) if self.options.progressive else None,
+            np.zeros(shape, np.int32) if self.options.shares_layers else None,
+            *((np.zeros(slots, np.int32), np.zeros((self.plan.max_pages, *shape, self.head_dim), np.float16),
+               np.zeros(self.plan.max_pages, bool)) if self.options.releases else ())))
 
     def _watched(self, sequence):
         self._state_bytes += sequence.nbytes
@@ -162,20 +166,26 @@ class KVCache:
         if len(shared[0]):
             self._own(sequence, shared, self.pools[0].allocate(len(shared[0])) * POOLS)
 
+    def limits(self, sequence: Sequence) -> np.ndarray:
+        """[layers, kv_heads] tokens that each head of a sequence may hold between forward calls."""
+        return self.plan.limits if sequence.limits is None or not sequence.limits.any() else sequence.limits
+
     def probes_for(self, sequence: Sequence, rows: int) -> int:
         """How many of a forward call's last rows are to be probed for the attention they pay, after append()."""
         if rows > 1 or not self.probes:
             return min(rows, self.probes)
         if self.plan.mass_mode & MASS["sum"] and sequence.length % DECODE_PROBES == 0:  # a sample is enough for a sum over many steps
             return 1
-        return int(((sequence.counts > self.plan.limits) & (sequence.counts % PAGE == 0)).any())  # settle is about to evict
+        return int(((sequence.counts > self.limits(sequence)) & (sequence.counts % PAGE == 0)).any())  # settle is about to evict
 
     def settle(self, sequence: Sequence, count: int) -> None:
         """After a forward call of `count` tokens: evict what is over the limits, then quantise pages that are full and older than the
         window. A decoded token changes nothing unless it fills a page."""
         if count == 1 and sequence.room:
             return
-        if self.plan.evicts and (sequence.counts > self.plan.limits).any():
+        if self.options.releases:
+            make_room(self, sequence)
+        elif self.plan.evicts and (sequence.counts > self.limits(sequence)).any():
             evict(self, sequence)
         if len(self.pools) > 1:
             seal(self, sequence)
@@ -193,6 +203,8 @@ class KVCache:
             keep = np.maximum(sequence.counts - gone, 0)
             inside = (keep < sequence.sealed * PAGE) & (keep >= PAGE)  # the cut goes through a quantised page
             length -= int(np.where(inside, keep % PAGE, 0).max())
+            if length % PAGE and sequence.tables[0, 0, length // PAGE] == RELEASED and (sequence.counts == sequence.length).all():
+                length = length // PAGE * PAGE  # nor can a released page
             gone = sequence.length - length
         counts = np.maximum(sequence.counts - gone, 0) if length else np.zeros_like(sequence.counts)
         keep = -(-counts // PAGE)
@@ -202,9 +214,11 @@ class KVCache:
         sequence.counts[:] = counts
         sequence.sealed[:] = np.clip(sequence.sealed, 1, np.maximum(keep, 1))
         sequence.room, sequence.length = int((keep * PAGE - counts).min()), length
-        sequence.shared = True  # the last page now may be one that was full when it was shared
+        sequence.shared = sequence.answered = True  # the last page now may be one that was full when it was shared
         if not length:
             sequence.exact_from = 0
+            if sequence.limits is not None:
+                sequence.limits[:] = 0
             if sequence.compensation is not None:
                 sequence.compensation[:] = 0
         return length

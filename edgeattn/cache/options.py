@@ -1,16 +1,19 @@
 """What a user chooses about the KV cache."""
 from dataclasses import dataclass
 
+from edgeattn.cache.layer_budget import ZipVL
 from edgeattn.page_formats import BITS
 from edgeattn.policies import load_policy, policy_names
 
 LAYER_BUDGETS = ("uniform", "zipvl")
-DEFAULT_EVICTION = "snapkv"
+DEFAULT_EVICTION = "key_diff"
+RELEASING = "adore"  # drops whole pages, which are computed again when they are asked for
 
 
 def evictions() -> list[str]:
-    """Methods that can be chosen by name: nats needs token types, which only a checkpoint brings."""
-    return [name for name in policy_names("eviction") if name != "nats"]
+    """Methods that can be chosen by name and score tokens: nats needs token types, which only a checkpoint brings; RELEASING is another
+    kind."""
+    return [name for name in policy_names("eviction") if name not in ("nats", RELEASING)]
 
 
 @dataclass(frozen=True)
@@ -25,9 +28,9 @@ class CacheOptions:
                     DEFAULT_EVICTION where there is a budget
     sink_tokens     first tokens that are never evicted
     window          newest tokens that are never evicted nor quantised, a multiple of 32
-    heads           "none", or a file of policies/heads: KV heads that need only sinks and recent tokens
+    heads           "none", or a file of policies/heads: what KV heads keep that look nothing up. Needs calibration (calibration.py)
     retrieval       share of the KV heads that keep everything
-    layer_budget    "uniform", or "zipvl": layers whose attention is spread more widely keep more
+    layer_budget    "uniform", or "zipvl": layers whose attention is spread more widely keep more, where there is eviction
     progressive     of int8 keys a decode step reads the high four bits alone where the step before was certain: where the largest
                     attention weight of each query head was at least this (SpAtten, arXiv 2012.09852); 0 is off
     ValueError: an unknown name, a number out of range, or a pair that does not compose.
@@ -46,17 +49,24 @@ class CacheOptions:
 
     def __post_init__(self):
         for name, known in (("k_type", ("auto", *BITS)), ("v_type", ("auto", *BITS)), ("storage", policy_names("storage")),
-                            ("eviction", ("auto", "none", *evictions())), ("layer_budget", LAYER_BUDGETS)):
+                            ("eviction", ("auto", "none", RELEASING, *evictions())), ("heads", ("none", *policy_names("heads"))),
+                            ("layer_budget", LAYER_BUDGETS)):
             if getattr(self, name) not in known:
                 raise ValueError(f"{name} must be one of {', '.join(known)}, got {getattr(self, name)!r}")
         if not 0 <= self.sink_tokens <= 32:
             raise ValueError(f"sink_tokens must be 0 to 32 (they stand in the first page), got {self.sink_tokens}")
         if self.window < 32 or self.window % 32:
             raise ValueError(f"window must be a multiple of 32, at least 32, got {self.window}")
+        if not 0 <= self.retrieval <= 1:
+            raise ValueError(f"retrieval must be a share of the KV heads, 0 to 1, got {self.retrieval}")
         if self.eviction not in ("auto", "none") and self.budget is None:
             raise ValueError(f"eviction {self.eviction!r} needs a budget to keep: give --kv-budget too")
         if self.storage != "kivi" and "auto" not in (self.k_type, self.v_type) and not self.quantised:
             raise ValueError(f"storage {self.storage!r} is a way to quantise: choose -ctk and -ctv (or --kv-bits) below 16 bits")
+        if self.releases and (self.heads != "none" or self.layer_budget != "uniform"):
+            raise ValueError(f"eviction {RELEASING!r} drops pages of all heads together: leave out --kv-heads and layer budgets")
+        if self.releases and (self.storage_policy().group > 1 or self.storage_policy().anchors):
+            raise ValueError(f"eviction {RELEASING!r} and storage {self.storage!r}, which sorts tokens, do not go together: choose another")
         if not 0 <= self.progressive <= 1:
             raise ValueError(f"progressive must be 0 (off) to 1, an attention weight, got {self.progressive}")
         if self.progressive and self.k_type != "int8":
@@ -84,13 +94,28 @@ class CacheOptions:
         return self.method != "none" or self.heads != "none"
 
     @property
+    def releases(self) -> bool:
+        """Whether whole pages are released and rebuilt."""
+        return self.method == RELEASING
+
+    @property
+    def shares_layers(self) -> bool:
+        """Whether layers share the budget by what they need."""
+        return self.layer_budget == "zipvl" and self.method != "none"
+
+    @property
     def float_type(self) -> str:
         """The type of what is not quantised."""
         return "f32" if self.k_type == "f32" else "f16"
 
+    @property
+    def compensated(self) -> bool:
+        """Whether the cache keeps means of what streaming heads drop."""
+        return self.heads != "none" and load_policy("heads", self.heads).compensated
+
     def probing(self) -> list:
         """The policies that ask for attention statistics."""
-        users = [self.eviction_policy(), self.storage_policy() if self.quantised else None]
+        users = [self.eviction_policy(), self.storage_policy() if self.quantised else None, ZipVL() if self.shares_layers else None]
         return [user for user in users if user is not None and user.mass]
 
     def storage_policy(self):

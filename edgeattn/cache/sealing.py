@@ -2,7 +2,7 @@
 import numpy as np
 
 from edgeattn.kernels_cpu import read_pages, seal_pages
-from edgeattn.kernels_cpu.page_pool import POOLS
+from edgeattn.kernels_cpu.page_pool import POOLS, RELEASED
 from edgeattn.page_formats import PAGE
 
 
@@ -15,6 +15,9 @@ def seal(cache, sequence) -> None:
     flat = due.ravel()
     heads = np.repeat(np.arange(flat.size), flat)
     within = np.arange(len(heads)) - np.repeat(np.cumsum(flat) - flat, flat)
+    tables, columns = sequence.tables.reshape(flat.size, -1), sequence.sealed.ravel()[heads] + within
+    there = tables[heads, columns] != RELEASED
+    heads, columns, within = heads[there], columns[there], within[there]
     kinds = _kinds(cache, within % storage.group)
     if kinds is None:
         return
@@ -23,18 +26,25 @@ def seal(cache, sequence) -> None:
         for layer, head in np.argwhere(due):
             for first in range(sequence.sealed[layer, head], sequence.sealed[layer, head] + due[layer, head], storage.group):
                 _sort(cache, sequence, layer, head, first)
-    tables = sequence.tables.reshape(flat.size, -1)
-    columns = sequence.sealed.ravel()[heads] + within
-    sources = tables[heads, columns]
+    tables[heads, columns] = _quantise(cache, tables[heads, columns], kinds)
+    sequence.sealed += due
+    if storage.group > 1 or storage.anchors:  # slots are out of order up to here
+        sequence.exact_from = max(sequence.exact_from, sequence.length - int((sequence.counts - sequence.sealed * PAGE).min()))
+
+
+def quantise(cache, entries: np.ndarray) -> np.ndarray | None:
+    """Pages of floats that others may hold as well -> the entries of quantised ones with what was in them; None where they run out."""
+    kinds = _kinds(cache, np.zeros(len(entries), int))
+    return None if kinds is None else _quantise(cache, entries, kinds)
+
+
+def _quantise(cache, sources, kinds):
     targets = np.empty_like(sources)
     for kind in range(1, len(cache.pools)):
         targets[kinds == kind] = cache.pools[kind].allocate(int((kinds == kind).sum())) * POOLS + kind
     seal_pages.run(cache.table, cache.head_dim, sources, targets)
-    tables[heads, columns] = targets
     cache.pools[0].release(sources // POOLS)
-    sequence.sealed += due
-    if storage.group > 1 or storage.anchors:  # slots are out of order up to here
-        sequence.exact_from = max(sequence.exact_from, sequence.length - int((sequence.counts - sequence.sealed * PAGE).min()))
+    return targets
 
 
 def _kinds(cache, places):

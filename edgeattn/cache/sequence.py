@@ -16,6 +16,10 @@ class Sequence:
     mass          [planes, layers, kv_heads, slots]   float32, attention received (attention_mass.py), or None
     compensation  [layers, kv_heads, 1 + 2 * head_dim]   float32 (attention_compensation.py), or None
     confidence    [layers, kv_heads]              float32, the largest attention weight of the last decode step, or None
+    limits        [layers, kv_heads]              int32, tokens that a head may hold, zeros before the first eviction; None: as planned
+    token_ids     [slots]                         int32, where pages are released (release.py); else None, as the next two
+    means         [pages, layers, kv_heads, head_dim]   float16, mean keys of released pages
+    pinned        [pages]                         bool, rebuilt for the newest prompt
     length        tokens that the sequence has seen
     exact_from    it can be truncated to this length or more; shorter ones are lost to eviction
     """
@@ -26,15 +30,21 @@ class Sequence:
     mass: np.ndarray | None = None
     compensation: np.ndarray | None = None
     confidence: np.ndarray | None = None
+    limits: np.ndarray | None = None
+    token_ids: np.ndarray | None = None
+    means: np.ndarray | None = None
+    pinned: np.ndarray | None = None
     length: int = 0
     exact_from: int = 0
     room: int = 0          # tokens until some head needs another page
     shared: bool = False   # whether pages that would be written may have other holders
+    answered: bool = False  # whether the next prompt is a new one: tokens were decoded, or forgotten, since the last
 
     @property
     def arrays(self) -> dict[str, np.ndarray]:
         """The arrays that there are, by name."""
-        found = {name: getattr(self, name) for name in ("tables", "counts", "sealed", "positions", "mass", "compensation", "confidence")}
+        found = {name: getattr(self, name) for name in ("tables", "counts", "sealed", "positions", "mass", "compensation", "confidence",
+                                                     "limits", "token_ids", "means", "pinned")}
         return {name: array for name, array in found.items() if array is not None}
 
     @property
@@ -42,5 +52,5 @@ class Sequence:
         return sum(array.nbytes for array in self.arrays.values())
 
     def copy(self) -> "Sequence":
-        numbers = {name: getattr(self, name) for name in ("length", "exact_from", "room", "shared")}
+        numbers = {name: getattr(self, name) for name in ("length", "exact_from", "room", "shared", "answered")}
         return Sequence(**{name: array.copy() for name, array in self.arrays.items()}, **numbers)

@@ -6,7 +6,7 @@ Metadata, besides what session_file.py writes:
     tokens, exact_from, date, meta   numbers of the sequence, UTC, JSON of the caller's `meta`
 Tensors; "pages" are all pages of the sequence, layer by layer, head by head, as the page lists order them:
     counts, sealed and the other arrays of cache/sequence.py, as they are there, where the cache keeps them
-    positions, mass   [slots] int32, [2, slots] float32   of the slots in use, in the order of pages
+    positions, mass   [slots] int32, [planes, slots] float32   of the slots in use, in the order of pages
     kinds             [pages] uint8                 the pool of each page; the n-th page of a kind is row n of that pool's arrays
     token_ids         [tokens or more] int32        what the tokens are; any more are the text's, and not in the cache yet
     pages.I.k, .k_params, .v, .v_params             [pages of pool I, ...] codes or floats, and parameters (page_formats.py)
@@ -22,7 +22,7 @@ from safetensors import SafetensorError, safe_open
 
 from edgeattn.cache.pages import CacheFull
 from edgeattn.cache.session_file import CHUNK_BYTES, NAMES, SessionError, check, replace, write
-from edgeattn.kernels_cpu.page_pool import POOLS
+from edgeattn.kernels_cpu.page_pool import POOLS, RELEASED
 from edgeattn.page_formats import PAGE
 
 
@@ -71,9 +71,12 @@ def _tensors(cache, sequence, token_ids):
     """As session_file.write takes them."""
     pages = -(-sequence.counts // PAGE)
     entries = sequence.tables[_first(pages, sequence.tables.shape[-1])]
+    if cache.options.releases or (entries == RELEASED).any():
+        raise ValueError("a sequence whose pages may be released cannot be saved")
     kinds = (entries % POOLS).astype(np.uint8)
     found = {"token_ids": (np.asarray(token_ids, np.int32), None), "kinds": (kinds, None)}
-    found |= {name: (array[where], None) for name, (array, where, _) in _parts(sequence, sequence.counts).items()}
+    found |= {name: (array[where].astype(dtype, copy=False), None)
+              for name, (array, where, dtype, _) in _parts(sequence, sequence.counts).items()}
     for i, pool in enumerate(cache.pools):
         numbers = entries[kinds == i] // POOLS
         found |= {f"pages.{i}.{name}": (array, numbers) for name, array in pool.pages.arrays().items() if len(numbers) and array.shape[1]}
@@ -81,10 +84,12 @@ def _tensors(cache, sequence, token_ids):
 
 
 def _parts(sequence, counts):
-    """{name: (array, what of it is in use, the shape of that)} of a sequence whose heads hold `counts`, its page lists apart."""
+    """{name: (array, what of it is in use, the file's type and shape of that)} of a sequence whose heads hold `counts`, its page lists
+    apart. Positions are int32 in every file, so that a larger context can go on with it."""
     used, slots = _first(counts, sequence.tables.shape[-1] * PAGE), int(counts.sum())
-    cut = {"positions": (used, (slots,)), "mass": ((slice(None), used), (2, slots))}
-    return {name: (array, *cut.get(name, (..., array.shape))) for name, array in sequence.arrays.items() if name != "tables"}
+    return {name: (array, (..., used), np.dtype(np.int32) if name == "positions" else array.dtype, (*array.shape[:-3], slots))
+            if name in ("positions", "mass") else (array, ..., array.dtype, array.shape)
+            for name, array in sequence.arrays.items() if name != "tables"}
 
 
 def _first(counts, length):
@@ -137,9 +142,11 @@ def _restore(file, cache, metadata):
     token_ids = need("token_ids", np.int32)
     _require(token_ids.ndim == 1 and len(token_ids) >= numbers["length"] and (token_ids >= 0).all(), "impossible tokens")
     parts = _parts(sequence, counts)
-    values = {name: need(name, array.dtype, shape) for name, (array, _, shape) in parts.items()}
+    values = {name: need(name, dtype, shape) for name, (_, _, dtype, shape) in parts.items()}
     if "positions" in values:
         _require(((values["positions"] >= 0) & (values["positions"] < numbers["length"])).all(), "impossible positions")
+    if "limits" in values:
+        _require(((values["limits"] >= 0) & (values["limits"] <= max_pages * PAGE)).all(), "impossible limits")
     arrays = [{name: array for name, array in pool.pages.arrays().items() if array.shape[1]} for pool in cache.pools]
     rows = np.bincount(kinds, minlength=len(cache.pools))
     for i, pool in enumerate(cache.pools):
@@ -152,7 +159,7 @@ def _restore(file, cache, metadata):
     for i, pool in enumerate(cache.pools):
         entries[kinds == i] = pool.allocate(rows[i]) * POOLS + i
     sequence.tables[_first(-(-counts // PAGE), max_pages)] = entries
-    for name, (array, where, _) in parts.items():
+    for name, (array, where, *_) in parts.items():
         array[where] = values[name]
     for name, number in numbers.items():
         setattr(sequence, name, number)

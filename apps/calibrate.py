@@ -1,0 +1,64 @@
+"""edgeattn calibrate: find out which KV heads retrieve, on the model itself, and write it into its folder."""
+import argparse
+import sys
+
+from edgeattn.apps import options
+
+HELP = "measure which KV heads look things up, for --kv-heads; writes calibration.safetensors into the model's folder"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("-m", "--model", metavar="FOLDER", help="an exported folder, or a Hugging Face checkpoint (exported once, to the "
+                        "user's cache); the bundled nano by default")
+    parser.add_argument("--precision", choices=options.PRECISIONS, default="int4", help="for a checkpoint: what to export it to (int4)")
+    parser.add_argument("-o", "--output", metavar="FILE", help="write there instead; only the model's folder is looked in later")
+    parser.add_argument("--lengths", type=options.numbers(1), metavar="N,N,...", help="tokens of the prompts (512,1024,2048, as far as the "
+                        "context reaches)")
+    parser.add_argument("--prompts", type=options.whole(1), default=3, metavar="N", help="prompts of each length, with 4 passkeys each (3)")
+    parser.add_argument("-s", "--seed", type=options.whole(0), default=0, metavar="N", help="of the prompts' text (0)")
+    parser.add_argument("-t", "--threads", type=options.whole(1), metavar="N", help="threads (one for each core)")
+
+
+def main(args: argparse.Namespace) -> int:
+    from edgeattn.apps import models
+    from edgeattn.apps.progress import Progress
+    folder = models.exported(args.model, args.precision)
+    from edgeattn import calibration
+    from edgeattn.cache.options import CacheOptions
+    from edgeattn.runtime import Model, read_config
+    from edgeattn.tokenizer import Tokenizer
+    tokenizer, about = Tokenizer(folder), read_config(folder)["model"]
+    if about["window"]:
+        raise ValueError(f"{folder}: this model has sliding windows, which head classes do not go with")
+    branches = calibration.BRANCHES * 64  # tokens
+    most = about["ctx_size"] - 128  # a short context leaves room for fewer branches
+    lengths = args.lengths or [n for n in calibration.LENGTHS if n <= most]
+    if not lengths or max(lengths) > most:
+        raise ValueError(f"{folder}: its context of {about['ctx_size']} tokens has room for prompts of {max(0, most)}; "
+                         f"{max(lengths, default=calibration.LENGTHS[0])} are wanted")
+    prompts = [calibration.passkeys(tokenizer, n, args.seed + i) for n in lengths for i in range(args.prompts)]
+    with Progress("compiling kernels for this CPU (once)") as progress:
+        model = Model.load(folder, cache=CacheOptions("f16", "f16"), ctx_size=max(lengths) + branches, threads=args.threads,
+                           progress=progress)
+    with Progress("asking for passkeys", patience=0) as progress:
+        scores, base = calibration.score_heads(model, prompts, progress=lambda done, total: progress("", done, total))
+    path = args.output or folder / calibration.FILE
+    calibration.save(path, model.config, {"head_scores": scores}, {"head_scores": {
+        "method": "zeroth-order passkey", "lengths": lengths, "prompts": len(prompts), "questions": sum(len(asks) for _, asks in prompts),
+        "recent": calibration.RECENT, "seed": args.seed, "loss": base}})
+    print(table(scores, base))
+    print(f"\n{len(prompts)} prompts of {', '.join(f'{n:,}' for n in lengths)} tokens, seed {args.seed}. Written: {path}")
+    print(f"use it: edgeattn chat -m {folder} --kv-heads duo", file=sys.stderr)
+    return 0
+
+
+def table(scores, base: float) -> str:
+    """The scores, layer by layer, with a mark at the half of the heads that retrieves most."""
+    from edgeattn.calibration import best
+    keep = best(scores, 0.5)
+    lines = [f"a passkey's loss is {base:.3f} nats a token, and rises by this much when a KV head sees no more than the text's beginning "
+             "and end", "layer " + " ".join(f"{'head ' + str(h):>9} " for h in range(scores.shape[1]))]
+    lines += [f"{layer:5} " + " ".join(f"{s:+9.4f}{'*' if k else ' '}" for s, k in zip(row, kept))
+              for layer, (row, kept) in enumerate(zip(scores, keep))]
+    return "\n".join([*(line.rstrip() for line in lines), f"* the {keep.sum()} of {keep.size} that keep everything at "
+                      "--kv-retrieval-heads 0.5"])
