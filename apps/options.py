@@ -56,8 +56,10 @@ def add_cache(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--kv-storage", metavar="METHOD", default="kivi", help="how codes are made: kivi, hadamard, zipcache, akvq, bitnet "
                        "(kivi)")
     group.add_argument("--kv-budget", type=size, metavar="N", help="most memory of the cache, in bytes or as 512M: a hard limit")
-    group.add_argument("--kv-eviction", metavar="METHOD", default="auto", help="which tokens go when the budget is full: snapkv (the "
-                       "default), streaming_llm, h2o, tova, key_diff ...; none: stop there")
+    group.add_argument("--kv-eviction", metavar="METHOD", default="auto", help="which tokens go when the budget is full: key_diff (the "
+                       "default), streaming_llm, snapkv, h2o, tova ...; none: stop there")
+    group.add_argument("--kv-layer-budget", metavar="RULE", default="uniform", help="how layers share what eviction leaves: uniform (the "
+                       "default), zipvl or cascade")
     group.add_argument("--kv-heads", metavar="METHOD", default="none", help="what KV heads keep that look nothing up: duo or razor (the "
                        "first page and recent tokens); none: everything (the default). Needs edgeattn calibrate once")
     group.add_argument("--kv-retrieval-heads", type=share, default=0.5, metavar="SHARE", help="with --kv-heads: part of the KV heads that "
@@ -98,7 +100,7 @@ def cache_options(args: argparse.Namespace):
         raise ValueError(f"--kv-bits {args.kv_bits} and -ctk or -ctv contradict each other: give one of them")
     return CacheOptions(k_type=args.cache_type_k or both or "auto", v_type=args.cache_type_v or both or "auto", storage=args.kv_storage,
                         budget=args.kv_budget, eviction=args.kv_eviction, sink_tokens=args.kv_sink_tokens, window=args.kv_window,
-                        heads=args.kv_heads, retrieval=args.kv_retrieval_heads,
+                        heads=args.kv_heads, retrieval=args.kv_retrieval_heads, layer_budget=args.kv_layer_budget,
                         progressive=args.kv_progressive)
 
 

@@ -152,7 +152,8 @@ class Driver:
         (NaN) or a compensation token `held` stands for dropped ones, the same over what is left. q: as `rotated` returns it."""
         n = len(q)
         if held is not None and held[0] or np.isnan(keys).any():
-            return self.weights(q, keys, held) @ np.concatenate([np.nan_to_num(values), *([] if held is None else [held[None, -self.depth:]])])
+            values = [np.nan_to_num(values), *([] if held is None else [held[None, -self.depth:]])]
+            return self.weights(q, keys, held) @ np.concatenate(values)
         past = keys[None, :-n], values[None, :-n]
         out, _, _ = reference(q.reshape(n, -1), keys[-n:], values[-n:], self.cos, self.sin, *past, np.arange(n), num_heads=self.group,
                               kv_heads=1, head_dim=self.depth, rotary_dim=0, scale=self.scale, window=self.window)

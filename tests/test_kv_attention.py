@@ -20,7 +20,8 @@ FORMATS = [*((kind, name, depth) for kind in TYPES for name in ("kivi", "hadamar
 
 def cache_of(types, *, tokens=1024, layers=1, kv_heads=2, head_dim=64, ubatch=256, classes=None, **options):
     k_type, v_type = (types.split("/") * 2)[:2]
-    return KVCache(layers, kv_heads, head_dim, tokens, CacheOptions(k_type=k_type, v_type=v_type, **{"window": 32} | options), ubatch, classes)
+    options = CacheOptions(k_type=k_type, v_type=v_type, **{"window": 32} | options)
+    return KVCache(layers, kv_heads, head_dim, tokens, options, ubatch, classes)
 
 
 def with_threads(threads, call):

@@ -5,7 +5,7 @@ from hypothesis import given, settings, strategies as st
 
 from edgeattn.cache import session
 from edgeattn.cache.kv_cache import KVCache
-from edgeattn.cache.layer_budget import MOST, ZipVL, share
+from edgeattn.cache.layer_budget import MOST, RULES, ZipVL, share
 from edgeattn.cache.options import CacheOptions
 from edgeattn.page_formats import PAGE
 from kv_driver import Driver
@@ -141,3 +141,9 @@ def test_budget_is_never_exceeded(spread, kind, pages, counts):
         for count in counts:
             fill(driver, sequence, count, spread[::-1])
     assert peak[0] <= cache.options.budget and sequence.limits.sum() == cache.plan.limits.sum()
+
+
+def test_cascade_lets_deeper_layers_keep_less():
+    weights = RULES["cascade"].weights(None, np.ones((8, 2), bool))
+    steps = share(weights, np.full(8, 2), 40, 4, 80)
+    assert steps.sum() == 8 * 40 and (np.diff(steps) < 0).all() and steps[0] > 1.3 * 40 > 40 > steps[-1] > 0

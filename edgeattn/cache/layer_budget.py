@@ -1,8 +1,5 @@
-"""How the layers share a budget: those whose attention is spread more widely keep more tokens (ZipVL, arXiv 2410.08584).
-
-A layer needs the fewest tokens that together receive `tau` of its attention. At the first eviction of a sequence the pages of all layers
-are shared in proportion to that; their sum, and so the memory, stays what it was.
-"""
+"""How the layers share a budget. At the first eviction of a sequence the pages of all layers are shared in proportion to a rule's weights;
+their sum, and so the memory, stays what it was."""
 from dataclasses import dataclass
 
 import numpy as np
@@ -14,6 +11,8 @@ MOST = 2  # a layer gets at most this many times its even share, so that page li
 
 @dataclass(frozen=True)
 class ZipVL:
+    """Layers whose attention is spread more widely keep more (ZipVL, arXiv 2410.08584): a layer needs the fewest tokens that together
+    receive `tau` of its attention."""
     tau: float = 0.975
 
     mass, probes = "sum", 64
@@ -29,27 +28,47 @@ class ZipVL:
         reached = np.cumsum(np.sort(mass.astype(np.float64))[::-1])
         return min(int(np.searchsorted(reached, self.tau * reached[-1])) + 1, len(mass))
 
+    def weights(self, sequence, full: np.ndarray) -> np.ndarray:
+        """[layers], from the heads that `full` [layers, kv_heads] names."""
+        return np.array([self._needed(sequence, layer, np.flatnonzero(heads)) for layer, heads in enumerate(full)])
 
-def share_limits(cache, sequence, rule: ZipVL = ZipVL()) -> np.ndarray:
+    def _needed(self, sequence, layer, heads):
+        if not len(heads):
+            return 1
+        count = sequence.counts[layer, heads[0]]  # the same for all: nothing was evicted yet
+        positions, mass = sequence.positions[layer, heads, :count], sequence.mass[0, layer, heads, :count]
+        return self.tokens(np.bincount(positions.ravel(), mass.ravel()))
+
+
+@dataclass(frozen=True)
+class Cascade:
+    """Deeper layers keep less, in equal steps (SpAtten's cascade, arXiv 2012.09852): the first `first` times its even share, the last
+    `last` times."""
+    first: float = 1.5
+    last: float = 0.5
+
+    mass, probes = "", 0
+
+    def weights(self, sequence, full: np.ndarray) -> np.ndarray:
+        return np.linspace(self.first, self.last, len(full))
+
+
+RULES = {"zipvl": ZipVL(), "cascade": Cascade()}
+
+
+def share_limits(cache, sequence, rule=None) -> np.ndarray:
     """[layers, kv_heads] tokens that each head may hold from now on; streaming heads keep their limits."""
     plan, options = cache.plan, cache.options
+    rule = rule or RULES[options.layer_budget]
     full = np.ones(cache.shape, bool) if plan.classes is None else plan.classes
     if not full.any():
         return plan.limits
     unit = cache.storage.group if options.quantised else 1  # quantised pages come in groups
     even = int(plan.limits[full][0]) // PAGE
     floor = even - max(0, even - (2 + options.window // PAGE)) // unit * unit  # sinks and what is behind them, the window, a page to fill
-    needed = np.array([_needed(sequence, layer, np.flatnonzero(full[layer]), rule) for layer in range(len(full))])
+    needed = rule.weights(sequence, full)
     steps = share(needed, full.sum(1), (even - floor) // unit, floor / unit, (plan.most // PAGE - floor) // unit)
     return np.where(full, PAGE * (floor + unit * steps[:, None]), plan.limits)
-
-
-def _needed(sequence, layer, heads, rule):
-    if not len(heads):
-        return 1
-    count = sequence.counts[layer, heads[0]]  # the same for all: nothing was evicted yet
-    positions, mass = sequence.positions[layer, heads, :count], sequence.mass[0, layer, heads, :count]
-    return rule.tokens(np.bincount(positions.ravel(), mass.ravel()))
 
 
 def share(weights: np.ndarray, heads: np.ndarray, even: int, floor: float, most: int) -> np.ndarray:

@@ -1,11 +1,11 @@
 """What a user chooses about the KV cache."""
 from dataclasses import dataclass
 
-from edgeattn.cache.layer_budget import ZipVL
+from edgeattn.cache.layer_budget import RULES
 from edgeattn.page_formats import BITS
 from edgeattn.policies import load_policy, policy_names
 
-LAYER_BUDGETS = ("uniform", "zipvl")
+LAYER_BUDGETS = ("uniform", *RULES)
 DEFAULT_EVICTION = "key_diff"
 RELEASING = "adore"  # drops whole pages, which are computed again when they are asked for
 
@@ -30,7 +30,7 @@ class CacheOptions:
     window          newest tokens that are never evicted nor quantised, a multiple of 32
     heads           "none", or a file of policies/heads: what KV heads keep that look nothing up. Needs calibration (calibration.py)
     retrieval       share of the KV heads that keep everything
-    layer_budget    "uniform", or "zipvl": layers whose attention is spread more widely keep more, where there is eviction
+    layer_budget    how layers share what eviction leaves: "uniform", or a rule of layer_budget.py
     progressive     of int8 keys a decode step reads the high four bits alone where the step before was certain: where the largest
                     attention weight of each query head was at least this (SpAtten, arXiv 2012.09852); 0 is off
     ValueError: an unknown name, a number out of range, or a pair that does not compose.
@@ -101,7 +101,7 @@ class CacheOptions:
     @property
     def shares_layers(self) -> bool:
         """Whether layers share the budget by what they need."""
-        return self.layer_budget == "zipvl" and self.method != "none"
+        return self.layer_budget != "uniform" and self.method != "none"
 
     @property
     def float_type(self) -> str:
@@ -115,7 +115,7 @@ class CacheOptions:
 
     def probing(self) -> list:
         """The policies that ask for attention statistics."""
-        users = [self.eviction_policy(), self.storage_policy() if self.quantised else None, ZipVL() if self.shares_layers else None]
+        users = [self.eviction_policy(), self.storage_policy() if self.quantised else None, RULES[self.layer_budget] if self.shares_layers else None]
         return [user for user in users if user is not None and user.mass]
 
     def storage_policy(self):

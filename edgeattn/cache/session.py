@@ -25,6 +25,8 @@ from edgeattn.cache.session_file import CHUNK_BYTES, NAMES, SessionError, check,
 from edgeattn.kernels_cpu.page_pool import POOLS, RELEASED
 from edgeattn.page_formats import PAGE
 
+HELD = {"tables", "counts", "sealed", "positions", "mass", "compensation", "confidence", "limits"}  # of Sequence.arrays
+
 
 # ---- what must agree -----------------------------------------------------------------------------------------------
 def fingerprint(config: dict) -> str:
@@ -55,8 +57,10 @@ def save(path, cache, sequence, token_ids: list[int], config: dict, meta: dict) 
     token_ids  of the sequence's tokens; more may follow that are not in the cache yet
     config     the model's edgeattn.json
     meta       whatever JSON can hold
-    OSError: no room, no permission. ValueError: too few token ids.
+    OSError: no room, no permission, or the cache keeps more than a session holds. ValueError: too few token ids.
     """
+    if sequence.arrays.keys() - HELD:
+        raise OSError(f"a session cannot hold what this cache keeps: {', '.join(sorted(sequence.arrays.keys() - HELD))}")
     if len(token_ids) < sequence.length:
         raise ValueError(f"the sequence has {sequence.length} tokens, but only {len(token_ids)} token ids were given")
     source = config.get("source", {})
