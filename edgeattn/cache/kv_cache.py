@@ -198,14 +198,18 @@ class KVCache:
             raise ValueError(f"length must be 0 to {sequence.length} (the sequence's own), got {length}")
         if length < sequence.exact_from:
             length = 0
-        gone = sequence.length - length
-        if gone and length:
-            keep = np.maximum(sequence.counts - gone, 0)
+        cut = 1
+        while cut and 0 < length < sequence.length:  # heads may hold different counts: what spares one page may cut another
+            keep = np.maximum(sequence.counts - (sequence.length - length), 0)
             inside = (keep < sequence.sealed * PAGE) & (keep >= PAGE)  # the cut goes through a quantised page
-            length -= int(np.where(inside, keep % PAGE, 0).max())
+            cut = int(np.where(inside, keep % PAGE, 0).max())
+            length -= min(cut, length)
+        if length < sequence.exact_from:
+            length = 0
+        if 0 < length < sequence.length:
             if length % PAGE and sequence.tables[0, 0, length // PAGE] == RELEASED and (sequence.counts == sequence.length).all():
                 length = length // PAGE * PAGE  # nor can a released page
-            gone = sequence.length - length
+        gone = sequence.length - length
         counts = np.maximum(sequence.counts - gone, 0) if length else np.zeros_like(sequence.counts)
         keep = -(-counts // PAGE)
         drop = np.arange(self.plan.max_pages) >= keep[..., None]
