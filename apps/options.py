@@ -57,7 +57,7 @@ def add_cache(parser: argparse.ArgumentParser) -> None:
                        "(kivi)")
     group.add_argument("--kv-budget", type=size, metavar="N", help="most memory of the cache, in bytes or as 512M: a hard limit")
     group.add_argument("--kv-eviction", metavar="METHOD", default="auto", help="which tokens go when the budget is full: key_diff (the "
-                       "default), streaming_llm, snapkv, h2o, tova ...; none: stop there")
+                       "default), streaming_llm, snapkv, h2o ... (edgeattn inspect --matrix lists them); none: stop there")
     group.add_argument("--kv-layer-budget", metavar="RULE", default="uniform", help="how layers share what eviction leaves: uniform (the "
                        "default), zipvl or cascade")
     group.add_argument("--kv-heads", metavar="METHOD", default="none", help="what KV heads keep that look nothing up: duo or razor (the "

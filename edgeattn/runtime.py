@@ -49,11 +49,11 @@ class Model:
         numba.set_num_threads(self.threads)  # kernels' scratch is sized for this many
         shape = about["num_layers"], about["kv_heads"], about["head_dim"], self.ctx_size
         options = cache or CacheOptions()
-        if options.evicts and about["window"]:
-            raise ValueError("this model has sliding windows, whose positions eviction and head classes would lose: use "
-                             "--kv-eviction none and --kv-heads none")
         classes = None if options.heads == "none" else head_classes(self.folder, self.config, options.retrieval)
         options = choose_types(options, defaults["kv_type"], *shape, self.ubatch, classes)
+        if options.moves_slots and about["window"]:
+            raise ValueError("this model has sliding windows, whose positions eviction, head classes and sorted pages would lose: use "
+                             "--kv-eviction none, --kv-heads none and --kv-storage kivi")
         self.cache = KVCache(*shape, options, self.ubatch, classes)
         self.ubatch, self.ctx_size = self.cache.plan.chunk, self.cache.capacity
         self._max_rows = max(1, min(self.ubatch, LOGITS_BYTES // (4 * self.vocab_size)))

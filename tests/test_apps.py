@@ -245,6 +245,12 @@ def test_weights_are_counted_once(nano_int4):
     assert weights.bytes - (3 << 20) < weights.token_bytes < weights.bytes  # all but the rotary tables: the tied head is read whole
 
 
+def test_inspect_prints_what_goes_together(edgeattn):
+    done = edgeattn("inspect", "--matrix")
+    assert "zipcache" in done.stdout and "refused: " in done.stdout and not done.returncode
+    assert "give an exported folder" in edgeattn("inspect").stderr
+
+
 def test_inspect_and_its_check(edgeattn, nano_int4, tmp_path):
     folder = shutil.copytree(nano_int4, tmp_path / "copy")
     good = edgeattn("inspect", folder, "--check")

@@ -1,27 +1,32 @@
-"""Every way to store with every way to evict: a prompt, decoding and a second turn on a small cache."""
+"""Every way to store with every way to evict and every head class: a prompt, decoding and a second turn on a small cache."""
 import numpy as np
 import pytest
 
 from edgeattn.cache.kv_cache import KVCache
-from edgeattn.cache.options import CacheOptions, evictions
+from edgeattn.cache.matrix import FLOATS, matrix
+from edgeattn.cache.options import RELEASING, CacheOptions
 from edgeattn.page_formats import PAGE
-from edgeattn.policies import policy_names
 from kv_driver import Driver, dequantise
 
 TYPES = ["int8", "int4", "int3", "int2", "int4/f16", "f16/int4"]
 
 
-@pytest.mark.parametrize("eviction", ["none", *evictions()])
-@pytest.mark.parametrize("storage", policy_names("storage"))
-def test_pair(storage, eviction):
+CELLS = [pytest.param(c, id=f"{c.storage}-{c.eviction}-{c.heads}") for c in matrix() if not c.refused and c.eviction != RELEASING]
+
+
+@pytest.mark.parametrize("cell", CELLS)  # RELEASING has tests of its own, test_rebuild.py
+def test_triple(cell):
     rng = np.random.default_rng()
-    types = str(rng.choice(TYPES + ["f16", "f32"] * (storage == "kivi")))
+    storage, eviction = "kivi" if cell.storage == FLOATS else cell.storage, cell.eviction
+    types = str(rng.choice(["f16", "f32"] if cell.storage == FLOATS else TYPES))
+    classes = None if cell.heads == "none" else rng.permutation([True, True, False, False]).reshape(2, 2)
     group, head_dim = int(rng.integers(1, 5)), int(rng.choice([16, 48, 64]))
     window, sinks = int(rng.choice([32, 64])), int(rng.integers(0, 33))
     print(f"types {types}, group {group}, head_dim {head_dim}, window {window}, sinks {sinks}")  # pytest shows it when the test fails
     k_type, v_type = (types.split("/") * 2)[:2]
     budget = None if eviction == "none" else (28 + 20 * (types == "f32")) * 4 * PAGE * 4 * head_dim
-    cache = KVCache(2, 2, head_dim, 1200, CacheOptions(k_type, v_type, storage, budget, eviction, sinks, window), 100)
+    cache = KVCache(2, 2, head_dim, 1200, CacheOptions(k_type, v_type, storage, budget, eviction, sinks, window, cell.heads), 100,
+                    classes)
     driver, a = Driver(cache, group), cache.new_sequence()
     random = np.random.default_rng().standard_normal((2, *cache.shape, 1200, head_dim), np.float32)  # K and V by position
 
@@ -39,7 +44,7 @@ def test_pair(storage, eviction):
     for i in range(66):
         step(1, i % 20 == 0)
     step(cache.plan.chunk, True)
-    if eviction == "none":
+    if eviction == "none" and classes is None:
         assert (a.counts == a.length).all()
     for layer, head in np.ndindex(cache.shape):
         count = a.counts[layer, head]

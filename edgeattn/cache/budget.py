@@ -77,7 +77,7 @@ def plan_cache(options: CacheOptions, layers: int, kv_heads: int, head_dim: int,
     position_type = np.dtype(np.uint16 if ctx_size <= 1 << 16 else np.int32)
     shape, evicts = (layers, kv_heads), eviction is not None or classes is not None
     streaming = load_policy("heads", "duo" if options.heads == "none" else options.heads)
-    head_bytes = 8 + (4 * (1 + 2 * head_dim) if options.compensated else 0) + 4 * options.shares_layers
+    head_bytes = 8 + (4 * (1 + 2 * head_dim) if options.compensated else 0) + 4 * options.shares_layers + 4 * (options.progressive > 0)
     # counts, sealed; the compensation token; limits
 
     def build(tokens, chunk):

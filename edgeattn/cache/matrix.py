@@ -2,7 +2,7 @@
 from dataclasses import dataclass
 from itertools import product
 
-from edgeattn.cache.options import CacheOptions, evictions
+from edgeattn.cache.options import RELEASING, CacheOptions, evictions
 from edgeattn.policies import policy_names
 
 FLOATS = "16 bits"  # the row of pages that are not quantised
@@ -25,7 +25,8 @@ class Cell:
 
 def matrix() -> list[Cell]:
     found = []
-    for storage, eviction, heads in product((FLOATS, *policy_names("storage")), ("none", *evictions()), ("none", *policy_names("heads"))):
+    methods = "none", *evictions(), RELEASING
+    for storage, eviction, heads in product((FLOATS, *policy_names("storage")), methods, ("none", *policy_names("heads"))):
         cell = Cell(storage, eviction, heads)
         try:
             cell.options()

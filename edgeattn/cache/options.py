@@ -89,9 +89,10 @@ class CacheOptions:
         return (DEFAULT_EVICTION if self.budget else "none") if self.eviction == "auto" else self.eviction
 
     @property
-    def evicts(self) -> bool:
-        """Whether slots may stop being positions."""
-        return self.method != "none" or self.heads != "none"
+    def moves_slots(self) -> bool:
+        """Whether slots may stop being positions: tokens are evicted or sorted."""
+        sorts = self.quantised and (self.storage_policy().group > 1 or self.storage_policy().anchors)
+        return self.method != "none" or self.heads != "none" or sorts
 
     @property
     def releases(self) -> bool:

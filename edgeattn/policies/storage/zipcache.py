@@ -16,7 +16,8 @@ class Zipcache:
     mass, probes, group, anchors = "sum", 32, 5, False
 
     def formats(self, head_dim, k_type, v_type):
-        return [PageFormat(head_dim, k, v, separated=BITS[v] < 16) for k, v in ((k_type, v_type), ("int2", "int2"))]
+        narrow = (kind if BITS[kind] >= 16 else "int2" for kind in (k_type, v_type))
+        return [PageFormat(head_dim, k, v, separated=BITS[v] < 16) for k, v in ((k_type, v_type), tuple(narrow))]
 
     def pages(self):
         return [0, 0, 0, 1, 1]
