@@ -180,8 +180,8 @@ class Model:
             raise ValueError("a sequence may stand only once in a forward call; join its tokens")
         for sequence, ids in work:
             if sequence.length + len(ids) > self.ctx_size:
-                raise CacheFull(f"context is full: {sequence.length} tokens and {len(ids)} more exceed the context size of {self.ctx_size}; "
-                                "raise --ctx-size (up to the export's) or shorten the text")
+                raise CacheFull(f"context is full: {sequence.length} tokens and {len(ids)} more exceed the context size of "
+                                f"{self.ctx_size}; raise --ctx-size (up to the export's) or shorten the text")
             if not len(ids):
                 raise ValueError("no tokens to compute: give each sequence at least one token id")
             if ids.min() < 0 or ids.max() >= self.vocab_size:

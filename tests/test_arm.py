@@ -19,7 +19,8 @@ PARTS = {  # run side by side, for two cores; what starts further processes cann
               A76 + "{} tests/test_nbits.py tests/test_simd.py -k 'not level and not process and not cache'",
               A76_I8MM + "{} tests/test_kernels.py tests/test_simd.py -k 'matmul_nbits or instructions'"],
     "others": [A76 + "{} tests/test_kernels.py tests/test_floats.py -k 'not nbits and not every'",
-               A76 + "{} tests/test_attention.py -k 'batch and 32-float16'"],
+               A76 + "{} tests/test_attention.py -k 'batch and f16'",
+               A76 + "{} tests/test_kv_attention.py -k 'read_as_they_are and (int8-kivi-64 or int4-kivi-64 or int3-hadamard-48)'"],
 }
 SECONDS = 900  # about five minutes on two quiet cores
 

@@ -116,7 +116,8 @@ class CacheOptions:
 
     def probing(self) -> list:
         """The policies that ask for attention statistics."""
-        users = [self.eviction_policy(), self.storage_policy() if self.quantised else None, RULES[self.layer_budget] if self.shares_layers else None]
+        users = [self.eviction_policy(), self.storage_policy() if self.quantised else None,
+                 RULES[self.layer_budget] if self.shares_layers else None]
         return [user for user in users if user is not None and user.mass]
 
     def storage_policy(self):

@@ -1,4 +1,4 @@
-"""SpAtten's cascade token pruning (arXiv 2012.09852): importance adds up over layers, and a token pruned in one layer goes from deeper ones.
+"""SpAtten's cascade token pruning (arXiv 2012.09852): importance adds up over layers, and what one layer has pruned goes from deeper ones.
 
 The same tokens go in all KV heads of a layer. Combine with layer_budget "cascade", which lets deeper layers keep fewer.
 """
