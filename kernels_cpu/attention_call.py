@@ -10,6 +10,7 @@ from numba import int32, int64, njit
 from edgeattn.kernels_cpu.float_tiles import ROWS
 from edgeattn.kernels_cpu.page_rows import HEAD_ROWS, TASK_FIELDS
 from edgeattn.kernels_cpu.simd import at
+from edgeattn.page_formats import PAGE  # noqa: F401  all of attention takes it from here
 
 ARGS = ("q", "q.stride", "k", "k.stride", "v", "v.stride", "cos", "cos.stride", "sin", "out", "out.stride", "q.rows",
         "num_heads", "kv_heads", "head_dim", "rotary_dim", "interleaved", "scale", "window", "layer",
@@ -26,7 +27,6 @@ ARGS = ("q", "q.stride", "k", "k.stride", "v", "v.stride", "cos", "cos.stride", 
  WIDTH, PROBES, FIELDS) = range(len(ARGS), len(ARGS) + 16)
 COUNTER, CALL = 0, 64  # byte offsets in the workspace: the next task; the call
 
-PAGE = 32            # tokens (a constant: kernels are compiled for it)
 SPLITS = 4           # decode tasks for each thread, so that a late thread costs little
 CHUNK = 512          # tokens that decode scores before it weighs their values
 KEYS = 128           # tokens that prefill scores at once

@@ -7,7 +7,7 @@ that varies with the code remains. With c a code and m the mean one:
 q is scaled to maximum 1 once a step, for each query head, so that a page needs one maximum for all heads of a group.
 """
 import numpy as np
-from numba import float32, int8, int64, njit, uint16
+from numba import float32, int8, njit, uint16
 
 from edgeattn.kernels_cpu.attention_call import CHUNK, GROUP, HEAD_DIM, PLACE, SCRATCH, SCRATCH_SIZE, WIDTH
 from edgeattn.kernels_cpu.float_tiles import weave

@@ -6,7 +6,7 @@ import numpy as np
 from edgeattn.cache.layer_budget import share_limits
 from edgeattn.cache.sealing import move_tokens
 from edgeattn.kernels_cpu import read_pages
-from edgeattn.kernels_cpu.page_pool import POOLS, RELEASED
+from edgeattn.kernels_cpu.page_pool import RELEASED
 from edgeattn.page_formats import PAGE
 
 

@@ -8,18 +8,16 @@ from dataclasses import dataclass
 import numpy as np
 
 from edgeattn.page_formats import PageFormat
+from edgeattn.policies.storage import StoragePolicy
 
 
 @dataclass(frozen=True)
-class Akvq:
-    rotated = True
-    mass, probes, group, anchors = "sum", 32, 1, True
+class Akvq(StoragePolicy):
+    rotated = anchors = True
+    mass, probes = "sum", 32
 
     def formats(self, head_dim, k_type, v_type):
         return [PageFormat(head_dim, k_type, v_type, k_axis="token")]
-
-    def pages(self):
-        return [0]
 
     def saliency(self, mass, seen, keys):
         """The larger of attention over its median and the median key norm over the key's norm."""

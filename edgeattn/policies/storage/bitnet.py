@@ -2,15 +2,10 @@
 from dataclasses import dataclass
 
 from edgeattn.page_formats import PageFormat
+from edgeattn.policies.storage import StoragePolicy
 
 
 @dataclass(frozen=True)
-class Bitnet:
-    rotated = False
-    mass, probes, group, anchors = "", 0, 1, False
-
+class Bitnet(StoragePolicy):
     def formats(self, head_dim, k_type, v_type):
         return [PageFormat(head_dim, k_type, v_type, k_axis="token", one_group=True)]
-
-    def pages(self):
-        return [0]

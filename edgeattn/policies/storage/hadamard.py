@@ -2,15 +2,12 @@
 from dataclasses import dataclass
 
 from edgeattn.page_formats import PageFormat
+from edgeattn.policies.storage import StoragePolicy
 
 
 @dataclass(frozen=True)
-class Hadamard:
+class Hadamard(StoragePolicy):
     rotated = True
-    mass, probes, group, anchors = "", 0, 1, False
 
     def formats(self, head_dim, k_type, v_type):
         return [PageFormat(head_dim, k_type, v_type, k_axis="token")]
-
-    def pages(self):
-        return [0]

@@ -2,15 +2,10 @@
 from dataclasses import dataclass
 
 from edgeattn.page_formats import PageFormat
+from edgeattn.policies.storage import StoragePolicy
 
 
 @dataclass(frozen=True)
-class Kivi:
-    rotated = False
-    mass, probes, group, anchors = "", 0, 1, False
-
+class Kivi(StoragePolicy):
     def formats(self, head_dim, k_type, v_type):
         return [PageFormat(head_dim, k_type, v_type)]
-
-    def pages(self):
-        return [0]

@@ -8,12 +8,12 @@ from dataclasses import dataclass
 import numpy as np
 
 from edgeattn.page_formats import BITS, PageFormat
+from edgeattn.policies.storage import StoragePolicy
 
 
 @dataclass(frozen=True)
-class Zipcache:
-    rotated = False
-    mass, probes, group, anchors = "sum", 32, 5, False
+class Zipcache(StoragePolicy):
+    mass, probes, group = "sum", 32, 5
 
     def formats(self, head_dim, k_type, v_type):
         narrow = (kind if BITS[kind] >= 16 else "int2" for kind in (k_type, v_type))
