@@ -53,7 +53,7 @@ class Case:
         tensors = {name: steps.Tensor(x.ctypes.data, ("tokens", *x.shape[1:]), fused.shape[1] if name in "qkv" else x.shape[1])
                    for name, x in parts.items()}
         self._workspace = steps.aligned(cached_attention.workspace_bytes(tensors, self.attributes, 1, threads), np.uint8)
-        none = {"selection.pages": 0, "selection.counts": 0, "selection.capacity": 0, "workspace": self._workspace.ctypes.data}
+        none = {"batch.selections": 0, "selection.group": -1, "selection.capacity": 0, "workspace": self._workspace.ctypes.data}
         self.rows = np.zeros((layers, steps.WIDTH), np.int64)
         for layer in range(layers):
             extra = self.batch.arguments() | none | self.cache.arguments(layer)

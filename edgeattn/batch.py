@@ -3,6 +3,8 @@ import numpy as np
 
 from edgeattn.cache.sequence import Sequence
 
+HELD = {"page_tables": "tables", "slot_counts": "counts", "sealed": "sealed", "attention_mass": "mass", "compensation": "compensation",
+        "confidence": "confidence", "index": "index", "indexed": "indexed"}  # arrays of a Sequence, by the names in ARGS
 COUNTS = ("tokens", "rows", "sequences", "probes")  # run-time counts, by their index in `state`
 
 
@@ -11,8 +13,9 @@ class Batch:
     token_ids    [tokens]                  int64
     positions    [tokens]                  int64, row of the rotary tables
     row_starts   [sequences + 1]           int32, rows of sequence s are row_starts[s] .. row_starts[s + 1]
-    page_tables, slot_counts, attention_mass, compensation, confidence   [sequences] int64: addresses of the arrays of
-                 cache/sequence.py; the counts include the new tokens
+    page_tables, slot_counts, sealed, attention_mass, compensation, confidence, index, indexed   [sequences] int64: addresses of the
+                 arrays of cache/sequence.py, 0 where there is none; the counts include the new tokens
+    selections   [sequences] int64, the same; 0: the sequence reads everything
     logit_rows   [rows]                    int64, rows of the hidden state that need logits
     state        [4]                       int64, the counts; probes: how many last rows of each sequence are probed for attention
     Addresses never change, so that kernels (and CUDA graphs) hold them.
@@ -21,30 +24,30 @@ class Batch:
     def __init__(self, max_tokens: int, max_rows: int, max_sequences: int):
         self.token_ids, self.positions = np.zeros(max_tokens, np.int64), np.zeros(max_tokens, np.int64)
         self.row_starts = np.zeros(max_sequences + 1, np.int32)
-        self.page_tables, self.slot_counts, self.attention_mass = np.zeros((3, max_sequences), np.int64)
-        self.compensation, self.confidence = np.zeros((2, max_sequences), np.int64)
+        self.held = {name: np.zeros(max_sequences, np.int64) for name in HELD}
+        self.selections = np.zeros(max_sequences, np.int64)
         self.logit_rows = np.zeros(max_rows, np.int64)
         self.state = np.zeros(len(COUNTS), np.int64)
 
     def arguments(self) -> dict[str, int]:
         """Addresses under the names used in ARGS."""
-        arrays = {f"batch.{name}": getattr(self, name).ctypes.data
-                  for name in ("positions", "row_starts", "page_tables", "slot_counts", "attention_mass", "compensation", "confidence")}
-        return arrays | {f"batch.{count}": COUNTS.index(count) for count in ("sequences", "probes")}
+        arrays = {"positions": self.positions, "row_starts": self.row_starts, "selections": self.selections} | self.held
+        return {f"batch.{name}": array.ctypes.data for name, array in arrays.items()} | {f"batch.{count}": COUNTS.index(count) for count in ("sequences", "probes")}
 
     def clear(self) -> None:
         self.state[:] = 0
 
-    def add(self, sequence: Sequence, token_ids: np.ndarray, logit_rows: np.ndarray, probes: int = 0) -> None:
-        """Add the newest tokens of a sequence (already appended to the cache); `logit_rows` index into token_ids."""
+    def add(self, sequence: Sequence, token_ids: np.ndarray, logit_rows: np.ndarray, probes: int = 0, sparse: bool = False) -> None:
+        """Add the newest tokens of a sequence (already appended to the cache); `logit_rows` index into token_ids. sparse: attention
+        reads what is selected."""
         tokens, rows, n, probed = (int(x) for x in self.state)
         count, end = len(token_ids), tokens + len(token_ids)
         self.token_ids[tokens:end] = token_ids
         self.positions[tokens:end] = np.arange(sequence.length - count, sequence.length)
         self.row_starts[n], self.row_starts[n + 1] = tokens, end
-        for place, array in ((self.page_tables, sequence.tables), (self.slot_counts, sequence.counts),
-                             (self.attention_mass, sequence.mass), (self.compensation, sequence.compensation),
-                             (self.confidence, sequence.confidence)):
+        for name, place in self.held.items():
+            array = getattr(sequence, HELD[name])
             place[n] = 0 if array is None else array.ctypes.data
+        self.selections[n] = sequence.selection.ctypes.data if sparse else 0
         self.logit_rows[rows:rows + len(logit_rows)] = logit_rows + tokens
         self.state[:] = end, rows + len(logit_rows), n + 1, max(probed, probes)

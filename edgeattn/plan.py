@@ -44,16 +44,16 @@ class Step:
 class Plan:
     """`items` holds tables of steps (int64 arrays) and Segments, in order; `run` executes them on `state`'s counts."""
 
-    def __init__(self, graph: Graph, policy, extra: dict, layer_arguments, inputs: dict[str, np.ndarray], max_counts: dict[str, int],
+    def __init__(self, graph: Graph, before, extra: dict, layer_arguments, inputs: dict[str, np.ndarray], max_counts: dict[str, int],
                  threads: int, progress=None):
         """
-        policy           a DecodePolicy: operators to run before each layer's attention
+        before           layer -> [(operator, attributes)] to run before its attention, with the attention's tensors and attributes
         extra            addresses and numbers that ARGS may name ("batch.slots" ...)
         layer_arguments  layer -> more of them, for one layer's cache
         inputs           graph inputs in fixed memory: {name: array}, first dimension a count
         max_counts       the largest value of each count, for sizing buffers
         """
-        self.graph, self.policy, self.max_counts, self.threads = graph, policy, max_counts, threads
+        self.graph, self._before_layer, self.max_counts, self.threads = graph, before, max_counts, threads
         self._extra, self._layer_arguments, self._inputs = extra, layer_arguments, inputs
         self.values: dict[str, Value] = {}
         for name, array in inputs.items():
@@ -226,8 +226,8 @@ class Plan:
 
     # ---- steps --------------------------------------------------------------------------------------------------
     def _before(self, node):
-        """(operator, attributes) that the policy wants run before this node."""
-        return self.policy.before_attention(attributes(node)["layer"]) if node.op_type == "cached_attention" else []
+        """(operator, attributes) that are to run before this node."""
+        return self._before_layer(attributes(node)["layer"]) if node.op_type == "cached_attention" else []
 
     def _steps(self, nodes, kernels):
         found = []
@@ -250,6 +250,7 @@ class Plan:
     def _step(self, name, operator, tensors, attrs, kernels):
         kernel = kernels[operator]
         extra = self._extra | (self._layer_arguments(attrs["layer"]) if "layer" in attrs else {}) | {"workspace": 0}
+        extra |= {"selection.group": attrs["group"]} if "group" in attrs else {}
         row = np.zeros(steps.WIDTH, np.int64)
         row[0] = kernel.step.address
         row[1:1 + len(kernel.ARGS)] = steps.resolve(kernel.ARGS, tensors, attrs, COUNTS, extra)

@@ -15,8 +15,8 @@ from edgeattn.cache.sequence import Sequence
 from edgeattn.calibration import head_classes
 from edgeattn.graph import read_graph
 from edgeattn.plan import Plan
-from edgeattn.policies import load_policy
 from edgeattn.rebuild import recall
+from edgeattn.scheduler import Scheduler, SparseOptions
 
 MAX_SEQUENCES = 64
 LOGITS_BYTES = 64 << 20  # rows of logits are limited to this much at a time
@@ -29,9 +29,9 @@ class Model:
     """
 
     def __init__(self, folder, cache: CacheOptions | None = None, ctx_size: int | None = None, ubatch: int | None = None,
-                 threads: int | None = None, policy=None, progress=None):
+                 threads: int | None = None, sparse: SparseOptions | None = None, progress=None):
         """cache: how keys and values are kept; the export's KV type by default, with room for ctx_size tokens.
-        policy: a DecodePolicy (see policies/__init__.py), dense by default.
+        sparse: what decode steps read; everything by default.
         progress(operator, done, total) is called while kernels are compiled or read from the kernel cache.
 
         ValueError: the folder is not a complete export, or an option is out of range.
@@ -50,15 +50,18 @@ class Model:
         shape = about["num_layers"], about["kv_heads"], about["head_dim"], self.ctx_size
         options = cache or CacheOptions()
         classes = None if options.heads == "none" else head_classes(self.folder, self.config, options.retrieval)
-        options = choose_types(options, defaults["kv_type"], *shape, self.ubatch, classes)
+        self.scheduler = Scheduler(sparse, *shape[:2]) if sparse and sparse.method != "off" else None
+        selection = self.scheduler and self.scheduler.selection_plan(self.ctx_size)
+        options = choose_types(options, defaults["kv_type"], *shape, self.ubatch, classes, selection)
         if options.moves_slots and about["window"]:
             raise ValueError("this model has sliding windows, whose positions eviction, head classes and sorted pages would lose: use "
                              "--kv-eviction none, --kv-heads none and --kv-storage kivi")
-        self.cache = KVCache(*shape, options, self.ubatch, classes)
+        self.cache = KVCache(*shape, options, self.ubatch, classes, selection)
         self.ubatch, self.ctx_size = self.cache.plan.chunk, self.cache.capacity
         self._max_rows = max(1, min(self.ubatch, LOGITS_BYTES // (4 * self.vocab_size)))
         self._batch = Batch(self.ubatch, self._max_rows, MAX_SEQUENCES)
-        self.policy = policy or load_policy("decode", "dense")
+        if self.scheduler:
+            self.scheduler.prepare(MAX_SEQUENCES, self.cache.plan.max_pages)
         self.plan = self._plan(progress)
 
     @classmethod
@@ -69,16 +72,11 @@ class Model:
         batch = self._batch
         inputs = {"token_ids": batch.token_ids, "positions": batch.positions, "logit_rows": batch.logit_rows}
         counts = {"tokens": self.ubatch, "rows": self._max_rows, "sequences": MAX_SEQUENCES, "probes": 0}
-        return Plan(read_graph(self.folder), self.policy, batch.arguments() | self._selection(), self.cache.arguments, inputs, counts,
-                    self.threads, progress)
+        before = self.scheduler.operators if self.scheduler else lambda layer: []
+        return Plan(read_graph(self.folder), before, batch.arguments(), self._layer_arguments, inputs, counts, self.threads, progress)
 
-    def _selection(self):
-        """Memory for the policy's page lists; address 0 tells attention to read everything."""
-        capacity = self.policy.capacity(self.cache.plan.max_pages)
-        shape = (MAX_SEQUENCES, self.config["model"]["kv_heads"], capacity)
-        self._selected, self._selected_counts = np.zeros(shape, np.int32), np.zeros(shape[:2], np.int32)
-        return {"selection.pages": self._selected.ctypes.data if capacity else 0,
-                "selection.counts": self._selected_counts.ctypes.data if capacity else 0, "selection.capacity": capacity}
+    def _layer_arguments(self, layer):
+        return self.cache.arguments(layer) | (self.scheduler.arguments(layer) if self.scheduler else {"selection.group": -1})
 
     # ---- sequences ----------------------------------------------------------------------------------------------
     def new_sequence(self) -> Sequence:
@@ -126,7 +124,8 @@ class Model:
             for i, start, end, rows in chunk:
                 sequence, ids = work[i]
                 self.cache.append(sequence, end - start)
-                self._batch.add(sequence, ids[start:end], rows, self.cache.probes_for(sequence, end - start))
+                sparse = self.scheduler is not None and len(ids) == 1 and self.scheduler.wants(sequence.length)
+                self._batch.add(sequence, ids[start:end], rows, self.cache.probes_for(sequence, end - start), sparse)
             self.plan.run(self._batch.state)
             for i, start, end, _ in chunk:
                 self.cache.settle(work[i][0], end - start)

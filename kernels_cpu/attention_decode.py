@@ -9,8 +9,8 @@ from numba import float32, int32, int64, njit, uint16, uint8
 
 from edgeattn.kernels_cpu.attention_call import (CHUNK, CONFIDENCE, GROUP, HEAD_DIM, KV_HEADS, LAYER, NUM_HEADS, OUT as RESULT,
                                                  OUT_STRIDE, PAGE,
-                                                 PARTIALS, POOLS, PROGRESSIVE, RANGE_PAGES, ROTATED, SELECTED, SELECTED_CAPACITY,
-                                                 SELECTED_COUNTS, SEQUENCES, STARTS, WIDTH, entry_of, first_visible, rows_of, slots_of)
+                                                 PARTIALS, POOLS, PROGRESSIVE, RANGE_PAGES, ROTATED, SEQUENCES, STARTS, WIDTH, entry_of,
+                                                 first_visible, rows_of, slots_of)
 from edgeattn.kernels_cpu.attention_compensation import compensation_of
 from edgeattn.kernels_cpu.attention_fold import (BYTES, OUT, PEAKS, PRODUCTS, SCALES, SCORES, STRIDE, SUMS, TASK, TOKEN_BASES, TOKEN_BYTES,
                                                  TOKEN_SCALES, TOKEN_SUMS, TOPS, block_bytes, block_scales, fold_keys, fold_weights, places,
@@ -24,6 +24,7 @@ from edgeattn.kernels_cpu.page_pool import (BY_ROW, BY_TOKEN, GROUPS, K as K_COD
 from edgeattn.kernels_cpu.page_rows import (AHEAD_STEP, COARSE, GAP, HEAD_ROWS, HEADS, OUT_STRIDE as TASK_OUT, ROWS, SCALES as TASK_SCALES,
                                             WEIGHT_STRIDE)
 from edgeattn.kernels_cpu.parallel import call_worker, worker
+from edgeattn.kernels_cpu.selections import COUNT, HEADER, list_of
 from edgeattn.kernels_cpu.simd import at, fma, hmax, hsum, load, load_half, prefetch, splat, store, vmax
 from edgeattn.kernels_cpu.steps import as_f32
 
@@ -33,8 +34,9 @@ AHEAD = 6             # pages prefetched ahead
 @njit(nogil=True, error_model="numpy")
 def visible_pages(call, sequence, head):
     """(first logical page, how many) that a decode step reads; with a selection the list's length."""
-    if call[SELECTED]:
-        return 0, np.int64(at(int32, call[SELECTED_COUNTS])[sequence * call[KV_HEADS] + head])
+    pages = list_of(call, sequence, head)
+    if pages:
+        return np.int64(0), np.int64(at(int32, pages)[COUNT])
     slots = slots_of(call, sequence, head)
     first = first_visible(call, slots - 1) // PAGE
     return first, (slots + PAGE - 1) // PAGE - first
@@ -43,9 +45,9 @@ def visible_pages(call, sequence, head):
 @njit(nogil=True, error_model="numpy")
 def _page(call, row, i):
     """(entry, logical page) of the i-th page read."""
-    sequence, head, _ = row
-    if call[SELECTED]:
-        i = np.int64(at(int32, call[SELECTED])[(sequence * call[KV_HEADS] + head) * call[SELECTED_CAPACITY] + i])
+    sequence, head, _, pages = row
+    if pages:
+        i = np.int64(at(int32, pages)[HEADER + i])
     return entry_of(call, sequence, head, i), i
 
 
@@ -199,7 +201,7 @@ def confidence_of(call, sequence, head):
 @njit(nogil=True, error_model="numpy")
 def _chunk(call, row, begin, end, last, low, high, coarse, place):
     """Pages begin ... end of the list, at most CHUNK tokens; the task ends at page `last`."""
-    sequence, head, q_row = row
+    sequence, head, q_row, _ = row
     group, width = call[GROUP], call[WIDTH]
     scores, out, sums, tops = at(float32, place[SCORES]), at(float32, place[OUT]), at(float32, place[SUMS]), at(float32, place[TOPS])
     q = call[ROTATED] + 4 * (q_row * call[NUM_HEADS] + head * group) * call[HEAD_DIM]
@@ -238,7 +240,7 @@ def attend_range(call, sequence, head, part, thread):
     heads = (group + HEAD_ROWS - 1) // HEAD_ROWS * HEAD_ROWS
     place = places(call, thread)
     out, sums, tops = at(float32, place[OUT]), at(float32, place[SUMS]), at(float32, place[TOPS])
-    row = (sequence, head, rows_of(call, sequence)[0])
+    row = (sequence, head, rows_of(call, sequence)[0], list_of(call, sequence, head))
     prepare_queries(call, place, call[ROTATED] + 4 * (row[2] * call[NUM_HEADS] + head * group) * depth, True)
     for i in range(heads * (width + width // 2 + 16)):  # sums follow
         out[i] = 0

@@ -49,17 +49,24 @@ def _sequence_of(call, row):
     return s
 
 
-@worker
-def write_token(call, tokens, first, row, thread):
-    q, k, v = at(float32, call[Q]), at(float32, call[K]), at(float32, call[V])
-    cos, sin, half, depth = at(float32, call[COS]), at(float32, call[SIN]), call[ROTARY_DIM] // 2, call[HEAD_DIM]
-    rotated_q, rotated_k = at(float32, call[ROTATED]), at(float32, call[KEYS_ROTATED])
-    angle = at(int64, call[POSITIONS])[row] * call[COS_STRIDE]
+@njit(nogil=True, error_model="numpy")
+def rotate_queries(call, row, as_keys):
+    """A token's q, rotated, times the softmax scale; with `as_keys` also by the matrix that the cache's keys were rotated by."""
+    q, rotated, depth, half = at(float32, call[Q]), at(float32, call[ROTATED]), call[HEAD_DIM], call[ROTARY_DIM] // 2
+    cos, sin, angle = at(float32, call[COS]), at(float32, call[SIN]), at(int64, call[POSITIONS])[row] * call[COS_STRIDE]
     for head in range(call[NUM_HEADS]):
         to = (row * call[NUM_HEADS] + head) * depth
-        _rotate(q, row * call[Q_STRIDE] + head * depth, cos, sin, angle, half, call[INTERLEAVED], depth, as_f32(call[SCALE]), rotated_q, to)
-        if call[KEYS_ROTATION]:
-            hadamard(rotated_q, to, depth)
+        _rotate(q, row * call[Q_STRIDE] + head * depth, cos, sin, angle, half, call[INTERLEAVED], depth, as_f32(call[SCALE]), rotated, to)
+        if as_keys:
+            hadamard(rotated, to, depth)
+
+
+@worker
+def write_token(call, tokens, first, row, thread):
+    k, v, rotated_k = at(float32, call[K]), at(float32, call[V]), at(float32, call[KEYS_ROTATED])
+    cos, sin, half, depth = at(float32, call[COS]), at(float32, call[SIN]), call[ROTARY_DIM] // 2, call[HEAD_DIM]
+    angle = at(int64, call[POSITIONS])[row] * call[COS_STRIDE]
+    rotate_queries(call, row, call[KEYS_ROTATION])
     s = _sequence_of(call, row)
     start, rows = rows_of(call, s)
     for head in range(call[KV_HEADS]):

@@ -16,6 +16,7 @@ from edgeattn.kernels_cpu.attention_write import write_tokens
 from edgeattn.kernels_cpu.floats import fetch_add
 from edgeattn.kernels_cpu.page_pool import POOLS, Pages
 from edgeattn.kernels_cpu.parallel import call_worker, parallel, worker
+from edgeattn.kernels_cpu.selections import COUNT, HEADER
 from edgeattn.kernels_cpu.simd import at
 from edgeattn.kernels_cpu.steps import STEP, aligned, call as call_step, thread_count
 from edgeattn.page_formats import PageFormat
@@ -75,23 +76,38 @@ def attend(cache, q, k, v, cos, sin, positions, *, selection=None, probes=0, mas
 
     selection: (pages [sequences, kv_heads, capacity], counts [sequences, kv_heads]) int32, or None to read everything.
     """
+    lists, capacity = lists_of(*selection) if selection else (None, 0)
+    tensors, attributes, extra, _kept = bind(cache, q, k, v, cos, sin, positions, attributes, lists, capacity, probes, mass_mode, keys_rotated)
+    call_step(step, ARGS, tensors, attributes, extra, workspace_bytes)
+    return tensors["out"]
+
+
+def bind(cache, q, k, v, cos, sin, positions, attributes, lists=None, capacity=0, probes=0, mass_mode=0, keys_rotated=0):
+    """What steps.call wants: (tensors, attributes, extra), and arrays that must stay alive meanwhile. lists: selections.py, one group."""
     tensors = dict(q=q, k=k, v=v, cos=cos, sin=sin, out=aligned(q.shape, np.float32))
-    pages, counts = selection or (None, None)
+    selections = np.array([0 if lists is None else row.ctypes.data for row in (cache.new if lists is None else lists)], np.int64)
     pools = np.stack([cache.pages.table_row()] * POOLS)
     each = {name: np.array([a.ctypes.data for a in arrays], np.int64)
             for name, arrays in (("page_tables", cache.tables), ("slot_counts", cache.slot_counts), ("attention_mass", cache.mass))}
     addresses = {"batch.positions": np.ascontiguousarray(positions, np.int64),
                  "batch.row_starts": np.cumsum([0, *cache.new], dtype=np.int32),
                  **{f"batch.{name}": array for name, array in each.items()}, "batch.compensation": None, "batch.confidence": None, "cache.pools": pools,
-                 "selection.pages": pages, "selection.counts": counts}
-    numbers = {"cache.max_pages": cache.tables.shape[2], "selection.capacity": 0 if pages is None else pages.shape[2], "layer": 0,
+                 "batch.selections": selections}
+    numbers = {"cache.max_pages": cache.tables.shape[2], "selection.group": -1 if lists is None else 0, "selection.capacity": capacity, "layer": 0,
                "cache.mass_mode": mass_mode, "cache.mass_plane": cache.mass[0, 0].size, "cache.keys_rotated": keys_rotated, "cache.progressive": 0}
     tensors["row_starts"] = addresses["batch.row_starts"][1:]  # its rows are the sequences
     tensors["probes"] = np.empty(probes)
     numbers |= {f"batch.{name}": list(tensors).index(tensor) for name, tensor in (("sequences", "row_starts"), ("probes", "probes"))}
     extra = numbers | {name: 0 if array is None else array.ctypes.data for name, array in addresses.items()}
-    call_step(step, ARGS, tensors, {"interleaved": 0, "window": 0} | attributes, extra, workspace_bytes)
-    return tensors["out"]
+    return tensors, {"interleaved": 0, "window": 0} | attributes, extra, (each, addresses, pools)
+
+
+def lists_of(pages, counts):
+    """A selection [sequences, kv_heads, capacity], [sequences, kv_heads] as kernels want it, and its capacity."""
+    sequences, kv_heads, capacity = pages.shape
+    lists = np.zeros((sequences, kv_heads, HEADER + capacity), np.int32)
+    lists[..., COUNT], lists[..., HEADER:] = counts, pages
+    return lists, capacity
 
 
 # ---- tasks ------------------------------------------------------------------------------------------------------

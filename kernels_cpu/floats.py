@@ -232,3 +232,16 @@ def exp(x):
     top = splat(F, HIGHEST)
     half = exp_low(vmin(top, x) * np.float32(0.5))  # squared, because 2^128 has no exponent bits
     return where_less(top, x, splat(F, np.float32(np.inf)), half * half)
+
+
+@njit(nogil=True, error_model="numpy")
+def half_towards(x, up):
+    """The bits of the nearest half not below x (not above, without `up`), 16 lanes."""
+    bits = convert(I, to_half(x))
+    back = from_half(to_half(x))
+    negative = where_less(splat(I, np.int32(0x7FFF)), bits, splat(I, np.int32(1)), splat(I, np.int32(0)))
+    if up:  # one unit towards infinity: only for x >= 0
+        return where_less(back, x, bits + 1, bits)
+    lower = bits - 1 + negative * 2
+    lower = where_less(bits, splat(I, np.int32(1)), splat(I, np.int32(0x8001)), lower)
+    return where_less(x, back, lower, bits)

@@ -2,7 +2,7 @@
 import numpy as np
 from numba import carray, cfunc, float32, int32, int64, njit, uint16, uint8
 
-from edgeattn.kernels_cpu.floats import F, I, from_half, sqrt, to_half, where_less
+from edgeattn.kernels_cpu.floats import F, I, from_half, half_towards, sqrt, to_half, where_less
 from edgeattn.kernels_cpu.page_expand import expand_keys
 from edgeattn.kernels_cpu.page_pool import (BY_ROW, GROUPS, K, K_AXIS, K_BYTES, K_GAP, K_LEVELS, K_PACK, K_PARAMS, POOLS, SEPARATED,
                                             SYMMETRIC, V, V_BLOCK, V_BYTES, V_EXPAND, V_GAP, V_LEVELS, V_PACK, V_PARAMS, Pages, field_at, pool_of)
@@ -47,25 +47,12 @@ _scratch_bytes = njit(nogil=True, error_model="numpy")(_scratch)
 
 
 @njit(nogil=True, error_model="numpy")
-def _half(x, up):
-    """The bits of the nearest half not below x (not above, without `up`), 16 lanes."""
-    bits = convert(I, to_half(x))
-    back = from_half(to_half(x))
-    negative = where_less(splat(I, np.int32(0x7FFF)), bits, splat(I, np.int32(1)), splat(I, np.int32(0)))
-    if up:  # one unit towards infinity: only for x >= 0
-        return where_less(back, x, bits + 1, bits)
-    lower = bits - 1 + negative * 2
-    lower = where_less(bits, splat(I, np.int32(1)), splat(I, np.int32(0x8001)), lower)
-    return where_less(x, back, lower, bits)
-
-
-@njit(nogil=True, error_model="numpy")
 def _parameters(low, high, levels, halves, low_at, step_at, floats, float_low, float_step):
     """Minimum and step of 16 groups, as halves and as the floats they stand for."""
-    bits = _half(low, False)
+    bits = half_towards(low, False)
     low = from_half(convert(H, bits))
     store(halves, low_at, convert(H, bits))
-    step = _half((high - low) / splat(F, np.float32(levels)), True)
+    step = half_towards((high - low) / splat(F, np.float32(levels)), True)
     store(halves, step_at, convert(H, step))
     store(floats, float_low, low)
     store(floats, float_step, from_half(convert(H, step)))
@@ -74,7 +61,7 @@ def _parameters(low, high, levels, halves, low_at, step_at, floats, float_low, f
 @njit(nogil=True, error_model="numpy")
 def _symmetric(largest, levels, halves, low_at, step_at, floats, float_low, float_step):
     half = np.float32((levels + 1) // 2)
-    bits = _half(largest / splat(F, half - np.float32(1)), True)
+    bits = half_towards(largest / splat(F, half - np.float32(1)), True)
     step = from_half(convert(H, bits))
     low = step * -half
     store(halves, low_at, to_half(low))

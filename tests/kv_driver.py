@@ -78,7 +78,7 @@ class Driver:
         about = dict(num_heads=heads, kv_heads=self.kv_heads, head_dim=self.depth, rotary_dim=self.depth, interleaved=0, scale=self.scale,
                      window=window)
         self.workspace = aligned(kernel.workspace_bytes(tensors, about, max(chunk, 8), 2), np.uint8)
-        nothing = {"selection.pages": 0, "selection.counts": 0, "selection.capacity": 0, "workspace": self.workspace.ctypes.data}
+        nothing = {"batch.selections": 0, "selection.group": -1, "selection.capacity": 0, "workspace": self.workspace.ctypes.data}
         self.rows = np.zeros((self.layers, steps.WIDTH), np.int64)
         for layer, row in enumerate(self.rows):
             extra = self.batch.arguments() | cache.arguments(layer) | nothing

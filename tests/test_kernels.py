@@ -52,6 +52,14 @@ PAGE_FORMATS = [(64, "int4", "int4"), (128, "int8", "int2"), (16, "int3", "int3"
                 (80, "int3", "int3", "channel", 0, 1), (80, "int3", "int8", "token"), (64, "int3", "int4", "token")]
 
 
+def selection_case(rng, past, score, combine, budget, reach, head_dim=64, heads=8, kv_heads=2):
+    args, about = attention(rng, past, 1, heads, kv_heads, head_dim)
+    q, _, _, cos, sin, key, _, positions = args
+    del about["window"]
+    return (q, cos, sin, key, positions), about | dict(capacity=70, score=score, combine=combine, budget=budget, fraction=0.1, recent=3,
+                                                       reach=reach)
+
+
 def formats(k_type, v_type, k_axis="channel", one_group=0, separated=0):
     return dict(k_type=k_type, v_type=v_type, k_axis=k_axis, one_group=one_group, separated=separated)
 
@@ -119,12 +127,10 @@ CASES = {
     "embedding_nbits": [  # one multiplication
         ("x".join(map(str, c[:5])) + ("-zeros" if c[5] else ""), lambda rng, c=c: embedding_nbits_case(rng, *c), 1e-6)
         for c in ((1, 16, 64, 4, 32, False), (300, 90, 100, 8, 32, False), (9, 33, 77, 4, 16, True), (5, 40, 600, 8, 256, True))],
-    "select_sink_window": [
-        ("lengths", lambda rng: ((rng.integers(1, 700, (9, 2), np.int32),), dict(
-            kv_heads=2, capacity=8, sink_pages=1, window_pages=3)), 0),
-        ("no-sink", lambda rng: ((np.arange(1, 130, 7, dtype=np.int32)[:, None].copy(),), dict(
-            kv_heads=1, capacity=2, sink_pages=0, window_pages=2, layer=3)), 0),
-    ],
+    "select_pages": [("-".join(map(str, c)), lambda rng, c=c: selection_case(rng, *c), 0) for c in (
+        (2000, "bound", "head", 500, 1.0), (2000, "bound", "layer", 500, 0.5), (777, "mass", "head", 300, 1.0), (777, "mass", "layer", 300, 1.0),
+        (1999, "recency", "head", 100, 1.0), (2015, "bound", "head", 3000, 1.0), (40, "bound", "head", 32, 1.0), (1, "bound", "head", 32, 1.0),
+        (991, "bound", "head", 200, 0.4, 128, 12, 2), (1000, "bound", "head", 300, 0.7, 80, 4, 4), (640, "mass", "head", 200, 1.0, 16, 10, 2))],
     "seal_pages": [("-".join(map(str, c)), lambda rng, c=c: (pages_case(rng, c[0]), formats(*c[1:])), 0) for c in PAGE_FORMATS],
     "read_pages": [("-".join(map(str, c)), lambda rng, c=c: read_pages_case(rng, *c), 2e-5) for c in PAGE_FORMATS],  # values up to 40
 }

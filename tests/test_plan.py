@@ -9,7 +9,6 @@ from onnx import TensorProto, helper, numpy_helper
 from edgeattn.batch import COUNTS
 from edgeattn.graph import read_graph
 from edgeattn.plan import Plan
-from edgeattn.policies import load_policy
 from edgeattn.segments import Segment
 
 MAX = {"tokens": 9, "rows": 4, "sequences": 2}
@@ -25,7 +24,7 @@ def planned(tmp_path, nodes, output, width=8, initializers=(), inputs=("x",), va
     opsets = [helper.make_opsetid("", 23), helper.make_opsetid("edgeattn", 1)]
     onnx.save(helper.make_model(graph, opset_imports=opsets, ir_version=11), tmp_path / "model.onnx")
     memory = {name: np.zeros((MAX["tokens"], width), np.float32) for name in inputs}
-    return Plan(read_graph(tmp_path), load_policy("decode", "dense"), {}, lambda layer: {}, memory, MAX, threads=1), memory
+    return Plan(read_graph(tmp_path), lambda layer: [], {}, lambda layer: {}, memory, MAX, threads=1), memory
 
 
 def run(plan, memory, values, output):

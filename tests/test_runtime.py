@@ -7,8 +7,8 @@ import pytest
 
 from edgeattn.cache.options import CacheOptions
 from edgeattn.cache.pages import CacheFull
-from edgeattn.policies import load_policy
 from edgeattn.runtime import Model
+from edgeattn.scheduler import SparseOptions
 
 RNG = np.random.default_rng()
 
@@ -115,14 +115,13 @@ def test_half_precision_cache_is_close(nano_fp32, model):
 def test_window_wide_enough_equals_dense_and_a_narrow_one_does_not(nano_fp32, model):
     ids = tokens(500)
 
-    def decoded(policy):
-        sparse = Model.load(nano_fp32, ctx_size=1024, policy=policy)
+    def decoded(pages):
+        sparse = Model.load(nano_fp32, ctx_size=1024, sparse=SparseOptions("sink_window", {"budget": 32 * pages, "recent": 2}))
         sequence = sparse.new_sequence()
         sparse.forward([(sequence, ids)], "none")
         return sparse.forward([(sequence, ids[:1])])
     expected = fresh(model, np.append(ids, ids[0]))
-    wide = decoded(load_policy("decode", "sink_window", {"window_pages": 40}))
-    narrow = decoded(load_policy("decode", "sink_window", {"window_pages": 2}))
+    wide, narrow = decoded(40), decoded(2)
     np.testing.assert_allclose(wide, expected, atol=2e-4)
     assert np.abs(narrow - expected).max() > 0.05
 

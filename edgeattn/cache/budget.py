@@ -8,12 +8,31 @@ import numpy as np
 
 from edgeattn.cache.layer_budget import MOST
 from edgeattn.cache.options import CacheOptions
+from edgeattn.kernels_cpu.selections import HEADER
 from edgeattn.page_formats import PAGE, PageFormat
 from edgeattn.policies import load_policy
 
 SMALLEST_CHUNK = 32
 MASS = {"": 0, "sum": 1, "last": 2}  # attention statistics: bits, as attention_mass.py wants them
 SEQUENCES = 64     # that may be open at once where memory is not limited (it is touched only when used)
+
+
+@dataclass(frozen=True)
+class SelectionPlan:
+    """What sparse decode keeps with a sequence (kernels_cpu/selections.py, page_index.py).
+
+    groups    lists for each KV head; layers share them
+    capacity  pages of a list
+    index     what page scores read: "" (the keys), "bounds"
+    """
+    groups: int
+    capacity: int
+    index: str = ""
+
+    def width(self, formats: tuple[PageFormat, ...]) -> int:
+        """Halves of a page in the index: none where quantised pages know the bounds of their keys."""
+        known = len(formats) > 1 and all(f.k_params and f.k_axis == "channel" for f in formats[1:])
+        return 2 * formats[0].head_dim if self.index == "bounds" and not known else 0
 
 
 @dataclass(frozen=True)
@@ -40,13 +59,18 @@ class CachePlan:
     position_type: np.dtype
     head_bytes: int  # of a sequence's arrays for each KV head, however many tokens there are
     releases: bool   # pages are released and rebuilt
+    selection: SelectionPlan | None = None
 
     def state_bytes(self) -> int:
         """Bytes of one sequence's tables and per-token arrays."""
-        heads = self.limits.size
+        heads, chosen = self.limits.size, self.selection
         token = self.tracked * self.position_type.itemsize + 4 * self.mass_planes
         page = 4 + PAGE * token + self.releases * (2 * self.formats[0].head_dim + 4)  # a mean key; the page list of the part rebuilt from
-        return heads * (self.head_bytes + self.max_pages * page) + self.releases * self.max_pages * (4 * PAGE + 1)
+        found = heads * (self.head_bytes + self.max_pages * page) + self.releases * self.max_pages * (4 * PAGE + 1)
+        if chosen:
+            width = chosen.width(self.formats)
+            found += 4 * chosen.groups * self.limits.shape[1] * (HEADER + chosen.capacity) + (2 * width * self.max_pages + 4) * heads * (width > 0)
+        return found
 
     @property
     def mass_planes(self) -> int:
@@ -63,7 +87,7 @@ class CachePlan:
 
 
 def plan_cache(options: CacheOptions, layers: int, kv_heads: int, head_dim: int, ctx_size: int, ubatch: int,
-               classes: np.ndarray | None = None) -> CachePlan:
+               classes: np.ndarray | None = None, selection: SelectionPlan | None = None) -> CachePlan:
     """classes: [layers, kv_heads] bool, True for heads that keep everything; None: all of them. ValueError: the budget is too small for
     anything."""
     storage, eviction = options.storage_policy(), options.eviction_policy()
@@ -100,7 +124,7 @@ def plan_cache(options: CacheOptions, layers: int, kv_heads: int, head_dim: int,
         most = min(MOST * tokens, -(-ctx_size // PAGE) * PAGE) if options.shares_layers else tokens
         max_pages = -(-((ctx_size if options.releases else most) + spare) // PAGE)
         return CachePlan(formats, pages, limits, most, max_pages, chunk, evicts, tracked, mass_mode, classes, position_type, head_bytes,
-                         options.releases)
+                         options.releases, selection)
 
     if options.budget is None:
         return build(ctx_size, min(ubatch, ctx_size))
@@ -120,7 +144,7 @@ def plan_cache(options: CacheOptions, layers: int, kv_heads: int, head_dim: int,
 
 
 def choose_types(options: CacheOptions, default: str, layers: int, kv_heads: int, head_dim: int, ctx_size: int,
-                 ubatch: int, classes: np.ndarray | None = None) -> CacheOptions:
+                 ubatch: int, classes: np.ndarray | None = None, selection: SelectionPlan | None = None) -> CacheOptions:
     """`options` with "auto" settled: without a budget the type is `default`, else the widest in which the context fits without
     eviction; if it fits in none, tokens are evicted."""
     kinds = [default] if options.budget is None else ["f16", "int8", "int4"]
@@ -131,7 +155,8 @@ def choose_types(options: CacheOptions, default: str, layers: int, kv_heads: int
                          v_type=kind if options.v_type == "auto" else options.v_type)
         if options.budget is None:
             return chosen
-        limits = plan_cache(replace(chosen, eviction="none"), layers, kv_heads, head_dim, ctx_size, ubatch, classes).limits
+        limits = plan_cache(replace(chosen, eviction="none"), layers, kv_heads, head_dim, ctx_size, ubatch, classes,
+                            selection).limits
         if limits[... if classes is None else classes].min(initial=ctx_size) >= ctx_size:
             return replace(chosen, eviction="none") if options.eviction == "auto" else chosen
     return chosen

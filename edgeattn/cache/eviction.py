@@ -73,6 +73,7 @@ def drop_oldest(cache, sequence, pages) -> None:
         if sequence.compensation is not None:
             _compensate(cache, sequence.compensation[layer, head], table[1:1 + n])
         cache.release(table[1:1 + n])
+        sequence.moved((layer, head), 1)
         table[1:-n], table[-n:] = table[1 + n:], RELEASED
         for plane in (sequence.positions, *(sequence.mass if sequence.mass is not None else ())):
             if plane is not None:
@@ -140,3 +141,4 @@ def _compact(cache, sequence, layer, head, keep, gone_pages, sealed):
     cache.release(table[used:before])
     table[used:before] = RELEASED
     sequence.counts[layer, head] = count
+    sequence.moved((layer, head), min(*gone_pages[:1].tolist(), *(places[:1] // PAGE).tolist(), used))

@@ -3,7 +3,7 @@ import weakref
 
 import numpy as np
 
-from edgeattn.cache.budget import MASS, plan_cache
+from edgeattn.cache.budget import MASS, SelectionPlan, plan_cache
 from edgeattn.cache.eviction import evict
 from edgeattn.cache.options import CacheOptions
 from edgeattn.cache.pages import CacheFull, PagePool
@@ -12,6 +12,7 @@ from edgeattn.cache.sealing import seal
 from edgeattn.cache.sequence import Sequence
 from edgeattn.kernels_cpu import read_pages
 from edgeattn.kernels_cpu.page_pool import FIELDS, POOLS, RELEASED
+from edgeattn.kernels_cpu.selections import HEADER
 from edgeattn.page_formats import PAGE
 
 DECODE_PROBES = 8  # decode steps of which one is probed
@@ -25,9 +26,9 @@ class KVCache:
     """
 
     def __init__(self, layers: int, kv_heads: int, head_dim: int, tokens: int, options: CacheOptions = CacheOptions(), ubatch: int = 512,
-                 classes: np.ndarray | None = None):
+                 classes: np.ndarray | None = None, selection: SelectionPlan | None = None):
         self.options, self.shape, self.head_dim, self.tokens = options, (layers, kv_heads), head_dim, tokens
-        self.plan = plan_cache(options, layers, kv_heads, head_dim, tokens, ubatch, classes)
+        self.plan = plan_cache(options, layers, kv_heads, head_dim, tokens, ubatch, classes, selection)
         self.pools = [PagePool(f, n) for f, n in zip(self.plan.formats, self.plan.pages)]
         self.storage, self.eviction = options.storage_policy(), options.eviction_policy()
         self.probes = max((user.probes for user in options.probing()), default=0)
@@ -74,7 +75,9 @@ class KVCache:
 
     def arguments(self, layer: int) -> dict[str, int]:
         """What kernels need to reach the pages, under the names used in ARGS."""
-        return {"cache.pools": self.table.ctypes.data, "cache.max_pages": self.plan.max_pages, "cache.keys_rotated": self.storage.rotated
+        chosen = self.plan.selection
+        return {"selection.width": chosen.width(self.plan.formats) if chosen else 0, "selection.capacity": chosen.capacity if chosen else 0,
+                "cache.pools": self.table.ctypes.data, "cache.max_pages": self.plan.max_pages, "cache.keys_rotated": self.storage.rotated
                 and self.options.quantised, "cache.mass_mode": self.plan.mass_mode,
                 "cache.mass_plane": self.shape[0] * self.shape[1] * self.plan.max_pages * PAGE,
                 "cache.progressive": int(np.float32(self.options.progressive).view(np.int32))}
@@ -82,7 +85,8 @@ class KVCache:
     # ---- sequences ----------------------------------------------------------------------------------------------
     def new_sequence(self) -> Sequence:
         """An empty sequence. Its pages return to the pools when it is truncated to nothing, or when nobody holds it any more."""
-        shape, slots = self.shape, self.plan.max_pages * PAGE
+        shape, slots, chosen = self.shape, self.plan.max_pages * PAGE, self.plan.selection
+        width = chosen.width(self.plan.formats) if chosen else 0
         return self._watched(Sequence(
             np.full((*shape, self.plan.max_pages), RELEASED, np.int32), np.zeros(shape, np.int32), np.ones(shape, np.int32),
             np.zeros((*shape, slots), self.plan.position_type) if self.plan.tracked else None,
@@ -91,7 +95,10 @@ class KVCache:
             np.zeros(shape, np.float32) if self.options.progressive else None,
             np.zeros(shape, np.int32) if self.options.shares_layers else None,
             *((np.zeros(slots, np.int32), np.zeros((self.plan.max_pages, *shape, self.head_dim), np.float16),
-               np.zeros(self.plan.max_pages, bool)) if self.options.releases else ())))
+               np.zeros(self.plan.max_pages, bool)) if self.options.releases else ()),
+            selection=np.zeros((chosen.groups, shape[1], HEADER + chosen.capacity), np.int32) if chosen else None,
+            index=np.zeros((*shape, self.plan.max_pages, width), np.uint16) if width else None,
+            indexed=np.zeros(shape, np.int32) if width else None))
 
     def _watched(self, sequence):
         self._state_bytes += sequence.nbytes
@@ -218,6 +225,7 @@ class KVCache:
         sequence.counts[:] = counts
         sequence.sealed[:] = np.clip(sequence.sealed, 1, np.maximum(keep, 1))
         sequence.room, sequence.length = int((keep * PAGE - counts).min()), length
+        sequence.moved(page=counts // PAGE)
         sequence.shared = sequence.answered = True  # the last page now may be one that was full when it was shared
         if not length:
             sequence.exact_from = 0

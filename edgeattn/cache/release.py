@@ -84,4 +84,5 @@ def take_page(cache, sequence, page: int, part: Sequence) -> None:
         if entries is None:
             raise CacheFull("KV cache is full: no quantised page is free to rebuild a page")
     part.tables[:, :, page] = RELEASED
+    sequence.moved(page=page)
     sequence.tables[:, :, page] = entries.reshape(cache.shape)

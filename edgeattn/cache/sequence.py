@@ -3,6 +3,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from edgeattn.kernels_cpu.selections import SLOTS
+
 
 @dataclass(eq=False)
 class Sequence:
@@ -20,6 +22,9 @@ class Sequence:
     token_ids     [slots]                         int32, where pages are released (release.py); else None, as the next two
     means         [pages, layers, kv_heads, head_dim]   float16, mean keys of released pages
     pinned        [pages]                         bool, rebuilt for the newest prompt
+    selection     [groups, kv_heads, 4 + capacity]   int32, what decode steps read (kernels_cpu/selections.py), or None: everything
+    index         [layers, kv_heads, max_pages, width]   uint16, of pages, for selections (kernels_cpu/page_index.py), or None
+    indexed       [layers, kv_heads]              int32, pages whose index is good, or None
     length        tokens that the sequence has seen
     exact_from    it can be truncated to this length or more; shorter ones are lost to eviction
     """
@@ -34,6 +39,9 @@ class Sequence:
     token_ids: np.ndarray | None = None
     means: np.ndarray | None = None
     pinned: np.ndarray | None = None
+    selection: np.ndarray | None = None
+    index: np.ndarray | None = None
+    indexed: np.ndarray | None = None
     length: int = 0
     exact_from: int = 0
     room: int = 0          # tokens until some head needs another page
@@ -44,12 +52,19 @@ class Sequence:
     def arrays(self) -> dict[str, np.ndarray]:
         """The arrays that there are, by name."""
         found = {name: getattr(self, name) for name in ("tables", "counts", "sealed", "positions", "mass", "compensation", "confidence",
-                                                     "limits", "token_ids", "means", "pinned")}
+                                                     "limits", "token_ids", "means", "pinned", "selection", "index", "indexed")}
         return {name: array for name, array in found.items() if array is not None}
 
     @property
     def nbytes(self) -> int:
         return sum(array.nbytes for array in self.arrays.values())
+
+    def moved(self, head=..., page: int = 0) -> None:
+        """Tokens or pages from `page` on have moved, of a KV head (layer, head) or of all: what was selected or indexed there is void."""
+        if self.selection is not None:
+            self.selection[..., SLOTS] = 0
+        if self.indexed is not None:
+            self.indexed[head] = np.minimum(self.indexed[head], page)
 
     def copy(self) -> "Sequence":
         numbers = {name: getattr(self, name) for name in ("length", "exact_from", "room", "shared", "answered")}

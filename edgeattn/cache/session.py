@@ -26,6 +26,7 @@ from edgeattn.kernels_cpu.page_pool import POOLS, RELEASED
 from edgeattn.page_formats import PAGE
 
 HELD = {"tables", "counts", "sealed", "positions", "mass", "compensation", "confidence", "limits"}  # of Sequence.arrays
+REMADE = {"selection", "index", "indexed"}  # from the pages, when they are needed
 
 
 # ---- what must agree -----------------------------------------------------------------------------------------------
@@ -59,8 +60,8 @@ def save(path, cache, sequence, token_ids: list[int], config: dict, meta: dict) 
     meta       whatever JSON can hold
     OSError: no room, no permission, or the cache keeps more than a session holds. ValueError: too few token ids.
     """
-    if sequence.arrays.keys() - HELD:
-        raise OSError(f"a session cannot hold what this cache keeps: {', '.join(sorted(sequence.arrays.keys() - HELD))}")
+    if sequence.arrays.keys() - HELD - REMADE:
+        raise OSError(f"a session cannot hold what this cache keeps: {', '.join(sorted(sequence.arrays.keys() - HELD - REMADE))}")
     if len(token_ids) < sequence.length:
         raise ValueError(f"the sequence has {sequence.length} tokens, but only {len(token_ids)} token ids were given")
     source = config.get("source", {})
@@ -93,7 +94,7 @@ def _parts(sequence, counts):
     used, slots = _first(counts, sequence.tables.shape[-1] * PAGE), int(counts.sum())
     return {name: (array, (..., used), np.dtype(np.int32) if name == "positions" else array.dtype, (*array.shape[:-3], slots))
             if name in ("positions", "mass") else (array, ..., array.dtype, array.shape)
-            for name, array in sequence.arrays.items() if name != "tables"}
+            for name, array in sequence.arrays.items() if name not in REMADE | {"tables"}}
 
 
 def _first(counts, length):

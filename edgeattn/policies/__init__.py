@@ -4,19 +4,8 @@ A decode policy names operators and never computes arrays: its operators write a
 plus a count per sequence and KV head, in the device's memory; cached_attention reads it. So a policy adds no Python to a step and
 also runs inside a CUDA graph.
 """
+from dataclasses import fields
 from importlib import import_module
-from typing import Protocol
-
-
-class DecodePolicy(Protocol):
-    """What a decode policy file provides: a frozen dataclass of options with these two methods."""
-
-    def capacity(self, max_pages: int) -> int:
-        """Pages a selection can hold; 0 when nothing is ever selected (dense)."""
-
-    def before_attention(self, layer: int) -> list[tuple[str, dict]]:
-        """(operator, attributes) to run before this layer's attention; none means dense. Their ARGS may name the attention's own
-        tensors and attributes, "batch.*", "cache.*" and "selection.*"."""
 
 
 def load_policy(kind: str, name: str, options: dict | None = None):
@@ -27,7 +16,11 @@ def load_policy(kind: str, name: str, options: dict | None = None):
         if error.name != f"edgeattn.policies.{kind}.{name}":
             raise
         raise ValueError(f"no {kind} policy named {name!r}; known: {', '.join(policy_names(kind))}") from None
-    return getattr(module, "".join(part.capitalize() for part in name.split("_")))(**(options or {}))
+    made, options = getattr(module, "".join(part.capitalize() for part in name.split("_"))), options or {}
+    known = [field.name for field in fields(made)]
+    if set(options) - set(known):
+        raise ValueError(f"{name} has no option {sorted(set(options) - set(known))[0]!r}; it has: {', '.join(known)}")
+    return made(**options)
 
 
 def policy_names(kind: str) -> list[str]:

@@ -1,1 +1,48 @@
-"""Policies that choose what a decode step reads."""
+"""Policies that choose what a decode step reads, one file each."""
+from dataclasses import dataclass
+from typing import ClassVar
+
+
+@dataclass(frozen=True)
+class SelectionPolicy:
+    """What methods are made of that score pages and read the best; a file's class says where it differs. Fields are options:
+
+    budget        tokens that a KV head reads at a step, at least; in whole pages
+    fraction      the same, as a part of the tokens it holds
+    recent        newest pages that are always read, the one being filled among them; so is the first page
+    dense_layers  first layers that read everything
+    reuse         a list serves more steps, twice as many each time, up to 16, as long as this part of the pages that the next one
+                  chooses were in it; 0: every step makes its own
+    ValueError: a number out of range.
+
+    Class attributes: `score` and `combine` of the operator select_pages, and `index` (cache/budget.py, SelectionPlan).
+    """
+    budget: int = 2048
+    fraction: float = 0.0
+    recent: int = 3
+    dense_layers: int = 2
+    reuse: float = 0.0
+
+    score: ClassVar[str] = "bound"
+    combine: ClassVar[str] = "head"
+    index: ClassVar[str] = ""
+
+    def __post_init__(self):
+        if self.budget < 0 or not 0 <= self.fraction <= 1 or not 0 <= self.reuse <= 1:
+            raise ValueError(f"need budget >= 0, fraction and reuse from 0 to 1, got {self.budget=} {self.fraction=} {self.reuse=}")
+        if self.recent < 2 or self.dense_layers < 0:
+            raise ValueError(f"need recent >= 2 pages and dense_layers >= 0, got {self.recent=} {self.dense_layers=}")
+
+    def sources(self, layers: int) -> list[int | None]:
+        """For each layer the one whose selection it reads; None: it reads everything."""
+        return [None if layer < self.dense_layers else layer for layer in range(layers)]
+
+    def operators(self, layer: int) -> list[tuple[str, dict]]:
+        """What makes a layer's selection before its attention: operators with their attributes. Their ARGS may name the attention's own
+        tensors and attributes, "batch.*", "cache.*" and "selection.*"."""
+        return [("select_pages", {"score": self.score, "combine": self.combine, "budget": self.budget, "fraction": float(self.fraction),
+                                  "recent": self.recent, "reach": 1.0, "reuse": float(self.reuse)})]
+
+    def tokens(self, held: int) -> float:
+        """That a head with an even share reads at most, of `held`."""
+        return max(self.budget, self.fraction * held)

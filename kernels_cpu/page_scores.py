@@ -1,0 +1,123 @@
+"""How much a decode step's query may ask of each page of one KV head: what select_pages chooses by.
+
+    bound   q's product with the middle of the page's keys, channel by channel, and `reach` times the most that the keys' range can add to
+            it: at reach 1 no key of the page scores higher (Quest, arXiv 2406.10774). The group's largest.
+    mass    the softmax weight of the page's tokens among all tokens, over the group's query heads: what a selection would know that had
+            read every key
+"""
+import numpy as np
+from numba import float32, njit, uint16, uint8
+
+from edgeattn.kernels_cpu.attention_call import CHUNK, GROUP, HEAD_DIM, PAGE, POOLS, entry_of
+from edgeattn.kernels_cpu.attention_decode import hide, score_page
+from edgeattn.kernels_cpu.attention_fold import OUT, SCORES, STRIDE, SUMS, TOPS, places, prepare_queries
+from edgeattn.kernels_cpu.attention_softmax import LOWEST_SCORE, soften
+from edgeattn.kernels_cpu.floats import F, exp_low
+from edgeattn.kernels_cpu.page_pool import K_LEVELS, K_PARAMS, field_at, pool_of
+from edgeattn.kernels_cpu.page_rows import HEAD_ROWS
+from edgeattn.kernels_cpu.simd import at, fma, hsum, load, load_half, prefetch, splat, store, vabs
+
+AHEAD = 8  # pages prefetched ahead
+
+
+@njit(nogil=True, error_model="numpy")
+def _bound_weights(q, group, depth, reach, heads, to):
+    """[heads][2][depth] at `to`: what minima and steps are multiplied with."""
+    for h in range(heads):
+        source = min(h, group - 1) * depth  # beyond the group the last again, which changes no maximum
+        for c in range(0, depth, 16):
+            x = load(F, q, source + c)
+            store(to, 2 * h * depth + c, x)
+            store(to, (2 * h + 1) * depth + c, fma(vabs(x), splat(F, reach), x) * np.float32(0.5))
+
+
+@njit(nogil=True, error_model="numpy")
+def _bound(params, levels, weights, depth, heads):
+    best = np.float32(-np.inf)
+    for h in range(0, heads, HEAD_ROWS):
+        w = 2 * h * depth
+        a0 = a1 = a2 = a3 = b0 = b1 = b2 = b3 = splat(F, np.float32(0))
+        for c in range(0, depth, 16):
+            low, step = load_half(F, params, c), load_half(F, params, depth + c)
+            a0, b0 = fma(low, load(F, weights, w + c), a0), fma(step, load(F, weights, w + depth + c), b0)
+            a1, b1 = fma(low, load(F, weights, w + 2 * depth + c), a1), fma(step, load(F, weights, w + 3 * depth + c), b1)
+            a2, b2 = fma(low, load(F, weights, w + 4 * depth + c), a2), fma(step, load(F, weights, w + 5 * depth + c), b2)
+            a3, b3 = fma(low, load(F, weights, w + 6 * depth + c), a3), fma(step, load(F, weights, w + 7 * depth + c), b3)
+        m = splat(F, levels)
+        best = max(best, hsum(fma(b0, m, a0)), hsum(fma(b1, m, a1)), hsum(fma(b2, m, a2)), hsum(fma(b3, m, a3)))
+    return best
+
+
+@njit(nogil=True, error_model="numpy")
+def _prefetch(address, size):
+    for line in range(address, address + size, 64):
+        prefetch(at(uint8, line), 0)
+
+
+@njit(nogil=True, error_model="numpy")
+def bound_scores(call, sequence, head, q, reach, rows, width, first, last, scores, thread):
+    """rows: address of the head's index rows, `width` halves each; 0: quantised pages' own parameters tell their range."""
+    depth, group = call[HEAD_DIM], call[GROUP]
+    heads = (group + HEAD_ROWS - 1) // HEAD_ROWS * HEAD_ROWS
+    weights = at(float32, places(call, thread)[SCORES])  # a row of scores has CHUNK + 16 floats, more than 2 * depth
+    _bound_weights(at(float32, q), group, depth, reach, heads, weights)
+    for page in range(first, last):
+        entry = entry_of(call, sequence, head, page)
+        if entry < 0:  # released
+            scores[page] = -np.inf
+        elif rows:
+            scores[page] = _bound(at(uint16, rows + 2 * page * width), np.float32(1), weights, depth, heads)
+        else:
+            ahead = entry_of(call, sequence, head, min(page + AHEAD, last - 1))
+            if ahead >= 0:
+                _prefetch(field_at(pool_of(call[POOLS], ahead), K_PARAMS, ahead), 4 * depth)
+            pool = pool_of(call[POOLS], entry)
+            scores[page] = _bound(at(uint16, field_at(pool, K_PARAMS, entry)), np.float32(pool[K_LEVELS]), weights, depth, heads)
+
+
+@njit(nogil=True, error_model="numpy")
+def _score_chunk(call, place, sequence, head, q, first, last, slots):
+    """Scores of the pages first ... last with all query heads; -> slots that they have."""
+    scores = at(float32, place[SCORES])
+    for page in range(first, last):
+        entry, to = entry_of(call, sequence, head, page), (page - first) * PAGE
+        if entry < 0:
+            hide(scores, call[GROUP], to, 0, 0, 0)
+        else:
+            score_page(call, place, entry, entry, q, False, to)
+            hide(scores, call[GROUP], to, page * PAGE, 0, slots)
+    return (last - first) * PAGE
+
+
+@njit(nogil=True, error_model="numpy")
+def mass_scores(call, sequence, head, q, slots, last, found, thread):
+    """The weights that the first `slots` tokens get, page by page of all `last`, by two reads of the keys."""
+    place, group = places(call, thread), call[GROUP]
+    scores, out, sums, tops = at(float32, place[SCORES]), at(float32, place[OUT]), at(float32, place[SUMS]), at(float32, place[TOPS])
+    prepare_queries(call, place, q, True)
+    for h in range(group):
+        tops[h] = LOWEST_SCORE
+        store(sums, 16 * h, splat(F, np.float32(0)))
+    for first in range(0, last, CHUNK // PAGE):
+        count = _score_chunk(call, place, sequence, head, q, first, min(last, first + CHUNK // PAGE), slots)
+        for h in range(group):
+            soften(scores, h * STRIDE, h * STRIDE + count, tops, sums, h, out, 0, 0)
+    for first in range(0, last, CHUNK // PAGE):
+        end = min(last, first + CHUNK // PAGE)
+        _score_chunk(call, place, sequence, head, q, first, end, slots)
+        for page in range(first, end):
+            total = splat(F, np.float32(0))
+            for h in range(group):
+                share = np.float32(1) / hsum(load(F, sums, 16 * h))
+                for i in range((page - first) * PAGE, (page - first + 1) * PAGE, 16):
+                    total += exp_low(load(F, scores, h * STRIDE + i) - tops[h]) * share
+            found[page] = hsum(total)
+
+
+@njit(nogil=True, error_model="numpy")
+def random_scores(slots, head, first, last, scores):
+    """Numbers that depend on the page, the head and how many tokens there are."""
+    for page in range(first, last):
+        x = (page * 2654435761 + head * 40503 + slots * 69621) & 0xFFFFFFFF
+        x = (x ^ (x >> 15)) * 2246822519 & 0xFFFFFFFF
+        scores[page] = np.float32((x ^ (x >> 13)) & 0xFFFFFF)
