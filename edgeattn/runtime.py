@@ -13,7 +13,6 @@ from edgeattn.cache.options import CacheOptions
 from edgeattn.cache.pages import CacheFull
 from edgeattn.cache.sequence import Sequence
 from edgeattn.calibration import head_classes
-from edgeattn.crossover import settle
 from edgeattn.graph import read_graph
 from edgeattn.plan import Plan
 from edgeattn.rebuild import recall
@@ -74,6 +73,7 @@ class Model:
         if self.scheduler:
             self.scheduler.prepare(MAX_SEQUENCES, self.cache.plan.max_pages)
             if sparse.min_len is None:
+                from edgeattn.crossover import settle  # loads the kernels of selections
                 settle(self.scheduler, options, about["num_heads"], about["head_dim"], self.threads)
         self.plan = self._plan(progress)
 

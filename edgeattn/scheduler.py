@@ -12,7 +12,7 @@ import numpy as np
 
 from edgeattn.cache.budget import SelectionPlan
 from edgeattn.cache.options import CacheOptions
-from edgeattn.kernels_cpu.select_pages import DENSE, HELD, READ, REUSED, SPARSE, STATS_FIELDS
+from edgeattn.kernels_cpu.selections import DENSE, HELD, READ, REUSED, SPARSE, STATS_FIELDS
 from edgeattn.page_formats import PAGE
 from edgeattn.policies import load_policy, policy_names
 

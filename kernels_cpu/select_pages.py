@@ -11,7 +11,8 @@ from edgeattn.kernels_cpu.cached_attention import PagedCache, bind
 from edgeattn.kernels_cpu.page_index import index_pages
 from edgeattn.kernels_cpu.page_scores import bound_scores, mass_scores, random_scores
 from edgeattn.kernels_cpu.parallel import call_worker, parallel, worker
-from edgeattn.kernels_cpu.selections import AGE, ALL, COUNT, HEADER, INTERVAL, SLOTS, list_at
+from edgeattn.kernels_cpu.selections import (AGE, ALL, COUNT, DENSE, HEADER, HELD, INTERVAL, READ, REUSED, SLOTS, SPARSE, STATS_FIELDS,
+                                             list_at)
 from edgeattn.kernels_cpu.simd import at
 from edgeattn.kernels_cpu.steps import CODES, STEP, as_f32, call as call_step, thread_count
 from edgeattn.kernels_cpu.top_pages import top_pages
@@ -24,7 +25,6 @@ ARGS = (*attention_call.ARGS, "batch.sealed", "batch.index", "batch.indexed", "s
 BOUND, MASS, RECENCY, RANDOM = (CODES[name] for name in ("bound", "mass", "recency", "random"))
 LAYER_WIDE = CODES["layer"]
 LONGEST = 16  # steps that a list serves at most
-SPARSE, DENSE, READ, HELD, REUSED, STATS_FIELDS = range(6)  # of a layer: (sequence, head) pairs, pages
 
 
 def select_pages(q, cos, sin, past_key, positions, *, num_heads, kv_heads, head_dim, rotary_dim, interleaved=0, scale, layer=0, capacity,
