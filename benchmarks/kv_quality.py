@@ -20,7 +20,7 @@ import time
 from pathlib import Path
 
 import numpy as np
-from kv_lookups import ANSWER_TOKENS, GROUP, difference, look_up
+from kv_lookups import ANSWER_TOKENS, GROUP, MANY, difference, look_up
 from quality import log_softmax
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
@@ -38,7 +38,7 @@ SLACK = 256  # tokens of cache for pages that a question's branch copies
 
 def load(folder, fields, args):
     """The model with the cache of a setting."""
-    tokens = max(args.window, max(args.depths) + ANSWER_TOKENS)
+    tokens = max(args.window + args.generate, max(args.depths) + (GROUP * (2 * ANSWER_TOKENS) if args.turns else ANSWER_TOKENS))
     cache = {name: value for name, value in fields.items() if not name.startswith("sparse")}
     options = {name.removeprefix("sparse_"): value for name, value in fields.items() if name.startswith("sparse_")}
     sparse = SparseOptions(fields.get("sparse", "off"), options, 0)
@@ -93,21 +93,52 @@ def measure(name, fields, base, args, tokenizer, ids) -> dict:
                             lambda n: progress.advance(task, n))
         seconds, lookups = {"text": time.perf_counter() - began}, {}
         for facts, depth in kinds(args):
-            began, count = time.perf_counter(), args.one_fact if facts == 1 else args.questions
+            began, count = time.perf_counter(), counts(args)[facts]
             task = progress.add_task(f"{name}: {facts} in {depth:,}", total=count)
             lookups[cell(facts, depth)] = look_up(model, tokenizer, ids.tolist(), depth, facts, count, lambda n: progress.advance(task, n))
             seconds[cell(facts, depth)] = time.perf_counter() - began
-    read = model.scheduler.figures()["read"] if model.scheduler else 1.0
+    read = float(model.scheduler.figures()["read"]) if model.scheduler else 1.0
+    text |= generate(model, base or model, ids[:args.window], args.generate) if args.generate else {}
     return {"name": name, "fields": fields, **text, "read": read, "lookups": lookups, "seconds": {k: round(v, 1) for k, v in seconds.items()}}
 
 
+def generate(model, base, ids, count) -> dict:
+    """Of `count` tokens generated greedily behind a window: the base's mean loss on them, and how many of their runs of four had been
+    there before. A method that loses its way repeats itself, or writes what the base would not."""
+    sequence, out = model.new_sequence(), []
+    try:
+        logits = model.forward([(sequence, ids)])
+        for _ in range(count):
+            out.append(int(logits[0].argmax()))
+            logits = model.forward([(sequence, out[-1:])])
+    finally:
+        model.free(sequence)
+    sequence = base.new_sequence()
+    try:
+        rows = [base.forward([(sequence, ids)])]
+        rows += [base.forward([(sequence, out[i:i + base.ubatch])], "all") for i in range(0, count - 1, base.ubatch)]
+        losses = -log_softmax(np.concatenate(rows)[:count])[np.arange(count), out]
+    finally:
+        base.free(sequence)
+    runs = [tuple(out[i:i + 4]) for i in range(count - 3)]
+    return {"generated_loss": float(losses.mean()), "repeated": 1 - len(set(runs)) / len(runs)}
+
+
+def counts(args) -> dict[int, int]:
+    """Questions of each kind of look-up (kv_lookups.look_up)."""
+    return {kind: count for kind, count in ((1, args.one_fact), (GROUP, args.questions), (MANY, args.many), (0, args.turns)) if count}
+
+
 def kinds(args) -> list[tuple[int, int]]:
-    """(facts in a haystack, its tokens) of every kind of look-up."""
-    return [(facts, depth) for facts in ((1, GROUP) if args.one_fact else (GROUP,)) for depth in args.depths]
+    """(kind, tokens) of every look-up."""
+    return [(kind, depth) for kind in counts(args) for depth in args.depths]
 
 
-def cell(facts, depth):
-    return f"{facts} in {depth}"
+def cell(kind, depth):
+    return f"{kind or 'turns'} in {depth}"
+
+
+TITLES = {0: "in turn", 1: "one fact", GROUP: "eight facts", MANY: "32 facts"}
 
 
 def compared(record, base, args) -> dict:
@@ -121,7 +152,7 @@ def compared(record, base, args) -> dict:
 def table(records, args) -> str:
     deepest = max(args.depths)
     head = ["method", "read", f"KV at {deepest:,}, MB (bytes a token)", "perplexity", "KL", "top-1",
-            *(f"{'one fact' if facts == 1 else 'eight facts'}, {depth:,}" for facts, depth in kinds(args)), "look-ups, points"]
+            *(f"{TITLES[kind]}, {depth:,}" for kind, depth in kinds(args)), "look-ups, points", *(["generated: loss, repeated"] * bool(args.generate))]
     lines = ["| " + " | ".join(head) + " |", "|---|" + "---:|" * (len(head) - 1)]
     for record in records:
         kv = record["lookups"][cell(GROUP, deepest)]
@@ -134,6 +165,8 @@ def table(records, args) -> str:
         for right in (record["lookups"][cell(*kind)]["right"] for kind in kinds(args)):
             cells.append(f"{np.sum(right)} of {np.size(right)}")
         cells.append("" if record is records[0] else "{:+.1f} ({:+.1f} to {:+.1f})".format(*record["points"]["all"]))
+        if args.generate:
+            cells.append(f"{record['generated_loss']:.3f}, {100 * record['repeated']:.0f} %")
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
@@ -158,7 +191,8 @@ def _field(part):
 def conditions(args) -> dict:
     """What results must share to stand in one table; a file may hold those of several."""
     return {"model": _digest(args.folder / "edgeattn.json"), "text": _digest(args.text), "base": args.base[1], "window": args.window,
-            "windows": args.windows, "decode": args.decode, "ubatch": args.ubatch, "questions": args.questions, "one_fact": args.one_fact, "depths": args.depths}
+            "windows": args.windows, "decode": args.decode, "ubatch": args.ubatch, "questions": args.questions, "one_fact": args.one_fact, "many": args.many, "turns": args.turns,
+            "generate": args.generate, "depths": args.depths}
 
 
 def _digest(path):
@@ -207,6 +241,9 @@ def parse():
     parser.add_argument("--questions", type=int, default=40, help=f"look-ups of each kind and depth, in whole groups of {GROUP}")
     parser.add_argument("--one-fact", type=int, metavar="QUESTIONS", help="those of haystacks with one fact, the slow ones (0: leave "
                         f"them out); default: as --questions, at most {MOST_ALONE}")
+    parser.add_argument("--many", type=int, default=0, metavar="QUESTIONS", help=f"those of haystacks with {MANY} facts")
+    parser.add_argument("--turns", type=int, default=0, metavar="QUESTIONS", help="those that follow each other in one conversation")
+    parser.add_argument("--generate", type=int, default=0, metavar="TOKENS", help="to generate greedily behind the first window")
     args = parser.parse_args()
     more = list(json.loads(args.settings.read_text(encoding="utf-8")).items()) if args.settings else []
     args.settings, args.one_fact = args.setting + more, min(args.questions, MOST_ALONE) if args.one_fact is None else args.one_fact

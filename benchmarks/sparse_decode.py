@@ -13,7 +13,6 @@ from pathlib import Path
 from statistics import median
 
 import numba
-import numpy as np
 from recorded import Recorded
 
 from edgeattn.attention_case import AttentionCase, fill
