@@ -56,7 +56,7 @@ class Scheduler:
         self.min_len = options.min_len or 0
 
     def selection_plan(self, ctx_size: int) -> SelectionPlan:
-        pages = math.ceil(max(float(self.shares.max()), 0) * self.policy.tokens(ctx_size) / PAGE)
+        pages = max(math.ceil(max(float(self.shares.max()), 0) * self.policy.tokens(ctx_size) / PAGE), self.policy.recent + 1)
         return SelectionPlan(len(self.groups), min(pages, -(-ctx_size // PAGE)) + 2, self.policy.index)
 
     def prepare(self, sequences: int, max_pages: int) -> None:

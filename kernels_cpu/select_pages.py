@@ -50,7 +50,7 @@ def _candidates(a, call, sequence, head, total):
     quantised pages can be scored."""
     sealed = np.int64(at(int32, at(int64, a[SEALED])[sequence])[call[LAYER] * call[KV_HEADS] + head])
     last = total - a[RECENT]
-    if sealed > 1 or a[INDEX_WIDTH] == 0:
+    if sealed > 1 or (a[SCORE] == BOUND and a[INDEX_WIDTH] == 0):
         last = min(last, sealed)
     return np.int64(1), max(np.int64(1), last)
 
@@ -89,7 +89,7 @@ def _overlap(pages, count, old, old_count):
 def _choose(a, call, sequence, head, wanted, slots, total, thread):
     """Make the list anew."""
     row, (first, last) = at(int32, _list(a, call, sequence, head)), _candidates(a, call, sequence, head, total)
-    free = wanted - (total - last) - first
+    free = max(wanted - (total - last) - first, np.int64(0))
     follows = row[COUNT] >= 0 and row[SLOTS] + row[AGE] + 1 == slots
     row[AGE] = 0
     if wanted >= total or free >= last - first or total - last + first + free > call[SELECTION_CAPACITY] - 2:
@@ -100,7 +100,6 @@ def _choose(a, call, sequence, head, wanted, slots, total, thread):
         for i in range(old_count):
             old[i] = row[HEADER + i]
     row[HEADER] = 0
-    free = max(free, np.int64(0))
     if free:
         top_pages(_scores_at(a, call, sequence, head), first, last, free, row, HEADER + 1)
     for page in range(last, total):
