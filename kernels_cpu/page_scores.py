@@ -55,8 +55,9 @@ def _prefetch(address, size):
 
 
 @njit(nogil=True, error_model="numpy")
-def bound_scores(call, sequence, head, q, reach, rows, width, first, last, scores, thread):
-    """rows: address of the head's index rows, `width` halves each; 0: quantised pages' own parameters tell their range."""
+def bound_scores(call, sequence, head, q, reach, rows, width, first, last, scores, thread, left_out):
+    """rows: address of the head's index rows, `width` halves each; 0: quantised pages' own parameters tell their range. left_out: pages
+    whose score is -infinity already keep it."""
     depth, group = call[HEAD_DIM], call[GROUP]
     heads = (group + HEAD_ROWS - 1) // HEAD_ROWS * HEAD_ROWS
     weights = at(float32, places(call, thread)[SCORES])  # a row of scores has CHUNK + 16 floats, more than 2 * depth
@@ -65,6 +66,8 @@ def bound_scores(call, sequence, head, q, reach, rows, width, first, last, score
         entry = entry_of(call, sequence, head, page)
         if entry < 0:  # released
             scores[page] = -np.inf
+        elif left_out and scores[page] == -np.inf:
+            continue
         elif rows:
             scores[page] = _bound(at(uint16, rows + 2 * page * width), np.float32(1), weights, depth, heads)
         else:
