@@ -5,44 +5,60 @@ many tokens on. Nothing of it runs between operators: lists are made by the oper
 what they did is read from counters afterwards.
 """
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 import numpy as np
 
 from edgeattn.cache.budget import SelectionPlan
+from edgeattn.cache.options import CacheOptions
 from edgeattn.kernels_cpu.select_pages import DENSE, HELD, READ, REUSED, SPARSE, STATS_FIELDS
 from edgeattn.page_formats import PAGE
 from edgeattn.policies import load_policy, policy_names
 
-ALL = -1.0  # a share: read everything
+ALL = -1.0      # a share: read everything
+NEVER = 1 << 40  # tokens
 
 
 @dataclass(frozen=True)
 class SparseOptions:
     """
-    method   "off", "auto" or a file of policies/decode
+    method   "off", or a file of policies/decode; "auto" is what a user gets, and gives way where it does not go with the cache
     options  its fields, where they are not to be the defaults
-    min_len  tokens in the context from which a step is sparse; None: what was measured on this machine
-    ValueError: an unknown method or field.
+    min_len  tokens in the context from which a step is sparse; None: what was measured on this machine (crossover.py)
+    ValueError: an unknown method or field, or a number out of range.
     """
-    method: str = "off"
+    method: str = "auto"
     options: dict = field(default_factory=dict)
     min_len: int | None = None
 
     def __post_init__(self):
-        known = ("off", "auto", *policy_names("decode"))
+        known = ("off", *policy_names("decode"))
         if self.method not in known:
             raise ValueError(f"sparse attention must be one of {', '.join(known)}, got {self.method!r}")
         if self.min_len is not None and self.min_len < 0:
             raise ValueError(f"sparse attention begins at 0 tokens or more, got {self.min_len}")
+        self.policy()
 
     def policy(self):
         """None where everything is read."""
         return None if self.method == "off" else load_policy("decode", self.method, self.options)
 
 
+def refusal(policy, cache: CacheOptions, window: int) -> str:
+    """Why a policy does not go with a cache (its types settled) or with a model of sliding windows; "" where it does."""
+    if window:
+        return "this model's layers see a window of recent tokens only"
+    if cache.releases and policy.index:
+        return f"--kv-eviction {cache.method} drops and rebuilds pages, whose index would not follow"
+    return ""
+
+
 class Scheduler:
-    """
+    """What the layers of a decode step read.
+
+    min_len   tokens in the context from which steps are sparse
+    steps     how many decode steps were [dense, sparse]
     shares    [layers, kv_heads] float32: what a head may read, as a multiple of the policy's budget; ALL: everything
     stats     [layers, STATS_FIELDS] int64, counted by select_pages
     """
@@ -53,7 +69,7 @@ class Scheduler:
         self.groups = sorted({source for source in self.sources if source is not None})
         self.shares = np.ones(self.shape, np.float32) if shares is None else np.ascontiguousarray(shares, np.float32)
         self.stats = np.zeros((layers, STATS_FIELDS), np.int64)
-        self.min_len = options.min_len or 0
+        self.min_len, self.times, self.steps = options.min_len or 0, None, [0, 0]
 
     def selection_plan(self, ctx_size: int) -> SelectionPlan:
         pages = max(math.ceil(max(float(self.shares.max()), 0) * self.policy.tokens(ctx_size) / PAGE), self.policy.recent + 1)
@@ -76,8 +92,10 @@ class Scheduler:
                 "selection.stats": self.stats.ctypes.data, "selection.scores": self.scores.ctypes.data}
 
     def wants(self, tokens: int) -> bool:
-        """Whether a decode step with so many tokens in the context is to be sparse."""
-        return tokens >= self.min_len
+        """Whether a decode step with so many tokens in the context is to be sparse; counts it."""
+        sparse = tokens >= self.min_len
+        self.steps[sparse] += 1
+        return sparse
 
     def figures(self) -> dict[str, float]:
         """What decode steps read since the last call: share of the pages held, over all layers; share of (layer, head) pairs that read a
@@ -88,3 +106,27 @@ class Scheduler:
         lists = max(1, int(total[SPARSE] + total[DENSE]))
         return {"read": dense + (1 - dense) * total[READ] / max(1, int(total[HELD])), "sparse": (1 - dense) * total[SPARSE] / lists,
                 "reused": total[REUSED] / lists}
+
+    def explain(self) -> Iterator[str]:
+        """What was decided and why, line by line; counters go on."""
+        policy = self.policy
+        fields = ", ".join(f"{name} {value}" for name, value in vars(policy).items())
+        yield f"sparse attention {self.options.method} ({fields})"
+        if self.times:
+            depths = self.times["depths"]
+            yield "measured here, one layer's attention in us at " + ", ".join(
+                f"{tokens:,} tokens: dense {1e6 * self.times['dense'][i]:.0f}, selection {1e6 * self.times['select'][i]:.0f}, selected pages "
+                f"{1e6 * self.times['attend'][i]:.0f}" for i, tokens in enumerate(depths))
+        begins = "never" if self.min_len >= NEVER else f"from {self.min_len:,} tokens on"
+        yield f"sparse steps begin {begins}; steps so far: {self.steps[0]} dense, {self.steps[1]} sparse"
+        for layer, source in enumerate(self.sources):
+            stats = self.stats[layer if source is None else source]
+            if source is None:
+                yield f"layer {layer}: reads everything" + (", and selects for others" if layer in self.groups else "")
+            elif source != layer:
+                yield f"layer {layer}: reads what layer {source} selected"
+            elif stats[HELD]:
+                yield (f"layer {layer}: read {100 * stats[READ] / stats[HELD]:.1f} % of the pages; of {stats[SPARSE] + stats[DENSE]} lists "
+                       f"{stats[DENSE]} held all pages, {stats[REUSED]} served again")
+            else:
+                yield f"layer {layer}: selects its own"
