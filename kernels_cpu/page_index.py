@@ -32,10 +32,10 @@ CENTRE = (1, 5)  # pages
 
 
 def index_width(index: str, head_dim: int, size: int, known: bool = False) -> int:
-    """Halves for each page. size: pages of a block, components or tables; known: quantised pages have bounds themselves."""
+    """Halves for each page. size: pages of a block, components (0: a quarter of the channels) or tables; known: quantised pages have bounds themselves."""
     bounds = 0 if known else 2 * head_dim
     return {"": 0, "bounds": bounds, "hierarchy": bounds + -(-head_dim // BLOCK), "representatives": -(-head_dim // max(size, 1)),
-            "landmarks": -(-head_dim // max(size, 1)), "components": PAGE * size, "collisions": PAGE // 2 * size}[index]
+            "landmarks": -(-head_dim // max(size, 1)), "components": PAGE * (size or head_dim // 4), "collisions": PAGE // 2 * size}[index]
 
 
 @njit(nogil=True, error_model="numpy")

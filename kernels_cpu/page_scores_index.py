@@ -118,8 +118,7 @@ def _collision_scores(call, q, index, width, planes, bits, first, last, scores, 
 
 
 @njit(nogil=True, error_model="numpy")
-def index_scores(call, sequence, head, kind, q_at, reach, index, width, components, blocks, bits, first, last, scores_at, thread):
-    """blocks: pages of a block, or for "hierarchy" the blocks that stay."""
+def index_scores(call, sequence, head, kind, q_at, reach, index, width, components, block, blocks, bits, first, last, scores_at, thread):
     q, scores, depth = at(float32, q_at), at(float32, scores_at), call[HEAD_DIM]
     scratch = call[SCRATCH] + 4 * thread * call[SCRATCH_SIZE]
     if kind == HIERARCHY:
@@ -131,7 +130,7 @@ def index_scores(call, sequence, head, kind, q_at, reach, index, width, componen
     elif kind == COLLISIONS:
         _collision_scores(call, q, index, width, at(float32, components), bits, first, last, scores, at(uint8, scratch))
     else:
-        _block_scores(call, kind, q, index, width, blocks, first, last, scores, at(float32, scratch))
+        _block_scores(call, kind, q, index, width, block, first, last, scores, at(float32, scratch))
     for page in range(first, last):
         if entry_of(call, sequence, head, page) < 0:  # released
             scores[page] = -np.inf

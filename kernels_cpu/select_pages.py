@@ -188,7 +188,7 @@ def select_head(a, rows, first, task, thread):
         elif HIERARCHY <= a[SCORE] <= COLLISIONS:
             index = _index(a, call, sequence, head, last, thread)
             index_scores(call, sequence, head, a[SCORE], q, as_f32(a[REACH]), index, a[INDEX_WIDTH], _components(a, call, head),
-                         a[BLOCK] if a[BLOCK] else a[BLOCKS], a[BITS], begin, last, found, thread)
+                         max(a[BLOCK], np.int64(1)), a[BLOCKS], a[BITS], begin, last, found, thread)
         elif a[SCORE] == RECENCY:
             for page in range(begin, last):
                 scores[page] = page

@@ -9,19 +9,27 @@ from edgeattn.cache.options import CacheOptions
 from edgeattn.kernels_cpu import steps
 from edgeattn.kernels_cpu.selections import ALL, COUNT, HEADER
 from edgeattn.kernels_cpu.steps import Tensor, aligned
+from edgeattn.principal_components import save_components
 from edgeattn.scheduler import Scheduler, SparseOptions
 from kv_driver import Driver
 
 LAYERS, KV_HEADS, DEPTH, GROUP = 3, 2, 32, 4
+CONFIG = {"model": {"num_layers": LAYERS, "kv_heads": KV_HEADS, "head_dim": DEPTH, "landmark_period": 64}, "files": {}}
+
+
+def model_folder(path):
+    """A folder with the calibration that policies need; -> it."""
+    components = np.linalg.qr(np.random.default_rng(3).standard_normal((LAYERS, KV_HEADS, DEPTH, DEPTH)))[0]
+    save_components(path, CONFIG, components.astype(np.float32), 0)
+    return path
 
 
 class SparseDriver(Driver):
-    """assets(scheduler): gives the scheduler what its policy gets from a model's folder."""
+    """folder: of a calibration (model_folder), for policies that need one."""
 
-    def __init__(self, method, options, cache=CacheOptions(k_type="f16", v_type="f16"), tokens=4096, assets=None):
+    def __init__(self, method, options, cache=CacheOptions(k_type="f16", v_type="f16"), tokens=4096, folder=None):
         self.scheduler = Scheduler(SparseOptions(method, options, 0), LAYERS, KV_HEADS)
-        if assets:
-            assets(self.scheduler)
+        self.scheduler.components = self.scheduler.policy.load(folder, CONFIG)
         super().__init__(KVCache(LAYERS, KV_HEADS, DEPTH, tokens, cache, selection=self.scheduler.selection_plan(tokens)), GROUP)
         self.scheduler.prepare(8, self.cache.plan.max_pages)
         tensors = {name: Tensor.of(getattr(self, name), "tokens") for name in ("q", "k", "v", "out")}
