@@ -124,7 +124,9 @@ def index_scores(call, sequence, head, kind, q_at, reach, index, width, componen
     if kind == HIERARCHY:
         _keep_blocks(call, q, index, width, blocks, first, last, scores, scores_at, scratch)
         bounds = index if width >= 2 * depth else np.int64(0)
-        bound_scores(call, sequence, head, q_at, reach, bounds, np.int64(2) * depth, first, last, scores, thread, True)
+        second = min(np.int64(BLOCK), last)  # bounds are made for four pages at once: for those of a block
+        bound_scores(call, sequence, head, q_at, reach, bounds, np.int64(2) * depth, first, second, scores, thread, True)
+        bound_scores(call, sequence, head, q_at, reach, bounds, np.int64(2) * depth, second, last, scores, thread, True)
     elif kind == COMPONENT_SCORES:
         _component_scores(call, q, index, width, at(float32, components), first, last, scores, at(float32, scratch))
     elif kind == COLLISIONS:
