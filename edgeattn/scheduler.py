@@ -133,3 +133,20 @@ class Scheduler:
                        f"{stats[DENSE]} held all pages, {stats[REUSED]} served again")
             else:
                 yield f"layer {layer}: selects its own"
+
+    def read_bytes(self, cache, tokens: int) -> int:
+        """What a sparse step reads in whole pages, with `tokens` in the context, its own among them: codes and parameters, and what
+        bounds are made from. Of a cache that evicts nothing and whose quantised pages are all of one format."""
+        pages, quantised, total = -(-tokens // PAGE), len(cache.pools) > 1, 0
+        floats, sealed = cache.pools[0].format.page_bytes, cache.pools[-1].format.page_bytes
+        whole = (tokens - 1) // PAGE * PAGE  # tokens when pages were last sealed
+        exact = max(1, (whole - cache.options.window) // PAGE) if quantised else 1  # the first page of floats behind the first one
+        last = min(pages - self.policy.recent, exact) if quantised else pages - self.policy.recent
+        for layer, head in np.ndindex(cache.shape):
+            share = self.shares[layer, head]
+            wanted = pages if self.sources[layer] is None or share < 0 else math.ceil(share * self.policy.tokens(tokens) / PAGE)
+            kept = 1 + pages - exact
+            total += kept * floats + (min(wanted, pages) - kept) * sealed
+            if layer in self.groups and wanted < pages and self.policy.index == "bounds":
+                total += (last - 1) * 4 * cache.head_dim
+        return total
