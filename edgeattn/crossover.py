@@ -41,6 +41,7 @@ def measure(scheduler, options, heads, head_dim, threads) -> dict[str, list[floa
     found = {"depths": list(DEPTHS), "dense": [], "select": [], "attend": []}
     for depth in DEPTHS:
         one = Scheduler(scheduler.options, 1, scheduler.shape[1])
+        one.components = scheduler.components  # the first layer's serve
         one.sources, one.groups = [0], [0]  # a layer that selects, whatever the policy's first layer does
         shape, about = (1, heads, scheduler.shape[1], head_dim), CacheOptions(options.k_type, options.v_type, options.storage)
         dense, sparse = (AttentionCase(about, shape, depth, threads, x) for x in (None, one))

@@ -53,6 +53,7 @@ class Model:
         sparse, selection = sparse or SparseOptions(), None
         self.scheduler = None if sparse.method == "off" else Scheduler(sparse, *shape[:2])
         if self.scheduler:
+            self.scheduler.components = self.scheduler.policy.load(self.folder, self.config)
             selection = self.scheduler.selection_plan(self.ctx_size)
         options = choose_types(options, defaults["kv_type"], *shape, self.ubatch, classes, selection)
         why = self.scheduler and refusal(self.scheduler.policy, options, about["window"])

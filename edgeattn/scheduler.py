@@ -61,6 +61,7 @@ class Scheduler:
     steps     how many decode steps were [dense, sparse]
     shares    [layers, kv_heads] float32: what a head may read, as a multiple of the policy's budget; ALL: everything
     stats     [layers, STATS_FIELDS] int64, counted by select_pages
+    components  float32, what the policy's load() gave; None: it needs nothing
     """
 
     def __init__(self, options: SparseOptions, layers: int, kv_heads: int, shares: np.ndarray | None = None):
@@ -69,11 +70,12 @@ class Scheduler:
         self.groups = sorted({source for source in self.sources if source is not None})
         self.shares = np.ones(self.shape, np.float32) if shares is None else np.ascontiguousarray(shares, np.float32)
         self.stats = np.zeros((layers, STATS_FIELDS), np.int64)
+        self.components = None
         self.min_len, self.times, self.steps = options.min_len or 0, None, [0, 0]
 
     def selection_plan(self, ctx_size: int) -> SelectionPlan:
-        pages = math.ceil(max(float(self.shares.max()), 0) * self.policy.tokens(ctx_size) / PAGE)
-        return SelectionPlan(len(self.groups), min(pages, -(-ctx_size // PAGE)) + 2, self.policy.index)
+        pages = max(math.ceil(max(float(self.shares.max()), 0) * self.policy.tokens(ctx_size) / PAGE), self.policy.pages_always)
+        return SelectionPlan(len(self.groups), min(pages, -(-ctx_size // PAGE)) + 2, self.policy.index, self.policy.index_size)
 
     def prepare(self, sequences: int, max_pages: int) -> None:
         """Memory for the scores of one layer's pages."""
@@ -89,6 +91,7 @@ class Scheduler:
         """What kernels need to reach the selection, under the names used in ARGS."""
         source = self.sources[layer]
         return {"selection.group": -1 if source is None else self.groups.index(source), "selection.shares": self.shares.ctypes.data,
+                "selection.components": 0 if self.components is None else self.components.ctypes.data,
                 "selection.stats": self.stats.ctypes.data, "selection.scores": self.scores.ctypes.data}
 
     def wants(self, tokens: int) -> bool:

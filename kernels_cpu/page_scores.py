@@ -63,8 +63,17 @@ def _range_of(call, sequence, head, page, rows, width):
 
 
 @njit(nogil=True, error_model="numpy")
-def bound_scores(call, sequence, head, q, reach, rows, width, first, last, scores, thread):
-    """rows: address of the head's index rows, `width` halves each; 0: quantised pages' own parameters tell their range."""
+def _none_left(scores, first, last):
+    for page in range(first, last):
+        if scores[page] > -np.inf:
+            return False
+    return True
+
+
+@njit(nogil=True, error_model="numpy")
+def bound_scores(call, sequence, head, q, reach, rows, width, first, last, scores, thread, left_out):
+    """rows: address of the head's index rows, `width` halves each; 0: quantised pages' own parameters tell their range. left_out: pages
+    whose score is -infinity already keep it."""
     depth, group, place = call[HEAD_DIM], call[GROUP], places(call, thread)
     heads = (group + HEAD_ROWS - 1) // HEAD_ROWS * HEAD_ROWS
     weights, found = at(float32, place[SCORES]), at(float32, place[OUT])  # a row of scores has CHUNK + 16 floats, more than 2 * depth
@@ -73,6 +82,8 @@ def bound_scores(call, sequence, head, q, reach, rows, width, first, last, score
     for c in range(0, 2 * depth, 16):
         store(at(float32, zeros), c // 2, splat(F, np.float32(0)))
     for page in range(first, last, 4):
+        if left_out and _none_left(scores, page, min(page + 4, last)):
+            continue
         best = splat(F, np.float32(-np.inf))
         p0, m0 = _range_of(call, sequence, head, page, rows, width)
         p1, m1 = _range_of(call, sequence, head, min(page + 1, last - 1), rows, width)
@@ -91,7 +102,7 @@ def bound_scores(call, sequence, head, q, reach, rows, width, first, last, score
         best = max_pairs(best, best)
         store(found, 0, max_pairs(best, best))
         for i in range(min(4, last - page)):
-            gone = entry_of(call, sequence, head, page + i) < 0
+            gone = entry_of(call, sequence, head, page + i) < 0 or left_out and scores[page + i] == -np.inf
             scores[page + i] = np.float32(-np.inf) if gone else found[i]
 
 

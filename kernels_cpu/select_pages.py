@@ -8,8 +8,9 @@ from edgeattn.kernels_cpu.attention_call import (CALL, GROUP, HEAD_DIM, KEYS_ROT
                                                  SEQUENCES_INDEX, THREADS, WORKSPACE, make_call, rows_of, slots_of, workspace_bytes)
 from edgeattn.kernels_cpu.attention_write import rotate_queries
 from edgeattn.kernels_cpu.cached_attention import PagedCache, bind
-from edgeattn.kernels_cpu.page_index import index_pages
+from edgeattn.kernels_cpu.page_index import COLLISIONS, COMPONENT_SCORES, HIERARCHY, index_pages, index_width
 from edgeattn.kernels_cpu.page_scores import bound_scores, mass_scores, random_scores
+from edgeattn.kernels_cpu.page_scores_index import index_scores
 from edgeattn.kernels_cpu.parallel import call_worker, parallel, worker
 from edgeattn.kernels_cpu.selections import (AGE, ALL, COUNT, DENSE, HEADER, HELD, INTERVAL, READ, REUSED, SLOTS, SPARSE, STATS_FIELDS,
                                              list_at)
@@ -19,40 +20,47 @@ from edgeattn.kernels_cpu.top_pages import top_pages
 from edgeattn.page_formats import PAGE
 
 ARGS = (*attention_call.ARGS, "batch.sealed", "batch.index", "batch.indexed", "selection.width", "selection.scores", "selection.shares",
-        "selection.stats", "score", "combine", "budget", "fraction", "recent", "reach", "reuse")
-(SEALED, INDEX, INDEXED, INDEX_WIDTH, PAGE_SCORES, SHARES, STATS, SCORE, COMBINE, BUDGET, FRACTION, RECENT, REACH, REUSE) = range(
-    len(attention_call.ARGS), len(ARGS))
+        "selection.stats", "score", "combine", "budget", "fraction", "recent", "reach", "reuse",
+        "selection.components", "block", "blocks", "bits")
+(SEALED, INDEX, INDEXED, INDEX_WIDTH, PAGE_SCORES, SHARES, STATS, SCORE, COMBINE, BUDGET, FRACTION, RECENT, REACH, REUSE,
+ COMPONENTS, BLOCK, BLOCKS, BITS) = range(len(attention_call.ARGS), len(ARGS))
 BOUND, MASS, RECENCY, RANDOM = (CODES[name] for name in ("bound", "mass", "recency", "random"))
+INDEXES = {name: name for name in ("hierarchy", "representatives", "landmarks", "components", "collisions")}  # by score; else bounds
 LAYER_WIDE = CODES["layer"]
 LONGEST = 16  # steps that a list serves at most
 
 
-def select_pages(q, cos, sin, past_key, positions, *, num_heads, kv_heads, head_dim, rotary_dim, interleaved=0, scale, layer=0, capacity,
-                 share=1.0, **options):
+def select_pages(q, cos, sin, past_key, positions, components=None, *, num_heads, kv_heads, head_dim, rotary_dim, interleaved=0, scale, layer=0,
+                 capacity, share=1.0, score, rank=0, tables=0, **options):
+    width = index_width(INDEXES.get(score, "bounds"), head_dim, rank or tables or options.get("block", 0))
     cache = PagedCache([past_key], [past_key], [1])
     lists = np.zeros((1, kv_heads, HEADER + capacity), np.int32)
     nothing = np.zeros((1, kv_heads * head_dim), np.float32)
     about = dict(num_heads=num_heads, kv_heads=kv_heads, head_dim=head_dim, rotary_dim=rotary_dim, interleaved=interleaved, scale=scale)
+    options |= {"score": score}
     tensors, attributes, extra, _kept = bind(cache, q, nothing, nothing, cos, sin, positions, about | options, lists, capacity)
     state = {"batch.sealed": np.ones((1, kv_heads), np.int32), "batch.indexed": np.zeros((1, kv_heads), np.int32),
-             "batch.index": np.zeros((1, kv_heads, cache.tables.shape[2], 2 * head_dim), np.uint16)}
+             "batch.index": np.zeros((1, kv_heads, cache.tables.shape[2], width), np.uint16)}
     each = {name: np.array([array.ctypes.data], np.int64) for name, array in state.items()}
     each |= {"selection.scores": np.zeros((1, kv_heads, cache.tables.shape[2]), np.float32), "selection.shares": np.full(kv_heads, share, np.float32),
              "selection.stats": np.zeros(STATS_FIELDS, np.int64)}
-    extra |= {name: array.ctypes.data for name, array in each.items()} | {"selection.width": 2 * head_dim}
+    vectors = np.ascontiguousarray(components, np.float32) if components is not None else np.zeros(1, np.float32)
+    extra |= {name: array.ctypes.data for name, array in each.items()} | {"selection.width": width, "selection.components": vectors.ctypes.data}
     call_step(step, ARGS, tensors, attributes | {"reuse": 0.0}, extra, workspace_bytes)
     return lists[0, :, HEADER:], lists[0, :, COUNT]
 
 
 @njit(nogil=True, error_model="numpy")
 def _candidates(a, call, sequence, head, total):
-    """(first, last) of the pages that scores decide about: those between the first page and the recent ones. Without an index only
-    quantised pages can be scored."""
+    """(first, last) of the pages that scores decide about: those between the first page and the recent ones; where blocks are chosen,
+    whole ones between the first block and what is recent. Without an index of bounds only quantised pages have them."""
     sealed = np.int64(at(int32, at(int64, a[SEALED])[sequence])[call[LAYER] * call[KV_HEADS] + head])
     last = total - a[RECENT]
-    if sealed > 1 or a[INDEX_WIDTH] == 0:
+    if sealed > 1 or (a[SCORE] == BOUND or a[SCORE] == HIERARCHY) and a[INDEX_WIDTH] < 2 * call[HEAD_DIM]:
         last = min(last, sealed)
-    return np.int64(1), max(np.int64(1), last)
+    block = max(a[BLOCK], np.int64(1))
+    last = max(np.int64(1), last // block * block)
+    return min(block, last), last
 
 
 @njit(nogil=True, error_model="numpy")
@@ -75,6 +83,15 @@ def _scores_at(a, call, sequence, head):
 
 
 @njit(nogil=True, error_model="numpy")
+def _possible(a, call, sequence, head, first, last):
+    """Pages that a score of -infinity does not exclude."""
+    count, scores = np.int64(0), at(float32, _scores_at(a, call, sequence, head))
+    for page in range(first, last):
+        count += scores[page] > -np.inf
+    return count
+
+
+@njit(nogil=True, error_model="numpy")
 def _overlap(pages, count, old, old_count):
     """The part of one ascending list that is in another."""
     both, j = 0, 0
@@ -89,7 +106,7 @@ def _overlap(pages, count, old, old_count):
 def _choose(a, call, sequence, head, wanted, slots, total, thread):
     """Make the list anew."""
     row, (first, last) = at(int32, _list(a, call, sequence, head)), _candidates(a, call, sequence, head, total)
-    free = wanted - (total - last) - first
+    free = max(wanted - (total - last) - first, np.int64(0)) // max(a[BLOCK], np.int64(1)) * max(a[BLOCK], np.int64(1))
     follows = row[COUNT] >= 0 and row[SLOTS] + row[AGE] + 1 == slots
     row[AGE] = 0
     if wanted >= total or free >= last - first or total - last + first + free > call[SELECTION_CAPACITY] - 2:
@@ -99,16 +116,17 @@ def _choose(a, call, sequence, head, wanted, slots, total, thread):
     if as_f32(a[REUSE]) > 0 and follows:
         for i in range(old_count):
             old[i] = row[HEADER + i]
-    row[HEADER] = 0
-    free = max(free, np.int64(0))
+    for page in range(first):
+        row[HEADER + page] = page
+    free = min(free, _possible(a, call, sequence, head, first, last))
     if free:
-        top_pages(_scores_at(a, call, sequence, head), first, last, free, row, HEADER + 1)
+        top_pages(_scores_at(a, call, sequence, head), first, last, free, row, HEADER + first)
     for page in range(last, total):
-        row[HEADER + 1 + free + page - last] = page
-    row[COUNT], row[SLOTS] = 1 + free + total - last, slots
+        row[HEADER + first + free + page - last] = page
+    row[COUNT], row[SLOTS] = first + free + total - last, slots
     interval = np.int64(1)
     if as_f32(a[REUSE]) > 0 and follows:
-        kept = _overlap(at(int32, _list(a, call, sequence, head) + 4 * (HEADER + 1)), free, old, old_count)
+        kept = _overlap(at(int32, _list(a, call, sequence, head) + 4 * (HEADER + first)), free, old, old_count)
         interval = min(2 * np.int64(row[INTERVAL]), LONGEST) if kept >= as_f32(a[REUSE]) else max(np.int64(row[INTERVAL]) // 2, np.int64(1))
     row[INTERVAL] = interval
 
@@ -124,6 +142,26 @@ def _still_good(a, call, sequence, head, slots, total):
         row[HEADER + row[COUNT]] = total - 1
         row[COUNT] += 1
     return True
+
+
+@njit(nogil=True, error_model="numpy")
+def _components(a, call, head):
+    """Address of the vectors that keys are multiplied with for this index; 0 where there are none. Principal components are each KV head's
+    own."""
+    own = call[LAYER] * call[KV_HEADS] + head if a[SCORE] == COMPONENT_SCORES else 0
+    return a[COMPONENTS] + 4 * own * call[HEAD_DIM] * call[HEAD_DIM] if a[COMPONENTS] else np.int64(0)
+
+
+@njit(nogil=True, error_model="numpy")
+def _index(a, call, sequence, head, last, thread):
+    """Address of a head's index, complete up to page `last`; 0 where there is none."""
+    lane, width = call[LAYER] * call[KV_HEADS] + head, a[INDEX_WIDTH]
+    if width == 0:
+        return np.int64(0)
+    index = at(int64, a[INDEX])[sequence] + 2 * lane * call[MAX_PAGES] * width
+    index_pages(call, sequence, head, last, a[SCORE], index, width, a[BLOCK], a[BITS], _components(a, call, head),
+                at(int64, a[INDEXED])[sequence] + 4 * lane, thread)
+    return index
 
 
 @worker
@@ -143,13 +181,14 @@ def select_head(a, rows, first, task, thread):
         found = _scores_at(a, call, sequence, head)
         scores = at(float32, found)
         if a[SCORE] == BOUND:
-            index, lane, width = np.int64(0), call[LAYER] * call[KV_HEADS] + head, a[INDEX_WIDTH]
-            if width:
-                index = at(int64, a[INDEX])[sequence] + 2 * lane * call[MAX_PAGES] * width
-                index_pages(call, sequence, head, last, index, width, at(int64, a[INDEXED])[sequence] + 4 * lane, thread)
-            bound_scores(call, sequence, head, q, as_f32(a[REACH]), index, width, begin, last, scores, thread)
+            index, width = _index(a, call, sequence, head, last, thread), a[INDEX_WIDTH]
+            bound_scores(call, sequence, head, q, as_f32(a[REACH]), index, width, begin, last, scores, thread, False)
         elif a[SCORE] == MASS:
             mass_scores(call, sequence, head, q, slots - 1, total, scores, thread)
+        elif HIERARCHY <= a[SCORE] <= COLLISIONS:
+            index = _index(a, call, sequence, head, last, thread)
+            index_scores(call, sequence, head, a[SCORE], q, as_f32(a[REACH]), index, a[INDEX_WIDTH], _components(a, call, head),
+                         max(a[BLOCK], np.int64(1)), a[BLOCKS], a[BITS], begin, last, found, thread)
         elif a[SCORE] == RECENCY:
             for page in range(begin, last):
                 scores[page] = page
@@ -199,7 +238,7 @@ def step(a, state):
     call = make_call(a, state[a[ROWS_INDEX]], sequences, 0, thread_count())
     for s in range(sequences):
         if selections[s]:
-            rotate_queries(call, rows_of(call, s)[0], call[KEYS_ROTATION] and a[SCORE] != BOUND)
+            rotate_queries(call, rows_of(call, s)[0], call[KEYS_ROTATION] and a[SCORE] == MASS)
     tasks = sequences * call[KV_HEADS]
     if call[THREADS] > 1 and tasks > 1:
         parallel(select_head(), carray(a, 1).ctypes.data, 0, 0, tasks)

@@ -15,7 +15,7 @@ class SelectionPolicy:
                   chooses were in it; 0: every step makes its own
     ValueError: a number out of range.
 
-    Class attributes: `score` and `combine` of the operator select_pages, and `index` (cache/budget.py, SelectionPlan).
+    Class attributes: `score`, `combine` and `block` of the operator select_pages, and `index` (cache/budget.py, SelectionPlan).
     """
     budget: int = 2048
     fraction: float = 0.0
@@ -26,6 +26,7 @@ class SelectionPolicy:
     score: ClassVar[str] = "bound"
     combine: ClassVar[str] = "head"
     index: ClassVar[str] = ""
+    block: ClassVar[int] = 1
 
     def __post_init__(self):
         if self.budget < 0 or not 0 <= self.fraction <= 1 or not 0 <= self.reuse <= 1:
@@ -41,7 +42,21 @@ class SelectionPolicy:
         """What makes a layer's selection before its attention: operators with their attributes. Their ARGS may name the attention's own
         tensors and attributes, "batch.*", "cache.*" and "selection.*"."""
         return [("select_pages", {"score": self.score, "combine": self.combine, "budget": self.budget, "fraction": float(self.fraction),
-                                  "recent": self.recent, "reach": 1.0, "reuse": float(self.reuse)})]
+                                  "recent": self.recent, "reach": 1.0, "reuse": float(self.reuse), "block": self.block})]
+
+    @property
+    def index_size(self) -> int:
+        """`size` of the index."""
+        return self.block
+
+    @property
+    def pages_always(self) -> int:
+        """That a list holds at most whatever the scores are, without quantised pages."""
+        return 2 * self.block - 1 + self.recent
+
+    def load(self, folder, config: dict):
+        """What scores multiply queries and keys with, a float32 array for the operator's input `components`, or None. config: the folder's
+        edgeattn.json. ValueError: the model lacks what this method needs."""
 
     def tokens(self, held: int) -> float:
         """That a head with an even share reads at most, of `held`."""
