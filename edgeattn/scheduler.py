@@ -57,6 +57,7 @@ class Scheduler:
 
     def selection_plan(self, ctx_size: int) -> SelectionPlan:
         pages = math.ceil(max(float(self.shares.max()), 0) * self.policy.tokens(ctx_size) / PAGE)
+        pages = max(pages, 1 + self.policy.recent)  # these are in every list
         return SelectionPlan(len(self.groups), min(pages, -(-ctx_size // PAGE)) + 2, self.policy.index)
 
     def prepare(self, sequences: int, max_pages: int) -> None:

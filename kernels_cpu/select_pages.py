@@ -5,11 +5,12 @@ from numba import carray, cfunc, float32, int32, int64, njit
 from edgeattn.kernels_cpu import attention_call
 from edgeattn.kernels_cpu.attention_call import (CALL, GROUP, HEAD_DIM, KEYS_ROTATION, KV_HEADS, LAYER, MAX_PAGES, NUM_HEADS, ROTATED,
                                                  ROWS_INDEX, SCRATCH, SCRATCH_SIZE, SELECTION_CAPACITY, SELECTION_GROUP, SELECTIONS,
-                                                 SEQUENCES_INDEX, THREADS, WORKSPACE, make_call, rows_of, slots_of, workspace_bytes)
+                                                 SEQUENCES_INDEX, THREADS, WORKSPACE, make_call, rows_of, slots_of)
 from edgeattn.kernels_cpu.attention_write import rotate_queries
 from edgeattn.kernels_cpu.cached_attention import PagedCache, bind
 from edgeattn.kernels_cpu.page_index import index_pages
 from edgeattn.kernels_cpu.page_scores import bound_scores, mass_scores, random_scores
+from edgeattn.kernels_cpu.page_scores_exact import HALF, max_mass_scores, note_softmax, peak_scores, rank_floats, rank_scores
 from edgeattn.kernels_cpu.parallel import call_worker, parallel, worker
 from edgeattn.kernels_cpu.selections import AGE, ALL, COUNT, HEADER, INTERVAL, SLOTS, list_at
 from edgeattn.kernels_cpu.simd import at
@@ -18,13 +19,23 @@ from edgeattn.kernels_cpu.top_pages import top_pages
 from edgeattn.page_formats import PAGE
 
 ARGS = (*attention_call.ARGS, "batch.sealed", "batch.index", "batch.indexed", "selection.width", "selection.scores", "selection.shares",
-        "selection.stats", "score", "combine", "budget", "fraction", "recent", "reach", "reuse")
-(SEALED, INDEX, INDEXED, INDEX_WIDTH, PAGE_SCORES, SHARES, STATS, SCORE, COMBINE, BUDGET, FRACTION, RECENT, REACH, REUSE) = range(
+        "selection.stats", "score", "combine", "budget", "fraction", "recent", "reach", "reuse", "cos.0")
+(SEALED, INDEX, INDEXED, INDEX_WIDTH, PAGE_SCORES, SHARES, STATS, SCORE, COMBINE, BUDGET, FRACTION, RECENT, REACH, REUSE, COS_ROWS) = range(
     len(attention_call.ARGS), len(ARGS))
 BOUND, MASS, RECENCY, RANDOM = (CODES[name] for name in ("bound", "mass", "recency", "random"))
-LAYER_WIDE = CODES["layer"]
+PEAK, RANK, MAX_MASS = (CODES[name] for name in ("peak", "rank", "max_mass"))
+ALONE, BEST = CODES["head"], CODES["best"]
 LONGEST = 16  # steps that a list serves at most
 SPARSE, DENSE, READ, HELD, REUSED, STATS_FIELDS = range(6)  # of a layer: (sequence, head) pairs, pages
+
+
+def workspace_bytes(tensors, attributes, rows, threads):
+    """What attention takes, and what ranking does."""
+    found = attention_call.workspace_bytes(tensors, attributes, rows, threads)
+    if attributes["score"] == "rank":
+        pages = -(-tensors["cos"].shape[0] // PAGE)
+        found += 4 * threads * rank_floats(int(attributes["num_heads"]) // int(attributes["kv_heads"]), pages)
+    return found
 
 
 def select_pages(q, cos, sin, past_key, positions, *, num_heads, kv_heads, head_dim, rotary_dim, interleaved=0, scale, layer=0, capacity,
@@ -46,11 +57,11 @@ def select_pages(q, cos, sin, past_key, positions, *, num_heads, kv_heads, head_
 
 @njit(nogil=True, error_model="numpy")
 def _candidates(a, call, sequence, head, total):
-    """(first, last) of the pages that scores decide about: those between the first page and the recent ones. Without an index only
-    quantised pages can be scored."""
+    """(first, last) of the pages that scores decide about: those between the first page and the recent ones. Bounds without an index are
+    those of quantised pages only."""
     sealed = np.int64(at(int32, at(int64, a[SEALED])[sequence])[call[LAYER] * call[KV_HEADS] + head])
     last = total - a[RECENT]
-    if sealed > 1 or a[INDEX_WIDTH] == 0:
+    if a[SCORE] == BOUND and (sealed > 1 or a[INDEX_WIDTH] == 0):
         last = min(last, sealed)
     return np.int64(1), max(np.int64(1), last)
 
@@ -89,7 +100,7 @@ def _overlap(pages, count, old, old_count):
 def _choose(a, call, sequence, head, wanted, slots, total, thread):
     """Make the list anew."""
     row, (first, last) = at(int32, _list(a, call, sequence, head)), _candidates(a, call, sequence, head, total)
-    free = wanted - (total - last) - first
+    free = max(wanted - (total - last) - first, np.int64(0))
     follows = row[COUNT] >= 0 and row[SLOTS] + row[AGE] + 1 == slots
     row[AGE] = 0
     if wanted >= total or free >= last - first or total - last + first + free > call[SELECTION_CAPACITY] - 2:
@@ -100,7 +111,6 @@ def _choose(a, call, sequence, head, wanted, slots, total, thread):
         for i in range(old_count):
             old[i] = row[HEADER + i]
     row[HEADER] = 0
-    free = max(free, np.int64(0))
     if free:
         top_pages(_scores_at(a, call, sequence, head), first, last, free, row, HEADER + 1)
     for page in range(last, total):
@@ -114,16 +124,44 @@ def _choose(a, call, sequence, head, wanted, slots, total, thread):
 
 
 @njit(nogil=True, error_model="numpy")
-def _still_good(a, call, sequence, head, slots, total):
-    """Whether a list made some steps ago serves this step too; then a page begun since is added."""
+def _still_good(a, call, sequence, head, slots):
+    """Whether a list made some steps ago serves this step too."""
     row = at(int32, _list(a, call, sequence, head))
-    if row[COUNT] < 1 or row[SLOTS] + row[AGE] + 1 != slots or row[AGE] + 1 >= row[INTERVAL]:
-        return False
+    return row[COUNT] >= 1 and row[SLOTS] + row[AGE] + 1 == slots and row[AGE] + 1 < row[INTERVAL]
+
+
+@njit(nogil=True, error_model="numpy")
+def _use_again(a, call, sequence, head, total):
+    """A list that is still good gets the page begun since."""
+    row = at(int32, _list(a, call, sequence, head))
     row[AGE] += 1
     if row[HEADER + row[COUNT] - 1] < total - 1:
         row[HEADER + row[COUNT]] = total - 1
         row[COUNT] += 1
-    return True
+
+
+@njit(nogil=True, error_model="numpy")
+def _all_still_good(a, call, sequence):
+    good = True
+    for head in range(call[KV_HEADS]):
+        good = good and _still_good(a, call, sequence, head, slots_of(call, sequence, head))
+    return good
+
+
+@njit(nogil=True, error_model="numpy")
+def _choosing_together(a, call, sequence):
+    """Whether heads that choose together need scores: their lists are made anew, and some head reads only a part."""
+    some = False
+    for head in range(call[KV_HEADS]):
+        slots = slots_of(call, sequence, head)
+        some = some or _wanted(a, call, head, slots) < (slots + PAGE - 1) // PAGE
+    return some and not _all_still_good(a, call, sequence)
+
+
+@njit(nogil=True, error_model="numpy")
+def _most_pages(a):
+    """That a KV head can have: as many as the rotary tables have positions for."""
+    return (a[COS_ROWS] + PAGE - 1) // PAGE
 
 
 @worker
@@ -135,10 +173,11 @@ def select_head(a, rows, first, task, thread):
         return
     slots = slots_of(call, sequence, head)
     total, wanted = (slots + PAGE - 1) // PAGE, _wanted(a, call, head, slots)
-    if _still_good(a, call, sequence, head, slots, total):
+    if a[COMBINE] == ALONE and _still_good(a, call, sequence, head, slots):
+        _use_again(a, call, sequence, head, total)
         return
     begin, last = _candidates(a, call, sequence, head, total)
-    if wanted < total:
+    if wanted < total if a[COMBINE] == ALONE else _choosing_together(a, call, sequence):
         q = call[ROTATED] + 4 * (rows_of(call, sequence)[0] * call[NUM_HEADS] + head * call[GROUP]) * call[HEAD_DIM]
         found = _scores_at(a, call, sequence, head)
         scores = at(float32, found)
@@ -153,21 +192,48 @@ def select_head(a, rows, first, task, thread):
         elif a[SCORE] == RECENCY:
             for page in range(begin, last):
                 scores[page] = page
+        elif a[SCORE] == PEAK:
+            peak_scores(call, sequence, head, q, begin, last, scores, thread)
+        elif a[SCORE] == RANK:
+            rank_scores(call, sequence, head, q, begin, last, wanted - begin - (total - last), _most_pages(a), scores, thread)
+        elif a[SCORE] == MAX_MASS:
+            note_softmax(call, sequence, head, q, slots - 1, total, thread)
         else:
             random_scores(slots, head, begin, last, scores)
-    if a[COMBINE] != LAYER_WIDE:
+    if a[COMBINE] == ALONE:
         _choose(a, call, sequence, head, wanted, slots, total, thread)
+
+
+@worker
+def score_part(a, parts, first, task, thread):
+    """max_mass of some pages of a sequence, once the softmax of all heads is known."""
+    call = at(int64, a[WORKSPACE] + CALL)
+    sequence, part = task // parts, task % parts
+    if at(int64, call[SELECTIONS])[sequence] == 0 or not _choosing_together(a, call, sequence):
+        return
+    slots, size = slots_of(call, sequence, 0), HALF // PAGE
+    last = min((part + 1) * size, (slots + PAGE - 1) // PAGE)
+    if part * size < last:
+        max_mass_scores(call, sequence, part * size, last, slots - 1, at(float32, _scores_at(a, call, sequence, 0)), thread)
+        for head in range(1, call[KV_HEADS]):
+            scores = at(float32, _scores_at(a, call, sequence, head))
+            for page in range(part * size, last):
+                scores[page] = 0  # so that the sum over heads is the score
 
 
 @njit(nogil=True, error_model="numpy")
 def _choose_together(a, call, sequence):
-    """All KV heads of the layer choose by the sum of their scores."""
+    """All KV heads of the layer choose by the sum of their scores, or by the best of them."""
     slots = slots_of(call, sequence, 0)
     total = (slots + PAGE - 1) // PAGE
+    if _all_still_good(a, call, sequence):
+        for head in range(call[KV_HEADS]):
+            _use_again(a, call, sequence, head, total)
+        return
     for head in range(1, call[KV_HEADS]):
         sums, scores = at(float32, _scores_at(a, call, sequence, 0)), at(float32, _scores_at(a, call, sequence, head))
         for page in range(total):
-            sums[page] += scores[page]
+            sums[page] = max(sums[page], scores[page]) if a[COMBINE] == BEST else sums[page] + scores[page]
     for head in range(call[KV_HEADS]):
         if head:
             sums, scores = at(float32, _scores_at(a, call, sequence, 0)), at(float32, _scores_at(a, call, sequence, head))
@@ -189,6 +255,15 @@ def _count(a, call, sequence):
         stats[REUSED] += row[AGE] > 0
 
 
+@njit(nogil=True, error_model="numpy")
+def _run(address, a, call, rows, tasks):
+    if call[THREADS] > 1 and tasks > 1:
+        parallel(address, carray(a, 1).ctypes.data, rows, 0, tasks)
+    else:
+        for task in range(tasks):
+            call_worker(address, carray(a, 1).ctypes.data, rows, 0, task, 0)
+
+
 @cfunc(STEP, cache=True)
 def step(a, state):
     selections, sequences, some = at(int64, a[SELECTIONS]), state[a[SEQUENCES_INDEX]], False
@@ -200,14 +275,14 @@ def step(a, state):
     for s in range(sequences):
         if selections[s]:
             rotate_queries(call, rows_of(call, s)[0], call[KEYS_ROTATION] and a[SCORE] != BOUND)
-    tasks = sequences * call[KV_HEADS]
-    if call[THREADS] > 1 and tasks > 1:
-        parallel(select_head(), carray(a, 1).ctypes.data, 0, 0, tasks)
-    else:
-        for task in range(tasks):
-            call_worker(select_head(), carray(a, 1).ctypes.data, 0, 0, task, 0)
+    _run(select_head(), a, call, 0, sequences * call[KV_HEADS])
+    if a[SCORE] == MAX_MASS:
+        parts = np.int64(0)
+        for s in range(sequences):
+            parts = max(parts, (slots_of(call, s, 0) + HALF - 1) // HALF)
+        _run(score_part(), a, call, parts, sequences * parts)
     for s in range(sequences):
         if selections[s]:
-            if a[COMBINE] == LAYER_WIDE:
+            if a[COMBINE] != ALONE:
                 _choose_together(a, call, s)
             _count(a, call, s)

@@ -22,7 +22,7 @@ LAYERS = [  # a file may import only from its own row or the rows above
 HELPERS = {"__init__", "steps", "parallel", "simd", "simd_emit", "simd_pairs", "floats", "float_tiles", "quantise", "gemm_nbits",
            "gemv_nbits", "attention_call", "attention_write", "attention_decode", "attention_prefill", "attention_softmax",
            "attention_compensation", "attention_fold", "attention_mass", "hadamard", "page_expand", "page_index", "page_pool", "page_rows",
-           "page_scores", "selections", "top_pages",
+           "page_scores", "page_scores_exact", "selections", "top_pages",
            *(f"page_{kind}" for kind in BITS)}
 LONG = {"simd.py": 600}                                                # files that may pass 300 lines, and how far
 

@@ -19,8 +19,11 @@ def select_pages(q, cos, sin, past_key, positions, *, num_heads, kv_heads, head_
     A head reads share * max(budget, fraction * (past + 1)) tokens, in whole pages; all of them where share < 0.
     score    "bound": per channel the middle of a page's keys and `reach` times half their range, as q sees them; the largest of the
              group's query heads (reach 1: Quest, arXiv 2406.10774). "mass": the page's softmax weight, summed over the group. "recency": the
-             latest. "random": any (a kernel's own order)
-    combine  "head": each KV head by its own scores; "layer": all by the sum of them
+             latest. "random": any (a kernel's own order). "peak": the largest product of a token's key with the sum of the group's
+             queries (TidalDecode, arXiv 2410.05076). "rank": minus a page's place when all query heads of the layer take turns to name
+             their next best page by its best token (LessIsMore, arXiv 2508.07101); needs combine "best". "max_mass": over its tokens
+             the sum of the largest softmax weight of any query head of the layer (DELTA, arXiv 2510.09883); needs combine "layer"
+    combine  "head": each KV head by its own scores; "layer": all by the sum of them; "best": all by the best of them
     `layer` names the cache layer and changes nothing here.
     """
     group, past = num_heads // kv_heads, past_key.shape[1]
@@ -29,15 +32,19 @@ def select_pages(q, cos, sin, past_key, positions, *, num_heads, kv_heads, head_
     half = rotary_dim // 2
     x = rotate(q.reshape(1, num_heads, head_dim), cos[positions, :half], sin[positions, :half], interleaved)[0].astype(np.float64) * scale
     scores = np.stack([page_scores(x[h * group:(h + 1) * group], past_key[h], total, score, reach) for h in range(kv_heads)])
-    if combine == "layer":
-        scores[:] = scores.sum(0)
+    if score == "rank":
+        scores = rank_scores(x, past_key, first, last, total)
+    if score == "max_mass":
+        scores = np.stack([max_mass_scores(x, past_key, total), *np.zeros((kv_heads - 1, total))])
+    if combine != "head":
+        scores[:] = scores.sum(0) if combine == "layer" else scores.max(0)
     pages, counts = np.zeros((kv_heads, capacity), np.int32), np.full(kv_heads, ALL, np.int32)
     wanted = int(np.ceil(np.float32(share) * max(budget, np.float32(fraction) * np.float32(past + 1)) / PAGE)) if share >= 0 else total
-    free = wanted - (total - last) - first
-    if wanted >= total or free >= last - first or wanted > capacity - 2:
+    free = max(0, wanted - (total - last) - first)
+    if wanted >= total or free >= last - first or first + free + total - last > capacity - 2:
         return pages, counts
     for h in range(kv_heads):
-        best = first + np.argsort(-scores[h, first:last], kind="stable")[:max(free, 0)]
+        best = first + np.argsort(-scores[h, first:last], kind="stable")[:free]
         chosen = np.r_[0, np.sort(best), last:total]
         pages[h, :len(chosen)], counts[h] = chosen, len(chosen)
     return pages, counts
@@ -58,9 +65,32 @@ def page_scores(q, keys, total, score, reach):
         step = outward(high - low, np.inf)
         middle, reaches = low + step / 2, np.abs(step) / 2
         found[:whole] = (q @ middle.T + reach * (np.abs(q) @ reaches.T)).max(0)
+    elif score == "peak":
+        best = (q.sum(0) @ keys.T).reshape(-1)
+        for page in range(len(keys) // PAGE):
+            found[page] = best[page * PAGE:(page + 1) * PAGE].max()
     elif score == "recency":
         found[:] = np.arange(total)
     return found
+
+
+def rank_scores(q, keys, first, last, total):
+    """[kv_heads, total]: q [num_heads, head_dim] of all KV heads, keys [kv_heads, past, head_dim]."""
+    found = np.full((len(keys), total), -np.inf)
+    group = len(q) // len(keys)
+    for h, x in enumerate(q):
+        best = (x @ keys[h // group, first * PAGE:last * PAGE].T).reshape(-1, PAGE).max(1)
+        order = first + np.argsort(-best, kind="stable")
+        found[h // group, order] = np.maximum(found[h // group, order], -(np.arange(len(order)) * len(q) + h))
+    return found
+
+
+def max_mass_scores(q, keys, total):
+    """[total], as rank_scores."""
+    scores = np.einsum("hgd,hsd->hgs", q.reshape(len(keys), -1, q.shape[1]), keys).reshape(len(q), -1)
+    weights = np.exp(scores - scores.max(1, keepdims=True))
+    largest = (weights / weights.sum(1, keepdims=True)).max(0)
+    return np.pad(largest, (0, total * PAGE - len(largest))).reshape(-1, PAGE).sum(1)
 
 
 def outward(x, towards):
