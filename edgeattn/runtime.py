@@ -12,6 +12,7 @@ from edgeattn.cache.kv_cache import KVCache
 from edgeattn.cache.options import CacheOptions
 from edgeattn.cache.pages import CacheFull
 from edgeattn.cache.sequence import Sequence
+from edgeattn.calibrate_thresholds import load_thresholds
 from edgeattn.calibration import head_classes
 from edgeattn.graph import read_graph
 from edgeattn.plan import Plan
@@ -51,6 +52,8 @@ class Model:
         options = cache or CacheOptions()
         classes = None if options.heads == "none" else head_classes(self.folder, self.config, options.retrieval)
         self.scheduler = Scheduler(sparse, *shape[:2]) if sparse and sparse.method != "off" else None
+        if self.scheduler and self.scheduler.policy.thresholds:
+            self.scheduler.thresholds = load_thresholds(self.folder, self.config)
         selection = self.scheduler and self.scheduler.selection_plan(self.ctx_size)
         options = choose_types(options, defaults["kv_type"], *shape, self.ubatch, classes, selection)
         if options.moves_slots and about["window"]:

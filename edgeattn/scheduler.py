@@ -45,7 +45,9 @@ class Scheduler:
     """
     shares    [layers, kv_heads] float32: what a head may read, as a multiple of the policy's budget; ALL: everything
     stats     [layers, STATS_FIELDS] int64, counted by select_pages
+    thresholds   [layers, num_heads, 2] float32 (calibrate_thresholds.py), where the policy asks for them
     """
+    thresholds: np.ndarray | None = None
 
     def __init__(self, options: SparseOptions, layers: int, kv_heads: int, shares: np.ndarray | None = None):
         self.options, self.policy, self.shape = options, options.policy(), (layers, kv_heads)
@@ -58,7 +60,7 @@ class Scheduler:
     def selection_plan(self, ctx_size: int) -> SelectionPlan:
         pages = math.ceil(max(float(self.shares.max()), 0) * self.policy.tokens(ctx_size) / PAGE)
         pages = max(pages, 1 + self.policy.recent)  # these are in every list
-        return SelectionPlan(len(self.groups), min(pages, -(-ctx_size // PAGE)) + 2, self.policy.index)
+        return SelectionPlan(max(1, len(self.groups)), min(pages, -(-ctx_size // PAGE)) + 2, self.policy.index, self.policy.means)
 
     def prepare(self, sequences: int, max_pages: int) -> None:
         """Memory for the scores of one layer's pages."""
@@ -74,6 +76,7 @@ class Scheduler:
         """What kernels need to reach the selection, under the names used in ARGS."""
         source = self.sources[layer]
         return {"selection.group": -1 if source is None else self.groups.index(source), "selection.shares": self.shares.ctypes.data,
+                "selection.thresholds": 0 if self.thresholds is None or layer < self.policy.dense_layers else self.thresholds[layer].ctypes.data,
                 "selection.stats": self.stats.ctypes.data, "selection.scores": self.scores.ctypes.data}
 
     def wants(self, tokens: int) -> bool:

@@ -1,4 +1,4 @@
-"""Decode policies whose selections serve several layers, or that choose within attention: each method's own promises."""
+"""Decode policies whose selections serve several layers and heads: each method's own promises."""
 import numpy as np
 import pytest
 
@@ -38,8 +38,8 @@ class Steps:
 
 
 @pytest.fixture(scope="module")
-def runs(nano_int4):
-    return Steps(nano_int4)
+def runs(nano_fp32):
+    return Steps(nano_fp32)
 
 
 @pytest.mark.parametrize("name, layers, expected", [
@@ -119,21 +119,25 @@ def test_lists_serve_more_steps_where_that_is_asked_for(runs, name):
 
 @pytest.mark.parametrize("options", [dict(budget=4 << 20), dict(storage="zipcache")], ids=["eviction", "sorted"])
 @pytest.mark.parametrize("name", SHARED)
-def test_what_tells_layers_apart_is_refused(nano_int4, name, options):
+def test_what_tells_layers_apart_is_refused(nano_fp32, name, options):
     with pytest.raises(ValueError, match=f"{name} selects pages for several layers"):
-        Model.load(nano_int4, cache=CacheOptions("int4", "int4", **({"eviction": "key_diff"} if "budget" in options else {}), **options),
+        Model.load(nano_fp32, cache=CacheOptions("int4", "int4", **({"eviction": "key_diff"} if "budget" in options else {}), **options),
                    sparse=SparseOptions(name))
 
 
-def test_a_batch_selects_for_each_sequence(runs):
+@pytest.mark.parametrize("name", SHARED)
+def test_a_batch_selects_for_each_sequence(runs, name):
     """Two sequences in one step get what each gets alone."""
-    for name in SHARED:
-        sparse = SparseOptions(name, {"budget": 192})
-        ids = [tokens(n) for n in (600, 380)]
-        alone = np.concatenate([runs.run(sparse, x, steps=1)[0] for x in ids])
-        model = runs.model(sparse)
-        sequences = [model.new_sequence() for _ in ids]
-        for sequence, x in zip(sequences, ids):
-            model.forward([(sequence, x[:-1])], "none")
-        together = model.forward([(sequence, x[-1:]) for sequence, x in zip(sequences, ids)])
-        np.testing.assert_allclose(together, alone, atol=2e-4)
+    sparse, ids = SparseOptions(name, {"budget": 192}), [tokens(n) for n in (600, 380)]
+    alone = [runs.run(sparse, x, steps=1) for x in ids]
+    expected, chosen = np.concatenate([logits for logits, _, _ in alone]), [sequence.selection.copy() for _, _, sequence in alone]
+    model = alone[0][1]
+    for _, _, sequence in alone:
+        model.free(sequence)
+    sequences = [model.new_sequence() for _ in ids]
+    for sequence, x in zip(sequences, ids):
+        model.forward([(sequence, x[:-1])], "none")
+    together = model.forward([(sequence, x[-1:]) for sequence, x in zip(sequences, ids)])
+    for sequence, rows in zip(sequences, chosen):
+        np.testing.assert_array_equal(sequence.selection, rows)
+    np.testing.assert_allclose(together, expected, atol=2e-4)

@@ -24,10 +24,12 @@ class SelectionPlan:
     groups    lists for each KV head; layers share them
     capacity  pages of a list
     index     what page scores read: "" (the keys), "bounds"
+    value_sums  whether the mean of a head's values is kept
     """
     groups: int
     capacity: int
     index: str = ""
+    value_sums: bool = False
 
     def width(self, formats: tuple[PageFormat, ...]) -> int:
         """Halves of a page in the index: none where quantised pages know the bounds of their keys."""
@@ -70,6 +72,7 @@ class CachePlan:
         if chosen:
             width = chosen.width(self.formats)
             found += 4 * chosen.groups * self.limits.shape[1] * (HEADER + chosen.capacity) + (2 * width * self.max_pages + 4) * heads * (width > 0)
+            found += 4 * (2 + self.formats[0].head_dim) * heads * chosen.value_sums
         return found
 
     @property

@@ -16,7 +16,8 @@ class SelectionPolicy:
     ValueError: a number out of range.
 
     Class attributes: `score` and `combine` of the operator select_pages, `index` (cache/budget.py, SelectionPlan), and whether layers
-    read each other's selection (`shared`): then page i must hold the same tokens in all layers and heads.
+    read each other's selection (`shared`): then page i must hold the same tokens in all layers and heads. `thresholds`: whether values are
+    read by calibrated thresholds (calibrate_thresholds.py), `means`: and what is left out is stood for by the mean value.
     """
     budget: int = 2048
     fraction: float = 0.0
@@ -28,6 +29,8 @@ class SelectionPolicy:
     combine: ClassVar[str] = "head"
     index: ClassVar[str] = ""
     shared: ClassVar[bool] = False
+    thresholds: ClassVar[bool] = False
+    means: ClassVar[bool] = False  # a field or property where it is an option
 
     def __post_init__(self):
         if self.budget < 0 or not 0 <= self.fraction <= 1 or not 0 <= self.reuse <= 1:
