@@ -66,7 +66,9 @@ class AttentionCase:
                  "cos": self._cos, "sin": self._sin, "out": self._out}
         tensors = {name: steps.Tensor(x.ctypes.data, ("tokens", *x.shape[1:]), self._fused.shape[1] if name in "qkv" else x.shape[1])
                    for name, x in parts.items()}
-        self._workspace = steps.aligned(cached_attention.workspace_bytes(tensors, self.attributes, 1, threads), np.uint8)
+        for name in ("cos", "sin"):  # one row, which is that of position 0
+            tensors[name] = steps.Tensor(parts[name].ctypes.data, (self.cache.plan.max_pages * PAGE, parts[name].shape[1]), parts[name].shape[1])
+        self._workspace = steps.aligned(select_pages.workspace_bytes(tensors, self.attributes | {"score": "rank"}, 1, threads), np.uint8)
         self.rows, self.attention = [], []
         for layer in range(layers):
             extra = self.batch.arguments() | {"selection.group": -1} | self.cache.arguments(layer) | {"workspace": self._workspace.ctypes.data}

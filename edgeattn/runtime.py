@@ -53,7 +53,7 @@ class Model:
         sparse, selection = sparse or SparseOptions(), None
         self.scheduler = None if sparse.method == "off" else Scheduler(sparse, *shape[:2])
         if self.scheduler:
-            self.scheduler.components = self.scheduler.policy.load(self.folder, self.config)
+            self.scheduler.load(self.folder, self.config)
             selection = self.scheduler.selection_plan(self.ctx_size)
         options = choose_types(options, defaults["kv_type"], *shape, self.ubatch, classes, selection)
         why = self.scheduler and refusal(self.scheduler.policy, options, about["window"])
@@ -67,6 +67,9 @@ class Model:
         if options.moves_slots and about["window"]:
             raise ValueError("this model has sliding windows, whose positions eviction, head classes and sorted pages would lose: use "
                              "--kv-eviction none, --kv-heads none and --kv-storage kivi")
+        if options.moves_slots and self.scheduler and self.scheduler.policy.shared:
+            raise ValueError(f"{sparse.method} selects pages for several layers and heads at once, which eviction, head classes and sorted pages "
+                             "would tell apart: use --kv-eviction none, --kv-heads none and --kv-storage kivi")
         self.cache = KVCache(*shape, options, self.ubatch, classes, selection)
         self.ubatch, self.ctx_size = self.cache.plan.chunk, self.cache.capacity
         self._max_rows = max(1, min(self.ubatch, LOGITS_BYTES // (4 * self.vocab_size)))

@@ -62,20 +62,26 @@ class Scheduler:
     shares    [layers, kv_heads] float32: what a head may read, as a multiple of the policy's budget; ALL: everything
     stats     [layers, STATS_FIELDS] int64, counted by select_pages
     components  float32, what the policy's load() gave; None: it needs nothing
+    thresholds   [layers, num_heads, 2] float32 (calibrate_thresholds.py), where the policy asks for them
     """
-
     def __init__(self, options: SparseOptions, layers: int, kv_heads: int, shares: np.ndarray | None = None):
         self.options, self.policy, self.shape = options, options.policy(), (layers, kv_heads)
         self.sources = self.policy.sources(layers)
         self.groups = sorted({source for source in self.sources if source is not None})
         self.shares = np.ones(self.shape, np.float32) if shares is None else np.ascontiguousarray(shares, np.float32)
         self.stats = np.zeros((layers, STATS_FIELDS), np.int64)
-        self.components = None
+        self.components = self.thresholds = None
         self.min_len, self.times, self.steps = options.min_len or 0, None, [0, 0]
 
+    def load(self, folder, config: dict) -> None:
+        """What the policy needs of the model's calibration. ValueError: it is not there."""
+        found = self.policy.load(folder, config)
+        self.components, self.thresholds = (None, found) if self.policy.thresholds else (found, None)
+
     def selection_plan(self, ctx_size: int) -> SelectionPlan:
-        pages = max(math.ceil(max(float(self.shares.max()), 0) * self.policy.tokens(ctx_size) / PAGE), self.policy.pages_always)
-        return SelectionPlan(len(self.groups), min(pages, -(-ctx_size // PAGE)) + 2, self.policy.index, self.policy.index_size)
+        pages = math.ceil(max(float(self.shares.max()), 0) * self.policy.tokens(ctx_size) / PAGE)
+        pages = min(max(pages, self.policy.pages_always), -(-ctx_size // PAGE)) + 2
+        return SelectionPlan(max(1, len(self.groups)), pages, self.policy.index, self.policy.index_size, self.policy.means)
 
     def prepare(self, sequences: int, max_pages: int) -> None:
         """Memory for the scores of one layer's pages."""
@@ -92,6 +98,7 @@ class Scheduler:
         source = self.sources[layer]
         return {"selection.group": -1 if source is None else self.groups.index(source), "selection.shares": self.shares.ctypes.data,
                 "selection.components": 0 if self.components is None else self.components.ctypes.data,
+                "selection.thresholds": 0 if self.thresholds is None or layer < self.policy.dense_layers else self.thresholds[layer].ctypes.data,
                 "selection.stats": self.stats.ctypes.data, "selection.scores": self.scores.ctypes.data}
 
     def wants(self, tokens: int) -> bool:

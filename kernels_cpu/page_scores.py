@@ -107,7 +107,7 @@ def bound_scores(call, sequence, head, q, reach, rows, width, first, last, score
 
 
 @njit(nogil=True, error_model="numpy")
-def _score_chunk(call, place, sequence, head, q, first, last, slots):
+def score_chunk(call, place, sequence, head, q, first, last, slots):
     """Scores of the pages first ... last with all query heads; -> slots that they have."""
     scores = at(float32, place[SCORES])
     for page in range(first, last):
@@ -121,21 +121,29 @@ def _score_chunk(call, place, sequence, head, q, first, last, slots):
 
 
 @njit(nogil=True, error_model="numpy")
-def mass_scores(call, sequence, head, q, slots, last, found, thread):
-    """The weights that the first `slots` tokens get, page by page of all `last`, by two reads of the keys."""
-    place, group = places(call, thread), call[GROUP]
+def softmax_of(call, place, sequence, head, q, slots, last):
+    """Each query head's maximum and sums over the first `slots` tokens, which lie in `last` pages."""
+    group = call[GROUP]
     scores, out, sums, tops = at(float32, place[SCORES]), at(float32, place[OUT]), at(float32, place[SUMS]), at(float32, place[TOPS])
     prepare_queries(call, place, q, True)
     for h in range(group):
         tops[h] = LOWEST_SCORE
         store(sums, 16 * h, splat(F, np.float32(0)))
     for first in range(0, last, CHUNK // PAGE):
-        count = _score_chunk(call, place, sequence, head, q, first, min(last, first + CHUNK // PAGE), slots)
+        count = score_chunk(call, place, sequence, head, q, first, min(last, first + CHUNK // PAGE), slots)
         for h in range(group):
             soften(scores, h * STRIDE, h * STRIDE + count, tops, sums, h, out, 0, 0)
+
+
+@njit(nogil=True, error_model="numpy")
+def mass_scores(call, sequence, head, q, slots, last, found, thread):
+    """The weights that the first `slots` tokens get, page by page of all `last`, by two reads of the keys."""
+    place, group = places(call, thread), call[GROUP]
+    scores, sums, tops = at(float32, place[SCORES]), at(float32, place[SUMS]), at(float32, place[TOPS])
+    softmax_of(call, place, sequence, head, q, slots, last)
     for first in range(0, last, CHUNK // PAGE):
         end = min(last, first + CHUNK // PAGE)
-        _score_chunk(call, place, sequence, head, q, first, end, slots)
+        score_chunk(call, place, sequence, head, q, first, end, slots)
         for page in range(first, end):
             total = splat(F, np.float32(0))
             for h in range(group):

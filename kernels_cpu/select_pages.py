@@ -1,33 +1,35 @@
 """Which pages a decode step reads: scores of each KV head's pages (page_scores.py), and the best of them as lists (selections.py)."""
 import numpy as np
-from numba import carray, cfunc, float32, int32, int64, njit
+from numba import carray, cfunc, float32, int64, njit
 
 from edgeattn.kernels_cpu import attention_call
 from edgeattn.kernels_cpu.attention_call import (CALL, GROUP, HEAD_DIM, KEYS_ROTATION, KV_HEADS, LAYER, MAX_PAGES, NUM_HEADS, ROTATED,
-                                                 ROWS_INDEX, SCRATCH, SCRATCH_SIZE, SELECTION_CAPACITY, SELECTION_GROUP, SELECTIONS,
-                                                 SEQUENCES_INDEX, THREADS, WORKSPACE, make_call, rows_of, slots_of, workspace_bytes)
+                                                 ROWS_INDEX, SELECTIONS, SEQUENCES_INDEX, THREADS, WORKSPACE, make_call, rows_of, slots_of)
 from edgeattn.kernels_cpu.attention_write import rotate_queries
 from edgeattn.kernels_cpu.cached_attention import PagedCache, bind
 from edgeattn.kernels_cpu.page_index import COLLISIONS, COMPONENT_SCORES, HIERARCHY, index_pages, index_width
 from edgeattn.kernels_cpu.page_scores import bound_scores, mass_scores, random_scores
+from edgeattn.kernels_cpu.page_scores_exact import HALF, max_mass_scores, note_softmax, peak_scores, rank_floats, rank_scores
 from edgeattn.kernels_cpu.page_scores_index import index_scores
 from edgeattn.kernels_cpu.parallel import call_worker, parallel, worker
-from edgeattn.kernels_cpu.selections import (AGE, ALL, COUNT, DENSE, HEADER, HELD, INTERVAL, READ, REUSED, SLOTS, SPARSE, STATS_FIELDS,
-                                             list_at)
+from edgeattn.kernels_cpu.selection_call import (ALONE, ARGS, BITS, BLOCK, BLOCKS, BOUND, COMBINE, COMPONENTS, COS_ROWS, INDEX, INDEX_WIDTH,
+                                                 INDEXED, MASS, MAX_MASS, PEAK, RANK, REACH, RECENCY, SCORE, candidates, scores_at, wanted_pages)
+from edgeattn.kernels_cpu.selection_choice import choose, choose_together, choosing_together, count_reads, still_good, use_again
+from edgeattn.kernels_cpu.selections import COUNT, HEADER, STATS_FIELDS
 from edgeattn.kernels_cpu.simd import at
-from edgeattn.kernels_cpu.steps import CODES, STEP, as_f32, call as call_step, thread_count
-from edgeattn.kernels_cpu.top_pages import top_pages
+from edgeattn.kernels_cpu.steps import STEP, as_f32, call as call_step, thread_count
 from edgeattn.page_formats import PAGE
 
-ARGS = (*attention_call.ARGS, "batch.sealed", "batch.index", "batch.indexed", "selection.width", "selection.scores", "selection.shares",
-        "selection.stats", "score", "combine", "budget", "fraction", "recent", "reach", "reuse",
-        "selection.components", "block", "blocks", "bits")
-(SEALED, INDEX, INDEXED, INDEX_WIDTH, PAGE_SCORES, SHARES, STATS, SCORE, COMBINE, BUDGET, FRACTION, RECENT, REACH, REUSE,
- COMPONENTS, BLOCK, BLOCKS, BITS) = range(len(attention_call.ARGS), len(ARGS))
-BOUND, MASS, RECENCY, RANDOM = (CODES[name] for name in ("bound", "mass", "recency", "random"))
 INDEXES = {name: name for name in ("hierarchy", "representatives", "landmarks", "components", "collisions")}  # by score; else bounds
-LAYER_WIDE = CODES["layer"]
-LONGEST = 16  # steps that a list serves at most
+
+
+def workspace_bytes(tensors, attributes, rows, threads):
+    """What attention takes, and what ranking does."""
+    found = attention_call.workspace_bytes(tensors, attributes, rows, threads)
+    if attributes["score"] == "rank":
+        pages = -(-tensors["cos"].shape[0] // PAGE)
+        found += 4 * threads * rank_floats(int(attributes["num_heads"]) // int(attributes["kv_heads"]), pages)
+    return found
 
 
 def select_pages(q, cos, sin, past_key, positions, components=None, *, num_heads, kv_heads, head_dim, rotary_dim, interleaved=0, scale, layer=0,
@@ -51,97 +53,9 @@ def select_pages(q, cos, sin, past_key, positions, components=None, *, num_heads
 
 
 @njit(nogil=True, error_model="numpy")
-def _candidates(a, call, sequence, head, total):
-    """(first, last) of the pages that scores decide about: those between the first page and the recent ones; where blocks are chosen,
-    whole ones between the first block and what is recent. Without an index of bounds only quantised pages have them."""
-    sealed = np.int64(at(int32, at(int64, a[SEALED])[sequence])[call[LAYER] * call[KV_HEADS] + head])
-    last = total - a[RECENT]
-    if sealed > 1 or (a[SCORE] == BOUND or a[SCORE] == HIERARCHY) and a[INDEX_WIDTH] < 2 * call[HEAD_DIM]:
-        last = min(last, sealed)
-    block = max(a[BLOCK], np.int64(1))
-    last = max(np.int64(1), last // block * block)
-    return min(block, last), last
-
-
-@njit(nogil=True, error_model="numpy")
-def _wanted(a, call, head, slots):
-    """How many pages a head may read; a negative share: all."""
-    share = at(float32, a[SHARES])[call[LAYER] * call[KV_HEADS] + head]
-    if share < 0:
-        return np.int64(1) << 40
-    return np.int64(np.ceil(share * max(np.float32(a[BUDGET]), as_f32(a[FRACTION]) * np.float32(slots)) / np.float32(PAGE)))
-
-
-@njit(nogil=True, error_model="numpy")
-def _list(a, call, sequence, head):
-    return list_at(at(int64, call[SELECTIONS])[sequence], call[SELECTION_GROUP], call[KV_HEADS], call[SELECTION_CAPACITY], head)
-
-
-@njit(nogil=True, error_model="numpy")
-def _scores_at(a, call, sequence, head):
-    return a[PAGE_SCORES] + 4 * (sequence * call[KV_HEADS] + head) * call[MAX_PAGES]
-
-
-@njit(nogil=True, error_model="numpy")
-def _possible(a, call, sequence, head, first, last):
-    """Pages that a score of -infinity does not exclude."""
-    count, scores = np.int64(0), at(float32, _scores_at(a, call, sequence, head))
-    for page in range(first, last):
-        count += scores[page] > -np.inf
-    return count
-
-
-@njit(nogil=True, error_model="numpy")
-def _overlap(pages, count, old, old_count):
-    """The part of one ascending list that is in another."""
-    both, j = 0, 0
-    for i in range(count):
-        while j < old_count and old[j] < pages[i]:
-            j += 1
-        both += j < old_count and old[j] == pages[i]
-    return np.float32(both) / np.float32(max(count, 1))
-
-
-@njit(nogil=True, error_model="numpy")
-def _choose(a, call, sequence, head, wanted, slots, total, thread):
-    """Make the list anew."""
-    row, (first, last) = at(int32, _list(a, call, sequence, head)), _candidates(a, call, sequence, head, total)
-    free = max(wanted - (total - last) - first, np.int64(0)) // max(a[BLOCK], np.int64(1)) * max(a[BLOCK], np.int64(1))
-    follows = row[COUNT] >= 0 and row[SLOTS] + row[AGE] + 1 == slots
-    row[AGE] = 0
-    if wanted >= total or free >= last - first or total - last + first + free > call[SELECTION_CAPACITY] - 2:
-        row[COUNT], row[SLOTS], row[INTERVAL] = ALL, slots, 1
-        return
-    old, old_count = at(int32, call[SCRATCH] + 4 * thread * call[SCRATCH_SIZE]), np.int64(row[COUNT])
-    if as_f32(a[REUSE]) > 0 and follows:
-        for i in range(old_count):
-            old[i] = row[HEADER + i]
-    for page in range(first):
-        row[HEADER + page] = page
-    free = min(free, _possible(a, call, sequence, head, first, last))
-    if free:
-        top_pages(_scores_at(a, call, sequence, head), first, last, free, row, HEADER + first)
-    for page in range(last, total):
-        row[HEADER + first + free + page - last] = page
-    row[COUNT], row[SLOTS] = first + free + total - last, slots
-    interval = np.int64(1)
-    if as_f32(a[REUSE]) > 0 and follows:
-        kept = _overlap(at(int32, _list(a, call, sequence, head) + 4 * (HEADER + first)), free, old, old_count)
-        interval = min(2 * np.int64(row[INTERVAL]), LONGEST) if kept >= as_f32(a[REUSE]) else max(np.int64(row[INTERVAL]) // 2, np.int64(1))
-    row[INTERVAL] = interval
-
-
-@njit(nogil=True, error_model="numpy")
-def _still_good(a, call, sequence, head, slots, total):
-    """Whether a list made some steps ago serves this step too; then a page begun since is added."""
-    row = at(int32, _list(a, call, sequence, head))
-    if row[COUNT] < 1 or row[SLOTS] + row[AGE] + 1 != slots or row[AGE] + 1 >= row[INTERVAL]:
-        return False
-    row[AGE] += 1
-    if row[HEADER + row[COUNT] - 1] < total - 1:
-        row[HEADER + row[COUNT]] = total - 1
-        row[COUNT] += 1
-    return True
+def _most_pages(a):
+    """That a KV head can have: as many as the rotary tables have positions for."""
+    return (a[COS_ROWS] + PAGE - 1) // PAGE
 
 
 @njit(nogil=True, error_model="numpy")
@@ -172,13 +86,14 @@ def select_head(a, rows, first, task, thread):
     if at(int64, call[SELECTIONS])[sequence] == 0:
         return
     slots = slots_of(call, sequence, head)
-    total, wanted = (slots + PAGE - 1) // PAGE, _wanted(a, call, head, slots)
-    if _still_good(a, call, sequence, head, slots, total):
+    total, wanted = (slots + PAGE - 1) // PAGE, wanted_pages(a, call, head, slots)
+    if a[COMBINE] == ALONE and still_good(a, call, sequence, head, slots):
+        use_again(a, call, sequence, head, total)
         return
-    begin, last = _candidates(a, call, sequence, head, total)
-    if wanted < total:
+    begin, last = candidates(a, call, sequence, head, total)
+    if wanted < total if a[COMBINE] == ALONE else choosing_together(a, call, sequence):
         q = call[ROTATED] + 4 * (rows_of(call, sequence)[0] * call[NUM_HEADS] + head * call[GROUP]) * call[HEAD_DIM]
-        found = _scores_at(a, call, sequence, head)
+        found = scores_at(a, call, sequence, head)
         scores = at(float32, found)
         if a[SCORE] == BOUND:
             index, width = _index(a, call, sequence, head, last, thread), a[INDEX_WIDTH]
@@ -192,40 +107,42 @@ def select_head(a, rows, first, task, thread):
         elif a[SCORE] == RECENCY:
             for page in range(begin, last):
                 scores[page] = page
+        elif a[SCORE] == PEAK:
+            peak_scores(call, sequence, head, q, begin, last, scores, thread)
+        elif a[SCORE] == RANK:
+            rank_scores(call, sequence, head, q, begin, last, wanted - begin - (total - last), _most_pages(a), scores, thread)
+        elif a[SCORE] == MAX_MASS:
+            note_softmax(call, sequence, head, q, slots - 1, total, thread)
         else:
             random_scores(slots, head, begin, last, scores)
-    if a[COMBINE] != LAYER_WIDE:
-        _choose(a, call, sequence, head, wanted, slots, total, thread)
+    if a[COMBINE] == ALONE:
+        choose(a, call, sequence, head, wanted, slots, total, thread)
+
+
+@worker
+def score_part(a, parts, first, task, thread):
+    """max_mass of some pages of a sequence, once the softmax of all heads is known."""
+    call = at(int64, a[WORKSPACE] + CALL)
+    sequence, part = task // parts, task % parts
+    if at(int64, call[SELECTIONS])[sequence] == 0 or not choosing_together(a, call, sequence):
+        return
+    slots, size = slots_of(call, sequence, 0), HALF // PAGE
+    last = min((part + 1) * size, (slots + PAGE - 1) // PAGE)
+    if part * size < last:
+        max_mass_scores(call, sequence, part * size, last, slots - 1, at(float32, scores_at(a, call, sequence, 0)), thread)
+        for head in range(1, call[KV_HEADS]):
+            scores = at(float32, scores_at(a, call, sequence, head))
+            for page in range(part * size, last):
+                scores[page] = 0  # so that the sum over heads is the score
 
 
 @njit(nogil=True, error_model="numpy")
-def _choose_together(a, call, sequence):
-    """All KV heads of the layer choose by the sum of their scores."""
-    slots = slots_of(call, sequence, 0)
-    total = (slots + PAGE - 1) // PAGE
-    for head in range(1, call[KV_HEADS]):
-        sums, scores = at(float32, _scores_at(a, call, sequence, 0)), at(float32, _scores_at(a, call, sequence, head))
-        for page in range(total):
-            sums[page] += scores[page]
-    for head in range(call[KV_HEADS]):
-        if head:
-            sums, scores = at(float32, _scores_at(a, call, sequence, 0)), at(float32, _scores_at(a, call, sequence, head))
-            for page in range(total):
-                scores[page] = sums[page]
-        _choose(a, call, sequence, head, _wanted(a, call, head, slots), slots, total, 0)
-
-
-@njit(nogil=True, error_model="numpy")
-def _count(a, call, sequence):
-    """Add what this step reads to the layer's figures."""
-    stats = at(int64, a[STATS] + 8 * STATS_FIELDS * call[LAYER])
-    for head in range(call[KV_HEADS]):
-        row, total = at(int32, _list(a, call, sequence, head)), (slots_of(call, sequence, head) + PAGE - 1) // PAGE
-        dense = row[COUNT] == ALL
-        stats[DENSE if dense else SPARSE] += 1
-        stats[READ] += total if dense else np.int64(row[COUNT])
-        stats[HELD] += total
-        stats[REUSED] += row[AGE] > 0
+def _run(address, a, call, rows, tasks):
+    if call[THREADS] > 1 and tasks > 1:
+        parallel(address, carray(a, 1).ctypes.data, rows, 0, tasks)
+    else:
+        for task in range(tasks):
+            call_worker(address, carray(a, 1).ctypes.data, rows, 0, task, 0)
 
 
 @cfunc(STEP, cache=True)
@@ -238,15 +155,16 @@ def step(a, state):
     call = make_call(a, state[a[ROWS_INDEX]], sequences, 0, thread_count())
     for s in range(sequences):
         if selections[s]:
-            rotate_queries(call, rows_of(call, s)[0], call[KEYS_ROTATION] and a[SCORE] == MASS)
-    tasks = sequences * call[KV_HEADS]
-    if call[THREADS] > 1 and tasks > 1:
-        parallel(select_head(), carray(a, 1).ctypes.data, 0, 0, tasks)
-    else:
-        for task in range(tasks):
-            call_worker(select_head(), carray(a, 1).ctypes.data, 0, 0, task, 0)
+            exact = a[SCORE] == MASS or a[SCORE] >= PEAK  # by the keys themselves, as the cache rotates them
+            rotate_queries(call, rows_of(call, s)[0], call[KEYS_ROTATION] and exact)
+    _run(select_head(), a, call, 0, sequences * call[KV_HEADS])
+    if a[SCORE] == MAX_MASS:
+        parts = np.int64(0)
+        for s in range(sequences):
+            parts = max(parts, (slots_of(call, s, 0) + HALF - 1) // HALF)
+        _run(score_part(), a, call, parts, sequences * parts)
     for s in range(sequences):
         if selections[s]:
-            if a[COMBINE] == LAYER_WIDE:
-                _choose_together(a, call, s)
-            _count(a, call, s)
+            if a[COMBINE] != ALONE:
+                choose_together(a, call, s)
+            count_reads(a, call, s)

@@ -26,11 +26,13 @@ class SelectionPlan:
     capacity  pages of a list
     index     what page scores read: "" (the keys), "bounds" or another kind of page_index.py
     size      pages of a block, components or tables, by the kind
+    value_sums  whether the mean of a head's values is kept
     """
     groups: int
     capacity: int
     index: str = ""
     size: int = 0
+    value_sums: bool = False
 
     def width(self, formats: tuple[PageFormat, ...]) -> int:
         """Halves of a page in the index: no bounds where quantised pages know those of their keys."""
@@ -73,6 +75,7 @@ class CachePlan:
         if chosen:
             width = chosen.width(self.formats)
             found += 4 * chosen.groups * self.limits.shape[1] * (HEADER + chosen.capacity) + (2 * width * self.max_pages + 4) * heads * (width > 0)
+            found += 4 * (2 + self.formats[0].head_dim) * heads * chosen.value_sums
         return found
 
     @property

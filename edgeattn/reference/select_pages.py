@@ -21,8 +21,12 @@ def select_pages(q, cos, sin, past_key, positions, components=None, *, num_heads
     A head reads share * max(budget, fraction * (past + 1)) tokens, in whole pages; all of them where share < 0.
     score    "bound": per channel the middle of a page's keys and `reach` times half their range, as q sees them; the largest of the
              group's query heads (reach 1: Quest, arXiv 2406.10774). "mass": the page's softmax weight, summed over the group. "recency": the
-             latest. "random": any (a kernel's own order). Others: page_scores
-    combine  "head": each KV head by its own scores; "layer": all by the sum of them
+             latest. "random": any (a kernel's own order). "peak": the largest product of a token's key with the sum of the group's
+             queries (TidalDecode, arXiv 2410.05076). "rank": minus a page's place when all query heads of the layer take turns to name
+             their next best page by its best token (LessIsMore, arXiv 2508.07101); needs combine "best". "max_mass": over its tokens
+             the sum of the largest softmax weight of any query head of the layer (DELTA, arXiv 2510.09883); needs combine "layer".
+             Others: page_scores
+    combine  "head": each KV head by its own scores; "layer": all by the sum of them; "best": all by the best of them
     block    pages that are chosen together: then the first block is always read, and whole ones are counted from page 0
     A page that scores -infinity is never chosen, even if others do not fill the list.
     components   [kv_heads, head_dim, head_dim] float32, for "components"; [tables, bits, head_dim], planes, for "collisions"
@@ -37,12 +41,16 @@ def select_pages(q, cos, sin, past_key, positions, components=None, *, num_heads
     about = dict(reach=reach, block=block, blocks=blocks, rank=rank)
     scores = np.stack([page_scores(x[h * group:(h + 1) * group], past_key[h], total, score, first=first, last=last,
                                    vectors=components[h] if score == "components" else components, **about) for h in range(kv_heads)])
-    if combine == "layer":
-        scores[:] = scores.sum(0)
+    if score == "rank":
+        scores = rank_scores(x, past_key, first, last, total)
+    if score == "max_mass":
+        scores = np.stack([max_mass_scores(x, past_key, total), *np.zeros((kv_heads - 1, total))])
+    if combine != "head":
+        scores[:] = scores.sum(0) if combine == "layer" else scores.max(0)
     pages, counts = np.zeros((kv_heads, capacity), np.int32), np.full(kv_heads, ALL, np.int32)
     wanted = int(np.ceil(np.float32(share) * max(budget, np.float32(fraction) * np.float32(past + 1)) / PAGE)) if share >= 0 else total
     free = max(0, wanted - (total - last) - first) // block * block
-    if wanted >= total or free >= last - first or wanted > capacity - 2:
+    if wanted >= total or free >= last - first or first + free + total - last > capacity - 2:
         return pages, counts
     for h in range(kv_heads):
         possible = int((scores[h, first:last] > -np.inf).sum())
@@ -79,6 +87,10 @@ def page_scores(q, keys, total, score, *, reach, first, last, block, blocks, ran
         found[:whole] = (q @ middle.T + reach * (np.abs(q) @ reaches.T)).max(0)
         if score == "hierarchy":
             found[first:last][~kept_blocks(q, keys, first, last, blocks)] = -np.inf
+    elif score == "peak":
+        best = (q.sum(0) @ keys.T).reshape(-1)
+        for page in range(len(keys) // PAGE):
+            found[page] = best[page * PAGE:(page + 1) * PAGE].max()
     elif score == "recency":
         found[:] = np.arange(total)
     elif score in ("representatives", "landmarks"):
@@ -119,6 +131,25 @@ def in_order(keys):
 
 def half(x):
     return x.astype(np.float16).astype(np.float64)
+
+
+def rank_scores(q, keys, first, last, total):
+    """[kv_heads, total]: q [num_heads, head_dim] of all KV heads, keys [kv_heads, past, head_dim]."""
+    found = np.full((len(keys), total), -np.inf)
+    group = len(q) // len(keys)
+    for h, x in enumerate(q):
+        best = (x @ keys[h // group, first * PAGE:last * PAGE].T).reshape(-1, PAGE).max(1)
+        order = first + np.argsort(-best, kind="stable")
+        found[h // group, order] = np.maximum(found[h // group, order], -(np.arange(len(order)) * len(q) + h))
+    return found
+
+
+def max_mass_scores(q, keys, total):
+    """[total], as rank_scores."""
+    scores = np.einsum("hgd,hsd->hgs", q.reshape(len(keys), -1, q.shape[1]), keys).reshape(len(q), -1)
+    weights = np.exp(scores - scores.max(1, keepdims=True))
+    largest = (weights / weights.sum(1, keepdims=True)).max(0)
+    return np.pad(largest, (0, total * PAGE - len(largest))).reshape(-1, PAGE).sum(1)
 
 
 def outward(x, towards):

@@ -15,7 +15,9 @@ class SelectionPolicy:
                   chooses were in it; 0: every step makes its own
     ValueError: a number out of range.
 
-    Class attributes: `score`, `combine` and `block` of the operator select_pages, and `index` (cache/budget.py, SelectionPlan).
+    Class attributes: `score`, `combine` and `block` of the operator select_pages, `index` (cache/budget.py, SelectionPlan), and whether layers
+    read each other's selection (`shared`): then page i must hold the same tokens in all layers and heads. `thresholds`: whether values are
+    read by calibrated thresholds (calibrate_thresholds.py), `means`: and what is left out is stood for by the mean value.
     """
     budget: int = 2048
     fraction: float = 0.0
@@ -27,6 +29,9 @@ class SelectionPolicy:
     combine: ClassVar[str] = "head"
     index: ClassVar[str] = ""
     block: ClassVar[int] = 1
+    shared: ClassVar[bool] = False
+    thresholds: ClassVar[bool] = False
+    means: ClassVar[bool] = False  # a field or property where it is an option
 
     def __post_init__(self):
         if self.budget < 0 or not 0 <= self.fraction <= 1 or not 0 <= self.reuse <= 1:
@@ -61,3 +66,12 @@ class SelectionPolicy:
     def tokens(self, held: int) -> float:
         """That a head with an even share reads at most, of `held`."""
         return max(self.budget, self.fraction * held)
+
+
+def follow(layers: int, dense_layers: int, selecting: list[int]) -> list[int | None]:
+    """`sources` where the `selecting` layers read everything, as the first ones do, and each chooses for those up to the next."""
+    found, last = [], None
+    for layer in range(layers):
+        last = layer if layer in selecting else last
+        found.append(None if layer < dense_layers or layer == last else last)
+    return found
