@@ -128,8 +128,8 @@ def test_what_tells_layers_apart_is_refused(nano_fp32, name, options):
 @pytest.mark.parametrize("name", SHARED)
 def test_a_batch_selects_for_each_sequence(runs, name):
     """Two sequences in one step get what each gets alone."""
-    sparse, ids = SparseOptions(name, {"budget": 192}), [tokens(n) for n in (600, 380)]
-    alone = [runs.run(sparse, x, steps=1) for x in ids]
+    sparse, ids, cache = SparseOptions(name, {"budget": 192}), [tokens(n) for n in (600, 380)], CacheOptions("f32", "f32")
+    alone = [runs.run(sparse, x, steps=1, cache=cache) for x in ids]
     expected, chosen = np.concatenate([logits for logits, _, _ in alone]), [sequence.selection.copy() for _, _, sequence in alone]
     model = alone[0][1]
     for _, _, sequence in alone:
