@@ -18,7 +18,7 @@ Parameters are halves, minimum and step, value = minimum + code * step:
     K by token    [groups][2][32 tokens]     a group is 32 channels, or all of them
     V by token    [groups][2][32 tokens]     the same; then, where channels are separated (ZipCache, arXiv 2405.14256), [width] scales
 """
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 PAGE = 32  # tokens
 BITS = {"f32": 32, "f16": 16, "int8": 8, "int4": 4, "int3": 3, "int2": 2, "delta": 16}
@@ -42,9 +42,9 @@ class PageFormat:
     k_axis: str = "channel"
     one_group: bool = False
     separated: bool = False
-    threshold: float = 0.0
-    gate: int = 16
-    refresh: float = 0.0
+    threshold: float = field(default=0.0, repr=False)
+    gate: int = field(default=16, repr=False)
+    refresh: float = field(default=0.0, repr=False)
 
     def __post_init__(self):
         if self.v_type == "delta":
