@@ -27,8 +27,8 @@ def test_triple(cell):
     k_type, v_type = (types.split("/") * 2)[:2]
     k_type = load_policy("storage", storage).keys or k_type
     budget = None if eviction == "none" else (28 + 20 * (types == "f32")) * 4 * PAGE * 4 * head_dim
-    cache = KVCache(2, 2, head_dim, 1200, CacheOptions(k_type, v_type, storage, budget, eviction, sinks, window, cell.heads), 100,
-                    classes)
+    cache = KVCache(2, 2, head_dim, 1200, CacheOptions(k_type, v_type, storage, budget, eviction, sinks, window, cell.heads,
+                                                          delta_threshold=3.0), 100, classes)
     driver, a = Driver(cache, group), cache.new_sequence()
     random = np.random.default_rng().standard_normal((2, *cache.shape, 1200, head_dim), np.float32)  # K and V by position
 
