@@ -2,6 +2,7 @@
 import numpy as np
 import pytest
 
+from edgeattn.cache.budget import SelectionPlan, choose_types
 from edgeattn.cache.deltas import page_figures
 from edgeattn.cache.kv_cache import KVCache
 from edgeattn.cache.options import CacheOptions
@@ -206,6 +207,19 @@ def test_whole_pages_are_evicted(eviction):
     assert (a.counts < 1400).all() and cache.used_bytes <= 260_000 and cache.delta_figures(a).pages.min() > 3
     keys, _ = dequantise(cache, a, 0, 0)
     assert not np.isnan(keys).any() and (a.tables[0, 0, :-(-a.counts[0, 0] // PAGE)] != RELEASED).all()
+
+
+@pytest.mark.parametrize("given, v_type", [({}, "f16"), (dict(v_type="int4"), "int4"), (dict(budget=100 << 20), "f16"),
+                                           (dict(budget=1 << 20), "int4")])
+def test_keys_need_no_type(given, v_type):
+    options = choose_types(CacheOptions(storage="delta", **given), "f32", 8, 2, 64, 4096, 512)
+    assert (options.k_type, options.v_type, options.quantised) == ("delta", v_type, True)
+
+
+def test_pages_are_selected_like_others():
+    """Their bounds are indexed apart, as for pages in 16 bits: they have no parameters that would tell."""
+    plan = SelectionPlan(1, 64, "bounds")
+    assert plan.width(cache_of().plan.formats) == 2 * 64
 
 
 @pytest.mark.parametrize("given, word", [(dict(k_type="int4", storage="delta"), "-ctk"), (dict(k_type="delta"), "--kv-storage delta"),

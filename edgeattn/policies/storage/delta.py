@@ -5,7 +5,7 @@ values written last. What reads the page takes those for the rest of the chain, 
 scores by at most Theta times the sum of |q|. Comparing with the key before would be cheaper and let small steps add up without bound.
 
 Deltas are between keys after rotary, since only there a running sum of products is a score. The chain restarts in every page, so that pages
-stay independent. Theta is one number for a page: with one for each channel, nano loses four times as much (in KL divergence) for as many
+stay independent. Theta is one number for a page: with one for each channel, nano loses several times as much (in KL divergence) for as many
 deltas left out, because an error counts by its size, whatever the channel's own.
 """
 from dataclasses import dataclass
