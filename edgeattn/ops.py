@@ -35,10 +35,11 @@ def _seal_pages(s, a):
 
 
 def _page_format(head_dim, a):
-    return PageFormat(head_dim, a["k_type"], a["v_type"], a.get("k_axis", "channel"), bool(a.get("one_group")), bool(a.get("separated")))
+    return PageFormat(head_dim, a["k_type"], a["v_type"], a.get("k_axis", "channel"), bool(a.get("one_group")), bool(a.get("separated")),
+                      gate=a.get("gate", 16))
 
 
-_FORMAT = ("k_type", "v_type", "k_axis", "one_group", "separated")
+_FORMAT = ("k_type", "v_type", "k_axis", "one_group", "separated", "gate")
 
 
 OPS = {op.name: op for op in (
@@ -57,8 +58,9 @@ OPS = {op.name: op for op in (
        ("num_heads", "kv_heads", "head_dim", "rotary_dim", "interleaved", "scale", "window", "layer"), _cached_attention),
     Op("select_pages", ("q", "cos", "sin", "past_key", "positions", "components?"), ("pages", "counts"),
        ("num_heads", "kv_heads", "head_dim", "rotary_dim", "interleaved", "scale", "layer", "capacity", "share", "score", "combine", "budget",
-        "fraction", "recent", "reach", "block", "blocks", "rank", "tables", "bits"), lambda s, a: {"pages": (a["kv_heads"], a["capacity"]), "counts": (a["kv_heads"],)}),
-    Op("seal_pages", ("k", "v"), ("k_codes", "k_params", "v_codes", "v_params"), _FORMAT, _seal_pages),
+        "fraction", "recent", "reach", "block", "blocks", "rank", "tables", "bits"),
+       lambda s, a: {"pages": (a["kv_heads"], a["capacity"]), "counts": (a["kv_heads"],)}),
+    Op("seal_pages", ("k", "v"), ("k_codes", "k_params", "v_codes", "v_params"), (*_FORMAT, "threshold", "refresh"), _seal_pages),
     Op("read_pages", ("k_codes", "k_params", "v_codes", "v_params"), ("k", "v"), ("head_dim", *_FORMAT),
        lambda s, a: {"k": (s["k_codes"][0], a["head_dim"], PAGE), "v": (s["k_codes"][0], PAGE, a["head_dim"])}),
     Op("sample", ("logits", "history"), ("token",),

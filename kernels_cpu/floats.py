@@ -188,6 +188,26 @@ def any_greater(typingctx, a, b):
 
 
 @intrinsic
+def lanes_of(typingctx, low, high, index):
+    """Lane i: lane index[i] of `low` and `high`, side by side."""
+    def codegen(context, builder, sig, args):
+        return emit.lanes_of(builder, *args)
+    return low(low, high, index), codegen
+
+
+@intrinsic
+def count_bits(typingctx, bits):
+    """Of the low 32 bits: for each how many below it are set, two vectors, and how many of all."""
+    def codegen(context, builder, sig, args):
+        bits = builder.trunc(args[0], emit.I32)
+        below = [ir.Constant(I.ir, [(1 << t) - 1 for t in range(first, first + 16)]) for first in (0, 16)]
+        found = [emit.call(builder, "llvm.ctpop.v16i32", I.ir, builder.and_(emit.splat(builder, I.ir, bits), x)) for x in below]
+        total = builder.zext(emit.call(builder, "llvm.ctpop.i32", bits.type, bits), I64)
+        return context.make_tuple(builder, sig.return_type, [*found, total])
+    return types.Tuple((I, I, types.int64))(types.int64), codegen
+
+
+@intrinsic
 def divide(typingctx, a, b):
     def codegen(context, builder, sig, args):
         return builder.fdiv(*args)

@@ -14,7 +14,8 @@ from edgeattn.page_formats import BITS, PageFormat
 POOLS, RELEASED = 4, -1
 BY_ROW, BY_TOKEN = 1, 2  # what K's parameters belong to; 0: there are none
 (K, K_BYTES, K_PARAMS, K_PARAM_BYTES, V, V_BYTES, V_PARAMS, V_PARAM_BYTES, K_ADD, K_EXPAND, K_PACK, V_ADD, V_EXPAND, V_PACK,
- K_GAP, K_ROW, V_GAP, V_BLOCK, K_AXIS, V_QUANTISED, GROUPS, SEPARATED, SYMMETRIC, K_LEVELS, V_LEVELS, K_TWO_PLANES, FIELDS) = range(27)
+ K_GAP, K_ROW, V_GAP, V_BLOCK, K_AXIS, V_QUANTISED, GROUPS, SEPARATED, SYMMETRIC, K_LEVELS, V_LEVELS, K_TWO_PLANES, K_THRESHOLD, K_REFRESH,
+ FIELDS) = range(29)
 
 
 class Pages:
@@ -48,7 +49,8 @@ class Pages:
         k_bits, v_bits = BITS[f.k_type], BITS[f.v_type]
         first_plane = {3: 8, 8: 16}  # bytes a row, where there is a second one
         row[K_ROW] = first_plane.get(k_bits, 4 * k_bits)
-        row[K_GAP] = 32 if k_bits >= 16 else row[K_ROW] * f.head_dim
+        row[K_GAP] = f.delta_block if f.k_type == "delta" else 32 if k_bits >= 16 else row[K_ROW] * f.head_dim
+        row[K_THRESHOLD], row[K_REFRESH] = np.array([f.threshold, f.refresh], np.float32).view(np.int32)
         row[V_GAP] = f.width if v_bits >= 16 else first_plane.get(v_bits, 4 * v_bits) * 32
         row[V_BLOCK] = 32 * v_bits // 8 if v_bits >= 16 else 32 * 4 * v_bits
         row[K_AXIS] = 0 if k_bits >= 16 else BY_ROW if f.k_axis == "channel" else BY_TOKEN

@@ -14,8 +14,8 @@ ARGS = ("pools", "entries", "entries.rows", "k", "v", "head_dim", "workspace")
 PLACE = 128  # bytes of a thread's scratch before its floats
 
 
-def read_pages(k_codes, k_params, v_codes, v_params, *, head_dim, k_type, v_type, k_axis="channel", one_group=0, separated=0):
-    pages = Pages(PageFormat(head_dim, k_type, v_type, k_axis, bool(one_group), bool(separated)), len(k_codes))
+def read_pages(k_codes, k_params, v_codes, v_params, *, head_dim, k_type, v_type, k_axis="channel", one_group=0, separated=0, gate=16):
+    pages = Pages(PageFormat(head_dim, k_type, v_type, k_axis, bool(one_group), bool(separated), gate=gate), len(k_codes))
     for array, given in zip(pages.arrays().values(), (k_codes, k_params, v_codes, v_params)):
         array[:] = given
     return run(pages.table_row()[None], head_dim, np.arange(len(k_codes)) * POOLS)

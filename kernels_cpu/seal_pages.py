@@ -4,12 +4,12 @@ from numba import carray, cfunc, float32, int32, int64, njit, uint16, uint8
 
 from edgeattn.kernels_cpu.floats import F, I, from_half, half_towards, sqrt, to_half, where_less
 from edgeattn.kernels_cpu.page_expand import expand_keys
-from edgeattn.kernels_cpu.page_pool import (BY_ROW, GROUPS, K, K_AXIS, K_BYTES, K_GAP, K_LEVELS, K_PACK, K_PARAMS, POOLS, SEPARATED,
-                                            SYMMETRIC, V, V_BLOCK, V_BYTES, V_EXPAND, V_GAP, V_LEVELS, V_PACK, V_PARAMS, Pages, field_at, pool_of)
+from edgeattn.kernels_cpu.page_pool import (BY_ROW, GROUPS, K, K_AXIS, K_BYTES, K_GAP, K_LEVELS, K_PACK, K_PARAMS, K_REFRESH, K_THRESHOLD,
+                                            POOLS, SEPARATED, SYMMETRIC, V, V_BLOCK, V_BYTES, V_EXPAND, V_GAP, V_LEVELS, V_PACK, V_PARAMS, Pages, field_at, pool_of)
 from edgeattn.kernels_cpu.page_rows import GAP, HALF, LEVELS, OUT_STRIDE, ROWS
 from edgeattn.kernels_cpu.parallel import call_worker, parallel, worker
 from edgeattn.kernels_cpu.simd import Vec, at, convert, hmax, load, splat, store, u8, vabs, vmax, vmin
-from edgeattn.kernels_cpu.steps import STEP, call
+from edgeattn.kernels_cpu.steps import STEP, as_f32, call
 from edgeattn.page_formats import PAGE, PageFormat
 
 ARGS = ("pools", "sources", "sources.rows", "targets", "head_dim", "workspace")
@@ -17,10 +17,10 @@ H, LINE = Vec("u16", 16), u8(64)
 PLACE = 128  # bytes of a thread's scratch before its floats
 
 
-def seal_pages(k, v, *, k_type, v_type, k_axis="channel", one_group=0, separated=0):
+def seal_pages(k, v, *, k_type, v_type, k_axis="channel", one_group=0, separated=0, threshold=0.0, gate=16, refresh=0.0):
     head_dim, count = k.shape[1], len(k)
     floats = Pages(PageFormat(head_dim, "f32", "f32"), count)
-    codes = Pages(PageFormat(head_dim, k_type, v_type, k_axis, bool(one_group), bool(separated)), count)
+    codes = Pages(PageFormat(head_dim, k_type, v_type, k_axis, bool(one_group), bool(separated), threshold, gate, refresh), count)
     floats.k.view(np.float32)[:] = k.reshape(count, -1)
     floats.v.view(np.float32).reshape(count, PAGE, -1)[..., :head_dim] = v
     table = np.stack([floats.table_row(), codes.table_row()])
@@ -193,7 +193,11 @@ def seal_page(a, rows, first, i, thread):
     pool, floats = pool_of(a[0], target), pool_of(a[0], source)
     expand_keys(a[0], depth, task, source, x, 32, 16, params)
     keys, codes = field_at(pool, K_PARAMS, target), field_at(pool, K, target)
-    if pool[K_LEVELS] == 0:
+    if pool[K_LEVELS] == 0 and pool[K_PACK]:
+        p = at(float32, params)
+        p[0], p[1] = as_f32(pool[K_THRESHOLD]), as_f32(pool[K_REFRESH])
+        _pack(pool[K_PACK], task, x, 0, depth, pool[K_GAP], 0, params, codes)
+    elif pool[K_LEVELS] == 0:
         _copy(field_at(floats, K, source), codes, pool[K_BYTES])
     elif pool[K_AXIS] == BY_ROW:
         _keys_by_row(pool, task, x, depth, params, keys, codes, spare)

@@ -117,6 +117,16 @@ def dot8(builder, acc, codes, s):
     return _by_register(builder, DOT8, acc, codes, s)
 
 
+def lanes_of(builder, a, b, index):
+    """Lane index[i] of a, then b, 16 lanes each."""
+    if MACHINE == "avx512":
+        return call(builder, "llvm.x86.avx512.vpermi2var.ps.512", a.type, a, index, b)
+    both, out = pick(builder, a, b, range(32)), ir.Constant(a.type, ir.Undefined)
+    for i in range(16):
+        out = builder.insert_element(out, builder.extract_element(both, builder.extract_element(index, I32(i))), I32(i))
+    return out
+
+
 # ---- other operations that differ ------------------------------------------------------------------------------------
 def broadcasts(builder, pointer, vec, count):
     """`vec`s filled with the `count` elements at pointer, one each; on NEON from loads of whole registers, because its dot

@@ -38,13 +38,13 @@ def dequantise(cache, sequence, layer, head):
 def page_values(pool, numbers):
     """K and V [pages, 32, head_dim]."""
     f, (k, k_params, v, v_params) = pool.format, [array[numbers] for array in pool.pages.arrays().values()]
-    about = dict(k_axis=f.k_axis, one_group=f.one_group, separated=f.separated)
+    about, deltas = dict(k_axis=f.k_axis, one_group=f.one_group, separated=f.separated), f.k_type == "delta"
     other = np.zeros((len(k), f.head_dim, PAGE), np.float32)  # for sides that are floats the reference gets something else
     other = seal_pages(other, other.transpose(0, 2, 1), k_type="int2", v_type="int2", **about)
-    (keys, key_params), k_type = ((k, k_params), f.k_type) if BITS[f.k_type] < 16 else (other[:2], "int2")
+    (keys, key_params), k_type = ((k, k_params), f.k_type) if BITS[f.k_type] < 16 or deltas else (other[:2], "int2")
     (values, value_params), v_type = ((v, v_params), f.v_type) if BITS[f.v_type] < 16 else (other[2:], "int2")
-    keys, values = read_pages(keys, key_params, values, value_params, head_dim=f.head_dim, k_type=k_type, v_type=v_type, **about)
-    if BITS[f.k_type] >= 16:
+    keys, values = read_pages(keys, key_params, values, value_params, head_dim=f.head_dim, k_type=k_type, v_type=v_type, gate=f.gate, **about)
+    if BITS[f.k_type] >= 16 and not deltas:
         keys = k.view(f"f{BITS[f.k_type] // 8}").reshape(-1, f.head_dim, PAGE)
     if BITS[f.v_type] >= 16:
         values = v.view(f"f{BITS[f.v_type] // 8}").reshape(-1, PAGE, f.width)[..., :f.head_dim]

@@ -50,6 +50,7 @@ def attention(rng, past, tokens, heads=6, kv_heads=2, head_dim=64, rotary_dim=No
 PAGE_FORMATS = [(64, "int4", "int4"), (128, "int8", "int2"), (16, "int3", "int3"), (80, "int2", "int8"), (64, "int4", "int4", "token"),
                 (48, "int3", "int3", "token", 1), (96, "int3", "int2", "token", 1), (64, "int2", "int4", "channel", 0, 1),
                 (80, "int3", "int3", "channel", 0, 1), (80, "int3", "int8", "token"), (64, "int3", "int4", "token")]
+DELTAS = [(64, 1.3, 16, 0.3), (80, 1.0, 16, 0.0), (64, 0.0, 8, 0.0), (128, 1.5, 0, 0.1), (16, 1.0, 1, 0.5), (48, 2.0, 8, 0.3)]
 
 
 def selection_case(rng, past, score, combine, budget, reach, head_dim=64, heads=8, kv_heads=2):
@@ -84,6 +85,20 @@ def pages_case(rng, head_dim):
     v[:, :, 5] *= 10
     k[1, 1], v[1, 1], k[2], v[2], k[3], v[3] = 0.1, 0.1, 0, 0, k[3] * np.float32(1e-5), v[3] * np.float32(1e-5)
     return k, v
+
+
+def deltas_case(rng, head_dim, threshold, gate, refresh):
+    """Keys that move now and then, some pages hardly and some all the time."""
+    k, v = pages_case(rng, head_dim)
+    moving = rng.random((5, head_dim, 32)) < rng.random((5, 1, 1))
+    k = np.cumsum(k * moving, 2, dtype=np.float32)
+    return (k, v), dict(k_type="delta", v_type="int4", threshold=threshold, gate=gate, refresh=refresh)
+
+
+def read_deltas_case(rng, head_dim, *options):
+    (k, v), about = deltas_case(rng, head_dim, *options)
+    sealed = load_kernel("seal_pages", "reference")(k, v, **about)
+    return sealed, dict(head_dim=head_dim, k_type="delta", v_type="int4", gate=about["gate"])
 
 
 def read_pages_case(rng, head_dim, *kind):
@@ -153,8 +168,10 @@ CASES = {
         (2000, "components", 500, dict(rank=16)), (1200, "components", 300, dict(rank=80), "layer", 80, 12, 2),
         (2000, "collisions", 1500, dict(tables=16, bits=8)), (1000, "collisions", 300, dict(tables=10, bits=5), "head", 48, 6, 2),
         (2000, "collisions", 500, dict(tables=4, bits=8), "layer"), (230, "collisions", 160, dict(tables=4, bits=2)))],
-    "seal_pages": [("-".join(map(str, c)), lambda rng, c=c: (pages_case(rng, c[0]), formats(*c[1:])), 0) for c in PAGE_FORMATS],
-    "read_pages": [("-".join(map(str, c)), lambda rng, c=c: read_pages_case(rng, *c), 2e-5) for c in PAGE_FORMATS],  # values up to 40
+    "seal_pages": [("-".join(map(str, c)), lambda rng, c=c: (pages_case(rng, c[0]), formats(*c[1:])), 0) for c in PAGE_FORMATS]
+    + [("-".join(map(str, ("delta", *c))), lambda rng, c=c: deltas_case(rng, *c), 0) for c in DELTAS],
+    "read_pages": [("-".join(map(str, c)), lambda rng, c=c: read_pages_case(rng, *c), 2e-5) for c in PAGE_FORMATS]  # values up to 40
+    + [("-".join(map(str, ("delta", *c))), lambda rng, c=c: read_deltas_case(rng, *c), 2e-5) for c in DELTAS],
 }
 
 

@@ -8,7 +8,7 @@ from edgeattn.cache.options import CacheOptions
 from edgeattn.kernels_cpu.cached_attention import PagedCache, attend
 from edgeattn.kernels_cpu.page_pool import POOLS, RELEASED
 from edgeattn.page_formats import PAGE
-from edgeattn.policies import policy_names
+from edgeattn.policies import load_policy, policy_names
 from kv_driver import ROUNDED, Driver, dequantise, hadamard
 
 TYPES = ["int8", "int4", "int3", "int2", "int4/f16", "f16/int4"]
@@ -20,7 +20,8 @@ FORMATS = [*((kind, name, depth) for kind in TYPES for name in ("kivi", "hadamar
 
 def cache_of(types, *, tokens=1024, layers=1, kv_heads=2, head_dim=64, ubatch=256, classes=None, **options):
     k_type, v_type = (types.split("/") * 2)[:2]
-    options = CacheOptions(k_type=k_type, v_type=v_type, **{"window": 32} | options)
+    k_type = load_policy("storage", options.get("storage", "kivi")).keys or k_type
+    options = CacheOptions(k_type=k_type, v_type=v_type, **{"window": 32, "delta_threshold": 3.0} | options)  # of random keys half
     return KVCache(layers, kv_heads, head_dim, tokens, options, ubatch, classes)
 
 

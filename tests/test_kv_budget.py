@@ -11,7 +11,7 @@ from edgeattn.cache.options import CacheOptions, evictions
 from edgeattn.cache.pages import CacheFull, PagePool
 from edgeattn.kernels_cpu.page_pool import POOLS
 from edgeattn.page_formats import PAGE
-from edgeattn.policies import policy_names
+from edgeattn.policies import load_policy, policy_names
 from kv_driver import Driver, dequantise, page_bytes
 
 DEPTH, KV_HEADS = 64, 2
@@ -63,7 +63,7 @@ class Story:
 def some_cache(kind, storage, eviction, pages, window=32, sinks=4, ubatch=64, classes=None, *, heads="none", layers=1, tokens=4096):
     """With a budget of about `pages` pages of floats a head."""
     budget = int(pages * layers * KV_HEADS * DEPTH * PAGE * (8 if kind[0] == "f32" else 4))
-    options = CacheOptions(*kind, storage=storage, budget=budget, eviction=eviction, window=window, sink_tokens=sinks, heads=heads)
+    options = CacheOptions(load_policy("storage", storage).keys or kind[0], kind[1], storage=storage, budget=budget, eviction=eviction, window=window, sink_tokens=sinks, heads=heads)
     return KVCache(layers, KV_HEADS, DEPTH, tokens, options, ubatch, classes)
 
 
@@ -162,7 +162,7 @@ def test_a_large_budget_changes_nothing(kind, storage):
     eviction = np.random.default_rng().choice(["random", "key_diff"] if storage in ("zipcache", "akvq") else evictions())
     print(eviction)  # pytest shows it when the test fails
     tight, free = some_cache(kind, storage, str(eviction), 100, tokens=500), \
-        KVCache(1, KV_HEADS, DEPTH, 500, CacheOptions(*kind, storage=storage, window=32), 64)
+        KVCache(1, KV_HEADS, DEPTH, 500, CacheOptions(load_policy("storage", storage).keys or kind[0], kind[1], storage=storage, window=32), 64)
     assert (tight.plan.limits >= 500).all()
     pairs = [(Driver(cache), cache.new_sequence()) for cache in (free, tight)]
     for count in [64, 64, 30] + [1] * 40 + [64, 64, 50, 1, 64]:

@@ -6,6 +6,7 @@ from edgeattn.cache.kv_cache import KVCache
 from edgeattn.cache.matrix import FLOATS, matrix
 from edgeattn.cache.options import RELEASING, CacheOptions
 from edgeattn.page_formats import PAGE
+from edgeattn.policies import load_policy
 from kv_driver import Driver, dequantise
 
 TYPES = ["int8", "int4", "int3", "int2", "int4/f16", "f16/int4"]
@@ -24,9 +25,10 @@ def test_triple(cell):
     window, sinks = int(rng.choice([32, 64])), int(rng.integers(0, 33))
     print(f"types {types}, group {group}, head_dim {head_dim}, window {window}, sinks {sinks}")  # pytest shows it when the test fails
     k_type, v_type = (types.split("/") * 2)[:2]
+    k_type = load_policy("storage", storage).keys or k_type
     budget = None if eviction == "none" else (28 + 20 * (types == "f32")) * 4 * PAGE * 4 * head_dim
-    cache = KVCache(2, 2, head_dim, 1200, CacheOptions(k_type, v_type, storage, budget, eviction, sinks, window, cell.heads), 100,
-                    classes)
+    cache = KVCache(2, 2, head_dim, 1200, CacheOptions(k_type, v_type, storage, budget, eviction, sinks, window, cell.heads,
+                                                          delta_threshold=3.0), 100, classes)
     driver, a = Driver(cache, group), cache.new_sequence()
     random = np.random.default_rng().standard_normal((2, *cache.shape, 1200, head_dim), np.float32)  # K and V by position
 

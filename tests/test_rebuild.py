@@ -32,7 +32,8 @@ def folder(request, tiny_export, nano_fp32):
 
 
 def load(folder, kind="f32", ubatch=128, **options):
-    return Model.load(folder, cache=CacheOptions(kind, kind, **options), ctx_size=256 if not options.get("budget") else 2048, ubatch=ubatch,
+    k_type = load_policy("storage", options.get("storage", "kivi")).keys or kind
+    return Model.load(folder, cache=CacheOptions(k_type, kind, **options), ctx_size=256 if not options.get("budget") else 2048, ubatch=ubatch,
                       threads=1)
 
 
@@ -74,7 +75,7 @@ def test_rebuilt_pages_hold_what_the_first_ones_did(folder, ubatch, pages):
     np.testing.assert_allclose(model.forward([(sequence, [5])]), expected, rtol=0, atol=2e-4)
 
 
-@pytest.mark.parametrize("kind, storage", [("int8", "kivi"), ("int4", "hadamard")])
+@pytest.mark.parametrize("kind, storage", [("int8", "kivi"), ("int4", "hadamard"), ("int4", "delta")])
 def test_quantised_pages_are_quantised_again(kind, storage, nano_int4):
     model = load(nano_int4, kind, storage=storage, window=32)
     sequence, ids = model.new_sequence(), tokens(model, 240)

@@ -27,6 +27,7 @@ CACHES = {
     "hadamard": CacheOptions("int4", "int4", storage="hadamard"),
     "zipcache": CacheOptions("int4", "int4", storage="zipcache", window=32),
     "akvq": CacheOptions("int2", "int2", storage="akvq"),
+    "delta": CacheOptions("delta", "int4", storage="delta", window=32),
     "progressive": CacheOptions("int8", "int8", progressive=0.1),
     "evicting": CacheOptions("f16", "f16", budget=2 << 20),
     "evicting_int4": CacheOptions("int4", "int4", budget=BUDGET, eviction="h2o"),

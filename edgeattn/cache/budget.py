@@ -156,8 +156,11 @@ def choose_types(options: CacheOptions, default: str, layers: int, kv_heads: int
     kinds = [default] if options.budget is None else ["f16", "int8", "int4"]
     if options.storage != "kivi":  # all others are ways to quantise
         kinds = ["int4"]
+    own = options.storage_policy().keys
+    if own:
+        kinds = ["f16"] if options.budget is None else ["f16", "int8", "int4"]
     for kind in kinds:
-        chosen = replace(options, k_type=kind if options.k_type == "auto" else options.k_type,
+        chosen = replace(options, k_type=own or kind if options.k_type == "auto" else options.k_type,
                          v_type=kind if options.v_type == "auto" else options.v_type)
         if options.budget is None:
             return chosen

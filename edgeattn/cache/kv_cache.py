@@ -3,6 +3,7 @@ import weakref
 
 import numpy as np
 
+from edgeattn.cache import deltas
 from edgeattn.cache.budget import MASS, SelectionPlan, plan_cache
 from edgeattn.cache.eviction import evict
 from edgeattn.cache.options import CacheOptions
@@ -60,12 +61,20 @@ class KVCache:
         return len(self.pools) == 1 and not self.plan.evicts
 
     def stored_bytes(self, sequence: Sequence) -> int:
-        """Payload and parameters of a sequence's pages: what a dense decode step reads, once each."""
+        """Payload and parameters of a sequence's pages: what a dense decode step reads, once each (of deltas less: touched_bytes)."""
         entries = sequence.tables[sequence.tables != RELEASED]
         return sum(int((entries % POOLS == i).sum()) * pool.format.page_bytes for i, pool in enumerate(self.pools))
 
+    def touched_bytes(self, sequence: Sequence) -> int:
+        """What a dense decode step reads of a sequence's pages: stored_bytes less what pages of deltas left out."""
+        return self.stored_bytes(sequence) - int(deltas.figures(self, sequence).unread.sum())
+
+    def delta_figures(self, sequence: Sequence) -> deltas.DeltaFigures:
+        """What pages of deltas leave out, and how far off scores may be for it, by layer and KV head."""
+        return deltas.figures(self, sequence)
+
     def read_bytes(self, tokens: float) -> float:
-        """What a dense decode step reads with `tokens` in the cache, if nothing was evicted: payload and parameters."""
+        """What a dense decode step reads with `tokens` in the cache, if nothing was evicted: payload and parameters (of deltas at most)."""
         kept = PAGE + self.options.window  # what stays floats, and behind it what fills a group of pages
         kept = kept + (tokens - kept) % (PAGE * self.storage.group) if len(self.pools) > 1 else tokens
         order = self.storage.pages() if len(self.pools) > 1 else [0]

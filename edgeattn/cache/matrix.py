@@ -3,7 +3,7 @@ from dataclasses import dataclass
 from itertools import product
 
 from edgeattn.cache.options import RELEASING, CacheOptions, evictions
-from edgeattn.policies import policy_names
+from edgeattn.policies import load_policy, policy_names
 
 FLOATS = "16 bits"  # the row of pages that are not quantised
 
@@ -19,7 +19,8 @@ class Cell:
     def options(self, **more) -> CacheOptions:
         """Its CacheOptions; ValueError where it is refused."""
         kind = "f16" if self.storage == FLOATS else "int4"
-        return CacheOptions(**dict(k_type=kind, v_type=kind, storage="kivi" if self.storage == FLOATS else self.storage,
+        own = "" if self.storage == FLOATS else load_policy("storage", self.storage).keys
+        return CacheOptions(**dict(k_type=own or kind, v_type=kind, storage="kivi" if self.storage == FLOATS else self.storage,
                                    budget=None if self.eviction == "none" else 1 << 24, eviction=self.eviction, heads=self.heads) | more)
 
 

@@ -33,6 +33,7 @@ class CacheOptions:
     layer_budget    how layers share what eviction leaves: "uniform", or a rule of layer_budget.py
     progressive     of int8 keys a decode step reads the high four bits alone where the step before was certain: where the largest
                     attention weight of each query head was at least this (SpAtten, arXiv 2012.09852); 0 is off
+    delta_threshold, delta_gate, delta_refresh   of storage "delta", whose keys have the type of that name: policies/storage/delta.py
     ValueError: an unknown name, a number out of range, or a pair that does not compose.
     """
     k_type: str = "auto"
@@ -46,9 +47,12 @@ class CacheOptions:
     retrieval: float = 0.5
     layer_budget: str = "uniform"
     progressive: float = 0.0
+    delta_threshold: float = 1.3
+    delta_gate: int = 16
+    delta_refresh: float = 0.3
 
     def __post_init__(self):
-        for name, known in (("k_type", ("auto", *BITS)), ("v_type", ("auto", *BITS)), ("storage", policy_names("storage")),
+        for name, known in (("k_type", ("auto", *BITS)), ("v_type", ("auto", *(kind for kind in BITS if kind != "delta"))), ("storage", policy_names("storage")),
                             ("eviction", ("auto", "none", RELEASING, *evictions())), ("heads", ("none", *policy_names("heads"))),
                             ("layer_budget", LAYER_BUDGETS)):
             if getattr(self, name) not in known:
@@ -61,6 +65,14 @@ class CacheOptions:
             raise ValueError(f"retrieval must be a share of the KV heads, 0 to 1, got {self.retrieval}")
         if self.eviction not in ("auto", "none") and self.budget is None:
             raise ValueError(f"eviction {self.eviction!r} needs a budget to keep: give --kv-budget too")
+        own = self.storage_policy().keys
+        if own and self.k_type not in ("auto", own):
+            raise ValueError(f"storage {self.storage!r} has its own type of keys: leave out -ctk and --kv-bits, and choose values with -ctv")
+        if self.k_type == "delta" != own:
+            raise ValueError("keys as deltas are --kv-storage delta: leave out -ctk")
+        if not (self.delta_threshold >= 0 and 0 <= self.delta_refresh <= 1 and self.delta_gate in (0, 1, 8, 16)):
+            raise ValueError(f"delta_threshold must be 0 or more, delta_refresh 0 to 1, delta_gate 0, 1, 8 or 16; got {self.delta_threshold}, "
+                             f"{self.delta_refresh}, {self.delta_gate}")
         if self.storage != "kivi" and "auto" not in (self.k_type, self.v_type) and not self.quantised:
             raise ValueError(f"storage {self.storage!r} is a way to quantise: choose -ctk and -ctv (or --kv-bits) below 16 bits")
         if self.releases and (self.heads != "none" or self.layer_budget != "uniform"):
@@ -81,7 +93,8 @@ class CacheOptions:
 
     @property
     def quantised(self) -> bool:
-        return min(BITS[self.k_type], BITS[self.v_type]) < 16
+        """Whether pages are sealed in another type than tokens are written in."""
+        return self.k_type == "delta" or min(BITS[self.k_type], BITS[self.v_type]) < 16
 
     @property
     def method(self) -> str:
@@ -121,7 +134,8 @@ class CacheOptions:
         return [user for user in users if user is not None and user.mass]
 
     def storage_policy(self):
-        return load_policy("storage", self.storage)
+        own = ("threshold", "gate", "refresh") if self.storage == "delta" else ()
+        return load_policy("storage", self.storage, {name: getattr(self, f"delta_{name}") for name in own})
 
     def eviction_policy(self):
         return None if self.method == "none" else load_policy("eviction", self.method)

@@ -40,7 +40,8 @@ def settings(cache) -> dict[str, str]:
     """What a cache must have in common with the one that a session was made in: shape, types, and what changes which tokens are kept."""
     options, plan = cache.options, cache.plan
     unused = {"budget", *(() if options.quantised else ("storage",)), *(() if options.quantised or plan.evicts else ("window",)),
-              *(() if plan.evicts or cache.storage.anchors else ("sink_tokens",)), *(() if options.heads != "none" else ("retrieval",))}
+              *(() if plan.evicts or cache.storage.anchors else ("sink_tokens",)), *(() if options.heads != "none" else ("retrieval",)),
+              *(() if options.storage == "delta" else ("delta_threshold", "delta_gate", "delta_refresh"))}
     found = {"shape": f"{cache.shape[0]} layers of {cache.shape[1]} KV heads of {cache.head_dim}"}
     found |= {name: str(value) for name, value in asdict(options).items() if name not in unused} | {"eviction": options.method}
     if plan.evicts:

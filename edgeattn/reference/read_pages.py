@@ -3,19 +3,13 @@ import numpy as np
 from edgeattn.page_formats import PAGE
 
 
-def read_pages(k_codes, k_params, v_codes, v_params, *, head_dim, k_type, v_type, k_axis="channel", one_group=0, separated=0):
+def read_pages(k_codes, k_params, v_codes, v_params, *, head_dim, k_type, v_type, k_axis="channel", one_group=0, separated=0, gate=16):
     """The values that quantised pages stand for: minimum + code * step. Arguments are what seal_pages returns.
 
     ->  k [pages, head_dim, 32], v [pages, 32, head_dim]   float32
     """
     pages, blocks = len(k_codes), -(-head_dim // PAGE)
-    k = unpack(k_codes, head_dim, k_type).astype(np.float32)
-    p = k_params.view(np.float16).astype(np.float32)
-    if k_axis == "channel":
-        low, step = p.reshape(pages, 2, head_dim, 1).transpose(1, 0, 2, 3)
-    else:
-        low, step = _of_channels(p, one_group, blocks)[:, :, :head_dim]
-    k = low + k * step
+    k = _implied(k_codes, head_dim, gate or head_dim) if k_type == "delta" else _keys(k_codes, k_params, head_dim, k_type, k_axis, one_group)
     v = np.stack([unpack(codes, PAGE, v_type) for codes in np.split(v_codes, blocks, 1)], 1)  # [pages, block, token, channel]
     v = v.transpose(0, 1, 3, 2).reshape(pages, blocks * PAGE, PAGE).astype(np.float32)
     p = v_params.view(np.float16).astype(np.float32)
@@ -25,6 +19,26 @@ def read_pages(k_codes, k_params, v_codes, v_params, *, head_dim, k_type, v_type
     if separated:
         v = v * p[:, count:, None]
     return k, v.transpose(0, 2, 1)[..., :head_dim]
+
+
+def _keys(codes, params, head_dim, kind, axis, one_group):
+    p = params.view(np.float16).astype(np.float32)
+    if axis == "channel":
+        low, step = p.reshape(len(p), 2, head_dim, 1).transpose(1, 0, 2, 3)
+    else:
+        low, step = _of_channels(p, one_group, -(-head_dim // PAGE))[:, :, :head_dim]
+    return low + unpack(codes, head_dim, kind).astype(np.float32) * step
+
+
+def _implied(codes, head_dim, gate):
+    """Keys as deltas: each block's newest values that were written at or before the token."""
+    head, blocks = -(-(4 + 4 * head_dim // gate) // 64) * 64, head_dim // gate
+    written = np.unpackbits(codes[:, 4:4 + 4 * blocks].reshape(len(codes), blocks, 4), axis=2, bitorder="little").astype(bool)
+    newest = np.maximum.accumulate(np.where(written, np.arange(PAGE), 0), 2)
+    k = np.zeros((len(codes), head_dim, PAGE), np.float16)
+    for keys, page, kept in zip(k, codes, np.repeat(written, gate, 1)):
+        keys[kept] = page[head:head + 2 * kept.sum()].copy().view(np.float16)
+    return np.take_along_axis(k, np.repeat(newest, gate, 1), 2).astype(np.float32)
 
 
 def _of_channels(params, one_group, blocks):

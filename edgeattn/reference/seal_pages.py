@@ -3,7 +3,7 @@ import numpy as np
 from edgeattn.page_formats import BITS, PAGE
 
 
-def seal_pages(k, v, *, k_type, v_type, k_axis="channel", one_group=0, separated=0):
+def seal_pages(k, v, *, k_type, v_type, k_axis="channel", one_group=0, separated=0, threshold=0.0, gate=16, refresh=0.0):
     """Quantise whole pages; layouts and meaning of the types: page_formats.py. |x - restored| <= step / 2.
 
     k  [pages, head_dim, 32]   float32, keys after rotary (and rotation)
@@ -23,6 +23,9 @@ def seal_pages(k, v, *, k_type, v_type, k_axis="channel", one_group=0, separated
     v_codes, v_params = _by_token(padded.transpose(0, 2, 1), v_type, one_group)
     v_rows = v_codes.reshape(pages, -1, PAGE, PAGE).transpose(0, 1, 3, 2)  # block of channels, token, channel
     v_packed = np.concatenate([pack(rows, v_type) for rows in v_rows.transpose(1, 0, 2, 3)], 1)
+    if k_type == "delta":
+        return _deltas(k, threshold, gate, refresh), np.zeros((pages, 0), np.uint16), v_packed, \
+            np.concatenate([v_params.reshape(pages, -1).view(np.uint16), scales], 1)
     if k_axis == "channel":
         low, step = _parameters(k.min(2), k.max(2), k_type)
         k_codes, k_params = _codes(k, low[..., None], step[..., None], k_type), np.stack([low, step], 1)
@@ -41,6 +44,30 @@ def _by_token(x, kind, one_group):
         codes[:, first:first + size] = _codes(part, low[:, None], step[:, None], kind)
         params.append(np.stack([low, step], 1))
     return codes, np.stack(params, 1)
+
+
+def _deltas(k, threshold, gate, refresh):
+    """Keys of which only blocks that moved more than Theta since they were last written are kept (page_formats.py)."""
+    (pages, depth, _), gate = k.shape, gate or k.shape[1]
+    k = k.astype(np.float16).astype(np.float32)
+    total = np.cumsum((k * k).reshape(pages, -1, 16), 1)[:, -1]  # in the kernel's order, as a sum decides what is kept
+    while total.shape[1] > 1:
+        total = total[:, :total.shape[1] // 2] + total[:, total.shape[1] // 2:]
+    theta = (np.float32(threshold) * np.sqrt(total[:, 0] / np.float32(PAGE * depth))).astype(np.float16).astype(np.float32)
+    written, last = np.ones((pages, depth // gate, PAGE), bool), k[..., 0]
+    for t in range(1, PAGE):
+        written[..., t] = np.abs(k[..., t] - last).reshape(pages, -1, gate).max(2) > theta[:, None]
+        last = np.where(np.repeat(written[..., t], gate, 1), k[..., t], last)
+    skipped = (~written).sum((1, 2)).astype(np.float32) / np.float32((PAGE - 1) * depth // gate)
+    theta[skipped < np.float32(refresh)], written[skipped < np.float32(refresh)] = 0, True
+    head = -(-(4 + 4 * depth // gate) // 64) * 64
+    codes = np.zeros((pages, head + 2 * PAGE * depth), np.uint8)
+    codes[:, :4] = theta.view(np.uint8).reshape(pages, 4)
+    codes[:, 4:4 + 4 * depth // gate] = np.packbits(written, 2, bitorder="little").reshape(pages, -1)
+    for page, keys, kept in zip(codes, k.astype(np.float16), np.repeat(written, gate, 1)):
+        values = keys[kept].view(np.uint8)  # channel by channel
+        page[head:head + len(values)] = values
+    return codes
 
 
 def _parameters(low, high, kind):

@@ -10,9 +10,10 @@ class StoragePolicy:
     rotated  keys are rotated by a Hadamard matrix, after rotary
     mass     the attention statistic it needs, as in policies/eviction: "", "sum" or "last"; probes: of how many queries
     group    pages that are sealed together, so that tokens can be sorted among them; 1: page by page
+    keys     the type of keys, where the method has one of its own; only values' type is then the user's choice
     anchors  whether the first page, which is never quantised, takes the most salient tokens of those about to be sealed
     """
-    rotated, mass, probes, group, anchors = False, "", 0, 1, False
+    rotated, mass, probes, group, anchors, keys = False, "", 0, 1, False, ""
 
     def formats(self, head_dim: int, k_type: str, v_type: str) -> list[PageFormat]:
         """Formats of sealed pages, the widest first."""
