@@ -44,6 +44,7 @@ def main(args: argparse.Namespace) -> int:
                     break
     finally:
         _save(conversation, kept)
+    models.explain(args, model)
     return 0
 
 

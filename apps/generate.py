@@ -37,6 +37,7 @@ def main(args: argparse.Namespace) -> int:
     kept.tell_reuse(run.timings)
     terminal.tell_shift(run)
     print(f"{terminal.timing_line(run)} | seed {run.seed}", file=sys.stderr)
+    models.explain(args, model)
     return 130 if run.finish_reason == "cancelled" else 0
 
 

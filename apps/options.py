@@ -45,6 +45,7 @@ def add_model(parser: argparse.ArgumentParser) -> None:
     group.add_argument("-t", "--threads", type=whole(1), metavar="N", help="threads (one for each core)")
     group.add_argument("-ub", "--ubatch-size", type=whole(1), metavar="N", help="prompt tokens computed at once (512)")
     add_cache(parser)
+    add_sparse(parser)
 
 
 def add_cache(parser: argparse.ArgumentParser) -> None:
@@ -69,6 +70,26 @@ def add_cache(parser: argparse.ArgumentParser) -> None:
                        "a multiple of 32 (64)")
     group.add_argument("--kv-progressive", type=float, default=0.0, metavar="X", help="with -ctk int8: read four bits of keys where the "
                        "largest attention weight of the step before was at least X (0: off)")
+
+
+def add_sparse(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("sparse attention")
+    group.add_argument("--sparse-attention", metavar="METHOD", default="auto", help="what a decode step reads of a long context: off "
+                       "(everything), auto (the default), quest, sink_window ... (edgeattn inspect --matrix lists them)")
+    group.add_argument("--sparse-budget", type=whole(1), metavar="N", help="tokens that a step reads of each KV head (auto: 2048 or an eighth "
+                       "of the context, whichever is more)")
+    group.add_argument("--sparse-min-len", type=whole(0), metavar="N", help="tokens in the context from which steps are sparse (what was "
+                       "measured on this machine)")
+    group.add_argument("--explain", action="store_true", help="say at the end what sparse attention decided, and why")
+
+
+def sparse_options(args: argparse.Namespace):
+    """The flags of `add_sparse` as SparseOptions; ValueError for a mistake."""
+    from edgeattn.scheduler import SparseOptions
+    if args.sparse_attention == "off" and (args.sparse_budget or args.sparse_min_len is not None):
+        raise ValueError("--sparse-budget and --sparse-min-len need --sparse-attention")
+    options = {} if args.sparse_budget is None else {"budget": args.sparse_budget, "fraction": 0.0}
+    return SparseOptions(args.sparse_attention, options, args.sparse_min_len)
 
 
 def size(text: str) -> int:

@@ -10,7 +10,7 @@ REQUIRES = {"onnxruntime_genai": "onnxruntime-genai", "onnx": "onnx", "onnx_ir":
             "transformers": "transformers", "numpy": "numpy"}
 
 
-def prepare(checkpoint: Path, folder: Path, config: dict) -> dict:
+def prepare(checkpoint: Path, folder: Path, config: dict, variant: str) -> dict:
     """Build the model if it is not there; what a token reads of it."""
     from onnx_bytes import bytes_per_token
     target = folder / "onnxruntime_genai"
@@ -32,7 +32,7 @@ def _build(checkpoint, target):
 
 
 class Engine:
-    def __init__(self, path: str, context: int, threads: int):
+    def __init__(self, path: str, context: int, threads: int, variant: str):
         import numpy as np
         import onnxruntime_genai
         config = onnxruntime_genai.Config(path)

@@ -5,6 +5,7 @@ from math import sqrt
 import numpy as np
 from quality import COLOURS, PLACES
 
+MANY = 32          # facts of the hardest haystack
 GROUP = 8          # facts that share a stretch of text: planted together, or one at a time
 ANSWER_TOKENS = 24
 Z = 1.959964       # of a 95 % interval
@@ -12,31 +13,35 @@ Z = 1.959964       # of a 95 % interval
 
 @dataclass(frozen=True)
 class Haystack:
-    """A chat's opening, a stretch of text, and GROUP facts with the places in it where they are planted, first to last."""
+    """A chat's opening, a stretch of text, and facts with the places in it where they are planted, first to last."""
     opening: list[int]
     text: list[int]
     places: list[int]           # an index into `text`
     facts: list[list[int]]      # token ids of a sentence
     questions: list[list[int]]  # token ids, up to where the answer begins
     codes: list[str]            # what a right answer contains
+    between: list[int]          # from the end of an answer to the next question
 
 
-def draw(rng, tokenizer, book: list[int], depth: int, together: bool) -> Haystack:
-    """A haystack of `depth` tokens at most, its longest question included; `together`: room for all facts, or for the longest."""
-    names = [f"{COLOURS[i // len(PLACES)]} {PLACES[i % len(PLACES)]}" for i in rng.permutation(len(PLACES) * len(COLOURS))[:GROUP]]
+def draw(rng, tokenizer, book: list[int], depth: int, together: bool, count: int = GROUP) -> Haystack:
+    """A haystack of `depth` tokens at most, its longest question included; `together`: room for all `count` facts, or for the longest."""
+    names = [f"{COLOURS[i // len(PLACES)]} {PLACES[i % len(PLACES)]}" for i in rng.permutation(len(PLACES) * len(COLOURS))[:count]]
     codes = [str(rng.integers(10_000, 100_000)) for _ in names]
     before, after = tokenizer.render([{"role": "user", "content": "\0"}]).split("\0")
+    turns = [{"role": role, "content": "\0"} for role in ("user", "assistant", "user")]
+    between = tokenizer.encode(tokenizer.render(turns).split("\0")[2], special=False)
     # Without special tokens: the template has written a begin token where the model wants one, and none belongs in the middle.
     opening, *pieces = (tokenizer.encode(text, special=False) for text in (
         before, *(f" The secret code of the {name} is {code}." for name, code in zip(names, codes)),
         *(f"\nWhat is the secret code of the {name}?{after}" for name in names)))
-    facts, questions = pieces[:GROUP], pieces[GROUP:]
+    facts, questions = pieces[:count], pieces[count:]
     room = depth - len(opening) - (sum if together else max)(map(len, facts)) - max(map(len, questions))
     if not 0 < room <= len(book):
         raise ValueError(f"a haystack of {depth} tokens takes {room} tokens of text (at least 1, at most the text's {len(book)}): "
                          "change --depths or --text")
     start = int(rng.integers(0, len(book) - room + 1))
-    return Haystack(opening, book[start:start + room], sorted(rng.integers(0, room + 1, GROUP).tolist()), facts, questions, codes)
+    return Haystack(opening, book[start:start + room], sorted(rng.integers(0, room + 1, count).tolist()), facts, questions, codes,
+                    between)
 
 
 def answer(model, tokenizer, sequence, question: list[int]) -> str:
@@ -48,15 +53,33 @@ def answer(model, tokenizer, sequence, question: list[int]) -> str:
     return tokenizer.decode(out)
 
 
-def ask_together(model, tokenizer, hay: Haystack) -> tuple[list[bool], int, int]:
-    """All facts in one haystack; each question goes to its own branch. -> (right or not, KV bytes, tokens they are for)."""
+def together(hay: Haystack) -> list[int]:
+    """The text with all facts in it."""
     ids, begin = list(hay.opening), 0
     for place, fact in zip(hay.places, hay.facts):
         ids += [*hay.text[begin:place], *fact]
         begin = place
+    return ids + hay.text[begin:]
+
+
+def ask_in_turn(model, tokenizer, hay: Haystack) -> tuple[list[bool], int, int]:
+    """All facts in one haystack; the questions follow each other in one conversation."""
+    sequence, right = model.new_sequence(), []
+    try:
+        model.forward([(sequence, together(hay))], "none")
+        kv_bytes, tokens = model.kv_bytes(), sequence.length
+        for i, (question, code) in enumerate(zip(hay.questions, hay.codes)):
+            right.append(code in answer(model, tokenizer, sequence, (hay.between if i else []) + question))
+    finally:
+        model.free(sequence)
+    return right, kv_bytes, tokens
+
+
+def ask_together(model, tokenizer, hay: Haystack) -> tuple[list[bool], int, int]:
+    """All facts in one haystack; each question goes to its own branch. -> (right or not, KV bytes, tokens they are for)."""
     trunk, right = model.new_sequence(), []
     try:
-        model.forward([(trunk, ids + hay.text[begin:])], "none")
+        model.forward([(trunk, together(hay))], "none")
         kv_bytes, tokens = model.kv_bytes(), trunk.length
         for question, code in zip(hay.questions, hay.codes):
             branch = model.fork(trunk)
@@ -91,14 +114,17 @@ def ask_alone(model, tokenizer, hay: Haystack) -> tuple[list[bool], int, int]:
     return right, kv_bytes, tokens
 
 
-def look_up(model, tokenizer, book, depth, facts, count, advance) -> dict:
-    """{"right": [haystacks][GROUP] of 0 and 1, "kv_bytes", "tokens"}; the same questions for every model."""
-    rng, found = np.random.default_rng([facts, depth]), []
-    for _ in range(-(-count // GROUP)):
-        hay = draw(rng, tokenizer, book, depth, facts > 1)
-        found.append((ask_together if facts > 1 else ask_alone)(model, tokenizer, hay))
-        advance(GROUP)
+def look_up(model, tokenizer, book, depth, kind, count, advance) -> dict:
+    """{"right": [groups][GROUP] of 0 and 1, "kv_bytes", "tokens"}; the same questions for every model. kind: facts in a haystack, 1,
+    GROUP or MANY; 0: GROUP of them asked for in turn."""
+    rng, found = np.random.default_rng([kind, depth]), []
+    ask = {0: ask_in_turn, 1: ask_alone}.get(kind, ask_together)
+    each = MANY if kind == MANY else GROUP
+    for _ in range(-(-count // each)):
+        found.append(ask(model, tokenizer, draw(rng, tokenizer, book, depth, kind != 1, each)))
+        advance(each)
     right, kv_bytes, tokens = zip(*found)
+    right = [row[i:i + GROUP] for row in right for i in range(0, each, GROUP)]
     return {"right": [[int(x) for x in row] for row in right], "kv_bytes": max(kv_bytes), "tokens": max(tokens)}
 
 

@@ -1,8 +1,10 @@
-"""What a setting of the KV cache costs, against the same model with the plain 16-bit cache.
+"""What a setting of the KV cache or of sparse attention costs, against the same model with another: the plain 16-bit cache, read whole.
 
     python benchmarks/kv_quality.py FOLDER --text book.txt --setting int4:k_type=int4,v_type=int4 --out kv.jsonl
 
-A setting is a name and fields of CacheOptions; --settings takes a file, {"int4": {"k_type": "int4", "v_type": "int4"}, ...}.
+A setting is a name and fields of CacheOptions; --settings takes a file, {"int4": {"k_type": "int4", "v_type": "int4"}, ...}. Its field
+`sparse` is a method of --sparse-attention, `sparse_NAME` that method's option NAME; sparse settings are sparse from the first token on. Only
+decode steps are: --decode has the last tokens of each window computed one at a time, and only those counted.
 Perplexity, KL (base against setting, natural log) and top-1 agreement of the next token are over windows of the text. Look-ups plant
 one or eight facts in the text and ask for each once all of it is in the cache, so that nothing can be kept with the question
 in view. Chunks are small (--ubatch): a chunk sees its own tokens before they are stored, and only earlier ones as the cache gives
@@ -18,7 +20,7 @@ import time
 from pathlib import Path
 
 import numpy as np
-from kv_lookups import ANSWER_TOKENS, GROUP, difference, look_up
+from kv_lookups import ANSWER_TOKENS, GROUP, MANY, difference, look_up
 from quality import log_softmax
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
@@ -26,6 +28,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from edgeattn.cache.options import CacheOptions
 from edgeattn.cache.pages import PagePool
 from edgeattn.runtime import Model
+from edgeattn.scheduler import SparseOptions
 from edgeattn.tokenizer import Tokenizer
 
 BASE = ("f16", {"k_type": "f16", "v_type": "f16"})  # in words, for an export may have another default
@@ -35,8 +38,11 @@ SLACK = 256  # tokens of cache for pages that a question's branch copies
 
 def load(folder, fields, args):
     """The model with the cache of a setting."""
-    tokens = max(args.window, max(args.depths) + ANSWER_TOKENS)
-    model = Model.load(folder, cache=CacheOptions(**fields), ctx_size=tokens + SLACK, ubatch=args.ubatch)
+    tokens = max(args.window + args.generate, max(args.depths) + (GROUP * (2 * ANSWER_TOKENS) if args.turns else ANSWER_TOKENS))
+    cache = {name: value for name, value in fields.items() if not name.startswith("sparse")}
+    options = {name.removeprefix("sparse_"): value for name, value in fields.items() if name.startswith("sparse_")}
+    sparse = SparseOptions(fields.get("sparse", "off"), options, 0)
+    model = Model.load(folder, cache=CacheOptions(**cache), ctx_size=tokens + SLACK, ubatch=args.ubatch, sparse=sparse)
     if model.cache.options.budget:
         widen(model.cache)
     if tokens > model.ctx_size:
@@ -51,15 +57,18 @@ def widen(cache):
         cache.table[i] = cache.pools[i].pages.table_row()
 
 
-def compare_text(model, base, ids, window, windows, advance) -> dict:
-    """Perplexities, mean KL(base || model) and top-1 agreement; both read a chunk at a time, so that few logits are held."""
-    sums, chunk = np.zeros(4), model.ubatch
+def compare_text(model, base, ids, window, windows, decode, advance) -> dict:
+    """Perplexities, mean KL(base || model) and top-1 agreement; both read a chunk at a time, so that few logits are held. decode: only
+    the last so many tokens of a window count, and come one by one; 0: all of them, in chunks."""
+    sums, chunk, first = np.zeros(4), 1 if decode else model.ubatch, window - decode if decode else 0
     for i in range(windows):
         part = ids[i * window:(i + 1) * window]
         # A list, for the base is compared with itself too.
         pair = [(m, m.new_sequence()) for m in ((base, model) if base is not model else (base,))]
         try:
-            for start in range(0, window, chunk):
+            for m, sequence in pair if first else ():
+                m.forward([(sequence, part[:first])], "none")
+            for start in range(first, window, chunk):
                 rows = [log_softmax(m.forward([(sequence, part[start:start + chunk])], "all")) for m, sequence in pair]
                 p, q = rows[0], rows[-1]
                 targets = part[start + 1:start + 1 + len(p)]
@@ -69,7 +78,7 @@ def compare_text(model, base, ids, window, windows, advance) -> dict:
             for m, sequence in pair:
                 m.free(sequence)
         advance(1)
-    losses, others = sums[:2] / (windows * (window - 1)), sums[2:] / (windows * window)
+    losses, others = sums[:2] / (windows * (window - first - 1)), sums[2:] / (windows * (window - first))
     return {"base_perplexity": float(np.exp(losses[0])), "perplexity": float(np.exp(losses[1])),
             "kl": float(others[0]), "top1": float(others[1])}
 
@@ -80,23 +89,56 @@ def measure(name, fields, base, args, tokenizer, ids) -> dict:
     columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
     with Progress(*columns, console=Console(file=sys.stderr)) as progress:
         task = progress.add_task(f"{name}: text", total=args.windows)
-        text = compare_text(model, base or model, ids, args.window, args.windows, lambda n: progress.advance(task, n))
+        text = compare_text(model, base or model, ids, args.window, args.windows, args.decode,
+                            lambda n: progress.advance(task, n))
         seconds, lookups = {"text": time.perf_counter() - began}, {}
         for facts, depth in kinds(args):
-            began, count = time.perf_counter(), args.one_fact if facts == 1 else args.questions
+            began, count = time.perf_counter(), counts(args)[facts]
             task = progress.add_task(f"{name}: {facts} in {depth:,}", total=count)
             lookups[cell(facts, depth)] = look_up(model, tokenizer, ids.tolist(), depth, facts, count, lambda n: progress.advance(task, n))
             seconds[cell(facts, depth)] = time.perf_counter() - began
-    return {"name": name, "fields": fields, **text, "lookups": lookups, "seconds": {k: round(v, 1) for k, v in seconds.items()}}
+    read = float(model.scheduler.figures()["read"]) if model.scheduler else 1.0
+    text |= generate(model, base or model, ids[:args.window], args.generate) if args.generate else {}
+    return {"name": name, "fields": fields, **text, "read": read, "lookups": lookups, "seconds": {k: round(v, 1) for k, v in seconds.items()}}
+
+
+def generate(model, base, ids, count) -> dict:
+    """Of `count` tokens generated greedily behind a window: the base's mean loss on them, and how many of their runs of four had been
+    there before. A method that loses its way repeats itself, or writes what the base would not."""
+    sequence, out = model.new_sequence(), []
+    try:
+        logits = model.forward([(sequence, ids)])
+        for _ in range(count):
+            out.append(int(logits[0].argmax()))
+            logits = model.forward([(sequence, out[-1:])])
+    finally:
+        model.free(sequence)
+    sequence = base.new_sequence()
+    try:
+        rows = [base.forward([(sequence, ids)])]
+        rows += [base.forward([(sequence, out[i:i + base.ubatch])], "all") for i in range(0, count - 1, base.ubatch)]
+        losses = -log_softmax(np.concatenate(rows)[:count])[np.arange(count), out]
+    finally:
+        base.free(sequence)
+    runs = [tuple(out[i:i + 4]) for i in range(count - 3)]
+    return {"generated_loss": float(losses.mean()), "repeated": 1 - len(set(runs)) / len(runs)}
+
+
+def counts(args) -> dict[int, int]:
+    """Questions of each kind of look-up (kv_lookups.look_up)."""
+    return {kind: count for kind, count in ((1, args.one_fact), (GROUP, args.questions), (MANY, args.many), (0, args.turns)) if count}
 
 
 def kinds(args) -> list[tuple[int, int]]:
-    """(facts in a haystack, its tokens) of every kind of look-up."""
-    return [(facts, depth) for facts in ((1, GROUP) if args.one_fact else (GROUP,)) for depth in args.depths]
+    """(kind, tokens) of every look-up."""
+    return [(kind, depth) for kind in counts(args) for depth in args.depths]
 
 
-def cell(facts, depth):
-    return f"{facts} in {depth}"
+def cell(kind, depth):
+    return f"{kind or 'turns'} in {depth}"
+
+
+TITLES = {0: "in turn", 1: "one fact", GROUP: "eight facts", MANY: "32 facts"}
 
 
 def compared(record, base, args) -> dict:
@@ -109,12 +151,12 @@ def compared(record, base, args) -> dict:
 
 def table(records, args) -> str:
     deepest = max(args.depths)
-    head = ["method", f"KV at {deepest:,}, MB (bytes a token)", "perplexity", "KL", "top-1",
-            *(f"{'one fact' if facts == 1 else 'eight facts'}, {depth:,}" for facts, depth in kinds(args)), "look-ups, points"]
+    head = ["method", "read", f"KV at {deepest:,}, MB (bytes a token)", "perplexity", "KL", "top-1",
+            *(f"{TITLES[kind]}, {depth:,}" for kind, depth in kinds(args)), "look-ups, points", *(["generated: loss, repeated"] * bool(args.generate))]
     lines = ["| " + " | ".join(head) + " |", "|---|" + "---:|" * (len(head) - 1)]
     for record in records:
         kv = record["lookups"][cell(GROUP, deepest)]
-        cells = [record["name"], f"{kv['kv_bytes'] / 1e6:.2f} ({kv['kv_bytes'] / kv['tokens']:,.0f})"]
+        cells = [record["name"], f"{100 * record['read']:.1f} %", f"{kv['kv_bytes'] / 1e6:.2f} ({kv['kv_bytes'] / kv['tokens']:,.0f})"]
         if record is records[0]:
             cells += [f"{record['perplexity']:.3f}", "", ""]
         else:
@@ -123,6 +165,8 @@ def table(records, args) -> str:
         for right in (record["lookups"][cell(*kind)]["right"] for kind in kinds(args)):
             cells.append(f"{np.sum(right)} of {np.size(right)}")
         cells.append("" if record is records[0] else "{:+.1f} ({:+.1f} to {:+.1f})".format(*record["points"]["all"]))
+        if args.generate:
+            cells.append(f"{record['generated_loss']:.3f}, {100 * record['repeated']:.0f} %")
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
@@ -147,7 +191,8 @@ def _field(part):
 def conditions(args) -> dict:
     """What results must share to stand in one table; a file may hold those of several."""
     return {"model": _digest(args.folder / "edgeattn.json"), "text": _digest(args.text), "base": args.base[1], "window": args.window,
-            "windows": args.windows, "ubatch": args.ubatch, "questions": args.questions, "one_fact": args.one_fact, "depths": args.depths}
+            "windows": args.windows, "decode": args.decode, "ubatch": args.ubatch, "questions": args.questions, "one_fact": args.one_fact, "many": args.many, "turns": args.turns,
+            "generate": args.generate, "depths": args.depths}
 
 
 def _digest(path):
@@ -189,11 +234,16 @@ def parse():
     parser.add_argument("--out", type=Path, metavar="FILE.jsonl", help="results are added here; settings already there are not run again")
     parser.add_argument("--window", type=int, default=4096)
     parser.add_argument("--windows", type=int, default=4)
+    parser.add_argument("--decode", type=int, default=0, metavar="TOKENS", help="of each window, at its end, one at a time; 0: whole windows "
+                        "in chunks")
     parser.add_argument("--ubatch", type=int, default=128, help="tokens computed at once")
     parser.add_argument("--depths", type=int, nargs="+", default=[4000, 7700], help="tokens of a look-up, question included")
     parser.add_argument("--questions", type=int, default=40, help=f"look-ups of each kind and depth, in whole groups of {GROUP}")
     parser.add_argument("--one-fact", type=int, metavar="QUESTIONS", help="those of haystacks with one fact, the slow ones (0: leave "
                         f"them out); default: as --questions, at most {MOST_ALONE}")
+    parser.add_argument("--many", type=int, default=0, metavar="QUESTIONS", help=f"those of haystacks with {MANY} facts")
+    parser.add_argument("--turns", type=int, default=0, metavar="QUESTIONS", help="those that follow each other in one conversation")
+    parser.add_argument("--generate", type=int, default=0, metavar="TOKENS", help="to generate greedily behind the first window")
     args = parser.parse_args()
     more = list(json.loads(args.settings.read_text(encoding="utf-8")).items()) if args.settings else []
     args.settings, args.one_fact = args.setting + more, min(args.questions, MOST_ALONE) if args.one_fact is None else args.one_fact

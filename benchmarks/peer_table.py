@@ -4,7 +4,18 @@ import platform
 from pathlib import Path
 from statistics import median
 
-NAMES = {"edgeattn": "edgeattn", "llama_cpp": "llama.cpp", "onnxruntime_genai": "onnxruntime-genai"}
+KNOWN = {"edgeattn": "edgeattn", "llama_cpp": "llama.cpp", "onnxruntime_genai": "onnxruntime-genai"}
+
+
+class _Names:
+    """What people call an engine, its variant behind it."""
+
+    def __getitem__(self, name):
+        engine, _, variant = name.partition(":")
+        return KNOWN[engine] + (f" {variant}" if variant else "")
+
+
+NAMES = _Names()
 
 
 def environment(threads: int) -> dict:
@@ -46,14 +57,15 @@ def _kv_bytes(config, about):
 
 
 def _speed_rows(args, depth, engines, samples, stream, kv):
-    prefill = {name: median(times[0] for times in samples[name][f"pp{args.p}@{depth}"]) for name in engines}
+    prefill = None if args.fill else {name: median(times[0] for times in samples[name][f"pp{args.p}@{depth}"]) for name in engines}
     runs = {name: samples[name][f"tg{args.n}@{depth}"] for name in engines}
     decode = {name: median(args.n / sum(times) for times in runs[name]) for name in engines}
     weights = {name: engines[name]["weight_bytes"] * decode[name] / 1e9 for name in engines}
     cache = {name: kv[name] * (depth + args.n / 2) * decode[name] / 1e9 for name in engines}
     at = f" @ d{depth}" if depth else ""
-    rows = [{"name": f"pp{args.p}{at}", "unit": "tok/s", "better": "more"} | {name: args.p / prefill[name] for name in engines}]
-    if not depth:
+    rows = [{"name": f"pp{args.p}{at}", "unit": "tok/s", "better": "more"} | {name: args.p / prefill[name] for name in engines}] \
+        if prefill else []
+    if prefill and not depth:
         rows.append({"name": f"time to first token, {args.p}", "unit": "ms", "better": "less"}
                     | {name: 1e3 * prefill[name] for name in engines})
     rows.append({"name": f"tg{args.n}{at}", "unit": "tok/s", "better": "more"} | decode)
@@ -62,7 +74,7 @@ def _speed_rows(args, depth, engines, samples, stream, kv):
                     | {name: 1e3 * _quantile(sum(runs[name], []), q) for name in engines})
     rows.append({"name": f"weights read{at}", "unit": "share of stream", "better": ""}
                 | {name: weights[name] / stream for name in engines})
-    if depth:
+    if depth and not args.fill:
         rows.append({"name": f"weights and cache read once{at}", "unit": "share of stream", "better": ""}
                     | {name: (weights[name] + cache[name]) / stream for name in engines})
     return rows
@@ -74,8 +86,9 @@ def _quantile(values, q):
 
 def render(args, machine: dict, engines: dict, left_out: dict, rows: list[dict]) -> str:
     """The table with the machine and the versions above it."""
-    peers = [name for name in engines if name != "edgeattn"] if "edgeattn" in engines else []
-    head = ["", "unit", *(NAMES[name] for name in engines), *(f"edgeattn against {NAMES[name]}" for name in peers)]
+    own = [name for name in engines if name.startswith("edgeattn")][-1:]  # the last is compared with the others
+    peers = [name for name in engines if name not in own] if own else []
+    head = ["", "unit", *(NAMES[name] for name in engines), *(f"{NAMES[own[0]]} against {NAMES[name]}" for name in peers)]
     lines = [f"{machine['cpu']}, {machine['cores']} cores ({' '.join(machine['features'])}), {machine['threads']} threads, "
              f"{machine['memory_gib']} GiB, {machine['system']}, Python {machine['python']}; {args.shape}, random weights; "
              f"medians of {args.r}, engines alternating; other processes used {machine['busy_with_others']:.2f} of a core meanwhile.", ""]
@@ -84,12 +97,12 @@ def render(args, machine: dict, engines: dict, left_out: dict, rows: list[dict])
               for name, about in engines.items() if about["memory"]["parts"]]
     lines += [f"- {NAMES[name]} is left out: {why}" for name, why in left_out.items()]
     lines += ["", "| " + " | ".join(head) + " |", "|---|---|" + "---:|" * (len(head) - 2)]
-    return "\n".join(lines + [_line(row, engines, peers) for row in rows])
+    return "\n".join(lines + [_line(row, engines, own, peers) for row in rows])
 
 
-def _line(row, engines, peers):
+def _line(row, engines, own, peers):
     cells = [row["name"], row["unit"], *(_number(row[name], row["unit"]) for name in engines)]
-    cells += [f"{row['edgeattn'] / row[peer]:.2f}x" if row["better"] else "" for peer in peers]
+    cells += [f"{row[own[0]] / row[peer]:.2f}x" if row["better"] else "" for peer in peers]
     return "| " + " | ".join(cells) + " |"
 
 

@@ -37,7 +37,10 @@ def _arguments():
     parser.add_argument("-d", type=_depths, default=[0, 4096], metavar="N,N", help="depths: tokens already in the cache")
     parser.add_argument("-r", type=int, default=5, help="repetitions")
     parser.add_argument("-t", type=int, default=2, help="threads")
-    parser.add_argument("--engines", default=",".join(ENGINES), help="which, in which order")
+    parser.add_argument("--engines", default=",".join(ENGINES), help="which, in which order; with a type of the cache llama_cpp:q8_0, "
+                        "edgeattn:int4, and with sparse attention edgeattn:int4+auto")
+    parser.add_argument("--fill", action="store_true", help="fill caches without computing what is in them, and leave prefill out: for "
+                        "decode at great depths")
     parser.add_argument("--peer-python", default=sys.executable, help="the Python that has the peers (edgeattn runs in this one)")
     parser.add_argument("--work", type=Path, default=Path(tempfile.gettempdir()) / "edgeattn-peers", help="folder of model files")
     parser.add_argument("--nice", type=int, default=0, help="priority of every engine; below 0 needs root and hides busy neighbours")
@@ -57,7 +60,7 @@ def _prepare(args):
     ready, left_out = {}, {}
     for name in args.engines.split(","):
         _say(f"{name}: model file")
-        about = prepare(name, sys.executable if name == "edgeattn" else args.peer_python, checkpoint, folder)
+        about = prepare(name, sys.executable if name.startswith("edgeattn") else args.peer_python, checkpoint, folder)
         if "error" in about:
             left_out[name] = about["error"]
             _say(f"{name} is left out: {about['error']}")
@@ -76,7 +79,7 @@ def _start(args, workers, ready, depths):
         _say(f"{name}: load")
         with closing(Worker(name, about["python"], about["path"], context, args.t, args.nice)) as first:  # fills file and kernel caches
             about["first_load_s"] = first.ask("start", vocab=vocab)["load_s"]
-            first.ask("prefill", depth=0, tokens=args.p)
+            first.ask("decode" if args.fill else "prefill", depth=0, tokens=2 if args.fill else args.p)
         workers[name] = Worker(name, about["python"], about["path"], context, args.t, args.nice)
         about |= workers[name].ask("start", vocab=vocab)
 
@@ -85,6 +88,10 @@ def _measure(args, workers, depths):
     """{engine: {"pp512@0": [[seconds], ...]}} of every repetition; the first, a warm-up, is not kept."""
     samples = {name: {} for name in workers}
     for depth in depths:
+        for name, worker in workers.items() if args.fill and depth else ():
+            if name != "stream":
+                _say(f"depth {depth}, fill, {name}")
+                worker.ask("fill", depth=depth)
         for repeat in range(-1, args.r):
             for name, worker in workers.items():
                 _say(f"depth {depth}, repetition {repeat + 1} of {args.r}, {name}")
@@ -97,8 +104,8 @@ def _measure(args, workers, depths):
 def _once(args, name, worker, depth):
     if name == "stream":
         return {"stream": worker.ask("measure")}
-    return {f"pp{args.p}@{depth}": worker.ask("prefill", depth=depth, tokens=args.p),
-            f"tg{args.n}@{depth}": worker.ask("decode", depth=depth, tokens=args.n)}
+    found = {} if args.fill else {f"pp{args.p}@{depth}": worker.ask("prefill", depth=depth, tokens=args.p)}
+    return found | {f"tg{args.n}@{depth}": worker.ask("decode", depth=depth, tokens=args.n)}
 
 
 def _own_seconds(workers):
@@ -133,7 +140,7 @@ def _run(args):
 
 def main() -> int:
     args = _arguments()
-    unknown = [name for name in args.engines.split(",") if name not in ENGINES]
+    unknown = [name for name in args.engines.split(",") if name.partition(":")[0] not in ENGINES]
     if unknown:
         _say(f"--engines {','.join(unknown)}: wanted some of {','.join(ENGINES)}")
         return 2

@@ -2,7 +2,8 @@
 
 prepare ENGINE CHECKPOINT FOLDER         build the engine's model file if it is not there; print what it is
 run     ENGINE PATH CONTEXT THREADS      load it, then answer requests {"do": ..., ...}, one a line
-An engine is a module engine_NAME.py with `REQUIRES`, `prepare` and `Engine` (forward, truncate).
+An engine is a module engine_NAME.py with `REQUIRES`, `prepare` and `Engine` (forward, truncate, and fill where it can hold tokens
+without computing them). ENGINE is its name, or NAME:VARIANT.
 """
 import ctypes
 import importlib
@@ -30,7 +31,8 @@ class Runner:
 
     def __init__(self, name: str, path: str, context: int, threads: int):
         start = time.perf_counter()
-        self.engine = importlib.import_module(f"engine_{name}").Engine(path, context, threads)
+        name, _, variant = name.partition(":")
+        self.engine = importlib.import_module(f"engine_{name}").Engine(path, context, threads, variant)
         loaded = time.perf_counter()
         self.vocab, self.state, self.length = 256, 1, 0
         self._forward(1)
@@ -55,6 +57,12 @@ class Runner:
         self.engine.forward(tokens)
         self.length += count
         return time.perf_counter() - start
+
+    def fill(self, depth: int) -> None:
+        """Hold `depth` tokens."""
+        if hasattr(self.engine, "fill"):
+            self.engine.fill(depth)
+            self.length = depth
 
     def _set_length(self, length):
         if length < self.length:
@@ -95,12 +103,13 @@ class StreamRunner:
 
 
 def _prepare(name, checkpoint, folder):
+    name, _, variant = name.partition(":")
     module = importlib.import_module(f"engine_{name}")
     missing = [package for wanted, package in module.REQUIRES.items() if importlib.util.find_spec(wanted) is None]
     if missing:
         return {"error": f"not installed in {sys.executable}: {', '.join(missing)} (pip install {' '.join(missing)})"}
     try:
-        return module.prepare(Path(checkpoint), Path(folder), json.loads((Path(checkpoint) / "config.json").read_text()))
+        return module.prepare(Path(checkpoint), Path(folder), json.loads((Path(checkpoint) / "config.json").read_text()), variant)
     except (RuntimeError, OSError, ValueError) as error:
         return {"error": " ".join(str(error).split())}
 

@@ -4,7 +4,7 @@ import numpy as np
 from edgeattn.cache.sequence import Sequence
 
 HELD = {"page_tables": "tables", "slot_counts": "counts", "sealed": "sealed", "attention_mass": "mass", "compensation": "compensation",
-        "confidence": "confidence", "index": "index", "indexed": "indexed"}  # arrays of a Sequence, by the names in ARGS
+        "confidence": "confidence", "index": "index", "indexed": "indexed", "value_sums": "value_sums"}  # arrays of a Sequence, by the names in ARGS
 COUNTS = ("tokens", "rows", "sequences", "probes")  # run-time counts, by their index in `state`
 
 
@@ -13,7 +13,7 @@ class Batch:
     token_ids    [tokens]                  int64
     positions    [tokens]                  int64, row of the rotary tables
     row_starts   [sequences + 1]           int32, rows of sequence s are row_starts[s] .. row_starts[s + 1]
-    page_tables, slot_counts, sealed, attention_mass, compensation, confidence, index, indexed   [sequences] int64: addresses of the
+    page_tables, slot_counts, sealed, attention_mass, compensation, confidence, index, indexed, value_sums   [sequences] int64: addresses of the
                  arrays of cache/sequence.py, 0 where there is none; the counts include the new tokens
     selections   [sequences] int64, the same; 0: the sequence reads everything
     logit_rows   [rows]                    int64, rows of the hidden state that need logits

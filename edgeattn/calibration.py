@@ -3,6 +3,7 @@
 Tensors
     head_scores   [layers, kv_heads] float32: by how much the loss of a passkey's tokens rises (nats a token) when that KV head alone
                   is left with the first page and RECENT tokens
+    thresholds    [layers, num_heads, 2] float32: see calibrate_thresholds.py
 Metadata: format and version (FORMAT, VERSION), key (the model's fingerprint, of edgeattn.json), and for each tensor, under its name, JSON
 that says how it was made. Tensors that this file does not know are kept when it is written again.
 """

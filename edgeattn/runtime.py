@@ -16,7 +16,7 @@ from edgeattn.calibration import head_classes
 from edgeattn.graph import read_graph
 from edgeattn.plan import Plan
 from edgeattn.rebuild import recall
-from edgeattn.scheduler import Scheduler, SparseOptions
+from edgeattn.scheduler import Scheduler, SparseOptions, refusal
 
 MAX_SEQUENCES = 64
 LOGITS_BYTES = 64 << 20  # rows of logits are limited to this much at a time
@@ -31,7 +31,7 @@ class Model:
     def __init__(self, folder, cache: CacheOptions | None = None, ctx_size: int | None = None, ubatch: int | None = None,
                  threads: int | None = None, sparse: SparseOptions | None = None, progress=None):
         """cache: how keys and values are kept; the export's KV type by default, with room for ctx_size tokens.
-        sparse: what decode steps read; everything by default.
+        sparse: what decode steps read; by default "auto" chooses.
         progress(operator, done, total) is called while kernels are compiled or read from the kernel cache.
 
         ValueError: the folder is not a complete export, or an option is out of range.
@@ -50,19 +50,40 @@ class Model:
         shape = about["num_layers"], about["kv_heads"], about["head_dim"], self.ctx_size
         options = cache or CacheOptions()
         classes = None if options.heads == "none" else head_classes(self.folder, self.config, options.retrieval)
-        self.scheduler = Scheduler(sparse, *shape[:2]) if sparse and sparse.method != "off" else None
-        selection = self.scheduler and self.scheduler.selection_plan(self.ctx_size)
+        sparse, selection = sparse or SparseOptions(), None
+        self.scheduler = None if sparse.method == "off" else Scheduler(sparse, *shape[:2])
+        if self.scheduler:
+            self.scheduler.load(self.folder, self.config)
+            selection = self.scheduler.selection_plan(self.ctx_size)
         options = choose_types(options, defaults["kv_type"], *shape, self.ubatch, classes, selection)
+        why = self.scheduler and refusal(self.scheduler.policy, options, about["window"])
+        if why and sparse.method != "auto":
+            raise ValueError(f"--sparse-attention {sparse.method}: {why}: use --sparse-attention off")
+        if not why and self.scheduler and self._never_sparse():
+            why = f"it would read all of the {self.ctx_size:,} tokens that the context holds"
+        self.dense_because = why
+        if why:
+            self.scheduler = selection = None
         if options.moves_slots and about["window"]:
             raise ValueError("this model has sliding windows, whose positions eviction, head classes and sorted pages would lose: use "
                              "--kv-eviction none, --kv-heads none and --kv-storage kivi")
+        if options.moves_slots and self.scheduler and self.scheduler.policy.shared:
+            raise ValueError(f"{sparse.method} selects pages for several layers and heads at once, which eviction, head classes and sorted pages "
+                             "would tell apart: use --kv-eviction none, --kv-heads none and --kv-storage kivi")
         self.cache = KVCache(*shape, options, self.ubatch, classes, selection)
         self.ubatch, self.ctx_size = self.cache.plan.chunk, self.cache.capacity
         self._max_rows = max(1, min(self.ubatch, LOGITS_BYTES // (4 * self.vocab_size)))
         self._batch = Batch(self.ubatch, self._max_rows, MAX_SEQUENCES)
         if self.scheduler:
             self.scheduler.prepare(MAX_SEQUENCES, self.cache.plan.max_pages)
+            if sparse.min_len is None:
+                from edgeattn.crossover import settle  # loads the kernels of selections
+                settle(self.scheduler, options, about["num_heads"], about["head_dim"], self.threads)
         self.plan = self._plan(progress)
+
+    def _never_sparse(self):
+        """Whether auto would select all that the context can hold, and so costs memory for nothing."""
+        return self.scheduler.options.method == "auto" and self.scheduler.policy.tokens(self.ctx_size) >= self.ctx_size
 
     @classmethod
     def load(cls, folder, **options) -> "Model":

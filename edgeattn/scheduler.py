@@ -5,59 +5,83 @@ many tokens on. Nothing of it runs between operators: lists are made by the oper
 what they did is read from counters afterwards.
 """
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 import numpy as np
 
 from edgeattn.cache.budget import SelectionPlan
-from edgeattn.kernels_cpu.select_pages import DENSE, HELD, READ, REUSED, SPARSE, STATS_FIELDS
+from edgeattn.cache.options import CacheOptions
+from edgeattn.kernels_cpu.selections import DENSE, HELD, READ, REUSED, SPARSE, STATS_FIELDS
 from edgeattn.page_formats import PAGE
 from edgeattn.policies import load_policy, policy_names
 
-ALL = -1.0  # a share: read everything
+ALL = -1.0      # a share: read everything
+NEVER = 1 << 40  # tokens
 
 
 @dataclass(frozen=True)
 class SparseOptions:
     """
-    method   "off", "auto" or a file of policies/decode
+    method   "off", or a file of policies/decode; "auto" is what a user gets, and gives way where it does not go with the cache
     options  its fields, where they are not to be the defaults
-    min_len  tokens in the context from which a step is sparse; None: what was measured on this machine
-    ValueError: an unknown method or field.
+    min_len  tokens in the context from which a step is sparse; None: what was measured on this machine (crossover.py)
+    ValueError: an unknown method or field, or a number out of range.
     """
-    method: str = "off"
+    method: str = "auto"
     options: dict = field(default_factory=dict)
     min_len: int | None = None
 
     def __post_init__(self):
-        known = ("off", "auto", *policy_names("decode"))
+        known = ("off", *policy_names("decode"))
         if self.method not in known:
             raise ValueError(f"sparse attention must be one of {', '.join(known)}, got {self.method!r}")
         if self.min_len is not None and self.min_len < 0:
             raise ValueError(f"sparse attention begins at 0 tokens or more, got {self.min_len}")
+        self.policy()
 
     def policy(self):
         """None where everything is read."""
         return None if self.method == "off" else load_policy("decode", self.method, self.options)
 
 
+def refusal(policy, cache: CacheOptions, window: int) -> str:
+    """Why a policy does not go with a cache (its types settled) or with a model of sliding windows; "" where it does."""
+    if window:
+        return "this model's layers see a window of recent tokens only"
+    if cache.releases and policy.index:
+        return f"--kv-eviction {cache.method} drops and rebuilds pages, whose index would not follow"
+    return ""
+
+
 class Scheduler:
-    """
+    """What the layers of a decode step read.
+
+    min_len   tokens in the context from which steps are sparse
+    steps     how many decode steps were [dense, sparse]
     shares    [layers, kv_heads] float32: what a head may read, as a multiple of the policy's budget; ALL: everything
     stats     [layers, STATS_FIELDS] int64, counted by select_pages
+    components  float32, what the policy's load() gave; None: it needs nothing
+    thresholds   [layers, num_heads, 2] float32 (calibrate_thresholds.py), where the policy asks for them
     """
-
     def __init__(self, options: SparseOptions, layers: int, kv_heads: int, shares: np.ndarray | None = None):
         self.options, self.policy, self.shape = options, options.policy(), (layers, kv_heads)
         self.sources = self.policy.sources(layers)
         self.groups = sorted({source for source in self.sources if source is not None})
         self.shares = np.ones(self.shape, np.float32) if shares is None else np.ascontiguousarray(shares, np.float32)
         self.stats = np.zeros((layers, STATS_FIELDS), np.int64)
-        self.min_len = options.min_len or 0
+        self.components = self.thresholds = None
+        self.min_len, self.times, self.steps = options.min_len or 0, None, [0, 0]
+
+    def load(self, folder, config: dict) -> None:
+        """What the policy needs of the model's calibration. ValueError: it is not there."""
+        found = self.policy.load(folder, config)
+        self.components, self.thresholds = (None, found) if self.policy.thresholds else (found, None)
 
     def selection_plan(self, ctx_size: int) -> SelectionPlan:
         pages = math.ceil(max(float(self.shares.max()), 0) * self.policy.tokens(ctx_size) / PAGE)
-        return SelectionPlan(len(self.groups), min(pages, -(-ctx_size // PAGE)) + 2, self.policy.index)
+        pages = min(max(pages, self.policy.pages_always), -(-ctx_size // PAGE)) + 2
+        return SelectionPlan(max(1, len(self.groups)), pages, self.policy.index, self.policy.index_size, self.policy.means)
 
     def prepare(self, sequences: int, max_pages: int) -> None:
         """Memory for the scores of one layer's pages."""
@@ -73,11 +97,15 @@ class Scheduler:
         """What kernels need to reach the selection, under the names used in ARGS."""
         source = self.sources[layer]
         return {"selection.group": -1 if source is None else self.groups.index(source), "selection.shares": self.shares.ctypes.data,
+                "selection.components": 0 if self.components is None else self.components.ctypes.data,
+                "selection.thresholds": 0 if self.thresholds is None or layer < self.policy.dense_layers else self.thresholds[layer].ctypes.data,
                 "selection.stats": self.stats.ctypes.data, "selection.scores": self.scores.ctypes.data}
 
     def wants(self, tokens: int) -> bool:
-        """Whether a decode step with so many tokens in the context is to be sparse."""
-        return tokens >= self.min_len
+        """Whether a decode step with so many tokens in the context is to be sparse; counts it."""
+        sparse = tokens >= self.min_len
+        self.steps[sparse] += 1
+        return sparse
 
     def figures(self) -> dict[str, float]:
         """What decode steps read since the last call: share of the pages held, over all layers; share of (layer, head) pairs that read a
@@ -88,3 +116,44 @@ class Scheduler:
         lists = max(1, int(total[SPARSE] + total[DENSE]))
         return {"read": dense + (1 - dense) * total[READ] / max(1, int(total[HELD])), "sparse": (1 - dense) * total[SPARSE] / lists,
                 "reused": total[REUSED] / lists}
+
+    def explain(self) -> Iterator[str]:
+        """What was decided and why, line by line; counters go on."""
+        policy = self.policy
+        fields = ", ".join(f"{name} {value}" for name, value in vars(policy).items())
+        yield f"sparse attention {self.options.method} ({fields})"
+        if self.times:
+            depths = self.times["depths"]
+            yield "measured here, one layer's attention in us at " + ", ".join(
+                f"{tokens:,} tokens: dense {1e6 * self.times['dense'][i]:.0f}, selection {1e6 * self.times['select'][i]:.0f}, selected pages "
+                f"{1e6 * self.times['attend'][i]:.0f}" for i, tokens in enumerate(depths))
+        begins = "never" if self.min_len >= NEVER else f"from {self.min_len:,} tokens on"
+        yield f"sparse steps begin {begins}; steps so far: {self.steps[0]} dense, {self.steps[1]} sparse"
+        for layer, source in enumerate(self.sources):
+            stats = self.stats[layer if source is None else source]
+            if source is None:
+                yield f"layer {layer}: reads everything" + (", and selects for others" if layer in self.groups else "")
+            elif source != layer:
+                yield f"layer {layer}: reads what layer {source} selected"
+            elif stats[HELD]:
+                yield (f"layer {layer}: read {100 * stats[READ] / stats[HELD]:.1f} % of the pages; of {stats[SPARSE] + stats[DENSE]} lists "
+                       f"{stats[DENSE]} held all pages, {stats[REUSED]} served again")
+            else:
+                yield f"layer {layer}: selects its own"
+
+    def read_bytes(self, cache, tokens: int) -> int:
+        """What a sparse step reads in whole pages, with `tokens` in the context, its own among them: codes and parameters, and what
+        bounds are made from. Of a cache that evicts nothing and whose quantised pages are all of one format."""
+        pages, quantised, total = -(-tokens // PAGE), len(cache.pools) > 1, 0
+        floats, sealed = cache.pools[0].format.page_bytes, cache.pools[-1].format.page_bytes
+        whole = (tokens - 1) // PAGE * PAGE  # tokens when pages were last sealed
+        exact = max(1, (whole - cache.options.window) // PAGE) if quantised else 1  # the first page of floats behind the first one
+        last = min(pages - self.policy.recent, exact) if quantised else pages - self.policy.recent
+        for layer, head in np.ndindex(cache.shape):
+            share = self.shares[layer, head]
+            wanted = pages if self.sources[layer] is None or share < 0 else math.ceil(share * self.policy.tokens(tokens) / PAGE)
+            kept = 1 + pages - exact
+            total += kept * floats + (min(wanted, pages) - kept) * sealed
+            if layer in self.groups and wanted < pages and self.policy.index == "bounds":
+                total += (last - 1) * 4 * cache.head_dim
+        return total

@@ -7,20 +7,19 @@ chunks), while the pages that come next are prefetched. Ranges of one sequence a
 import numpy as np
 from numba import float32, int32, int64, njit, uint16, uint8
 
-from edgeattn.kernels_cpu.attention_call import (CHUNK, CONFIDENCE, GROUP, HEAD_DIM, KV_HEADS, LAYER, NUM_HEADS, OUT as RESULT,
-                                                 OUT_STRIDE, PAGE,
-                                                 PARTIALS, POOLS, PROGRESSIVE, RANGE_PAGES, ROTATED, SEQUENCES, STARTS, WIDTH, entry_of,
-                                                 first_visible, rows_of, slots_of)
+from edgeattn.kernels_cpu.attention_call import (CHUNK, CONFIDENCE, GROUP, HEAD_DIM, KV_HEADS, LAYER, NUM_HEADS, OUT as RESULT, OUT_STRIDE,
+                                                 PAGE, PARTIALS, POOLS, PROGRESSIVE, RANGE_PAGES, ROTATED, SEQUENCES, STARTS, WIDTH,
+                                                 entry_of, first_visible, rows_of, slots_of)
 from edgeattn.kernels_cpu.attention_compensation import compensation_of
-from edgeattn.kernels_cpu.attention_fold import (BYTES, OUT, PEAKS, PRODUCTS, SCALES, SCORES, STRIDE, SUMS, TASK, TOKEN_BASES, TOKEN_BYTES,
-                                                 TOKEN_SCALES, TOKEN_SUMS, TOPS, block_bytes, block_scales, fold_keys, fold_weights, places,
-                                                 prepare_queries)
+from edgeattn.kernels_cpu.attention_fold import (BYTES, DROPPED, OUT, PEAKS, PRODUCTS, SCALES, SCORES, STRIDE, SUMS, TASK, TOKEN_BASES,
+                                                 TOKEN_BYTES, TOKEN_SCALES, TOKEN_SUMS, TOPS, block_bytes, block_scales, fold_keys,
+                                                 fold_weights, places, prepare_queries)
 from edgeattn.kernels_cpu.attention_softmax import LOWEST_SCORE, soften
+from edgeattn.kernels_cpu.attention_thresholds import add_mean, note_dropped, passing_pages, thresholds_of
 from edgeattn.kernels_cpu.floats import F
 from edgeattn.kernels_cpu.page_pool import (BY_ROW, BY_TOKEN, GROUPS, K as K_CODES, K_ADD, K_AXIS, K_BYTES, K_GAP, K_LEVELS,
-                                            K_PARAMS, K_ROW, K_TWO_PLANES, SEPARATED, V as V_CODES, V_ADD, V_BLOCK, V_BYTES,
-                                            V_GAP, V_LEVELS,
-                                            V_PARAMS, V_QUANTISED, field_at, pool_of)
+                                            K_PARAMS, K_ROW, K_TWO_PLANES, SEPARATED, V as V_CODES, V_ADD, V_BLOCK, V_BYTES, V_GAP,
+                                            V_LEVELS, V_PARAMS, V_QUANTISED, field_at, pool_of)
 from edgeattn.kernels_cpu.page_rows import (AHEAD_STEP, COARSE, GAP, HEAD_ROWS, HEADS, OUT_STRIDE as TASK_OUT, ROWS, SCALES as TASK_SCALES,
                                             WEIGHT_STRIDE)
 from edgeattn.kernels_cpu.parallel import call_worker, worker
@@ -45,7 +44,7 @@ def visible_pages(call, sequence, head):
 @njit(nogil=True, error_model="numpy")
 def _page(call, row, i):
     """(entry, logical page) of the i-th page read."""
-    sequence, head, _, pages = row
+    sequence, head, _, pages, _ = row
     if pages:
         i = np.int64(at(int32, pages)[HEADER + i])
     return entry_of(call, sequence, head, i), i
@@ -201,7 +200,7 @@ def confidence_of(call, sequence, head):
 @njit(nogil=True, error_model="numpy")
 def _chunk(call, row, begin, end, last, low, high, coarse, place):
     """Pages begin ... end of the list, at most CHUNK tokens; the task ends at page `last`."""
-    sequence, head, q_row, _ = row
+    sequence, head, q_row, _, thresholds = row
     group, width = call[GROUP], call[WIDTH]
     scores, out, sums, tops = at(float32, place[SCORES]), at(float32, place[OUT]), at(float32, place[SUMS]), at(float32, place[TOPS])
     q = call[ROTATED] + 4 * (q_row * call[NUM_HEADS] + head * group) * call[HEAD_DIM]
@@ -215,14 +214,18 @@ def _chunk(call, row, begin, end, last, low, high, coarse, place):
             score_page(call, place, entry, ahead if ahead >= 0 else entry, q, coarse, to)
             hide(scores, group, to, logical * PAGE, low, high)
     count = (end - begin) * PAGE
+    passing = passing_pages(call, place, thresholds, end - begin, high) if thresholds else np.int64(-1)
     if call[PROGRESSIVE]:
         _peaks(scores, group, count, at(float32, place[PEAKS]))
     for h in range(group):
         soften(scores, h * STRIDE, h * STRIDE + count, tops, sums, h, out, h * (width + width // 2), width + width // 2)
+    if thresholds:
+        note_dropped(call, place, passing, end - begin)
     for i in range(begin, end):
         entry, logical = _page(call, row, i)
-        if entry >= 0:
-            ahead = _page(call, row, min(i + AHEAD, last - 1))[0]
+        if entry >= 0 and passing >> (i - begin) & 1:
+            soon = min(i + AHEAD, last - 1)
+            ahead = _page(call, row, soon)[0] if passing == -1 or soon < end and passing >> (soon - begin) & 1 else -1
             _weigh_page(call, place, entry, ahead if ahead >= 0 else entry, min(PAGE, high - logical * PAGE), (i - begin) * PAGE)
 
 
@@ -240,12 +243,13 @@ def attend_range(call, sequence, head, part, thread):
     heads = (group + HEAD_ROWS - 1) // HEAD_ROWS * HEAD_ROWS
     place = places(call, thread)
     out, sums, tops = at(float32, place[OUT]), at(float32, place[SUMS]), at(float32, place[TOPS])
-    row = (sequence, head, rows_of(call, sequence)[0], list_of(call, sequence, head))
+    row = (sequence, head, rows_of(call, sequence)[0], list_of(call, sequence, head), thresholds_of(call, sequence, head))
     prepare_queries(call, place, call[ROTATED] + 4 * (row[2] * call[NUM_HEADS] + head * group) * depth, True)
     for i in range(heads * (width + width // 2 + 16)):  # sums follow
         out[i] = 0
     for h in range(heads):
         tops[h] = at(float32, place[PEAKS])[h] = LOWEST_SCORE
+        at(float32, place[DROPPED])[8 * h] = 0
     coarse = call[PROGRESSIVE] != 0 and confidence_of(call, sequence, head)[0] >= as_f32(call[PROGRESSIVE])
     first, count = visible_pages(call, sequence, head)
     slots = slots_of(call, sequence, head)
@@ -259,7 +263,7 @@ def attend_range(call, sequence, head, part, thread):
             rest = hsum(load(F, out, source + width + c // 32 * 16))
             store(partial, to + c, load(F, out, source + c) + rest)
         partial[to + depth], partial[to + depth + 1] = tops[h], hsum(load(F, sums, h * 16))
-        partial[to + depth + 2] = at(float32, place[PEAKS])[h]
+        partial[to + depth + 2], partial[to + depth + 3] = at(float32, place[PEAKS])[h], at(float32, place[DROPPED])[8 * h]
 
 
 @worker
@@ -269,9 +273,8 @@ def merge_ranges(call, ranges, sequence, head, thread):
     row, _ = rows_of(call, sequence)
     partials, out, confidence = at(float32, call[PARTIALS]), at(float32, call[RESULT]), np.float32(1)
     for h in range(call[GROUP]):
-        peak = LOWEST_SCORE
         extra, weight, mean = compensation_of(call, sequence, head, row, h)
-        top, total = extra, np.float32(0)
+        top, total, peak, dropped = extra, np.float32(0), LOWEST_SCORE, np.float32(0)
         to = row * call[OUT_STRIDE] + (head * call[GROUP] + h) * depth
         for r in range(ranges):
             top = max(top, partials[partial_at(call, sequence, head, r, h) + depth])
@@ -283,6 +286,7 @@ def merge_ranges(call, ranges, sequence, head, thread):
             start = partial_at(call, sequence, head, r, h)
             weight = np.exp(partials[start + depth] - top)
             total += weight * partials[start + depth + 1]
+            dropped += weight * partials[start + depth + 3]
             peak = max(peak, partials[start + depth + 2])
             for c in range(0, depth, 16):
                 store(out, to + c, load(F, out, to + c) + load(F, partials, start + c) * weight)
@@ -290,5 +294,7 @@ def merge_ranges(call, ranges, sequence, head, thread):
             confidence = min(confidence, np.exp(peak - top) / total)
             for c in range(0, depth, 16):
                 store(out, to + c, load(F, out, to + c) * (np.float32(1) / total))
+        if dropped > 0:
+            add_mean(call, sequence, head, dropped / total, out, to)
     if call[PROGRESSIVE]:
         confidence_of(call, sequence, head)[0] = confidence

@@ -20,7 +20,7 @@ TINY = np.float32(1e-30)
 # Addresses in a thread's scratch. A row of weighted sums, OUT, is followed by WIDTH / 2 lanes: for each block of 32 channels 16 lanes
 # of what the values' minima add. TOKEN_...: q as bytes for keys by token, the same for all pages.
 (TASK, SCORES, OUT, SUMS, TOPS, BYTES, SCALES, PRODUCTS, Q, Q_TOPS, NORMS, TOKEN_BYTES, TOKEN_SCALES, TOKEN_BASES, TOKEN_SUMS,
- PEAKS) = range(16)
+ PEAKS, DROPPED) = range(17)
 
 
 @njit(nogil=True, error_model="numpy")
@@ -41,7 +41,7 @@ def places(call, thread):
     token_scales = token_bytes + heads * width
     token_bases = token_scales + 16 * heads
     return (start, scores, out, sums, tops, bytes_, scales, products, q, q_tops, norms, token_bytes, token_scales, token_bases,
-            token_bases + heads * width // 8, token_bases + heads * width // 4)
+            token_bases + heads * width // 8, token_bases + heads * width // 4, token_bases + heads * (width // 4 + 16))
 
 
 @njit(nogil=True, error_model="numpy")

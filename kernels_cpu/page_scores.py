@@ -15,7 +15,7 @@ from edgeattn.kernels_cpu.attention_softmax import LOWEST_SCORE, soften
 from edgeattn.kernels_cpu.floats import F, exp_low
 from edgeattn.kernels_cpu.page_pool import K_LEVELS, K_PARAMS, field_at, pool_of
 from edgeattn.kernels_cpu.page_rows import HEAD_ROWS
-from edgeattn.kernels_cpu.simd import at, fma, hsum, load, load_half, prefetch, splat, store, vabs
+from edgeattn.kernels_cpu.simd import add_pairs, at, fma, hsum, load, load_half, max_pairs, prefetch, splat, store, vabs, vmax
 
 AHEAD = 8  # pages prefetched ahead
 
@@ -32,20 +32,18 @@ def _bound_weights(q, group, depth, reach, heads, to):
 
 
 @njit(nogil=True, error_model="numpy")
-def _bound(params, levels, weights, depth, heads):
-    best = np.float32(-np.inf)
-    for h in range(0, heads, HEAD_ROWS):
-        w = 2 * h * depth
-        a0 = a1 = a2 = a3 = b0 = b1 = b2 = b3 = splat(F, np.float32(0))
-        for c in range(0, depth, 16):
-            low, step = load_half(F, params, c), load_half(F, params, depth + c)
-            a0, b0 = fma(low, load(F, weights, w + c), a0), fma(step, load(F, weights, w + depth + c), b0)
-            a1, b1 = fma(low, load(F, weights, w + 2 * depth + c), a1), fma(step, load(F, weights, w + 3 * depth + c), b1)
-            a2, b2 = fma(low, load(F, weights, w + 4 * depth + c), a2), fma(step, load(F, weights, w + 5 * depth + c), b2)
-            a3, b3 = fma(low, load(F, weights, w + 6 * depth + c), a3), fma(step, load(F, weights, w + 7 * depth + c), b3)
-        m = splat(F, levels)
-        best = max(best, hsum(fma(b0, m, a0)), hsum(fma(b1, m, a1)), hsum(fma(b2, m, a2)), hsum(fma(b3, m, a3)))
-    return best
+def _bound(params, levels, weights, first, depth):
+    """Products with the HEAD_ROWS query heads from `first` on, 4 lanes each, which are still to be summed."""
+    w = 2 * first * depth
+    a0 = a1 = a2 = a3 = b0 = b1 = b2 = b3 = splat(F, np.float32(0))
+    for c in range(0, depth, 16):
+        low, step = load_half(F, params, c), load_half(F, params, depth + c)
+        a0, b0 = fma(low, load(F, weights, w + c), a0), fma(step, load(F, weights, w + depth + c), b0)
+        a1, b1 = fma(low, load(F, weights, w + 2 * depth + c), a1), fma(step, load(F, weights, w + 3 * depth + c), b1)
+        a2, b2 = fma(low, load(F, weights, w + 4 * depth + c), a2), fma(step, load(F, weights, w + 5 * depth + c), b2)
+        a3, b3 = fma(low, load(F, weights, w + 6 * depth + c), a3), fma(step, load(F, weights, w + 7 * depth + c), b3)
+    m = splat(F, levels)
+    return add_pairs(add_pairs(fma(b0, m, a0), fma(b1, m, a1)), add_pairs(fma(b2, m, a2), fma(b3, m, a3)))
 
 
 @njit(nogil=True, error_model="numpy")
@@ -55,28 +53,61 @@ def _prefetch(address, size):
 
 
 @njit(nogil=True, error_model="numpy")
-def bound_scores(call, sequence, head, q, reach, rows, width, first, last, scores, thread):
-    """rows: address of the head's index rows, `width` halves each; 0: quantised pages' own parameters tell their range."""
-    depth, group = call[HEAD_DIM], call[GROUP]
-    heads = (group + HEAD_ROWS - 1) // HEAD_ROWS * HEAD_ROWS
-    weights = at(float32, places(call, thread)[SCORES])  # a row of scores has CHUNK + 16 floats, more than 2 * depth
-    _bound_weights(at(float32, q), group, depth, reach, heads, weights)
-    for page in range(first, last):
-        entry = entry_of(call, sequence, head, page)
-        if entry < 0:  # released
-            scores[page] = -np.inf
-        elif rows:
-            scores[page] = _bound(at(uint16, rows + 2 * page * width), np.float32(1), weights, depth, heads)
-        else:
-            ahead = entry_of(call, sequence, head, min(page + AHEAD, last - 1))
-            if ahead >= 0:
-                _prefetch(field_at(pool_of(call[POOLS], ahead), K_PARAMS, ahead), 4 * depth)
-            pool = pool_of(call[POOLS], entry)
-            scores[page] = _bound(at(uint16, field_at(pool, K_PARAMS, entry)), np.float32(pool[K_LEVELS]), weights, depth, heads)
+def _range_of(call, sequence, head, page, rows, width):
+    """(address of the halves that tell a page's range, levels between its ends); (0, 0) for a released page."""
+    if rows:
+        return rows + 2 * page * width, np.float32(1)
+    entry = entry_of(call, sequence, head, page)
+    pool = pool_of(call[POOLS], max(entry, 1))
+    return (field_at(pool, K_PARAMS, entry), np.float32(pool[K_LEVELS])) if entry >= 0 else (np.int64(0), np.float32(0))
 
 
 @njit(nogil=True, error_model="numpy")
-def _score_chunk(call, place, sequence, head, q, first, last, slots):
+def _none_left(scores, first, last):
+    for page in range(first, last):
+        if scores[page] > -np.inf:
+            return False
+    return True
+
+
+@njit(nogil=True, error_model="numpy")
+def bound_scores(call, sequence, head, q, reach, rows, width, first, last, scores, thread, left_out):
+    """rows: address of the head's index rows, `width` halves each; 0: quantised pages' own parameters tell their range. left_out: pages
+    whose score is -infinity already keep it."""
+    depth, group, place = call[HEAD_DIM], call[GROUP], places(call, thread)
+    heads = (group + HEAD_ROWS - 1) // HEAD_ROWS * HEAD_ROWS
+    weights, found = at(float32, place[SCORES]), at(float32, place[OUT])  # a row of scores has CHUNK + 16 floats, more than 2 * depth
+    _bound_weights(at(float32, q), group, depth, reach, heads, weights)
+    zeros = place[OUT] + 64  # where a released page's range would be
+    for c in range(0, 2 * depth, 16):
+        store(at(float32, zeros), c // 2, splat(F, np.float32(0)))
+    for page in range(first, last, 4):
+        if left_out and _none_left(scores, page, min(page + 4, last)):
+            continue
+        best = splat(F, np.float32(-np.inf))
+        p0, m0 = _range_of(call, sequence, head, page, rows, width)
+        p1, m1 = _range_of(call, sequence, head, min(page + 1, last - 1), rows, width)
+        p2, m2 = _range_of(call, sequence, head, min(page + 2, last - 1), rows, width)
+        p3, m3 = _range_of(call, sequence, head, min(page + 3, last - 1), rows, width)
+        for ahead in range(page + AHEAD, min(page + AHEAD + 4, last)):
+            soon = _range_of(call, sequence, head, ahead, rows, width)[0]
+            if soon:
+                _prefetch(soon, 4 * depth)
+        for h in range(0, heads, HEAD_ROWS):
+            low = add_pairs(_bound(at(uint16, p0 if p0 else zeros), m0, weights, h, depth),
+                            _bound(at(uint16, p1 if p1 else zeros), m1, weights, h, depth))
+            high = add_pairs(_bound(at(uint16, p2 if p2 else zeros), m2, weights, h, depth),
+                             _bound(at(uint16, p3 if p3 else zeros), m3, weights, h, depth))
+            best = vmax(best, add_pairs(low, high))  # lanes: page by page the four heads
+        best = max_pairs(best, best)
+        store(found, 0, max_pairs(best, best))
+        for i in range(min(4, last - page)):
+            gone = entry_of(call, sequence, head, page + i) < 0 or left_out and scores[page + i] == -np.inf
+            scores[page + i] = np.float32(-np.inf) if gone else found[i]
+
+
+@njit(nogil=True, error_model="numpy")
+def score_chunk(call, place, sequence, head, q, first, last, slots):
     """Scores of the pages first ... last with all query heads; -> slots that they have."""
     scores = at(float32, place[SCORES])
     for page in range(first, last):
@@ -90,21 +121,29 @@ def _score_chunk(call, place, sequence, head, q, first, last, slots):
 
 
 @njit(nogil=True, error_model="numpy")
-def mass_scores(call, sequence, head, q, slots, last, found, thread):
-    """The weights that the first `slots` tokens get, page by page of all `last`, by two reads of the keys."""
-    place, group = places(call, thread), call[GROUP]
+def softmax_of(call, place, sequence, head, q, slots, last):
+    """Each query head's maximum and sums over the first `slots` tokens, which lie in `last` pages."""
+    group = call[GROUP]
     scores, out, sums, tops = at(float32, place[SCORES]), at(float32, place[OUT]), at(float32, place[SUMS]), at(float32, place[TOPS])
     prepare_queries(call, place, q, True)
     for h in range(group):
         tops[h] = LOWEST_SCORE
         store(sums, 16 * h, splat(F, np.float32(0)))
     for first in range(0, last, CHUNK // PAGE):
-        count = _score_chunk(call, place, sequence, head, q, first, min(last, first + CHUNK // PAGE), slots)
+        count = score_chunk(call, place, sequence, head, q, first, min(last, first + CHUNK // PAGE), slots)
         for h in range(group):
             soften(scores, h * STRIDE, h * STRIDE + count, tops, sums, h, out, 0, 0)
+
+
+@njit(nogil=True, error_model="numpy")
+def mass_scores(call, sequence, head, q, slots, last, found, thread):
+    """The weights that the first `slots` tokens get, page by page of all `last`, by two reads of the keys."""
+    place, group = places(call, thread), call[GROUP]
+    scores, sums, tops = at(float32, place[SCORES]), at(float32, place[SUMS]), at(float32, place[TOPS])
+    softmax_of(call, place, sequence, head, q, slots, last)
     for first in range(0, last, CHUNK // PAGE):
         end = min(last, first + CHUNK // PAGE)
-        _score_chunk(call, place, sequence, head, q, first, end, slots)
+        score_chunk(call, place, sequence, head, q, first, end, slots)
         for page in range(first, end):
             total = splat(F, np.float32(0))
             for h in range(group):

@@ -13,6 +13,7 @@ from edgeattn.kernels_cpu.simd import at
 
 COUNT, SLOTS, AGE, INTERVAL, HEADER = range(5)
 ALL = -1
+SPARSE, DENSE, READ, HELD, REUSED, STATS_FIELDS = range(6)  # counted for a layer: (sequence, head) pairs, pages
 
 
 @njit(nogil=True, error_model="numpy")

@@ -61,6 +61,19 @@ def selection_case(rng, past, score, combine, budget, reach, head_dim=64, heads=
                                                        reach=reach)
 
 
+def index_case(rng, past, score, budget, about, combine="head", head_dim=64, heads=8, kv_heads=2):
+    """Keys with a mean, of which a few stand out."""
+    (q, cos, sin, key, positions), options = selection_case(rng, past, score, combine, budget, 1.0, head_dim, heads, kv_heads)
+    key[:, :, :head_dim // 8] += 2
+    key[:, rng.integers(0, past, past // 20)] *= 2
+    vectors = None
+    if score == "components":
+        vectors = np.linalg.qr(rng.standard_normal((kv_heads, head_dim, head_dim)))[0].astype(np.float32)
+    if score == "collisions":
+        vectors = normal(rng, about["tables"], about["bits"], head_dim)
+    return (q, cos, sin, key, positions, vectors), options | about
+
+
 def formats(k_type, v_type, k_axis="channel", one_group=0, separated=0):
     return dict(k_type=k_type, v_type=v_type, k_axis=k_axis, one_group=one_group, separated=separated)
 
@@ -145,7 +158,16 @@ CASES = {
     "select_pages": [("-".join(map(str, c)), lambda rng, c=c: selection_case(rng, *c), 0) for c in (
         (2000, "bound", "head", 500, 1.0), (2000, "bound", "layer", 500, 0.5), (777, "mass", "head", 300, 1.0), (777, "mass", "layer", 300, 1.0),
         (1999, "recency", "head", 100, 1.0), (2015, "bound", "head", 3000, 1.0), (40, "bound", "head", 32, 1.0), (1, "bound", "head", 32, 1.0),
-        (991, "bound", "head", 200, 0.4, 128, 12, 2), (1000, "bound", "head", 300, 0.7, 80, 4, 4), (640, "mass", "head", 200, 1.0, 16, 10, 2))],
+        (991, "bound", "head", 200, 0.4, 128, 12, 2), (1000, "bound", "head", 300, 0.7, 80, 4, 4), (640, "mass", "head", 200, 1.0, 16, 10, 2),
+        *((past, score, combine, budget, 1.0, *shape) for score, combine in (("peak", "head"), ("rank", "best"), ("max_mass", "layer"))
+          for past, budget, *shape in ((2000, 500), (1279, 300, 128, 12, 2), (640, 200, 16, 10, 2), (1500, 300, 80, 4, 4), (40, 32))))]
+    + [("-".join(map(str, c)), lambda rng, c=c: index_case(rng, *c), 0) for c in (
+        (2000, "hierarchy", 500, dict(blocks=7)), (2000, "hierarchy", 900, dict(blocks=4)), (1333, "hierarchy", 300, dict(blocks=99), "layer", 80),
+        (2047, "representatives", 700, dict(block=4), "layer"), (1999, "representatives", 300, dict(block=4), "head", 16, 6, 3),
+        (2000, "landmarks", 500, dict(block=2)), (1500, "landmarks", 400, dict(block=3), "layer", 128, 4, 4),
+        (2000, "components", 500, dict(rank=16)), (1200, "components", 300, dict(rank=80), "layer", 80, 12, 2),
+        (2000, "collisions", 1500, dict(tables=16, bits=8)), (1000, "collisions", 300, dict(tables=10, bits=5), "head", 48, 6, 2),
+        (2000, "collisions", 500, dict(tables=4, bits=8), "layer"), (230, "collisions", 160, dict(tables=4, bits=2)))],
     "seal_pages": [("-".join(map(str, c)), lambda rng, c=c: (pages_case(rng, c[0]), formats(*c[1:])), 0) for c in PAGE_FORMATS]
     + [("-".join(map(str, ("delta", *c))), lambda rng, c=c: deltas_case(rng, *c), 0) for c in DELTAS],
     "read_pages": [("-".join(map(str, c)), lambda rng, c=c: read_pages_case(rng, *c), 2e-5) for c in PAGE_FORMATS]  # values up to 40

@@ -14,15 +14,17 @@ LAYERS = [  # a file may import only from its own row or the rows above
     ["edgeattn.ops", "edgeattn.page_formats", "edgeattn.reference", "edgeattn.__init__"],
     ["edgeattn.kernels_cpu", "edgeattn.kernels_cuda"],
     ["edgeattn.cache", "edgeattn.policies", "edgeattn.batch", "edgeattn.graph", "edgeattn.segments", "edgeattn.plan",
-     "edgeattn.tokenizer", "edgeattn.bandwidth", "edgeattn.calibration", "edgeattn.scheduler"],
+     "edgeattn.tokenizer", "edgeattn.bandwidth", "edgeattn.calibration", "edgeattn.calibrate_thresholds", "edgeattn.principal_components",
+     "edgeattn.scheduler", "edgeattn.attention_case", "edgeattn.crossover"],
     ["edgeattn.runtime", "edgeattn.rebuild", "edgeattn.context_shift", "edgeattn.generation", "edgeattn.conversation"],
     ["edgeattn.exporters"],
     ["edgeattn.apps"],
 ]
 HELPERS = {"__init__", "steps", "parallel", "simd", "simd_emit", "simd_pairs", "floats", "float_tiles", "quantise", "gemm_nbits",
            "gemv_nbits", "attention_call", "attention_write", "attention_decode", "attention_prefill", "attention_softmax",
-           "attention_compensation", "attention_fold", "attention_mass", "hadamard", "page_expand", "page_index", "page_pool", "page_rows",
-           "page_scores", "selections", "top_pages",
+           "attention_thresholds", "attention_compensation", "attention_fold", "attention_mass", "hadamard", "page_expand", "page_index",
+           "page_pool", "page_rows", "page_scores", "page_scores_exact", "page_scores_index", "selection_call", "selection_choice",
+           "selections", "top_pages",
            *(f"page_{kind}" for kind in BITS)}
 LONG = {"simd.py": 600}                                                # files that may pass 300 lines, and how far
 

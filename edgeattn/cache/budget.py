@@ -8,6 +8,7 @@ import numpy as np
 
 from edgeattn.cache.layer_budget import MOST
 from edgeattn.cache.options import CacheOptions
+from edgeattn.kernels_cpu.page_index import index_width
 from edgeattn.kernels_cpu.selections import HEADER
 from edgeattn.page_formats import PAGE, PageFormat
 from edgeattn.policies import load_policy
@@ -23,16 +24,20 @@ class SelectionPlan:
 
     groups    lists for each KV head; layers share them
     capacity  pages of a list
-    index     what page scores read: "" (the keys), "bounds"
+    index     what page scores read: "" (the keys), "bounds" or another kind of page_index.py
+    size      pages of a block, components or tables, by the kind
+    value_sums  whether the mean of a head's values is kept
     """
     groups: int
     capacity: int
     index: str = ""
+    size: int = 0
+    value_sums: bool = False
 
     def width(self, formats: tuple[PageFormat, ...]) -> int:
-        """Halves of a page in the index: none where quantised pages know the bounds of their keys."""
+        """Halves of a page in the index: no bounds where quantised pages know those of their keys."""
         known = len(formats) > 1 and all(f.k_params and f.k_axis == "channel" for f in formats[1:])
-        return 2 * formats[0].head_dim if self.index == "bounds" and not known else 0
+        return index_width(self.index, formats[0].head_dim, self.size, known)
 
 
 @dataclass(frozen=True)
@@ -70,6 +75,7 @@ class CachePlan:
         if chosen:
             width = chosen.width(self.formats)
             found += 4 * chosen.groups * self.limits.shape[1] * (HEADER + chosen.capacity) + (2 * width * self.max_pages + 4) * heads * (width > 0)
+            found += 4 * (2 + self.formats[0].head_dim) * heads * chosen.value_sums
         return found
 
     @property

@@ -107,7 +107,8 @@ class KVCache:
                np.zeros(self.plan.max_pages, bool)) if self.options.releases else ()),
             selection=np.zeros((chosen.groups, shape[1], HEADER + chosen.capacity), np.int32) if chosen else None,
             index=np.zeros((*shape, self.plan.max_pages, width), np.uint16) if width else None,
-            indexed=np.zeros(shape, np.int32) if width else None))
+            indexed=np.zeros(shape, np.int32) if width else None,
+            value_sums=np.zeros((*shape, 2 + self.head_dim), np.float32) if chosen and chosen.value_sums else None))
 
     def _watched(self, sequence):
         self._state_bytes += sequence.nbytes

@@ -27,6 +27,8 @@ def seal(cache, sequence) -> None:
             for first in range(sequence.sealed[layer, head], sequence.sealed[layer, head] + due[layer, head], storage.group):
                 _sort(cache, sequence, layer, head, first)
     tables[heads, columns] = _quantise(cache, tables[heads, columns], kinds)
+    if sequence.indexed is not None:  # keys that are now other ones
+        np.minimum(sequence.indexed, np.where(due, sequence.sealed, sequence.indexed), out=sequence.indexed)
     sequence.sealed += due
     if storage.group > 1 or storage.anchors:  # slots are out of order up to here
         sequence.exact_from = max(sequence.exact_from, sequence.length - int((sequence.counts - sequence.sealed * PAGE).min()))

@@ -25,6 +25,7 @@ class Sequence:
     selection     [groups, kv_heads, 4 + capacity]   int32, what decode steps read (kernels_cpu/selections.py), or None: everything
     index         [layers, kv_heads, max_pages, width]   uint16, of pages, for selections (kernels_cpu/page_index.py), or None
     indexed       [layers, kv_heads]              int32, pages whose index is good, or None
+    value_sums    [layers, kv_heads, 2 + head_dim]   float32 (kernels_cpu/attention_thresholds.py), or None
     length        tokens that the sequence has seen
     exact_from    it can be truncated to this length or more; shorter ones are lost to eviction
     """
@@ -42,6 +43,7 @@ class Sequence:
     selection: np.ndarray | None = None
     index: np.ndarray | None = None
     indexed: np.ndarray | None = None
+    value_sums: np.ndarray | None = None
     length: int = 0
     exact_from: int = 0
     room: int = 0          # tokens until some head needs another page
@@ -52,7 +54,7 @@ class Sequence:
     def arrays(self) -> dict[str, np.ndarray]:
         """The arrays that there are, by name."""
         found = {name: getattr(self, name) for name in ("tables", "counts", "sealed", "positions", "mass", "compensation", "confidence",
-                                                     "limits", "token_ids", "means", "pinned", "selection", "index", "indexed")}
+                                                     "limits", "token_ids", "means", "pinned", "selection", "index", "indexed", "value_sums")}
         return {name: array for name, array in found.items() if array is not None}
 
     @property
@@ -65,6 +67,8 @@ class Sequence:
             self.selection[..., SLOTS] = 0
         if self.indexed is not None:
             self.indexed[head] = np.minimum(self.indexed[head], page)
+        if self.value_sums is not None:
+            self.value_sums[head] = 0
 
     def copy(self) -> "Sequence":
         numbers = {name: getattr(self, name) for name in ("length", "exact_from", "room", "shared", "answered")}

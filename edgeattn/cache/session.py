@@ -26,7 +26,7 @@ from edgeattn.kernels_cpu.page_pool import POOLS, RELEASED
 from edgeattn.page_formats import PAGE
 
 HELD = {"tables", "counts", "sealed", "positions", "mass", "compensation", "confidence", "limits"}  # of Sequence.arrays
-REMADE = {"selection", "index", "indexed"}  # from the pages, when they are needed
+REMADE = {"selection", "index", "indexed", "value_sums"}  # from the pages, when they are needed
 
 
 # ---- what must agree -----------------------------------------------------------------------------------------------

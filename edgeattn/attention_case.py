@@ -1,0 +1,98 @@
+"""Attention alone, over a cache filled with given keys and values: what crossovers and benchmarks time."""
+import time
+
+import numpy as np
+
+from edgeattn.batch import COUNTS, Batch
+from edgeattn.cache.kv_cache import KVCache
+from edgeattn.cache.options import CacheOptions
+from edgeattn.kernels_cpu import cached_attention, select_pages, steps
+from edgeattn.page_formats import PAGE
+
+ROOM = 64  # tokens behind the depth
+
+
+def fill(cache, sequence, tokens: int, source) -> None:
+    """Append tokens to a sequence without computing them. source(layer, head, first page, pages) -> K [pages, head_dim, 32] and V
+    [pages, 32, width] float16, for whole pages."""
+    floats, start = cache.pools[0].pages, sequence.length // PAGE
+    width = cache.pools[0].format.width
+    k, v = floats.k.view(np.float16).reshape(-1, cache.head_dim, PAGE), floats.v.view(np.float16).reshape(-1, PAGE, width)
+    while sequence.length < tokens:
+        count = min(cache.plan.chunk // PAGE * PAGE, tokens - sequence.length)
+        cache.append(sequence, count)
+        pages = -(-sequence.length // PAGE) - start
+        for layer, head in np.ndindex(cache.shape):
+            where = sequence.tables[layer, head, start:start + pages] // 4
+            k[where], v[where] = source(layer, head, start, pages)
+        start += count // PAGE
+        cache.settle(sequence, count)
+
+
+def random_source(rng, head_dim: int, width: int):
+    """Standard normal keys and values, from 8 pages again and again."""
+    k, v = (rng.standard_normal((8, *shape)).astype(np.float16) for shape in ((head_dim, PAGE), (PAGE, width)))
+    return lambda layer, head, first, pages: (k[(layer + head + np.arange(pages)) % 8], v[(layer + head + np.arange(pages)) % 8])
+
+
+class AttentionCase:
+    """A model's attention, and its page selection where there is a scheduler: `layers` of one token with `depth` others before it.
+
+    shape  (layers, heads, kv_heads, head_dim)
+    step() times all layers once; the token stays the same, and the cache does not grow.
+    """
+
+    def __init__(self, options: CacheOptions, shape, depth: int, threads: int, scheduler=None, source=None):
+        layers, heads, kv_heads, head_dim = shape
+        rng, context = np.random.default_rng(0), depth + ROOM
+        self.scheduler, selection = scheduler, scheduler and scheduler.selection_plan(context)
+        self.cache = KVCache(layers, kv_heads, head_dim, context, options, 512, selection=selection)
+        self.sequence, self.batch = self.cache.new_sequence(), Batch(1, 1, 1)
+        fill(self.cache, self.sequence, depth, source or random_source(rng, head_dim, self.cache.pools[0].format.width))
+        self.queries = rng.standard_normal((layers, 1, heads * head_dim)).astype(np.float32)
+        self._fused = steps.aligned((1, (heads + 2 * kv_heads) * head_dim), np.float32)
+        self._fused[:] = rng.standard_normal(self._fused.shape)
+        self._out, self._cos, self._sin = (steps.aligned((1, n), np.float32) for n in (heads * head_dim, head_dim // 2, head_dim // 2))
+        self._cos[:] = 1
+        self.attributes = dict(num_heads=heads, kv_heads=kv_heads, head_dim=head_dim, rotary_dim=head_dim, interleaved=0,
+                               scale=head_dim ** -0.5, window=0)
+        if scheduler:
+            scheduler.prepare(1, self.cache.plan.max_pages)
+        self._make_rows(layers, threads)
+
+    def _make_rows(self, layers, threads):
+        q_width, kv_width = self._out.shape[1], self.attributes["kv_heads"] * self.attributes["head_dim"]
+        parts = {"q": self._fused[:, :q_width], "k": self._fused[:, q_width:q_width + kv_width], "v": self._fused[:, q_width + kv_width:],
+                 "cos": self._cos, "sin": self._sin, "out": self._out}
+        tensors = {name: steps.Tensor(x.ctypes.data, ("tokens", *x.shape[1:]), self._fused.shape[1] if name in "qkv" else x.shape[1])
+                   for name, x in parts.items()}
+        for name in ("cos", "sin"):  # one row, which is that of position 0
+            tensors[name] = steps.Tensor(parts[name].ctypes.data, (self.cache.plan.max_pages * PAGE, parts[name].shape[1]), parts[name].shape[1])
+        self._workspace = steps.aligned(select_pages.workspace_bytes(tensors, self.attributes | {"score": "rank"}, 1, threads), np.uint8)
+        self.rows, self.attention = [], []
+        for layer in range(layers):
+            extra = self.batch.arguments() | {"selection.group": -1} | self.cache.arguments(layer) | {"workspace": self._workspace.ctypes.data}
+            extra |= self.scheduler.arguments(layer) if self.scheduler else {}
+            found = [(select_pages, about) for _, about in (self.scheduler.operators(layer) if self.scheduler else ())]
+            for kernel, about in [*found, (cached_attention, {})]:
+                here = extra | ({"selection.group": about["group"]} if "group" in about else {})
+                row = np.zeros(steps.WIDTH, np.int64)
+                row[0] = kernel.step.address
+                args = steps.resolve(kernel.ARGS, tensors, self.attributes | {"layer": layer} | about, COUNTS, here)
+                row[1:1 + len(args)] = args
+                self.rows.append((layer, kernel is cached_attention, row.reshape(1, -1)))
+
+    def step(self, queries=None) -> tuple[float, float]:
+        """(seconds of selections, seconds of attention) over all layers. queries: [layers, 1, heads * head_dim], the same again if None."""
+        self.batch.clear()
+        self.batch.add(self.sequence, np.zeros(1, np.int64), np.zeros(1, np.int64), sparse=self.scheduler is not None)
+        self.batch.positions[0] = 0
+        if self.sequence.selection is not None:
+            self.sequence.moved(page=1 << 30)  # another step's list
+        spent = [0.0, 0.0]
+        for layer, attends, row in self.rows:
+            self._fused[:, :self._out.shape[1]] = (self.queries if queries is None else queries)[layer]
+            start = time.perf_counter()
+            steps.run(row, self.batch.state)
+            spent[attends] += time.perf_counter() - start
+        return tuple(spent)
