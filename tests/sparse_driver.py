@@ -29,7 +29,7 @@ class SparseDriver(Driver):
 
     def __init__(self, method, options, cache=CacheOptions(k_type="f16", v_type="f16"), tokens=4096, folder=None):
         self.scheduler = Scheduler(SparseOptions(method, options, 0), LAYERS, KV_HEADS)
-        self.scheduler.components = self.scheduler.policy.load(folder, CONFIG)
+        self.scheduler.load(folder, CONFIG)
         super().__init__(KVCache(LAYERS, KV_HEADS, DEPTH, tokens, cache, selection=self.scheduler.selection_plan(tokens)), GROUP)
         self.scheduler.prepare(8, self.cache.plan.max_pages)
         tensors = {name: Tensor.of(getattr(self, name), "tokens") for name in ("q", "k", "v", "out")}
