@@ -7,9 +7,11 @@ what they did is read from counters afterwards.
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import numpy as np
 
+from edgeattn import calibration
 from edgeattn.cache.budget import SelectionPlan
 from edgeattn.cache.options import CacheOptions
 from edgeattn.kernels_cpu.selections import DENSE, HELD, READ, REUSED, SPARSE, STATS_FIELDS
@@ -17,6 +19,8 @@ from edgeattn.page_formats import PAGE
 from edgeattn.policies import load_policy, policy_names
 
 ALL = -1.0      # a share: read everything
+RETRIEVAL = 4.0  # the share of heads that look things up, and the part of all looking up that they stand for together
+FOUND = 0.9
 NEVER = 1 << 40  # tokens
 
 
@@ -54,6 +58,18 @@ def refusal(policy, cache: CacheOptions, window: int) -> str:
     return ""
 
 
+def even_shares(scores: np.ndarray) -> np.ndarray:
+    """Shares with mean 1, RETRIEVAL for the heads that FOUND of all retrieval rests on, an eighth of the heads at most. scores: what
+    calibration.py measured, [layers, kv_heads]."""
+    gain, shares = np.maximum(scores, 0).ravel(), np.ones(scores.size, np.float32)
+    order = np.argsort(-gain, kind="stable")
+    count = min(int(np.searchsorted(np.cumsum(gain[order]), FOUND * gain.sum())) + 1, scores.size // 8)
+    if count and gain.sum() > 0:
+        shares[:] = (scores.size - RETRIEVAL * count) / (scores.size - count)
+        shares[order[:count]] = RETRIEVAL
+    return shares.reshape(scores.shape)
+
+
 class Scheduler:
     """What the layers of a decode step read.
 
@@ -71,12 +87,24 @@ class Scheduler:
         self.shares = np.ones(self.shape, np.float32) if shares is None else np.ascontiguousarray(shares, np.float32)
         self.stats = np.zeros((layers, STATS_FIELDS), np.int64)
         self.components = self.thresholds = None
+        self.uncalibrated = "no calibration: all heads read as much (edgeattn calibrate finds those that look things up)"
         self.min_len, self.times, self.steps = options.min_len or 0, None, [0, 0]
 
     def load(self, folder, config: dict) -> None:
-        """What the policy needs of the model's calibration. ValueError: it is not there."""
+        """What the policy needs of the model's calibration, and what heads get by it. ValueError: it is not there, or another model's;
+        auto does without."""
         found = self.policy.load(folder, config)
         self.components, self.thresholds = (None, found) if self.policy.thresholds else (found, None)
+        if self.policy.combine != "head" or self.policy.shared or not (Path(folder) / calibration.FILE).is_file():
+            return
+        try:
+            scores = calibration.load(folder, config)[0].get("head_scores")
+        except ValueError as error:
+            if self.options.method != "auto":
+                raise
+            self.uncalibrated, scores = str(error), None
+        if scores is not None and scores.shape == self.shape:
+            self.uncalibrated, self.shares = "", even_shares(scores)
 
     def selection_plan(self, ctx_size: int) -> SelectionPlan:
         pages = math.ceil(max(float(self.shares.max()), 0) * self.policy.tokens(ctx_size) / PAGE)
@@ -127,6 +155,9 @@ class Scheduler:
             yield "measured here, one layer's attention in us at " + ", ".join(
                 f"{tokens:,} tokens: dense {1e6 * self.times['dense'][i]:.0f}, selection {1e6 * self.times['select'][i]:.0f}, selected pages "
                 f"{1e6 * self.times['attend'][i]:.0f}" for i, tokens in enumerate(depths))
+        most = np.argwhere(self.shares > 1)
+        heads = ", ".join(f"layer {layer} head {head}" for layer, head in most)
+        yield f"heads that look things up read {self.shares.max():g} times as much: {heads}" if len(most) else self.uncalibrated
         begins = "never" if self.min_len >= NEVER else f"from {self.min_len:,} tokens on"
         yield f"sparse steps begin {begins}; steps so far: {self.steps[0]} dense, {self.steps[1]} sparse"
         for layer, source in enumerate(self.sources):

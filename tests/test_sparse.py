@@ -1,10 +1,11 @@
 """Sparse decode through the runtime: the scheduler, what it reads, and where it begins."""
 import json
+import shutil
 
 import numpy as np
 import pytest
 
-from edgeattn import crossover
+from edgeattn import calibration, crossover
 from edgeattn.cache import session
 from edgeattn.cache.kv_cache import KVCache
 from edgeattn.cache.options import CacheOptions
@@ -12,7 +13,7 @@ from edgeattn.kernels_cpu.page_pool import POOLS
 from edgeattn.kernels_cpu.selections import AGE, COUNT, HEADER, INTERVAL, SLOTS
 from edgeattn.page_formats import PAGE
 from edgeattn.runtime import Model
-from edgeattn.scheduler import ALL, NEVER, Scheduler, SparseOptions
+from edgeattn.scheduler import ALL, NEVER, Scheduler, SparseOptions, even_shares
 
 RNG = np.random.default_rng()
 CACHES = {"int4": CacheOptions("int4", "int4"), "f16": CacheOptions("f16", "f16")}
@@ -240,3 +241,24 @@ def test_explain_tells_choices_and_numbers(nano_int4, edgeattn, tmp_path):
     assert "sparse attention is off" in done.stderr
     done = edgeattn("generate", "-m", nano_int4, "-p", "x", "--sparse-attention", "off", "--sparse-budget", "3")
     assert done.returncode and "need --sparse-attention" in done.stderr
+
+
+def test_heads_that_look_things_up_read_more(nano_int4, tmp_path):
+    scores = np.zeros((8, 2), np.float32)
+    scores[5, 0], scores[6, 0], scores[1, 1] = 1.5, 0.9, 0.1
+    shares = even_shares(scores)
+    assert shares.mean() == pytest.approx(1) and (shares == 4).sum() == 2 and shares[5, 0] == shares[6, 0] == 4
+    assert (even_shares(-scores - 1) == 1).all() and (even_shares(scores[:3]) == 1).all()  # nothing was found; too few heads
+    folder = tmp_path / "model"
+    shutil.copytree(nano_int4, folder)
+    config = json.loads((folder / "edgeattn.json").read_text())
+    calibration.save(folder / calibration.FILE, config, {"head_scores": scores}, {})
+    model, ids = load(folder, budget=128), tokens(900)
+    _, sequence = decoded(model, ids, 1)
+    assert len(lists(sequence)[5][0]) == 16 and len(lists(sequence)[0][0]) <= 5  # no more than what is always read
+    assert any("layer 5 head 0" in line for line in model.scheduler.explain())
+    calibration.save(folder / calibration.FILE, config | {"precision": "other"}, {"head_scores": scores}, {})
+    with pytest.raises(ValueError, match="another model"):
+        load(folder)
+    model = Model.load(folder, cache=CACHES["int4"], sparse=SparseOptions(min_len=0))  # auto does without, and says so
+    assert (model.scheduler.shares == 1).all() and any("another model" in line for line in model.scheduler.explain())
