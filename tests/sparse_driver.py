@@ -3,6 +3,7 @@ from importlib import import_module
 
 import numpy as np
 
+from edgeattn import calibration
 from edgeattn.batch import COUNTS
 from edgeattn.cache.kv_cache import KVCache
 from edgeattn.cache.options import CacheOptions
@@ -13,14 +14,17 @@ from edgeattn.principal_components import save_components
 from edgeattn.scheduler import Scheduler, SparseOptions
 from kv_driver import Driver
 
-LAYERS, KV_HEADS, DEPTH, GROUP = 3, 2, 32, 4
-CONFIG = {"model": {"num_layers": LAYERS, "kv_heads": KV_HEADS, "head_dim": DEPTH, "landmark_period": 64}, "files": {}}
+LAYERS, KV_HEADS, DEPTH, GROUP = 4, 2, 32, 4
+HEADS = KV_HEADS * GROUP
+CONFIG = {"model": {"num_layers": LAYERS, "kv_heads": KV_HEADS, "num_heads": HEADS, "head_dim": DEPTH, "landmark_period": 64}, "files": {}}
 
 
 def model_folder(path):
-    """A folder with the calibration that policies need; -> it."""
+    """A folder with the calibration that policies need, its thresholds below every score; -> it."""
     components = np.linalg.qr(np.random.default_rng(3).standard_normal((LAYERS, KV_HEADS, DEPTH, DEPTH)))[0]
     save_components(path, CONFIG, components.astype(np.float32), 0)
+    thresholds = np.tile(np.array([-1e9, 0], np.float32), (LAYERS, HEADS, 1))
+    calibration.save(path / calibration.FILE, CONFIG, {"thresholds": thresholds}, {"thresholds": {}})
     return path
 
 
@@ -34,7 +38,7 @@ class SparseDriver(Driver):
         self.scheduler.prepare(8, self.cache.plan.max_pages)
         tensors = {name: Tensor.of(getattr(self, name), "tokens") for name in ("q", "k", "v", "out")}
         tensors |= {"cos": Tensor.of(self.cos), "sin": Tensor.of(self.sin)}
-        about = dict(num_heads=KV_HEADS * GROUP, kv_heads=KV_HEADS, head_dim=DEPTH, rotary_dim=DEPTH, interleaved=0, scale=self.scale, window=0)
+        about = dict(num_heads=HEADS, kv_heads=KV_HEADS, head_dim=DEPTH, rotary_dim=DEPTH, interleaved=0, scale=self.scale, window=0)
         self.sparse_rows, self.scratch = [], self.workspace[:0]
         for layer in range(LAYERS):
             rows = []

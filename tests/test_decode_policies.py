@@ -60,6 +60,8 @@ def decode(model, sequence, text, tokens, sparse=True):
 @pytest.mark.parametrize("method", METHODS)
 def test_lists_hold_the_first_and_the_newest_pages_in_order(driver, method, cache, text):
     model = driver(method, cache)
+    if model.scheduler.policy.thresholds:
+        pytest.skip("leaves out values token by token: it has no lists")
     sequence = read(model, text, 0, HELD)
     recent, capacity = model.scheduler.policy.recent, model.cache.plan.selection.capacity
     for _ in range(40):  # a page is begun on the way
