@@ -1,10 +1,11 @@
-"""edgeattn calibrate: find out which KV heads retrieve, on the model itself, and write it into its folder."""
+"""edgeattn calibrate: measure what methods need to know of a model, on the model itself, and write it into its folder."""
 import argparse
 import sys
 
 from edgeattn.apps import options
 
-HELP = "measure which KV heads look things up, for --kv-heads; writes calibration.safetensors into the model's folder"
+HELP = "measure which KV heads look things up and what some sparse methods need; writes calibration.safetensors into the model's folder"
+PARTS = ("heads", "components", "thresholds")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -15,8 +16,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--lengths", type=options.numbers(1), metavar="N,N,...", help="tokens of the prompts (512,1024,2048, as far as the "
                         "context reaches)")
     parser.add_argument("--prompts", type=options.whole(1), default=3, metavar="N", help="prompts of each length, with 4 passkeys each (3)")
+    parser.add_argument("--parts", type=_parts, default=PARTS, metavar="PART,...", help="what to measure: heads (which look things up: for "
+                        "--sparse-attention and --kv-heads), components (of keys: loki), thresholds (of scores: top_theta); all of them")
     parser.add_argument("-s", "--seed", type=options.whole(0), default=0, metavar="N", help="of the prompts' text (0)")
     parser.add_argument("-t", "--threads", type=options.whole(1), metavar="N", help="threads (one for each core)")
+
+
+def _parts(text):
+    found = text.split(",")
+    if set(found) - set(PARTS):
+        raise argparse.ArgumentTypeError(f"wanted some of {','.join(PARTS)}, got {text!r}")
+    return found
 
 
 def main(args: argparse.Namespace) -> int:
@@ -24,8 +34,11 @@ def main(args: argparse.Namespace) -> int:
     from edgeattn.apps.progress import Progress
     folder = models.exported(args.model, args.precision)
     from edgeattn import calibration
+    from edgeattn.calibrate_thresholds import fit_thresholds
     from edgeattn.cache.options import CacheOptions
+    from edgeattn.principal_components import NAME as COMPONENTS, measure_components
     from edgeattn.runtime import Model, read_config
+    from edgeattn.scheduler import SparseOptions
     from edgeattn.tokenizer import Tokenizer
     tokenizer, about = Tokenizer(folder), read_config(folder)["model"]
     if about["window"]:
@@ -39,16 +52,24 @@ def main(args: argparse.Namespace) -> int:
     prompts = [calibration.passkeys(tokenizer, n, args.seed + i) for n in lengths for i in range(args.prompts)]
     with Progress("compiling kernels for this CPU (once)") as progress:
         model = Model.load(folder, cache=CacheOptions("f16", "f16"), ctx_size=max(lengths) + branches, threads=args.threads,
-                           progress=progress)
-    with Progress("asking for passkeys", patience=0) as progress:
-        scores, base = calibration.score_heads(model, prompts, progress=lambda done, total: progress("", done, total))
-    path = args.output or folder / calibration.FILE
-    calibration.save(path, model.config, {"head_scores": scores}, {"head_scores": {
-        "method": "zeroth-order passkey", "lengths": lengths, "prompts": len(prompts), "questions": sum(len(asks) for _, asks in prompts),
-        "recent": calibration.RECENT, "seed": args.seed, "loss": base}})
-    print(table(scores, base))
-    print(f"\n{len(prompts)} prompts of {', '.join(f'{n:,}' for n in lengths)} tokens, seed {args.seed}. Written: {path}")
-    print(f"use it: edgeattn chat -m {folder} --kv-heads duo", file=sys.stderr)
+                           sparse=SparseOptions("off"), progress=progress)
+    path, about = args.output or folder / calibration.FILE, {"lengths": lengths, "prompts": len(prompts), "seed": args.seed}
+    if "components" in args.parts:
+        with Progress("reading keys", patience=0) as progress:
+            components = measure_components(model, [ids for ids, _ in prompts], progress=lambda done, total: progress("", done, total))
+        calibration.save(path, model.config, {COMPONENTS: components}, {COMPONENTS: about})
+    if "thresholds" in args.parts:
+        with Progress("reading scores", patience=0) as progress:
+            progress("", 0, 1)
+            thresholds = fit_thresholds(model, [ids for ids, _ in prompts])
+        calibration.save(path, model.config, {"thresholds": thresholds}, {"thresholds": about})
+    if "heads" in args.parts:
+        with Progress("asking for passkeys", patience=0) as progress:
+            scores, base = calibration.score_heads(model, prompts, progress=lambda done, total: progress("", done, total))
+        calibration.save(path, model.config, {"head_scores": scores}, {"head_scores": about | {
+            "method": "zeroth-order passkey", "questions": sum(len(asks) for _, asks in prompts), "recent": calibration.RECENT, "loss": base}})
+        print(table(scores, base) + "\n")
+    print(f"{', '.join(args.parts)}: {len(prompts)} prompts of {', '.join(f'{n:,}' for n in lengths)} tokens, seed {args.seed}. Written: {path}")
     return 0
 
 

@@ -43,6 +43,7 @@ def main(args: argparse.Namespace) -> int:
 def _matrix():
     """A line for each storage and head class: the eviction methods that work with them; then what is refused, and why."""
     from edgeattn.cache.matrix import matrix
+    from edgeattn.policies import load_policy, policy_names
     cells, refused = matrix(), {}
     for storage, heads in dict.fromkeys((c.storage, c.heads) for c in cells):
         row = [c for c in cells if (c.storage, c.heads) == (storage, heads)]
@@ -53,6 +54,10 @@ def _matrix():
     for reason, triples in refused.items():
         print(f"\nrefused: {', '.join(triples)}\n  {reason}")
     works = sum(not c.refused for c in cells)
+    print(f"\n--sparse-attention {' '.join(policy_names('decode'))}")
+    for name in policy_names("decode"):
+        if getattr(load_policy("decode", name), "shared", False):
+            print(f"  {name}: layers share what they read, which --kv-eviction, --kv-heads and storages that sort tokens would mix up")
     print(f"\n{works} of {len(cells)} combinations work with any -ctk and -ctv; {len(cells) - works} are refused before a model is loaded")
     return 0
 

@@ -54,8 +54,8 @@ def add_cache(parser: argparse.ArgumentParser) -> None:
         group.add_argument(flag, name, choices=KV_TYPES, metavar="TYPE",
                            help=f"how {what} are stored: {', '.join(KV_TYPES)} (f16; with --kv-budget what fits)")
     group.add_argument("--kv-bits", choices=(16, 8, 4, 3, 2), type=int, help="-ctk and -ctv in one: bits of keys and values")
-    group.add_argument("--kv-storage", metavar="METHOD", default="kivi", help="how codes are made: kivi, hadamard, zipcache, akvq, bitnet "
-                       "(kivi)")
+    group.add_argument("--kv-storage", metavar="METHOD", default="kivi", help="how codes are made: kivi, hadamard, zipcache, akvq, bitnet, or "
+                       "delta: keys as differences (kivi)")
     group.add_argument("--kv-budget", type=size, metavar="N", help="most memory of the cache, in bytes or as 512M: a hard limit")
     group.add_argument("--kv-eviction", metavar="METHOD", default="auto", help="which tokens go when the budget is full: key_diff (the "
                        "default), streaming_llm, snapkv, h2o ... (edgeattn inspect --matrix lists them); none: stop there")
@@ -68,6 +68,10 @@ def add_cache(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--kv-sink-tokens", type=whole(0), default=4, metavar="N", help="first tokens that are never evicted (4)")
     group.add_argument("--kv-window", type=whole(32), default=64, metavar="N", help="newest tokens that are neither evicted nor quantised, "
                        "a multiple of 32 (64)")
+    group.add_argument("--delta-threshold", type=float, default=1.3, metavar="X", help="with --kv-storage delta: a key's channels are stored "
+                       "where they changed by more than X times the page's mean size (1.3)")
+    group.add_argument("--delta-refresh", type=share, default=0.3, metavar="SHARE", help="with --kv-storage delta: pages of which less can be "
+                       "left out are kept whole (0.3)")
     group.add_argument("--kv-progressive", type=float, default=0.0, metavar="X", help="with -ctk int8: read four bits of keys where the "
                        "largest attention weight of the step before was at least X (0: off)")
 
@@ -122,7 +126,7 @@ def cache_options(args: argparse.Namespace):
     return CacheOptions(k_type=args.cache_type_k or both or "auto", v_type=args.cache_type_v or both or "auto", storage=args.kv_storage,
                         budget=args.kv_budget, eviction=args.kv_eviction, sink_tokens=args.kv_sink_tokens, window=args.kv_window,
                         heads=args.kv_heads, retrieval=args.kv_retrieval_heads, layer_budget=args.kv_layer_budget,
-                        progressive=args.kv_progressive)
+                        progressive=args.kv_progressive, delta_threshold=args.delta_threshold, delta_refresh=args.delta_refresh)
 
 
 def add_sampling(parser: argparse.ArgumentParser, predict: int) -> None:

@@ -21,11 +21,8 @@ ROWS = 16                               # the last ones before each length
 
 def load_thresholds(folder, config: dict) -> np.ndarray:
     """ValueError: as calibration.load, or the model's calibration has no usable thresholds."""
-    about, again = config["model"], "fit them with edgeattn.calibrate_thresholds"
-    try:
-        tensors, _ = load(folder, config)
-    except ValueError as error:
-        raise ValueError(f"{error}; then {again}") from None
+    about, again = config["model"], f"run edgeattn calibrate -m {folder}"
+    tensors, _ = load(folder, config)
     found, shape = tensors.get("thresholds"), (about["num_layers"], about["num_heads"], 2)
     if found is None:
         raise ValueError(f"{Path(folder) / FILE}: no thresholds in it: {again}")
