@@ -70,7 +70,7 @@ def test_tidal_decode_selects_again_where_it_is_told():
 def test_a_budget_for_everything_is_dense_bit_for_bit(runs, name, cache):
     ids = tokens(PROMPT)
     expected, _, _ = runs.run(None, ids, cache=cache)
-    got, model, sequence = runs.run(SparseOptions(name, {"budget": 1024}), ids, cache=cache)
+    got, model, sequence = runs.run(SparseOptions(name, {"budget": 1024}, 0), ids, cache=cache)
     np.testing.assert_array_equal(got, expected)
     assert (sequence.selection[..., COUNT] == ALL).all()
 
@@ -80,7 +80,7 @@ def test_selecting_layers_are_dense_and_the_others_are_not(runs, name):
     """Layer 3 is the first to read a list, so that the keys of layers 0 to 3, and no others, are what they are without one."""
     ids = tokens(PROMPT)
     _, dense, expected = runs.run(None, ids, steps=1)
-    _, model, got = runs.run(SparseOptions(name, {"budget": 192}), ids, steps=1)
+    _, model, got = runs.run(SparseOptions(name, {"budget": 192}, 0), ids, steps=1)
     for layer in range(8):
         same = all((dense.cache.read(expected, layer, head)[0] == model.cache.read(got, layer, head)[0]).all() for head in range(2))
         assert same == (layer <= 3), f"layer {layer}"
@@ -93,7 +93,7 @@ def lists(sequence):
 
 @pytest.mark.parametrize("name, budget, recent", [("tidal_decode", 256, 3), ("delta", 320, 4), ("less_is_more", 512, 3)])
 def test_lists_fill_the_budget_and_hold_what_is_always_read(runs, name, budget, recent):
-    _, model, sequence = runs.run(SparseOptions(name, {"budget": budget}), tokens(PROMPT))
+    _, model, sequence = runs.run(SparseOptions(name, {"budget": budget}, 0), tokens(PROMPT))
     total = -(-PROMPT // PAGE)
     for group in lists(sequence):
         for pages in group:
@@ -104,14 +104,14 @@ def test_lists_fill_the_budget_and_hold_what_is_always_read(runs, name, budget, 
 
 
 def test_delta_scores_sum_to_one_at_least_and_to_the_number_of_heads_at_most(runs):
-    _, model, sequence = runs.run(SparseOptions("delta", {"budget": 192}), tokens(PROMPT))
+    _, model, sequence = runs.run(SparseOptions("delta", {"budget": 192}, 0), tokens(PROMPT))
     scores = model.scheduler.scores[0, :, :-(-PROMPT // PAGE)]
     assert (scores >= 0).all() and (scores == scores[0]).all() and 1 - 1e-4 <= scores[0].sum() <= 8
 
 
 @pytest.mark.parametrize("name", SHARED)
 def test_lists_serve_more_steps_where_that_is_asked_for(runs, name):
-    _, model, sequence = runs.run(SparseOptions(name, {"budget": 256, "reuse": 0.01}), tokens(PROMPT), steps=70)
+    _, model, sequence = runs.run(SparseOptions(name, {"budget": 256, "reuse": 0.01}, 0), tokens(PROMPT), steps=70)
     total = -(-PROMPT // PAGE)
     assert 0.5 < model.scheduler.figures()["reused"] < 1
     assert all(pages[-1] == total - 1 and pages == sorted(set(pages)) for group in lists(sequence) for pages in group)
@@ -122,13 +122,13 @@ def test_lists_serve_more_steps_where_that_is_asked_for(runs, name):
 def test_what_tells_layers_apart_is_refused(nano_fp32, name, options):
     with pytest.raises(ValueError, match=f"{name} selects pages for several layers"):
         Model.load(nano_fp32, cache=CacheOptions("int4", "int4", **({"eviction": "key_diff"} if "budget" in options else {}), **options),
-                   sparse=SparseOptions(name))
+                   sparse=SparseOptions(name, min_len=0))
 
 
 @pytest.mark.parametrize("name", SHARED)
 def test_a_batch_selects_for_each_sequence(runs, name):
     """Two sequences in one step get what each gets alone."""
-    sparse, ids, cache = SparseOptions(name, {"budget": 192}), [tokens(n) for n in (600, 380)], CacheOptions("f32", "f32")
+    sparse, ids, cache = SparseOptions(name, {"budget": 192}, 0), [tokens(n) for n in (600, 380)], CacheOptions("f32", "f32")
     alone = [runs.run(sparse, x, steps=1, cache=cache) for x in ids]
     expected, chosen = np.concatenate([logits for logits, _, _ in alone]), [sequence.selection.copy() for _, _, sequence in alone]
     model = alone[0][1]

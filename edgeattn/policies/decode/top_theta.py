@@ -20,6 +20,7 @@ class TopTheta:
     index: ClassVar[str] = ""
     index_size: ClassVar[int] = 0
     pages_always: ClassVar[int] = 0
+    combine: ClassVar[str] = "head"
     shared: ClassVar[bool] = False
     thresholds: ClassVar[bool] = True
 
