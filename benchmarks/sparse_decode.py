@@ -18,7 +18,7 @@ from recorded import Recorded
 from edgeattn.attention_case import AttentionCase, fill
 from edgeattn.cache.options import CacheOptions
 from edgeattn.page_formats import PAGE
-from edgeattn.runtime import Model
+from edgeattn.runtime import Model, read_config
 from edgeattn.scheduler import Scheduler, SparseOptions
 
 SHAPE = 16, 32, 8, 64  # Llama-3.2-1B: layers, heads, KV heads, head_dim
@@ -28,7 +28,9 @@ def scheduler(method, args, layers, kv_heads):
     if method == "off":
         return None
     options = {"budget": args.budget} | ({"fraction": 0.0} if args.fraction is None else {"fraction": args.fraction})
-    return Scheduler(SparseOptions(method, options, 0), layers, kv_heads)
+    made = Scheduler(SparseOptions(method, options, 0), layers, kv_heads)
+    made.load(args.nano, read_config(args.nano))  # what other shapes can use of it: planes, no shares
+    return made
 
 
 def touched(case, figures) -> tuple[float, float]:
