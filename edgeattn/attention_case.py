@@ -7,6 +7,7 @@ from edgeattn.batch import COUNTS, Batch
 from edgeattn.cache.kv_cache import KVCache
 from edgeattn.cache.options import CacheOptions
 from edgeattn.kernels_cpu import cached_attention, select_pages, steps
+from edgeattn.kernels_cpu.selections import SLOTS
 from edgeattn.page_formats import PAGE
 
 ROOM = 64  # tokens behind the depth
@@ -39,7 +40,7 @@ class AttentionCase:
     """A model's attention, and its page selection where there is a scheduler: `layers` of one token with `depth` others before it.
 
     shape  (layers, heads, kv_heads, head_dim)
-    step() times all layers once; the token stays the same, and the cache does not grow.
+    step() times all layers once; the token stays the same, and the cache does not grow, but lists take each step for the next token's.
     """
 
     def __init__(self, options: CacheOptions, shape, depth: int, threads: int, scheduler=None, source=None):
@@ -88,7 +89,7 @@ class AttentionCase:
         self.batch.add(self.sequence, np.zeros(1, np.int64), np.zeros(1, np.int64), sparse=self.scheduler is not None)
         self.batch.positions[0] = 0
         if self.sequence.selection is not None:
-            self.sequence.moved(page=1 << 30)  # another step's list
+            self.sequence.selection[..., SLOTS] -= self.sequence.selection[..., SLOTS] > 0
         spent = [0.0, 0.0]
         for layer, attends, row in self.rows:
             self._fused[:, :self._out.shape[1]] = (self.queries if queries is None else queries)[layer]

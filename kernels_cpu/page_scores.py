@@ -6,14 +6,14 @@
             read every key
 """
 import numpy as np
-from numba import float32, njit, uint16, uint8
+from numba import float32, int32, int64, njit, uint16, uint8
 
-from edgeattn.kernels_cpu.attention_call import CHUNK, GROUP, HEAD_DIM, PAGE, POOLS, entry_of
+from edgeattn.kernels_cpu.attention_call import CHUNK, GROUP, HEAD_DIM, KV_HEADS, LAYER, MAX_PAGES, PAGE, PAGE_TABLES, POOLS, entry_of
 from edgeattn.kernels_cpu.attention_decode import hide, score_page
 from edgeattn.kernels_cpu.attention_fold import OUT, SCORES, STRIDE, SUMS, TOPS, places, prepare_queries
 from edgeattn.kernels_cpu.attention_softmax import LOWEST_SCORE, soften
 from edgeattn.kernels_cpu.floats import F, exp_low
-from edgeattn.kernels_cpu.page_pool import K_LEVELS, K_PARAMS, field_at, pool_of
+from edgeattn.kernels_cpu.page_pool import K_LEVELS, K_PARAMS, POOLS as POOL_COUNT, field_at, pool_of
 from edgeattn.kernels_cpu.page_rows import HEAD_ROWS
 from edgeattn.kernels_cpu.simd import add_pairs, at, fma, hsum, load, load_half, max_pairs, prefetch, splat, store, vabs, vmax
 
@@ -53,13 +53,23 @@ def _prefetch(address, size):
 
 
 @njit(nogil=True, error_model="numpy")
-def _range_of(call, sequence, head, page, rows, width):
-    """(address of the halves that tell a page's range, levels between its ends); (0, 0) for a released page."""
-    if rows:
-        return rows + 2 * page * width, np.float32(1)
-    entry = entry_of(call, sequence, head, page)
-    pool = pool_of(call[POOLS], max(entry, 1))
-    return (field_at(pool, K_PARAMS, entry), np.float32(pool[K_LEVELS])) if entry >= 0 else (np.int64(0), np.float32(0))
+def _range_of(call, entry, known):
+    """(address of the halves that tell a page's range, levels between its ends); (0, 0) for a released page. known: what _pool_of_most
+    gave, so that pages of one pool cost no look-up each."""
+    kind, base, stride, levels = known
+    if entry >= 0 and entry & (POOL_COUNT - 1) == kind:
+        return base + (entry >> 2) * stride, levels
+    if entry < 0:
+        return np.int64(0), np.float32(0)
+    pool = pool_of(call[POOLS], entry)
+    return field_at(pool, K_PARAMS, entry), np.float32(pool[K_LEVELS])
+
+
+@njit(nogil=True, error_model="numpy")
+def _pool_of_most(call, entry):
+    """(number, address of keys' parameters, bytes of a page's, levels) of an entry's pool."""
+    pool = pool_of(call[POOLS], max(entry, 0))
+    return max(entry, 0) & (POOL_COUNT - 1), pool[K_PARAMS], pool[K_PARAMS + 1], np.float32(pool[K_LEVELS])
 
 
 @njit(nogil=True, error_model="numpy")
@@ -81,18 +91,25 @@ def bound_scores(call, sequence, head, q, reach, rows, width, first, last, score
     zeros = place[OUT] + 64  # where a released page's range would be
     for c in range(0, 2 * depth, 16):
         store(at(float32, zeros), c // 2, splat(F, np.float32(0)))
+    entries = at(int32, at(int64, call[PAGE_TABLES])[sequence] + 4 * (call[LAYER] * call[KV_HEADS] + head) * call[MAX_PAGES])
+    known = _pool_of_most(call, np.int64(entries[first]))
     for page in range(first, last, 4):
         if left_out and _none_left(scores, page, min(page + 4, last)):
             continue
         best = splat(F, np.float32(-np.inf))
-        p0, m0 = _range_of(call, sequence, head, page, rows, width)
-        p1, m1 = _range_of(call, sequence, head, min(page + 1, last - 1), rows, width)
-        p2, m2 = _range_of(call, sequence, head, min(page + 2, last - 1), rows, width)
-        p3, m3 = _range_of(call, sequence, head, min(page + 3, last - 1), rows, width)
-        for ahead in range(page + AHEAD, min(page + AHEAD + 4, last)):
-            soon = _range_of(call, sequence, head, ahead, rows, width)[0]
-            if soon:
-                _prefetch(soon, 4 * depth)
+        if rows:
+            step = 2 * width
+            p0 = rows + page * step
+            p1, p2, p3 = (rows + min(page + 1, last - 1) * step, rows + min(page + 2, last - 1) * step, rows + min(page + 3, last - 1) * step)
+            m0 = m1 = m2 = m3 = np.float32(1)
+            _prefetch(rows + (page + AHEAD) * step, 4 * step)
+        else:
+            p0, m0 = _range_of(call, np.int64(entries[page]), known)
+            p1, m1 = _range_of(call, np.int64(entries[min(page + 1, last - 1)]), known)
+            p2, m2 = _range_of(call, np.int64(entries[min(page + 2, last - 1)]), known)
+            p3, m3 = _range_of(call, np.int64(entries[min(page + 3, last - 1)]), known)
+            for ahead in range(page + AHEAD, min(page + AHEAD + 4, last)):
+                _prefetch(_range_of(call, np.int64(entries[ahead]), known)[0], 4 * depth)
         for h in range(0, heads, HEAD_ROWS):
             low = add_pairs(_bound(at(uint16, p0 if p0 else zeros), m0, weights, h, depth),
                             _bound(at(uint16, p1 if p1 else zeros), m1, weights, h, depth))
@@ -102,7 +119,7 @@ def bound_scores(call, sequence, head, q, reach, rows, width, first, last, score
         best = max_pairs(best, best)
         store(found, 0, max_pairs(best, best))
         for i in range(min(4, last - page)):
-            gone = entry_of(call, sequence, head, page + i) < 0 or left_out and scores[page + i] == -np.inf
+            gone = entries[page + i] < 0 or left_out and scores[page + i] == -np.inf
             scores[page + i] = np.float32(-np.inf) if gone else found[i]
 
 

@@ -40,9 +40,7 @@ def top_pages(address, first, last, wanted, pages, at_page):
             low = middle
         else:
             high = middle
-    limit, ties = _float(low), wanted
-    for page in range(first, last):
-        ties -= scores[page] > limit
+    limit, ties = _float(low), wanted - (last - first - _below(scores, first, last, _float(low + 1)))
     for page in range(first, last):
         if scores[page] > limit or (scores[page] == limit and ties > 0):
             ties -= scores[page] == limit
