@@ -99,19 +99,22 @@ def plot(attention, whole, path):
     import matplotlib
     matplotlib.use("Agg")
     from matplotlib import pyplot
-    figure, axes = pyplot.subplots(1, 2, figsize=(11, 4.2))
-    for axis, rows, value, label in ((axes[0], attention, lambda r: r["select_ms"] + r["attend_ms"], "attention of a step, ms"),
-                                     (axes[1], whole, lambda r: r["tokens_s"], "decode, tokens/s")):
+    sides = [(attention, lambda r: r["select_ms"] + r["attend_ms"], "attention of a step, ms")]
+    sides += [(whole, lambda r: r["tokens_s"], "decode, tokens/s")] if whole else []
+    figure, axes = pyplot.subplots(1, len(sides), figsize=(5.5 * len(sides), 4.2), squeeze=False)
+    for axis, (rows, value, label) in zip(axes[0], sides):
         for method in dict.fromkeys(row["method"] for row in rows):
             points = [(row["depth"], value(row)) for row in rows if row["method"] == method]
             axis.plot(*zip(*points), marker="o", markersize=3, label="dense" if method == "off" else method)
         axis.set_xscale("log", base=2)
+        depths = sorted({row["depth"] for row in rows})
+        axis.set_xticks(depths, [f"{depth / 1024:g}K" if depth % 512 == 0 else f"{depth:,}" for depth in depths])
         axis.set_xlabel("tokens in the context")
         axis.set_ylabel(label)
         axis.grid(alpha=0.3)
         axis.legend(fontsize=8)
-    axes[0].set_yscale("log")
-    axes[1].set_ylim(bottom=0)
+    axes[0, 0].set_yscale("log")
+    axes[0, -1].set_ylim(bottom=0 if whole else None)
     figure.tight_layout()
     figure.savefig(path, dpi=110)
 
@@ -146,7 +149,7 @@ def main():
     whole = model_rows(args, recorded) if args.model else []
     args.out.with_suffix(".json").write_text(json.dumps({"args": {k: str(v) for k, v in vars(args).items()}, "attention": attention,
                                                          "whole": whole}, indent=1))
-    plot(attention, whole or [{"method": "", "depth": 1, "tokens_s": 0}], args.out.with_suffix(".png"))
+    plot(attention, whole, args.out.with_suffix(".png"))
     print("\nAttention of a step, ms (of which selection):\n")
     print(table(attention, lambda r: f"{r['select_ms'] + r['attend_ms']:.2f} ({r['select_ms']:.2f})"))
     print("\nMB read of pages + to select:\n")

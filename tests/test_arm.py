@@ -22,7 +22,7 @@ PARTS = {  # run side by side, for two cores; what starts further processes cann
                A76 + "{} tests/test_attention.py -k 'batch and f16'",
                A76 + "{} tests/test_kv_attention.py -k 'read_as_they_are and (int8-kivi-64 or int4-kivi-64 or int3-hadamard-48)'"],
 }
-SECONDS = 1200  # about six minutes on two quiet cores
+SECONDS = 2400  # about ten minutes on two quiet cores
 
 
 @pytest.fixture(scope="module")
