@@ -1,6 +1,7 @@
 """Attention alone, over a cache filled with given keys and values: what crossovers and benchmarks time."""
 import time
 
+import numba
 import numpy as np
 
 from edgeattn.batch import COUNTS, Batch
@@ -46,6 +47,7 @@ class AttentionCase:
     def __init__(self, options: CacheOptions, shape, depth: int, threads: int, scheduler=None, source=None):
         layers, heads, kv_heads, head_dim = shape
         rng, context = np.random.default_rng(0), depth + ROOM
+        self.threads = threads
         self.scheduler, selection = scheduler, scheduler and scheduler.selection_plan(context)
         self.cache = KVCache(layers, kv_heads, head_dim, context, options, 512, selection=selection)
         self.sequence, self.batch = self.cache.new_sequence(), Batch(1, 1, 1)
@@ -91,6 +93,7 @@ class AttentionCase:
         if self.sequence.selection is not None:
             self.sequence.selection[..., SLOTS] -= self.sequence.selection[..., SLOTS] > 0
         spent = [0.0, 0.0]
+        numba.set_num_threads(self.threads)  # the workspace is sized for this many
         for layer, attends, row in self.rows:
             self._fused[:, :self._out.shape[1]] = (self.queries if queries is None else queries)[layer]
             start = time.perf_counter()

@@ -116,7 +116,7 @@ def test_window_wide_enough_equals_dense_and_a_narrow_one_does_not(nano_fp32, mo
     ids = tokens(500)
 
     def decoded(pages):
-        sparse = Model.load(nano_fp32, ctx_size=1024, sparse=SparseOptions("sink_window", {"budget": 32 * pages, "recent": 2}))
+        sparse = Model.load(nano_fp32, ctx_size=1024, sparse=SparseOptions("sink_window", {"budget": 32 * pages, "recent": 2}, 0))
         sequence = sparse.new_sequence()
         sparse.forward([(sequence, ids)], "none")
         return sparse.forward([(sequence, ids[:1])])
