@@ -78,11 +78,7 @@ class AttentionCase:
             extra |= self.scheduler.arguments(layer) if self.scheduler else {}
             found = [(select_pages, about) for _, about in (self.scheduler.operators(layer) if self.scheduler else ())]
             for kernel, about in [*found, (cached_attention, {})]:
-                here = extra | ({"selection.group": about["group"]} if "group" in about else {})
-                row = np.zeros(steps.WIDTH, np.int64)
-                row[0] = kernel.step.address
-                args = steps.resolve(kernel.ARGS, tensors, self.attributes | {"layer": layer} | about, COUNTS, here)
-                row[1:1 + len(args)] = args
+                row = steps.make_row(kernel, tensors, self.attributes | {"layer": layer} | about, COUNTS, extra)
                 self.rows.append((layer, kernel is cached_attention, row.reshape(1, -1)))
 
     def step(self, queries=None) -> tuple[float, float]:

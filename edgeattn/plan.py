@@ -250,10 +250,7 @@ class Plan:
     def _step(self, name, operator, tensors, attrs, kernels):
         kernel = kernels[operator]
         extra = self._extra | (self._layer_arguments(attrs["layer"]) if "layer" in attrs else {}) | {"workspace": 0}
-        extra |= {"selection.group": attrs["group"]} if "group" in attrs else {}
-        row = np.zeros(steps.WIDTH, np.int64)
-        row[0] = kernel.step.address
-        row[1:1 + len(kernel.ARGS)] = steps.resolve(kernel.ARGS, tensors, attrs, COUNTS, extra)
+        row = steps.make_row(kernel, tensors, attrs, COUNTS, extra)
         scratch = kernel.workspace_bytes(tensors, attrs, max(self.max_counts.values()), self.threads) \
             if hasattr(kernel, "workspace_bytes") else 0
         return Step(name, operator, row, scratch)

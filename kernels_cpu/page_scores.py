@@ -1,21 +1,22 @@
 """How much a decode step's query may ask of each page of one KV head: what select_pages chooses by.
 
-    bound   q's product with the middle of the page's keys, channel by channel, and `reach` times the most that the keys' range can add to
-            it: at reach 1 no key of the page scores higher (Quest, arXiv 2406.10774). The group's largest.
-    mass    the softmax weight of the page's tokens among all tokens, over the group's query heads: what a selection would know that had
-            read every key
+    bound    q's product with the middle of the page's keys, channel by channel, and `reach` times the most that the keys' range can add to
+             it: at reach 1 no key of the page scores higher (Quest, arXiv 2406.10774). The group's largest.
+    recency  how new it is
+    random   nothing
 """
 import numpy as np
 from numba import float32, int32, int64, njit, uint16, uint8
 
-from edgeattn.kernels_cpu.attention_call import CHUNK, GROUP, HEAD_DIM, KV_HEADS, LAYER, MAX_PAGES, PAGE, PAGE_TABLES, POOLS, entry_of
-from edgeattn.kernels_cpu.attention_decode import hide, score_page
-from edgeattn.kernels_cpu.attention_fold import OUT, SCORES, STRIDE, SUMS, TOPS, places, prepare_queries
-from edgeattn.kernels_cpu.attention_softmax import LOWEST_SCORE, soften
-from edgeattn.kernels_cpu.floats import F, exp_low
+from edgeattn.kernels_cpu.attention_call import CALL, GROUP, HEAD_DIM, KV_HEADS, LAYER, MAX_PAGES, PAGE_TABLES, POOLS, WORKSPACE, slots_of
+from edgeattn.kernels_cpu.attention_fold import OUT, SCORES, places
+from edgeattn.kernels_cpu.floats import F
 from edgeattn.kernels_cpu.page_pool import K_LEVELS, K_PARAMS, POOLS as POOL_COUNT, field_at, pool_of
 from edgeattn.kernels_cpu.page_rows import HEAD_ROWS
-from edgeattn.kernels_cpu.simd import add_pairs, at, fma, hsum, load, load_half, max_pairs, prefetch, splat, store, vabs, vmax
+from edgeattn.kernels_cpu.parallel import worker
+from edgeattn.kernels_cpu.selection_call import BOUND, REACH, RECENCY, SCORE, queries_at, scores_at
+from edgeattn.kernels_cpu.simd import add_pairs, at, fma, load, load_half, max_pairs, prefetch, splat, store, vabs, vmax
+from edgeattn.kernels_cpu.steps import as_f32
 
 AHEAD = 8  # pages prefetched ahead
 
@@ -124,56 +125,24 @@ def bound_scores(call, sequence, head, q, reach, rows, width, first, last, score
 
 
 @njit(nogil=True, error_model="numpy")
-def score_chunk(call, place, sequence, head, q, first, last, slots):
-    """Scores of the pages first ... last with all query heads; -> slots that they have."""
-    scores = at(float32, place[SCORES])
-    for page in range(first, last):
-        entry, to = entry_of(call, sequence, head, page), (page - first) * PAGE
-        if entry < 0:
-            hide(scores, call[GROUP], to, 0, 0, 0)
-        else:
-            score_page(call, place, entry, entry, q, False, to)
-            hide(scores, call[GROUP], to, page * PAGE, 0, slots)
-    return (last - first) * PAGE
-
-
-@njit(nogil=True, error_model="numpy")
-def softmax_of(call, place, sequence, head, q, slots, last):
-    """Each query head's maximum and sums over the first `slots` tokens, which lie in `last` pages."""
-    group = call[GROUP]
-    scores, out, sums, tops = at(float32, place[SCORES]), at(float32, place[OUT]), at(float32, place[SUMS]), at(float32, place[TOPS])
-    prepare_queries(call, place, q, True)
-    for h in range(group):
-        tops[h] = LOWEST_SCORE
-        store(sums, 16 * h, splat(F, np.float32(0)))
-    for first in range(0, last, CHUNK // PAGE):
-        count = score_chunk(call, place, sequence, head, q, first, min(last, first + CHUNK // PAGE), slots)
-        for h in range(group):
-            soften(scores, h * STRIDE, h * STRIDE + count, tops, sums, h, out, 0, 0)
-
-
-@njit(nogil=True, error_model="numpy")
-def mass_scores(call, sequence, head, q, slots, last, found, thread):
-    """The weights that the first `slots` tokens get, page by page of all `last`, by two reads of the keys."""
-    place, group = places(call, thread), call[GROUP]
-    scores, sums, tops = at(float32, place[SCORES]), at(float32, place[SUMS]), at(float32, place[TOPS])
-    softmax_of(call, place, sequence, head, q, slots, last)
-    for first in range(0, last, CHUNK // PAGE):
-        end = min(last, first + CHUNK // PAGE)
-        score_chunk(call, place, sequence, head, q, first, end, slots)
-        for page in range(first, end):
-            total = splat(F, np.float32(0))
-            for h in range(group):
-                share = np.float32(1) / hsum(load(F, sums, 16 * h))
-                for i in range((page - first) * PAGE, (page - first + 1) * PAGE, 16):
-                    total += exp_low(load(F, scores, h * STRIDE + i) - tops[h]) * share
-            found[page] = hsum(total)
-
-
-@njit(nogil=True, error_model="numpy")
 def random_scores(slots, head, first, last, scores):
     """Numbers that depend on the page, the head and how many tokens there are."""
     for page in range(first, last):
         x = (page * 2654435761 + head * 40503 + slots * 69621) & 0xFFFFFFFF
         x = (x ^ (x >> 15)) * 2246822519 & 0xFFFFFFFF
         scores[page] = np.float32((x ^ (x >> 13)) & 0xFFFFFF)
+
+
+@worker
+def score(a, begin, last, task, thread):
+    """Scores of pages of one KV head of a sequence, which `task` is the number of."""
+    call = at(int64, a[WORKSPACE] + CALL)
+    sequence, head = task // call[KV_HEADS], task % call[KV_HEADS]
+    scores = at(float32, scores_at(a, call, sequence, head))
+    if a[SCORE] == BOUND:
+        bound_scores(call, sequence, head, queries_at(call, sequence, head), as_f32(a[REACH]), 0, 0, begin, last, scores, thread, False)
+    elif a[SCORE] == RECENCY:
+        for page in range(begin, last):
+            scores[page] = page
+    else:
+        random_scores(slots_of(call, sequence, head), head, begin, last, scores)

@@ -1,5 +1,6 @@
 """Page scores that read the index alone, or first of all (page_index.py says what is in it).
 
+    bound            as page_scores.py has it, where pages do not know the range of their keys
     hierarchy        bounds of the pages in the `blocks` blocks whose mean keys score highest, the first and the last block among them;
                      other pages are left out (HISA, arXiv 2603.28458)
     representatives  of a whole block: its representative's product with the sum of the group's queries (InfLLM, arXiv 2402.04617)
@@ -10,13 +11,19 @@
 A page that is left out scores -infinity.
 """
 import numpy as np
-from numba import float32, int32, njit, uint8, uint16
+from numba import float32, int32, int64, njit, uint8, uint16
 
-from edgeattn.kernels_cpu.attention_call import GROUP, HEAD_DIM, PAGE, SCRATCH, SCRATCH_SIZE, entry_of
+from edgeattn.kernels_cpu.attention_call import (CALL, GROUP, HEAD_DIM, KV_HEADS, LAYER, MAX_PAGES, PAGE, SCRATCH, SCRATCH_SIZE, WORKSPACE,
+                                                 entry_of)
 from edgeattn.kernels_cpu.floats import F
-from edgeattn.kernels_cpu.page_index import (BLOCK, CENTRE, COLLISIONS, COMPONENT_SCORES, HIERARCHY, REPRESENTATIVES, block_at, sides)
+from edgeattn.kernels_cpu.page_index import (BLOCK as OF_PAGES, CENTRE, COLLISIONS, COMPONENT_SCORES, HIERARCHY, REPRESENTATIVES, block_at,
+                                             index_pages, sides)
 from edgeattn.kernels_cpu.page_scores import bound_scores
+from edgeattn.kernels_cpu.parallel import worker
+from edgeattn.kernels_cpu.selection_call import (BITS, BLOCK, BLOCKS, BOUND, COMPONENTS, INDEX, INDEX_WIDTH, INDEXED, REACH, SCORE,
+                                                 queries_at, scores_at)
 from edgeattn.kernels_cpu.simd import at, fma, hmax, hsum, load, load_half, splat, store, vmax
+from edgeattn.kernels_cpu.steps import as_f32
 from edgeattn.kernels_cpu.top_pages import top_pages
 
 SHARED = 2  # tables
@@ -50,20 +57,20 @@ def _sum_queries(q, group, depth, to):
 @njit(nogil=True, error_model="numpy")
 def _keep_blocks(call, q, index, width, blocks, first, last, scores, address, scratch):
     """Score 0 for the pages of the blocks that stay, -infinity for others."""
-    low, high = first // BLOCK, (last - 1) // BLOCK  # these two stay
+    low, high = first // OF_PAGES, (last - 1) // OF_PAGES  # these two stay
     middle = high - low - 1
     for page in range(first, last):
         scores[page] = 0
     if middle <= blocks - 2:
         return
     for b in range(low + 1, high):
-        scores[b] = _best_product(q, call[GROUP], at(uint16, block_at(call, HIERARCHY, index, width, BLOCK, b)), call[HEAD_DIM])
+        scores[b] = _best_product(q, call[GROUP], at(uint16, block_at(call, HIERARCHY, index, width, OF_PAGES, b)), call[HEAD_DIM])
     chosen = at(int32, scratch)
     top_pages(address, low + 1, high, blocks - 2, chosen, 0)
     for page in range(first, last):
-        scores[page] = 0 if page // BLOCK == low or page // BLOCK == high else -np.inf
+        scores[page] = 0 if page // OF_PAGES == low or page // OF_PAGES == high else -np.inf
     for i in range(blocks - 2):
-        for page in range(chosen[i] * BLOCK, (chosen[i] + 1) * BLOCK):
+        for page in range(chosen[i] * OF_PAGES, (chosen[i] + 1) * OF_PAGES):
             scores[page] = 0
 
 
@@ -118,21 +125,37 @@ def _collision_scores(call, q, index, width, planes, bits, first, last, scores, 
 
 
 @njit(nogil=True, error_model="numpy")
-def index_scores(call, sequence, head, kind, q_at, reach, index, width, components, block, blocks, bits, first, last, scores_at, thread):
-    q, scores, depth = at(float32, q_at), at(float32, scores_at), call[HEAD_DIM]
-    scratch = call[SCRATCH] + 4 * thread * call[SCRATCH_SIZE]
-    if kind == HIERARCHY:
-        _keep_blocks(call, q, index, width, blocks, first, last, scores, scores_at, scratch)
+def _vectors(a, call, head):
+    """Address of the vectors that keys are multiplied with for this index; 0 where there are none. Principal components are each KV head's
+    own."""
+    own = call[LAYER] * call[KV_HEADS] + head if a[SCORE] == COMPONENT_SCORES else 0
+    return a[COMPONENTS] + 4 * own * call[HEAD_DIM] * call[HEAD_DIM] if a[COMPONENTS] else np.int64(0)
+
+
+@worker
+def score(a, begin, last, task, thread):
+    """Complete the index of one KV head of a sequence, which `task` is the number of, and score its pages."""
+    call = at(int64, a[WORKSPACE] + CALL)
+    sequence, head, depth, width = task // call[KV_HEADS], task % call[KV_HEADS], call[HEAD_DIM], a[INDEX_WIDTH]
+    lane, kind, block, vectors = call[LAYER] * call[KV_HEADS] + head, a[SCORE], max(a[BLOCK], np.int64(1)), _vectors(a, call, head)
+    index = at(int64, a[INDEX])[sequence] + 2 * lane * call[MAX_PAGES] * width
+    index_pages(call, sequence, head, last, kind, index, width, block, a[BITS], vectors, at(int64, a[INDEXED])[sequence] + 4 * lane, thread)
+    q_at, found, scratch = queries_at(call, sequence, head), scores_at(a, call, sequence, head), call[SCRATCH] + 4 * thread * call[SCRATCH_SIZE]
+    q, scores = at(float32, q_at), at(float32, found)
+    if kind == BOUND or kind == HIERARCHY:
         bounds = index if width >= 2 * depth else np.int64(0)
-        second = min(np.int64(BLOCK), last)  # bounds are made for four pages at once: for those of a block
-        bound_scores(call, sequence, head, q_at, reach, bounds, np.int64(2) * depth, first, second, scores, thread, True)
-        bound_scores(call, sequence, head, q_at, reach, bounds, np.int64(2) * depth, second, last, scores, thread, True)
+        first = begin
+        if kind == HIERARCHY:
+            _keep_blocks(call, q, index, width, a[BLOCKS], begin, last, scores, found, scratch)
+            first = min(np.int64(OF_PAGES), last)  # bounds are made for four pages at once: for those of a block
+            bound_scores(call, sequence, head, q_at, as_f32(a[REACH]), bounds, 2 * depth, begin, first, scores, thread, True)
+        bound_scores(call, sequence, head, q_at, as_f32(a[REACH]), bounds, 2 * depth, first, last, scores, thread, kind == HIERARCHY)
     elif kind == COMPONENT_SCORES:
-        _component_scores(call, q, index, width, at(float32, components), first, last, scores, at(float32, scratch))
+        _component_scores(call, q, index, width, at(float32, vectors), begin, last, scores, at(float32, scratch))
     elif kind == COLLISIONS:
-        _collision_scores(call, q, index, width, at(float32, components), bits, first, last, scores, at(uint8, scratch))
+        _collision_scores(call, q, index, width, at(float32, vectors), a[BITS], begin, last, scores, at(uint8, scratch))
     else:
-        _block_scores(call, kind, q, index, width, block, first, last, scores, at(float32, scratch))
-    for page in range(first, last):
+        _block_scores(call, kind, q, index, width, block, begin, last, scores, at(float32, scratch))
+    for page in range(begin, last):
         if entry_of(call, sequence, head, page) < 0:  # released
             scores[page] = -np.inf

@@ -3,7 +3,8 @@ import numpy as np
 from numba import float32, int32, int64, njit
 
 from edgeattn.kernels_cpu import attention_call
-from edgeattn.kernels_cpu.attention_call import (HEAD_DIM, KV_HEADS, LAYER, MAX_PAGES, SELECTION_CAPACITY, SELECTION_GROUP, SELECTIONS)
+from edgeattn.kernels_cpu.attention_call import (CHUNK, GROUP, HEAD_DIM, KV_HEADS, LAYER, MAX_PAGES, NUM_HEADS, ROTATED, SELECTION_CAPACITY,
+                                                 SELECTION_GROUP, SELECTIONS, rows_of)
 from edgeattn.kernels_cpu.page_index import COLLISIONS, HIERARCHY
 from edgeattn.kernels_cpu.selections import list_at
 from edgeattn.kernels_cpu.simd import at
@@ -11,12 +12,18 @@ from edgeattn.kernels_cpu.steps import CODES, as_f32
 from edgeattn.page_formats import PAGE
 
 ARGS = (*attention_call.ARGS, "batch.sealed", "batch.index", "batch.indexed", "selection.width", "selection.scores", "selection.shares",
-        "selection.stats", "score", "combine", "budget", "fraction", "recent", "reach", "reuse", "selection.components", "block", "blocks",
+        "selection.stats", "selection.scorer", "selection.finisher", "score", "combine", "budget", "fraction", "recent", "reach", "reuse", "selection.components", "block", "blocks",
         "bits", "cos.0")
-(SEALED, INDEX, INDEXED, INDEX_WIDTH, PAGE_SCORES, SHARES, STATS, SCORE, COMBINE, BUDGET, FRACTION, RECENT, REACH, REUSE, COMPONENTS, BLOCK,
- BLOCKS, BITS, COS_ROWS) = range(len(attention_call.ARGS), len(ARGS))
+(SEALED, INDEX, INDEXED, INDEX_WIDTH, PAGE_SCORES, SHARES, STATS, SCORER, FINISHER, SCORE, COMBINE, BUDGET, FRACTION, RECENT, REACH, REUSE,
+ COMPONENTS, BLOCK, BLOCKS, BITS, COS_ROWS) = range(len(attention_call.ARGS), len(ARGS))
 BOUND, MASS, RECENCY, RANDOM, PEAK, RANK, MAX_MASS = (CODES[name] for name in ("bound", "mass", "recency", "random", "peak", "rank", "max_mass"))
 ALONE, BEST = CODES["head"], CODES["best"]
+HALF = CHUNK // 2  # tokens that a finisher takes at once: half a row of scores
+
+
+def rank_floats(group: int, pages: int) -> int:
+    """Of one thread, where pages are ranked: each query head's page scores, and an order of pages."""
+    return (group + 1) * pages
 
 
 @njit(nogil=True, error_model="numpy")
@@ -46,6 +53,12 @@ def wanted_pages(a, call, head, slots):
 @njit(nogil=True, error_model="numpy")
 def list_row(a, call, sequence, head):
     return list_at(at(int64, call[SELECTIONS])[sequence], call[SELECTION_GROUP], call[KV_HEADS], call[SELECTION_CAPACITY], head)
+
+
+@njit(nogil=True, error_model="numpy")
+def queries_at(call, sequence, head):
+    """Address of the rotated queries [group][head_dim] of a sequence's only row."""
+    return call[ROTATED] + 4 * (rows_of(call, sequence)[0] * call[NUM_HEADS] + head * call[GROUP]) * call[HEAD_DIM]
 
 
 @njit(nogil=True, error_model="numpy")

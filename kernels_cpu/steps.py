@@ -53,6 +53,16 @@ def resolve(args: tuple[str, ...], tensors: dict, attributes: dict, counts: tupl
     return [_resolve(name, tensors, attributes, counts, extra) for name in args]
 
 
+def make_row(kernel, tensors: dict, attributes: dict, counts: tuple[str, ...], extra: dict) -> np.ndarray:
+    """A kernel module's step as `run` takes it: [WIDTH] int64. links(attributes, extra) of the module, if it has one, gives what else is to be
+    loaded for these attributes; attribute `group` says which lists of a selection are meant."""
+    extra = extra | ({"selection.group": attributes["group"]} if "group" in attributes else {})
+    extra |= kernel.links(attributes, extra) if hasattr(kernel, "links") else {}
+    row = np.zeros(WIDTH, np.int64)
+    row[:1 + len(kernel.ARGS)] = kernel.step.address, *resolve(kernel.ARGS, tensors, attributes, counts, extra)
+    return row
+
+
 def _resolve(name, tensors, attributes, counts, extra):
     if name in extra:
         return int(extra[name])

@@ -79,11 +79,8 @@ class Driver:
                      window=window)
         self.workspace = aligned(kernel.workspace_bytes(tensors, about, max(chunk, 8), 2), np.uint8)
         nothing = {"batch.selections": 0, "selection.group": -1, "selection.capacity": 0, "workspace": self.workspace.ctypes.data}
-        self.rows = np.zeros((self.layers, steps.WIDTH), np.int64)
-        for layer, row in enumerate(self.rows):
-            extra = self.batch.arguments() | cache.arguments(layer) | nothing
-            row[0] = kernel.step.address
-            row[1:1 + len(kernel.ARGS)] = steps.resolve(kernel.ARGS, tensors, about | {"layer": layer}, COUNTS, extra)
+        self.rows = np.array([steps.make_row(kernel, tensors, about | {"layer": layer}, COUNTS, self.batch.arguments() | cache.arguments(layer) | nothing)
+                              for layer in range(self.layers)])
         self.turn = hadamard(self.depth) if cache.arguments(0)["cache.keys_rotated"] else np.eye(self.depth, dtype=np.float32)
 
     def random(self, tokens):

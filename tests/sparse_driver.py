@@ -50,11 +50,7 @@ class SparseDriver(Driver):
         for layer, rows in enumerate(self.sparse_rows):
             extra = self.batch.arguments() | self.cache.arguments(layer) | self.scheduler.arguments(layer)
             for i, (kernel, attributes) in enumerate(rows):
-                more = {"workspace": self.scratch.ctypes.data}
-                more |= {"selection.group": attributes["group"]} if "group" in attributes else {}
-                row = np.zeros(steps.WIDTH, np.int64)
-                row[:1 + len(kernel.ARGS)] = kernel.step.address, *steps.resolve(kernel.ARGS, tensors, attributes, COUNTS, extra | more)
-                rows[i] = row
+                rows[i] = steps.make_row(kernel, tensors, attributes, COUNTS, extra | {"workspace": self.scratch.ctypes.data})
 
     def decode(self, sequence, parts, sparse=True):
         """One token -> (outputs [layers, 1, heads, head_dim], pages of each [layer][kv head]: None where it reads all)."""
