@@ -19,6 +19,7 @@ class Recorded:
     """
     keys, values  [layers, kv_heads, pages, head_dim, 32], [layers, kv_heads, pages, 32, head_dim] float16, keys rotated
     queries       [steps, layers, heads, head_dim] float32, rotated, of decode steps behind the last key
+    shape         (layers, heads, kv_heads, head_dim)
     """
 
     def __init__(self, folder, text: str, tokens: int = 7168, count: int = 32):
@@ -34,6 +35,7 @@ class Recorded:
         shape = (layers, kv_heads, tokens // PAGE, PAGE, -1)
         self.keys, self.values = np.ascontiguousarray(k.reshape(shape).swapaxes(-1, -2)), v.reshape(shape)
         self.queries = np.stack([self._step(model, sequence, ids[tokens + i]) for i in range(count)])
+        self.shape = layers, self.queries.shape[2], kv_heads, self.queries.shape[3]
 
     def _step(self, model, sequence, token):
         """[layers, heads, head_dim]: the rotated queries of one decode step."""

@@ -13,15 +13,17 @@ from pathlib import Path
 from statistics import median
 
 import numba
+import numpy as np
 from recorded import Recorded
 
 from edgeattn.attention_case import AttentionCase, fill
 from edgeattn.cache.options import CacheOptions
+from edgeattn.kernels_cpu.selections import ALL, COUNT, HEADER
 from edgeattn.page_formats import PAGE
 from edgeattn.runtime import Model, read_config
 from edgeattn.scheduler import Scheduler, SparseOptions
 
-SHAPE = 16, 32, 8, 64  # Llama-3.2-1B: layers, heads, KV heads, head_dim
+LLAMA = 16, 32, 8, 64  # Llama-3.2-1B: layers, heads, KV heads, head_dim
 
 
 def scheduler(method, args, layers, kv_heads):
@@ -46,16 +48,18 @@ def touched(case, figures) -> tuple[float, float]:
 
 
 def attention_rows(args, recorded):
-    """{"depth", "method", "select_ms", "attend_ms", "read", "page_bytes", "index_bytes"} of attention alone."""
+    """{"depth", "method", "select_ms", "attend_ms", "read", "page_bytes", "index_bytes", "mass"} of attention alone; mass: of each layer."""
     rows = []
     for depth in args.depths:
-        cases = {method: AttentionCase(CacheOptions(args.type, args.type), SHAPE, depth, args.threads,
-                                       scheduler(method, args, SHAPE[0], SHAPE[2]), recorded.source) for method in args.methods}
-        times = {method: [] for method in cases}
+        cases = {method: AttentionCase(CacheOptions(args.type, args.type), args.shape, depth, args.threads,
+                                       scheduler(method, args, args.shape[0], args.shape[2]), recorded.source) for method in args.methods}
+        times, masses = {method: [] for method in cases}, {method: [] for method in cases}
         for step in range(args.rounds + 1):
-            query = recorded.query(step, SHAPE)
+            query = recorded.query(step, args.shape)
             for method, case in cases.items():
                 times[method].append(case.step(query))
+                if step and case.scheduler and args.own:
+                    masses[method].append(mass_found(case, recorded, args.shape, query))
                 if not step and case.scheduler:
                     case.scheduler.figures()  # compiled, indexed
         for method, case in cases.items():
@@ -63,9 +67,31 @@ def attention_rows(args, recorded):
             figures = case.scheduler.figures() if case.scheduler else {"read": 1.0}
             page_bytes, index_bytes = touched(case, figures)
             rows.append({"depth": depth, "method": method, "select_ms": select, "attend_ms": attend, "read": float(figures["read"]),
-                         "page_bytes": float(page_bytes), "index_bytes": float(index_bytes)})
+                         "page_bytes": float(page_bytes), "index_bytes": float(index_bytes),
+                         "mass": np.mean(masses[method], 0).round(4).tolist() if masses[method] else [1.0] * args.shape[0]})
             print(json.dumps(rows[-1]), flush=True)
     return rows
+
+
+def mass_found(case, recorded, shape, query) -> list[float]:
+    """Of each layer, the part of the softmax weight that lies on the pages that its lists name, over all query heads."""
+    layers, heads, kv_heads, head_dim = shape
+    pages, found = case.sequence.length // PAGE, []
+    for layer in range(layers):
+        source, parts = case.scheduler.sources[layer], []
+        for head in range(kv_heads):
+            row = None if source is None else case.sequence.selection[case.scheduler.groups.index(source), head]
+            if row is None or row[COUNT] == ALL:
+                parts.append(1.0)
+                continue
+            keys = recorded.source(layer, head, 0, pages)[0].astype(np.float32)
+            q = query[layer].reshape(kv_heads, -1, head_dim)[head]
+            scores = np.einsum("hc,pct->hpt", q, keys) * head_dim ** -0.5
+            weights = np.exp(scores - scores.max((1, 2), keepdims=True)).sum(2)
+            chosen = row[HEADER:HEADER + row[COUNT]]
+            parts.append(float((weights[:, chosen[chosen < pages]].sum(1) / weights.sum(1)).mean()))
+        found.append(float(np.mean(parts)))
+    return found
 
 
 def model_rows(args, recorded):
@@ -128,6 +154,14 @@ def table(rows, cell) -> str:
     return "\n".join(lines)
 
 
+def mass_table(rows) -> str:
+    layers = range(len(rows[0]["mass"]))
+    lines = ["| method | read | mean | " + " | ".join(map(str, layers)) + " |", "|---|" + "---:|" * (2 + len(layers))]
+    for row in rows:
+        lines.append(f"| {row['method']} | {100 * row['read']:.1f} % | {np.mean(row['mass']):.3f} | " + " | ".join(f"{x:.2f}" for x in row["mass"]) + " |")
+    return "\n".join(lines)
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("nano", type=Path, help="an export with heads of 64, whose attention is recorded")
@@ -136,6 +170,8 @@ def main():
     parser.add_argument("--depths", type=int, nargs="+", default=[512, 2048, 4096, 8192, 16384, 32768, 65536])
     parser.add_argument("--methods", nargs="+", default=["off", "auto", "quest", "sink_window", "oracle", "random"])
     parser.add_argument("--whole", nargs="+", default=["off", "auto"], help="methods of whole steps")
+    parser.add_argument("--own", action="store_true", help="attention of NANO's own shape, with all of its calibration; tells softmax weights too, "
+                        "which at 7168 tokens are those of the recorded text")
     parser.add_argument("--budget", type=int, default=2048)
     parser.add_argument("--fraction", type=float, help="of the context, where that is more (0)")
     parser.add_argument("--type", default="int4", help="of keys and values")
@@ -145,6 +181,7 @@ def main():
     args = parser.parse_args()
     numba.set_num_threads(args.threads)
     recorded = Recorded(args.nano, args.text.read_text(encoding="utf-8"))
+    args.shape = recorded.shape if args.own else LLAMA
     attention = attention_rows(args, recorded)
     whole = model_rows(args, recorded) if args.model else []
     args.out.with_suffix(".json").write_text(json.dumps({"args": {k: str(v) for k, v in vars(args).items()}, "attention": attention,
@@ -154,6 +191,9 @@ def main():
     print(table(attention, lambda r: f"{r['select_ms'] + r['attend_ms']:.2f} ({r['select_ms']:.2f})"))
     print("\nMB read of pages + to select:\n")
     print(table(attention, lambda r: f"{r['page_bytes'] / 1e6:.1f} + {r['index_bytes'] / 1e6:.1f}"))
+    if args.own:  # queries ask for what was recorded before them
+        print(f"\nSoftmax weight on what is read, by layer, at {max(args.depths):,}:\n")
+        print(mass_table([row for row in attention if row["depth"] == max(args.depths)]))
     if whole:
         print("\nDecode, tokens/s:\n")
         print(table(whole, lambda r: f"{r['tokens_s']:.1f}"))
