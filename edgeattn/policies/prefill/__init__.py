@@ -1,0 +1,55 @@
+"""Policies that choose which keys the queries of a prompt read, one file each."""
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+import numpy as np
+
+from edgeattn.prefill_plan import PrefillPlan, causal, forced, spread
+
+
+@dataclass(frozen=True)
+class PrefillPolicy:
+    """A method that is asked, for each layer and chunk of a prompt, what to read. Fields are options:
+
+    sink    first pages that are always read
+    recent  pages before a query block's own that are always read
+
+    A method writes `choose` (a KV head at a time) or `select` (all of a layer). ValueError: a number out of range.
+    """
+    sink: int = 1
+    recent: int = 2
+
+    reference: ClassVar[bool] = False  # an end of the scale, not a method
+
+    def __post_init__(self):
+        if self.sink < 1 or self.recent < 0:
+            raise ValueError(f"need sink >= 1 and recent >= 0 pages, got {self.sink=} {self.recent=}")
+
+    def choose(self, q: np.ndarray, k: np.ndarray, scale: float, layer: int, head: int, assets):
+        """Pages for the query heads of one KV head, before the forced ones are added and those that nobody sees taken away.
+
+        q       [group, n, head_dim] float32, rotated: a chunk's queries
+        k       [m, head_dim] float32, rotated: all keys so far, the chunk's own (the last n) among them
+        assets  what `load` gave
+        ->      blocks [group, query blocks, pages] bool, or (blocks, columns [group, query blocks, m] bool)
+        """
+        raise NotImplementedError
+
+    def select(self, q: np.ndarray, k: Sequence[np.ndarray], scale: float, layer: int = 0, assets=None) -> PrefillPlan:
+        """The plan of a layer. q [heads, n, head_dim]; k: of each KV head [m, head_dim], expanded when it is asked for."""
+        group, found = len(q) // len(k), []
+        for head in range(len(k)):
+            keys = k[head]
+            found.append(self.choose(q[head * group:(head + 1) * group], keys, scale, layer, head, assets))
+            count = len(keys)
+        blocks, columns = (zip(*found) if isinstance(found[0], tuple) else (found, None))
+        return self.plan(np.concatenate(blocks), None if columns is None else np.concatenate(columns), q.shape[1], count)
+
+    def plan(self, blocks: np.ndarray, columns: np.ndarray | None, n: int, m: int) -> PrefillPlan:
+        """With the forced pages and without what nobody sees. [heads, query blocks, pages], [heads, query blocks, m]"""
+        blocks = blocks & causal(n, m) | forced(n, m, self.sink, self.recent)
+        return PrefillPlan(blocks, None if columns is None else columns & ~spread(blocks, m), n, m)
+
+    def load(self, folder, config: dict):
+        """What the method needs of the model's calibration, or None. ValueError: the model lacks it."""

@@ -1,0 +1,137 @@
+"""What a block of queries reads while a prompt is being read: plans of key blocks and single keys, and the arithmetic that makes them.
+
+Queries stand in blocks of QUERIES tokens, keys in pages of PAGE. The queries are the newest tokens: query i of n stands at key m - n + i
+of m. A plan is made of bool arrays over [query heads, query blocks, ...], so that methods compose by `|` and `&`.
+"""
+from dataclasses import dataclass
+
+import numpy as np
+
+from edgeattn.page_formats import PAGE
+
+QUERIES = 64  # tokens of a block of queries
+
+
+@dataclass(frozen=True)
+class PrefillPlan:
+    """
+    blocks   [heads, query blocks, pages] bool: pages that are read
+    columns  [heads, query blocks, keys] bool, or None: keys that are read alone, outside these pages
+    queries, keys  how many there are
+    """
+    blocks: np.ndarray
+    columns: np.ndarray | None
+    queries: int
+    keys: int
+
+    def union(self, kv_heads: int) -> "PrefillPlan":
+        """What the kernels read: a page serves all query heads of its KV head. -> blocks [kv_heads, ...], columns [kv_heads, ...]"""
+        blocks, columns = (None if x is None else x.reshape(kv_heads, -1, *x.shape[1:]).any(1) for x in (self.blocks, self.columns))
+        if columns is not None:
+            columns = columns & ~spread(blocks, self.keys)
+        return PrefillPlan(blocks, columns, self.queries, self.keys)
+
+    def mask(self) -> np.ndarray:
+        """[heads, queries, keys] bool: what each query sees."""
+        seen = spread(self.blocks, self.keys)
+        seen = seen if self.columns is None else seen | self.columns
+        rows = np.repeat(seen, QUERIES, 1)[:, :self.queries]
+        return rows & (np.arange(self.keys) <= np.arange(self.queries)[:, None] + self.keys - self.queries)
+
+    def density(self) -> float:
+        """Pairs that are read, of those that a causal mask leaves."""
+        past = self.keys - self.queries
+        last = past + np.arange(1, self.queries + 1)                       # keys that a query sees
+        starts = np.arange(self.blocks.shape[2]) * PAGE
+        seen = np.clip(last[:, None] - starts, 0, PAGE)                    # of each page
+        seen = np.add.reduceat(seen, np.arange(0, self.queries, QUERIES))  # by query block
+        found = (self.blocks * seen).sum()
+        if self.columns is not None:
+            later = np.clip(last[:, None] - np.arange(self.keys), 0, 1)
+            found += ((self.columns & ~spread(self.blocks, self.keys)) * np.add.reduceat(later, np.arange(0, self.queries, QUERIES))).sum()
+        return float(found / (len(self.blocks) * last.sum()))
+
+
+def spread(blocks: np.ndarray, keys: int) -> np.ndarray:
+    """[..., pages] as [..., keys]."""
+    return np.repeat(blocks, PAGE, -1)[..., :keys]
+
+
+def shape_of(queries: int, keys: int) -> tuple[int, int]:
+    """(query blocks, pages)"""
+    return -(-queries // QUERIES), -(-keys // PAGE)
+
+
+def ends(queries: int, keys: int) -> np.ndarray:
+    """[query blocks]: the key behind the last one that a block's last query sees."""
+    blocks = np.arange(1, shape_of(queries, keys)[0] + 1)
+    return keys - queries + np.minimum(blocks * QUERIES, queries)
+
+
+def causal(queries: int, keys: int) -> np.ndarray:
+    """[query blocks, pages] bool: pages of which a block's last query sees something."""
+    return np.arange(shape_of(queries, keys)[1]) * PAGE < ends(queries, keys)[:, None]
+
+
+def forced(queries: int, keys: int, sink: int = 1, recent: int = 0) -> np.ndarray:
+    """[query blocks, pages] bool: the first `sink` pages, every page that a block's own tokens stand in, and `recent` before these."""
+    pages, first = np.arange(shape_of(queries, keys)[1]), keys - queries + np.arange(shape_of(queries, keys)[0]) * QUERIES
+    return ((pages < sink) | (pages >= (first // PAGE - recent)[:, None])) & causal(queries, keys)
+
+
+def pool(x: np.ndarray, size: int) -> np.ndarray:
+    """Means of `size` rows: [..., rows, d] -> [..., blocks, d]; of the last block over the rows that it has."""
+    starts = np.arange(0, x.shape[-2], size)
+    counts = np.minimum(size, x.shape[-2] - starts).astype(np.float32)
+    return np.add.reduceat(x, starts, axis=-2) / counts[:, None]
+
+
+def softmax(scores: np.ndarray) -> np.ndarray:
+    """Over the last axis; a row of nothing but -inf becomes zeros."""
+    top = scores.max(-1, keepdims=True)
+    weights = np.exp(scores - np.where(np.isfinite(top), top, 0))
+    total = weights.sum(-1, keepdims=True)
+    return weights / np.where(total > 0, total, 1)
+
+
+def best(scores: np.ndarray, allowed: np.ndarray, count) -> np.ndarray:
+    """The `count` allowed places of each row (an int, or an array of the rows' shape) that score highest; of equals the earlier."""
+    order = np.argsort(np.where(allowed, -scores, np.inf), -1, kind="stable")
+    ranks = np.empty_like(order)
+    np.put_along_axis(ranks, order, np.broadcast_to(np.arange(scores.shape[-1]), order.shape), -1)
+    return (ranks < np.asarray(count)[..., None]) & allowed
+
+
+def cover(weights: np.ndarray, allowed: np.ndarray, part, kept: np.ndarray | None = None) -> np.ndarray:
+    """The fewest allowed places of each row whose weights sum to `part` (from 0 to 1) of all allowed ones'; those in `kept` come first. All
+    of them at part 1, whatever rounding makes of the sum."""
+    weights = np.where(allowed, weights, 0)
+    rank = weights if kept is None else weights + np.where(kept, weights.sum(-1, keepdims=True) + 1, 0)
+    order = np.argsort(np.where(allowed, -rank, np.inf), -1, kind="stable")
+    sorted_weights = np.take_along_axis(weights, order, -1)
+    before = np.cumsum(sorted_weights, -1) - sorted_weights
+    needed = before < np.asarray(part)[..., None] * weights.sum(-1, keepdims=True)
+    found = np.zeros(weights.shape, bool)
+    np.put_along_axis(found, order, needed | (np.asarray(part)[..., None] >= 1), -1)
+    return (found if kept is None else found | kept) & allowed
+
+
+def attend(q: np.ndarray, k: np.ndarray, v: np.ndarray, plan: PrefillPlan, scale: float) -> tuple[np.ndarray, np.ndarray]:
+    """Attention over what a plan keeps, in float64: the contract of the kernels. q [heads, n, d], k, v [kv_heads, m, d]; the plan's blocks may be
+    of query heads or of KV heads. -> (out [heads, n, d], log of the sum of exponentials [heads, n])"""
+    heads, kv_heads = len(q), len(k)
+    mask = plan.mask()
+    mask = np.repeat(mask, heads // len(mask), 0)
+    k, v = (np.repeat(x.astype(np.float64), heads // kv_heads, 0) for x in (k, v))
+    scores = np.where(mask, np.einsum("hqd,hkd->hqk", q.astype(np.float64), k) * scale, -np.inf)
+    top = scores.max(-1, keepdims=True)
+    weights = np.exp(scores - top)
+    total = weights.sum(-1, keepdims=True)
+    return np.einsum("hqk,hkd->hqd", weights, v) / total, (np.log(total) + top)[..., 0]
+
+
+def recall(q: np.ndarray, k: np.ndarray, plan: PrefillPlan, scale: float) -> np.ndarray:
+    """[heads, n]: the part of each query's dense softmax weight that lies on what the plan keeps; the mean and the least of them (CRA of
+    SampleAttention, arXiv 2406.15486) are what plans are compared by."""
+    dense = PrefillPlan(np.ones_like(plan.blocks), None, plan.queries, plan.keys)
+    return np.exp(attend(q, k, k, plan, scale)[1] - attend(q, k, k, dense, scale)[1])
