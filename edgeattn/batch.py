@@ -16,6 +16,7 @@ class Batch:
     page_tables, slot_counts, sealed, attention_mass, compensation, confidence, index, indexed, value_sums   [sequences] int64: addresses of the
                  arrays of cache/sequence.py, 0 where there is none; the counts include the new tokens
     selections   [sequences] int64, the same; 0: the sequence reads everything
+    prefill_lists  [sequences] int64, the same for what a chunk of a prompt reads, which each layer writes anew (prefill_scheduler.py)
     logit_rows   [rows]                    int64, rows of the hidden state that need logits
     state        [4]                       int64, the counts; probes: how many last rows of each sequence are probed for attention
     Addresses never change, so that kernels (and CUDA graphs) hold them.
@@ -25,13 +26,14 @@ class Batch:
         self.token_ids, self.positions = np.zeros(max_tokens, np.int64), np.zeros(max_tokens, np.int64)
         self.row_starts = np.zeros(max_sequences + 1, np.int32)
         self.held = {name: np.zeros(max_sequences, np.int64) for name in HELD}
-        self.selections = np.zeros(max_sequences, np.int64)
+        self.selections, self.prefill_lists = np.zeros(max_sequences, np.int64), np.zeros(max_sequences, np.int64)
         self.logit_rows = np.zeros(max_rows, np.int64)
         self.state = np.zeros(len(COUNTS), np.int64)
 
     def arguments(self) -> dict[str, int]:
         """Addresses under the names used in ARGS."""
-        arrays = {"positions": self.positions, "row_starts": self.row_starts, "selections": self.selections} | self.held
+        arrays = {"positions": self.positions, "row_starts": self.row_starts, "selections": self.selections,
+                  "prefill_lists": self.prefill_lists} | self.held
         return {f"batch.{name}": array.ctypes.data for name, array in arrays.items()} | {f"batch.{count}": COUNTS.index(count) for count in ("sequences", "probes")}
 
     def clear(self) -> None:
@@ -48,6 +50,7 @@ class Batch:
         for name, place in self.held.items():
             array = getattr(sequence, HELD[name])
             place[n] = 0 if array is None else array.ctypes.data
+        self.prefill_lists[n] = 0
         self.selections[n] = sequence.selection.ctypes.data if sparse else 0
         self.logit_rows[rows:rows + len(logit_rows)] = logit_rows + tokens
         self.state[:] = end, rows + len(logit_rows), n + 1, max(probed, probes)

@@ -17,11 +17,11 @@ ARGS = ("q", "q.stride", "k", "k.stride", "v", "v.stride", "cos", "cos.stride", 
         "batch.positions", "batch.row_starts", "batch.page_tables", "batch.slot_counts", "batch.attention_mass", "batch.compensation",
         "batch.confidence", "batch.sequences", "batch.probes", "cache.pools", "cache.max_pages", "cache.keys_rotated", "cache.mass_mode",
         "cache.mass_plane", "cache.progressive",
-        "batch.selections", "selection.group", "selection.capacity", "selection.thresholds", "batch.value_sums", "workspace")
+        "prefill.attend", "prefill.attend_listed", "batch.prefill_lists", "batch.selections", "selection.group", "selection.capacity", "selection.thresholds", "batch.value_sums", "workspace")
 # The call: these arguments and what follows from them, as int64 in the workspace, for all threads.
 (Q, Q_STRIDE, K, K_STRIDE, V, V_STRIDE, COS, COS_STRIDE, SIN, OUT, OUT_STRIDE, ROWS_INDEX, NUM_HEADS, KV_HEADS, HEAD_DIM, ROTARY_DIM,
  INTERLEAVED, SCALE, WINDOW, LAYER, POSITIONS, ROW_STARTS, PAGE_TABLES, SLOT_COUNTS, MASS, COMPENSATION, CONFIDENCE, SEQUENCES_INDEX,
- PROBES_INDEX, POOLS, MAX_PAGES, KEYS_ROTATION, MASS_MODE, MASS_PLANE, PROGRESSIVE, SELECTIONS, SELECTION_GROUP, SELECTION_CAPACITY,
+ PROBES_INDEX, POOLS, MAX_PAGES, KEYS_ROTATION, MASS_MODE, MASS_PLANE, PROGRESSIVE, PREFILL, PREFILL_LISTED, PREFILL_LISTS, SELECTIONS, SELECTION_GROUP, SELECTION_CAPACITY,
  THRESHOLDS, VALUE_SUMS, WORKSPACE) = range(len(ARGS))
 (TOKENS, SEQUENCES, THREADS, GROUP, STARTS, ROTATED, KEYS_ROTATED, PARTIALS, SCRATCH, SCRATCH_SIZE, PREFILL_TASKS, TASKS, RANGE_PAGES,
  WIDTH, PROBES, FIELDS) = range(len(ARGS), len(ARGS) + 16)
@@ -31,6 +31,7 @@ SPLITS = 4           # decode tasks for each thread, so that a late thread costs
 CHUNK = 512          # tokens that decode scores before it weighs their values
 KEYS = 128           # tokens that prefill scores at once
 QUERIES = 192        # rows (query tokens x heads of a group) that prefill works on at once
+LISTED = 64          # query tokens that do, where a list says what they read (edgeattn/prefill_plan.py, QUERIES)
 PLACE = TASK_FIELDS * 8 + 56  # bytes at the start of a thread's scratch: the task of page_rows
 
 
@@ -41,7 +42,10 @@ def scratch_floats(head_dim: int, group: int) -> int:
     prefill = KEYS * (head_dim + width) + rows * (2 * head_dim + 32) + ROWS * (KEYS + 16) + 4 * width + 128
     heads = -(-group // HEAD_ROWS) * HEAD_ROWS
     decode = heads * (CHUNK + 16 + 4 * width + 80) + 256  # attention_fold.places
-    return 32 + -(-max(prefill, decode) // 16) * 16
+    rows = -(-max(LISTED * group, rows) // ROWS) * ROWS
+    int8 = KEYS * (head_dim + width) // 4 + 2 * PAGE * (head_dim + width) + 4 * width + rows * (head_dim // 4 + width + 20)  # attention_prefill_int8
+    int8 += ROWS * (KEYS + 16 + KEYS // 4 + 4) + 3 * KEYS + head_dim + 600
+    return 32 + -(-max(prefill, int8, decode) // 16) * 16
 
 
 def workspace_bytes(tensors, attributes, rows, threads):
@@ -100,3 +104,16 @@ def entry_of(call, sequence, head, page):
 def first_visible(call, slot):
     """The first slot that the token in `slot` sees."""
     return max(0, slot + 1 - call[WINDOW]) if call[WINDOW] > 0 else 0
+
+
+@njit(nogil=True, error_model="numpy")
+def block_tokens(call, sequence):
+    """Query tokens of a prefill task: those that one list is for, or as many as make QUERIES rows."""
+    return LISTED if at(int64, call[PREFILL_LISTS])[sequence] else max(np.int64(1), QUERIES // call[GROUP])
+
+
+@njit(nogil=True, error_model="numpy")
+def query_blocks(call, sequence, rows):
+    """How many prefill tasks `rows` new tokens make for each KV head."""
+    size = block_tokens(call, sequence)
+    return (rows + size - 1) // size

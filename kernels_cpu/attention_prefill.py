@@ -1,4 +1,4 @@
-"""Prefill attention: a block of a sequence's newest tokens against all cached tokens they see, for one KV head.
+"""Prefill attention in float32, for caches of floats: a block of a sequence's newest tokens against all cached tokens they see, for one KV head.
 
 Rows are query tokens x heads of the group, so that K and V are shared. For KEYS cached tokens at a time: pages become float32 in
 a scratch, tiles of ROWS rows are scored, softened (online softmax, arXiv 2205.14135) and multiplied with the values.
@@ -6,25 +6,18 @@ a scratch, tiles of ROWS rows are scored, softened (online softmax, arXiv 2205.1
 import numpy as np
 from numba import float32, njit, uint8
 
-from edgeattn.kernels_cpu.attention_call import (GROUP, HEAD_DIM, KEYS, NUM_HEADS, OUT, OUT_STRIDE, PAGE, PLACE, POOLS, QUERIES, ROTATED,
-                                                 SCRATCH, SCRATCH_SIZE, WIDTH, entry_of, first_visible, rows_of, slots_of)
-from edgeattn.kernels_cpu.attention_compensation import compensation_of
+from edgeattn.kernels_cpu.attention_call import (GROUP, HEAD_DIM, KEYS, NUM_HEADS, OUT, OUT_STRIDE, PAGE, PLACE, POOLS, ROTATED, SCRATCH,
+                                                 SCRATCH_SIZE, WIDTH, block_tokens, entry_of, first_visible, rows_of, slots_of)
+from edgeattn.kernels_cpu.attention_compensation import finish_row
 from edgeattn.kernels_cpu.attention_softmax import LOWEST_SCORE, soften
 from edgeattn.kernels_cpu.float_tiles import BLOCK, COLUMNS, ROWS, TILE, outer_add_rows
 from edgeattn.kernels_cpu.floats import F, I, lane_numbers, where_less
 from edgeattn.kernels_cpu.page_expand import expand_keys, expand_values
 from edgeattn.kernels_cpu.page_pool import K as K_CODES, K_BYTES, V as V_CODES, V_BYTES, field_at, pool_of
 from edgeattn.kernels_cpu.parallel import worker
-from edgeattn.kernels_cpu.simd import at, fma, hsum, load, load_rows, load_tile, outer_add, prefetch, splat, store, store_tile, zeros
+from edgeattn.kernels_cpu.simd import at, hsum, load, load_rows, load_tile, outer_add, prefetch, splat, store, store_tile, zeros
 
 STRIDE = KEYS + 16  # of a row of scores
-
-
-@njit(nogil=True, error_model="numpy")
-def query_blocks(call, rows):
-    """How many prefill tasks `rows` new tokens make for each KV head."""
-    size = max(1, QUERIES // call[GROUP])
-    return (rows + size - 1) // size
 
 
 @njit(nogil=True, error_model="numpy")
@@ -147,28 +140,10 @@ def _places(call, scratch, rows):
     return floats, keys, values, (scores + 4 * ROWS * STRIDE + 63) // 64 * 64
 
 
-@njit(nogil=True, error_model="numpy")
-def _finish(call, sequence, head, row, i, places, result, to):
-    """One row's output: its weighted sums over its sum of weights, the compensation token included."""
-    _, _, _, out, sums, tops, _ = places
-    depth = call[HEAD_DIM]
-    extra, weight, mean = compensation_of(call, sequence, head, row, i % call[GROUP])
-    total, scale = hsum(load(F, sums, i * 16)), np.float32(1)
-    if weight > 0:
-        top = max(extra, tops[i])
-        weight, scale = np.exp(extra - top), np.exp(tops[i] - top)
-        total = total * scale + weight
-    for c in range(0, depth, 16):
-        x = load(F, out, i * depth + c) * (scale / total)
-        if weight > 0:
-            x = fma(load(F, at(float32, mean), c), splat(F, weight / total), x)
-        store(result, to + c, x)
-
-
 @worker
 def attend_block(call, sequence, head, block, thread):
     """Query tokens of one block of a sequence, all heads of the group of one KV head."""
-    depth, group, size = call[HEAD_DIM], call[GROUP], max(1, QUERIES // call[GROUP])
+    depth, group, size = call[HEAD_DIM], call[GROUP], block_tokens(call, sequence)
     row, rows = rows_of(call, sequence)
     begin = block * size
     count, slot = (min(rows, begin + size) - begin) * group, slots_of(call, sequence, head) - rows + begin
@@ -191,4 +166,5 @@ def attend_block(call, sequence, head, block, thread):
     for i in range(count):
         token = row + begin + i // group
         to = token * call[OUT_STRIDE] + (head * group + i % group) * depth
-        _finish(call, sequence, head, token, i, places, at(float32, call[OUT]), to)
+        total = hsum(load(F, places[4], i * 16))
+        finish_row(call, sequence, head, token, i % group, total, tops[i], out, i * depth, at(float32, call[OUT]), to)

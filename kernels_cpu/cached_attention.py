@@ -3,15 +3,16 @@
 The batch becomes one list of tasks: blocks of query tokens for sequences with several new tokens (the longest first), ranges
 of pages for those with one. Threads take the next task until none is left; then the ranges of decode are merged.
 """
+from importlib import import_module
+
 import numpy as np
 from numba import cfunc, int64, njit
 
-from edgeattn.kernels_cpu.attention_call import (ARGS, CALL, COUNTER, HEAD_DIM, KV_HEADS, MASS_MODE, NUM_HEADS, PAGE, PREFILL_TASKS,
-                                                 PROBES, PROBES_INDEX, RANGE_PAGES, ROWS_INDEX, SEQUENCES, SEQUENCES_INDEX, SPLITS, STARTS,
-                                                 TASKS, THREADS, WORKSPACE, make_call, rows_of, slots_of, workspace_bytes)
+from edgeattn.kernels_cpu.attention_call import (ARGS, CALL, COUNTER, HEAD_DIM, KV_HEADS, MASS_MODE, NUM_HEADS, PAGE, PREFILL, PREFILL_LISTED,
+                                                 PREFILL_LISTS, PREFILL_TASKS, PROBES, PROBES_INDEX, RANGE_PAGES, ROWS_INDEX, SEQUENCES, SEQUENCES_INDEX, SPLITS, STARTS,
+                                                 TASKS, THREADS, WORKSPACE, make_call, query_blocks, rows_of, slots_of, workspace_bytes)
 from edgeattn.kernels_cpu.attention_decode import attend_range, merge_ranges, visible_pages
 from edgeattn.kernels_cpu.attention_mass import probe_head
-from edgeattn.kernels_cpu.attention_prefill import attend_block, query_blocks
 from edgeattn.kernels_cpu.attention_write import write_tokens
 from edgeattn.kernels_cpu.floats import fetch_add
 from edgeattn.kernels_cpu.page_pool import POOLS, Pages
@@ -31,6 +32,16 @@ def cached_attention(q, k, v, cos, sin, past_key, past_value, positions, *,
     out = attend(cache, q, k, v, cos, sin, positions, num_heads=num_heads, kv_heads=kv_heads, head_dim=head_dim, rotary_dim=rotary_dim,
                  interleaved=interleaved, scale=scale, window=window)
     return out, *cache.read(0)
+
+
+def links(attributes, extra) -> dict[str, int]:
+    """Addresses of the workers that read prompts, compiled only where they are used: quantised caches are read in 8 bits, and so are lists."""
+    int8 = extra.get("cache.quantised", 0)
+
+    def address(as_bytes):
+        name = "attention_prefill_int8" if as_bytes else "attention_prefill"
+        return getattr(import_module(f"edgeattn.kernels_cpu.{name}"), "attend_block_int8" if as_bytes else "attend_block").compiled.address
+    return {"prefill.attend": address(int8), "prefill.attend_listed": address(True) if extra.get("prefill.sparse", 0) else 0}
 
 
 class PagedCache:
@@ -78,13 +89,14 @@ def attend(cache, q, k, v, cos, sin, positions, *, selection=None, probes=0, mas
     """
     lists, capacity = lists_of(*selection) if selection else (None, 0)
     tensors, attributes, extra, _kept = bind(cache, q, k, v, cos, sin, positions, attributes, lists, capacity, probes, mass_mode, keys_rotated)
-    call_step(step, ARGS, tensors, attributes, extra, workspace_bytes)
+    call_step(step, ARGS, tensors, attributes, extra | links(attributes, extra), workspace_bytes)
     return tensors["out"]
 
 
 def bind(cache, q, k, v, cos, sin, positions, attributes, lists=None, capacity=0, probes=0, mass_mode=0, keys_rotated=0):
     """What steps.call wants: (tensors, attributes, extra), and arrays that must stay alive meanwhile. lists: selections.py, one group."""
     tensors = dict(q=q, k=k, v=v, cos=cos, sin=sin, out=aligned(q.shape, np.float32))
+    unlisted = np.zeros(len(cache.new), np.int64)
     selections = np.array([0 if lists is None else row.ctypes.data for row in (cache.new if lists is None else lists)], np.int64)
     pools = np.stack([cache.pages.table_row()] * POOLS)
     each = {name: np.array([a.ctypes.data for a in arrays], np.int64)
@@ -92,7 +104,7 @@ def bind(cache, q, k, v, cos, sin, positions, attributes, lists=None, capacity=0
     addresses = {"batch.positions": np.ascontiguousarray(positions, np.int64),
                  "batch.row_starts": np.cumsum([0, *cache.new], dtype=np.int32),
                  **{f"batch.{name}": array for name, array in each.items()}, "batch.compensation": None, "batch.confidence": None, "cache.pools": pools,
-                 "batch.selections": selections}
+                 "batch.selections": selections, "batch.prefill_lists": unlisted}
     numbers = {"cache.max_pages": cache.tables.shape[2], "selection.group": -1 if lists is None else 0, "selection.capacity": capacity, "layer": 0,
                "cache.mass_mode": mass_mode, "cache.mass_plane": cache.mass[0, 0].size, "cache.keys_rotated": keys_rotated, "cache.progressive": 0}
     tensors["row_starts"] = addresses["batch.row_starts"][1:]  # its rows are the sequences
@@ -136,7 +148,7 @@ def count_tasks(call, rows, first, task, thread):
         if new == 1:
             decode += call[KV_HEADS] * ((_most_pages(call, s) + call[RANGE_PAGES] - 1) // call[RANGE_PAGES])
         else:
-            prefill += call[KV_HEADS] * query_blocks(call, new)
+            prefill += call[KV_HEADS] * query_blocks(call, s, new)
     starts[sequences], starts[2 * sequences + 1] = prefill, decode
     call[PREFILL_TASKS], call[TASKS] = prefill, prefill + decode
 
@@ -163,8 +175,9 @@ def run_tasks(call, rows, first, share, thread):
         if task < call[PREFILL_TASKS]:
             s = _find(starts, 0, call[SEQUENCES], task)
             index = task - starts[s]
-            block = query_blocks(call, rows_of(call, s)[1]) - 1 - index // heads  # the last sees the most tokens
-            call_worker(attend_block(), address, s, index % heads, block, thread)
+            block = query_blocks(call, s, rows_of(call, s)[1]) - 1 - index // heads  # the last sees the most tokens
+            attend = call[PREFILL_LISTED] if at(int64, call[PREFILL_LISTS])[s] else call[PREFILL]
+            call_worker(attend, address, s, index % heads, block, thread)
         else:
             index = task - call[PREFILL_TASKS]
             s = _find(starts, call[SEQUENCES] + 1, call[SEQUENCES], index)

@@ -26,7 +26,7 @@ from numba.np.ufunc.parallel import _launch_threads
 _launch_threads()  # a step loaded from the cache finds the threading symbols only once the pool exists
 
 STEP = types.void(types.CPointer(types.int64), types.CPointer(types.int64))
-WIDTH = 64  # int64 arguments of one step, the function's address first
+WIDTH = 80  # int64 arguments of one step, the function's address first
 CODES = {"silu": 0, "gelu_tanh": 1, "relu2": 2,
          "bound": 0, "mass": 1, "recency": 2, "random": 3,
          "hierarchy": 10, "representatives": 11, "landmarks": 12, "components": 13, "collisions": 14, "peak": 20, "rank": 21, "max_mass": 22,

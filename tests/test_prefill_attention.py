@@ -1,0 +1,98 @@
+"""Attention of prompts over what a list names: pages and single keys, in 8 bits, against the plan's own contract."""
+import numpy as np
+import pytest
+
+from edgeattn.prefill_lists import write_lists
+from edgeattn.prefill_plan import PAGE, PrefillPlan, attend, forced, shape_of, spread
+from kv_driver import Driver, dequantise
+from test_kv_attention import cache_of, with_threads
+
+
+def random_plan(rng, kv_heads, n, m, part, columns):
+    blocks = rng.random((kv_heads, *shape_of(n, m))) < part
+    blocks = blocks & forced(n, m, 10 ** 6) | forced(n, m)
+    single = (rng.random((*blocks.shape[:2], m)) < 0.05) & ~spread(blocks, m) if columns else None
+    return PrefillPlan(blocks, single, n, m)
+
+
+def error(driver, sequence, parts, out, plan):
+    """Of the output's norm, the mean and the largest over rows, against the plan over the cache's own values."""
+    q, n = parts[0], parts[0].shape[1]
+    found = []
+    for layer in range(driver.layers):
+        pairs = [dequantise(driver.cache, sequence, layer, head) for head in range(driver.kv_heads)]
+        queries = driver.rotated(q[layer], sequence).transpose(1, 0, 2)
+        expected, _ = attend(queries, *(np.stack(x) for x in zip(*pairs)), plan, driver.scale)
+        expected = expected.transpose(1, 0, 2)
+        found.append(np.linalg.norm(out[layer] - expected, axis=-1) / np.linalg.norm(expected, axis=-1))
+    assert np.shape(found)[1] == n
+    return np.mean(found), np.max(found)
+
+
+@pytest.mark.parametrize("types", ["f16", "int8", "int4", "int4/int2"])
+@pytest.mark.parametrize("group, head_dim", [(1, 64), (4, 64), (7, 128), (8, 80), (2, 256)])
+def test_what_a_plan_names_is_read_and_nothing_else(types, group, head_dim):
+    rng = np.random.default_rng()
+    n, past, columns = int(rng.integers(2, 200)), int(rng.integers(0, 500)), bool(rng.integers(2))
+    print(n, past, columns)
+    cache = cache_of(types, tokens=1024, layers=2, kv_heads=2, head_dim=head_dim)
+    driver, sequence = Driver(cache, group), cache.new_sequence()
+    if past:
+        driver.fill(sequence, past, check=False)
+    parts, plan = driver.random(n), random_plan(rng, 2, n, past + n, 0.3, columns)
+    lists = write_lists(plan)
+    out, = driver.forward([(sequence, parts)], check=False, settle=False, lists=[lists.ctypes.data])
+    mean, most = error(driver, sequence, parts, out, plan)
+    assert mean < 0.04 and most < 0.15
+
+
+def test_a_plan_of_everything_is_the_dense_answer():
+    cache = cache_of("int4", tokens=1024)
+    driver, sequence = Driver(cache, 4), cache.new_sequence()
+    driver.fill(sequence, 400, check=False)
+    parts, everything = driver.random(150), PrefillPlan(np.ones((2, 3, -(-550 // PAGE)), bool), None, 150, 550)
+    dense, = driver.forward([(sequence, parts)], check=False, settle=False)
+    cache.truncate(sequence, 400)
+    listed, = driver.forward([(sequence, parts)], check=False, settle=False, lists=[write_lists(everything).ctypes.data])
+    error = np.linalg.norm(listed - dense, axis=-1) / np.linalg.norm(dense, axis=-1)
+    assert error.mean() < 0.04  # keys are rounded about another mean
+
+
+def test_later_tokens_change_nothing():
+    """K and V behind a query, the ones of its own page included."""
+    cache, rng = cache_of("int4", tokens=1024), np.random.default_rng()
+    driver, outs = Driver(cache, 4), []
+    start, parts = driver.random(300), driver.random(120)
+    plan = random_plan(rng, 2, 120, 420, 0.4, True)
+    for seed in range(2):
+        sequence = cache.new_sequence()
+        driver.forward([(sequence, [x[:, :256] for x in start])], check=False)
+        driver.forward([(sequence, [x[:, 256:] for x in start])], check=False)
+        changed = [x.copy() for x in parts]
+        for x in changed[1:]:
+            x[:, 70:] = rng.standard_normal(x[:, 70:].shape)
+        outs.append(driver.forward([(sequence, changed)], check=False, settle=False, lists=[write_lists(plan).ctypes.data])[0][:, :64])
+        cache.truncate(sequence, 0)
+    np.testing.assert_allclose(*outs, atol=0)  # the first block of queries ends before token 70
+
+
+def test_threads_and_neighbours_change_nothing():
+    rng, results = np.random.default_rng(3), []
+    cache = cache_of("int4", tokens=2048, ubatch=512)
+    driver = Driver(cache, 4)
+    history, parts, other = driver.random(300), driver.random(130), driver.random(40)
+    plan = random_plan(rng, 2, 130, 430, 0.4, True)
+
+    def run(both):
+        a, b = cache.new_sequence(), cache.new_sequence()
+        driver.forward([(a, history)], check=False)
+        work, lists = [(a, parts)], [write_lists(plan)]
+        if both:
+            work, lists = [(b, other), *work], [None, *lists]
+        out = driver.forward(work, check=False, settle=False, lists=[0 if x is None else x.ctypes.data for x in lists])
+        results.append(out[-1])
+        cache.truncate(a, 0), cache.truncate(b, 0)
+    for threads, both in ((1, False), (2, False), (1, True)):
+        with_threads(threads, lambda: run(both))
+    np.testing.assert_array_equal(results[0], results[1])
+    np.testing.assert_array_equal(results[0], results[2])
