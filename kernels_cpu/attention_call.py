@@ -30,7 +30,7 @@ COUNTER, CALL = 0, 64  # byte offsets in the workspace: the next task; the call
 SPLITS = 4           # decode tasks for each thread, so that a late thread costs little
 CHUNK = 512          # tokens that decode scores before it weighs their values
 KEYS = 128           # tokens that prefill scores at once
-QUERIES = 192        # rows (query tokens x heads of a group) that prefill works on at once
+QUERIES = 256        # rows (query tokens x heads of a group) that prefill works on at once
 LISTED = 64          # query tokens that do, where a list says what they read (edgeattn/prefill_plan.py, QUERIES)
 PLACE = TASK_FIELDS * 8 + 56  # bytes at the start of a thread's scratch: the task of page_rows
 
@@ -44,7 +44,7 @@ def scratch_floats(head_dim: int, group: int) -> int:
     decode = heads * (CHUNK + 16 + 4 * width + 80) + 256  # attention_fold.places
     rows = -(-max(LISTED * group, rows) // ROWS) * ROWS
     int8 = KEYS * (head_dim + width) // 4 + 2 * PAGE * (head_dim + width) + 4 * width + rows * (head_dim // 4 + width + 20)  # attention_prefill_int8
-    int8 += ROWS * (KEYS + 16 + KEYS // 4 + 4) + 3 * KEYS + head_dim + 600
+    int8 += ROWS * (KEYS + 16 + KEYS // 4 + 4) + 4 * KEYS + head_dim + 640
     return 32 + -(-max(prefill, int8, decode) // 16) * 16
 
 

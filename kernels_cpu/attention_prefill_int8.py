@@ -16,28 +16,29 @@ from edgeattn.kernels_cpu.attention_call import (GROUP, HEAD_DIM, KEYS, KEYS_ROT
 from edgeattn.kernels_cpu.attention_compensation import finish_row
 from edgeattn.kernels_cpu.attention_softmax import LOWEST_SCORE, SLACK
 from edgeattn.kernels_cpu.float_tiles import BLOCK, COLUMNS, ROWS, TILE
-from edgeattn.kernels_cpu.floats import F, I, any_greater, divide, exp_low, where_less
+from edgeattn.kernels_cpu.floats import F, I, divide, where_less
 from edgeattn.kernels_cpu.page_expand import expand_keys, expand_values
 from edgeattn.kernels_cpu.parallel import worker
-from edgeattn.kernels_cpu.simd import (BIAS, at, broadcast_rows, convert, hmax, hsum, i8, load, load_rows, load_tile, nearest, outer_dot_rows,
+from edgeattn.kernels_cpu.simd import (BIAS, at, bitcast, broadcast_rows, convert, fma, hmax, hsum, i8, load, load_rows, load_tile, nearest, outer_dot_rows,
                                        outer_fma, splat, store, store_tile, u8, vabs, vmax, zeros)
 
 STRIDE = KEYS + 16  # of a row of scores
 MIDDLE, TOP = np.int32(64), np.float32(63)
 UNSEEN = np.int32(2 ** 31 - 1)  # slot of a lane without a token
 TINY = np.float32(1e-30)
+LOG2E, LN2 = np.float32(1.4426950408889634), np.float32(0.6931471805599453)
 B, U = i8(16), u8(64)
 # What lies in a thread's scratch; all but the last are addresses.
-(KEY_BYTES, KEY_SCALES, VALUE_BYTES, VALUE_SCALES, SLOTS, MEAN, QUERY_BYTES, QUERY_SCALES, QUERY_STARTS, SUMS, TOPS, WEIGHTED, SCORES, WEIGHT_BYTES,
- WEIGHT_SCALES, WEIGHT_STARTS, ONES, PAGE_KEYS, PAGE_VALUES, OTHER_KEYS, OTHER_VALUES, PARAMS, SPREAD, PARTS) = range(24)
+(KEY_BYTES, KEY_SCALES, VALUE_BYTES, VALUE_SCALES, VALUE_PARTS, SLOTS, MEAN, QUERY_BYTES, QUERY_SCALES, QUERY_STARTS, SUMS, TOPS, WEIGHTED, SCORES, WEIGHT_BYTES,
+ WEIGHT_SCALES, WEIGHT_STARTS, ONES, PAGE_KEYS, PAGE_VALUES, OTHER_KEYS, OTHER_VALUES, PARAMS, SPREAD, PARTS) = range(25)
 
 
 @njit(nogil=True, error_model="numpy")
 def _places(call, task, rows):
     """The addresses, in the order of their names, each on a 64-byte boundary."""
     depth, width = call[HEAD_DIM], call[WIDTH]
-    sizes = (KEYS * depth, 4 * KEYS, KEYS * width, 4 * KEYS, 4 * KEYS, 4 * depth, rows * depth, 4 * rows, 4 * rows, 64 * rows, 4 * rows,
-             4 * rows * width, 4 * ROWS * STRIDE, ROWS * KEYS, 4 * ROWS, 4 * ROWS, 4 * BLOCK, 4 * PAGE * depth, 4 * PAGE * width,
+    sizes = (KEYS * depth, 4 * KEYS, KEYS * width, 4 * KEYS, 4 * KEYS, 4 * KEYS, 4 * depth, rows * depth, 4 * rows, 4 * rows, 64 * rows, 4 * rows,
+             4 * rows * width, 4 * ROWS * STRIDE, ROWS * KEYS, 4 * (ROWS + 16), 4 * ROWS, 4 * BLOCK, 4 * PAGE * depth, 4 * PAGE * width,
              4 * PAGE * depth, 4 * PAGE * width, 16 * width, 0)
     places, end = at(int64, task + PLACE), (task + PLACE + 8 * PARTS + 63) // 64 * 64
     for i in range(SPREAD):
@@ -68,7 +69,7 @@ def _pack_queries(call, first_token, head, count, rows, places):
         top = splat(F, np.float32(0))
         for c in range(0, depth if row < count else 0, 16):
             top = vmax(top, vabs(load(F, rotated, source + c)))
-        scales[row] = hmax(top) / np.float32(127)
+        scales[row] = hmax(top) * (LOG2E / np.float32(127))
         inverse, total = splat(F, np.float32(127) / max(hmax(top), TINY)), zeros(I, 1)[0]
         for c in range(0, depth, 16):
             code = zeros(I, 1)[0]
@@ -196,35 +197,56 @@ def _hide(scores, first, lanes, slots, low, high):
 
 
 @njit(nogil=True, error_model="numpy")
-def _soften(places, row, r, lanes, width):
-    """Row r of the scores to weights (attention_softmax.soften has the method), times their values' scales to bytes."""
+def _power(x):
+    """2^x to 1e-4 relative, for x up to 100; what lies below -126 becomes next to nothing."""
+    x = vmax(splat(F, np.float32(-126)), x)  # in this order NaN stays
+    n = convert(I, x)
+    r = x - convert(F, n)
+    p = fma(r, splat(F, np.float32(0.05550411)), splat(F, np.float32(0.24022651)))
+    p = fma(p, r, splat(F, np.float32(0.69314718)))
+    p = fma(p, r, splat(F, np.float32(1)))
+    return bitcast(F, bitcast(I, p) + (n << 23))
+
+
+@njit(nogil=True, error_model="numpy")
+def _share_scales(places, lanes):
+    """Values' scales as parts of 127 of the largest, by which weights up to 1 are multiplied to bytes -> the largest / 127."""
+    scales, parts, most = at(float32, places[VALUE_SCALES]), at(float32, places[VALUE_PARTS]), splat(F, TINY)
+    for i in range(0, lanes, 16):
+        most = vmax(most, load(F, scales, i))
+    factor = np.float32(127) / hmax(most)
+    for i in range(0, lanes, 16):
+        store(parts, i, load(F, scales, i) * factor)
+    return hmax(most) / np.float32(127)
+
+
+@njit(nogil=True, error_model="numpy")
+def _soften(places, row, r, lanes, width, unit):
+    """Row r of the scores, logarithms to base 2, to weights: 1 for the largest of these lanes, and times their values' scales to bytes. tops[row]
+    is near the largest score so far and moves as in attention_softmax.soften. unit: what _share_scales gave."""
     scores, first, tops, sums = at(float32, places[SCORES]), r * STRIDE, at(float32, places[TOPS]), at(float32, places[SUMS])
-    steps, codes = at(float32, places[VALUE_SCALES]), at(int8, places[WEIGHT_BYTES])
+    parts, codes = at(float32, places[VALUE_PARTS]), at(int8, places[WEIGHT_BYTES])
     best = splat(F, LOWEST_SCORE)
     for i in range(0, lanes, 16):
         best = vmax(best, load(F, scores, first + i))
-    if any_greater(best, splat(F, tops[row] + SLACK)):
-        out, top = at(float32, places[WEIGHTED]), hmax(best)
-        factor = exp_low(splat(F, tops[row] - top))
+    top = hmax(best)
+    if top > tops[row] + SLACK:
+        out = at(float32, places[WEIGHTED])
+        factor = _power(splat(F, tops[row] - top))
         tops[row] = top
         store(sums, row * 16, load(F, sums, row * 16) * factor)
         for c in range(row * width, (row + 1) * width, 16):
             store(out, c, load(F, out, c) * factor)
-    shift, total, largest = splat(F, tops[row]), load(F, sums, row * 16), splat(F, TINY)
+    shift, total, count = splat(F, top), splat(F, np.float32(0)), zeros(I, 1)[0]
     for i in range(0, lanes, 16):
-        weight = exp_low(load(F, scores, first + i) - shift)
+        weight = _power(load(F, scores, first + i) - shift)
         total += weight
-        scaled = weight * load(F, steps, i)
-        largest = vmax(largest, scaled)
-        store(scores, first + i, scaled)
-    store(sums, row * 16, total)
-    most, count = hmax(largest), zeros(I, 1)[0]
-    inverse = splat(F, np.float32(127) / most)
-    for i in range(0, lanes, 16):
-        code = nearest(load(F, scores, first + i) * inverse)[0]
+        code = nearest(weight * load(F, parts, i))[0]
         count += code
         store(codes, r * KEYS + i, convert(B, code))
-    at(float32, places[WEIGHT_SCALES])[r] = most / np.float32(127)
+    share = _power(splat(F, top - tops[row]))
+    store(sums, row * 16, fma(total, share, load(F, sums, row * 16)))
+    store(at(float32, places[WEIGHT_SCALES]), r, share * unit)  # all lanes: the next rows come later
     at(int32, places[WEIGHT_STARTS])[r] = BIAS - MIDDLE * hsum(count)
 
 
@@ -250,6 +272,7 @@ def _attend_lanes(call, places, count, tiles, slot, lanes):
     least, most = UNSEEN, np.int32(0)
     for i in range(lanes):
         least, most = min(least, slots[i]), max(most, slots[i])
+    unit = _share_scales(places, lanes)
     for tile in range(tiles):
         top, tail = tile * ROWS, min(tile * ROWS + ROWS, count) - 1
         if least > slot + tail // group:
@@ -259,7 +282,7 @@ def _attend_lanes(call, places, count, tiles, slot, lanes):
             last = slot + row // group
             if most > last or call[WINDOW] > 0:
                 _hide(scores, (row - top) * STRIDE, lanes, slots, first_visible(call, last), last + 1)
-            _soften(places, row, row - top, lanes, width)
+            _soften(places, row, row - top, lanes, width, unit)
         _weigh(places, top, lanes, width)
 
 
@@ -307,4 +330,4 @@ def attend_block_int8(call, sequence, head, block, thread):
     for i in range(count):
         token = row + begin + i // group
         to = token * call[OUT_STRIDE] + (head * group + i % group) * call[HEAD_DIM]
-        finish_row(call, sequence, head, token, i % group, hsum(load(F, sums, i * 16)), tops[i], out, i * width, at(float32, call[OUT]), to)
+        finish_row(call, sequence, head, token, i % group, hsum(load(F, sums, i * 16)), tops[i] * LN2, out, i * width, at(float32, call[OUT]), to)
