@@ -17,12 +17,13 @@ ARGS = ("q", "q.stride", "k", "k.stride", "v", "v.stride", "cos", "cos.stride", 
         "batch.positions", "batch.row_starts", "batch.page_tables", "batch.slot_counts", "batch.attention_mass", "batch.compensation",
         "batch.confidence", "batch.sequences", "batch.probes", "cache.pools", "cache.max_pages", "cache.keys_rotated", "cache.mass_mode",
         "cache.mass_plane", "cache.progressive",
-        "prefill.attend", "prefill.attend_listed", "batch.prefill_lists", "batch.selections", "selection.group", "selection.capacity", "selection.thresholds", "batch.value_sums", "workspace")
+        "prefill.attend", "prefill.attend_listed", "batch.prefill_lists", "batch.selections", "selection.group",
+        "selection.capacity", "selection.thresholds", "batch.value_sums", "workspace")
 # The call: these arguments and what follows from them, as int64 in the workspace, for all threads.
 (Q, Q_STRIDE, K, K_STRIDE, V, V_STRIDE, COS, COS_STRIDE, SIN, OUT, OUT_STRIDE, ROWS_INDEX, NUM_HEADS, KV_HEADS, HEAD_DIM, ROTARY_DIM,
  INTERLEAVED, SCALE, WINDOW, LAYER, POSITIONS, ROW_STARTS, PAGE_TABLES, SLOT_COUNTS, MASS, COMPENSATION, CONFIDENCE, SEQUENCES_INDEX,
- PROBES_INDEX, POOLS, MAX_PAGES, KEYS_ROTATION, MASS_MODE, MASS_PLANE, PROGRESSIVE, PREFILL, PREFILL_LISTED, PREFILL_LISTS, SELECTIONS, SELECTION_GROUP, SELECTION_CAPACITY,
- THRESHOLDS, VALUE_SUMS, WORKSPACE) = range(len(ARGS))
+ PROBES_INDEX, POOLS, MAX_PAGES, KEYS_ROTATION, MASS_MODE, MASS_PLANE, PROGRESSIVE, PREFILL, PREFILL_LISTED, PREFILL_LISTS, SELECTIONS,
+ SELECTION_GROUP, SELECTION_CAPACITY, THRESHOLDS, VALUE_SUMS, WORKSPACE) = range(len(ARGS))
 (TOKENS, SEQUENCES, THREADS, GROUP, STARTS, ROTATED, KEYS_ROTATED, PARTIALS, SCRATCH, SCRATCH_SIZE, PREFILL_TASKS, TASKS, RANGE_PAGES,
  WIDTH, PROBES, FIELDS) = range(len(ARGS), len(ARGS) + 16)
 COUNTER, CALL = 0, 64  # byte offsets in the workspace: the next task; the call
@@ -43,7 +44,7 @@ def scratch_floats(head_dim: int, group: int) -> int:
     heads = -(-group // HEAD_ROWS) * HEAD_ROWS
     decode = heads * (CHUNK + 16 + 4 * width + 80) + 256  # attention_fold.places
     rows = -(-max(LISTED * group, rows) // ROWS) * ROWS
-    int8 = KEYS * (head_dim + width) // 4 + 2 * PAGE * (head_dim + width) + 4 * width + rows * (head_dim // 4 + width + 20)  # attention_prefill_int8
+    int8 = KEYS * (head_dim + width) // 4 + 2 * PAGE * (head_dim + width) + 4 * width + rows * (head_dim // 4 + width + 20)
     int8 += ROWS * (KEYS + 16 + KEYS // 4 + 4) + 4 * KEYS + head_dim + 640
     return 32 + -(-max(prefill, int8, decode) // 16) * 16
 

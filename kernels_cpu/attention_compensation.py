@@ -31,8 +31,8 @@ def compensation_of(call, sequence, head, row, h):
 
 @njit(nogil=True, error_model="numpy")
 def finish_row(call, sequence, head, row, member, total, best, out, first, result, to):
-    """The output of one row, for the `member`-th head of the group: its weighted sums, from out[first] on, over its sum of weights, `total`, the
-    compensation token included. best: the score whose weight is 1."""
+    """The output of one row, for the `member`-th head of the group: its weighted sums, from out[first] on, over the sum of weights `total`,
+    the compensation token included. best: the score whose weight is 1."""
     depth, scale = call[HEAD_DIM], np.float32(1)
     extra, weight, mean = compensation_of(call, sequence, head, row, member)
     if weight > 0:

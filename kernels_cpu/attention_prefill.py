@@ -1,4 +1,5 @@
-"""Prefill attention in float32, for caches of floats: a block of a sequence's newest tokens against all cached tokens they see, for one KV head.
+"""Prefill attention in float32, for caches of floats: a block of a sequence's newest tokens against all cached tokens they see, for one KV
+head.
 
 Rows are query tokens x heads of the group, so that K and V are shared. For KEYS cached tokens at a time: pages become float32 in
 a scratch, tiles of ROWS rows are scored, softened (online softmax, arXiv 2205.14135) and multiplied with the values.

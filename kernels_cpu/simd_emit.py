@@ -11,6 +11,7 @@ from edgeattn.kernels_cpu import LEVEL
 MACHINE = "neon" if LEVEL == "i8mm" else LEVEL  # i8mm adds one instruction, the rest is the same
 WIDTH = {"avx512": 16, "avxvnni": 8, "avx2": 8, "neon": 4, "plain": 4}[MACHINE]  # 32-bit lanes of one register
 BIAS = np.int32(0x4B400000)  # the bits of 12582912.0f: adding |n| < 2**22 to them gives the bits of 12582912.0f + n
+CODE_TOP = np.int32(255 if MACHINE in ("avx512", "avxvnni") else 127)  # the largest code that dot4 takes
 SIGNED_BYTES = MACHINE in ("avx2", "neon", "plain")  # dot8 takes codes as signed bytes, their top bit flipped
 
 I8, I16, I32, I64 = (ir.IntType(bits) for bits in (8, 16, 32, 64))
@@ -108,7 +109,7 @@ def _by_register(builder, dot, acc, w, s):
 
 
 def dot4(builder, acc, codes, s):
-    """Codes 0 ... 127."""
+    """Codes 0 ... 127, some machines more (CODE_TOP)."""
     return _by_register(builder, DOT4, acc, codes, s)
 
 

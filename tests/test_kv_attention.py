@@ -200,4 +200,4 @@ def test_compensation_is_exact_for_equal_keys(new, types):
         a.compensation[0, head] = np.r_[64, keys[gone].mean(0), values[gone].mean(0)]
     cache.release(a.tables[..., 1:3].ravel())
     a.tables[..., 1:3] = RELEASED
-    driver.compare(driver.forward([(a, parts)], settle=False)[0], whole, new == 1 and types == "int4")
+    driver.compare(driver.forward([(a, parts)], settle=False)[0], whole, types == "int4")
