@@ -62,8 +62,14 @@ class Plan:
         groups = self._group()
         kernels = self._load_kernels(groups, progress)
         self._allocate(groups)
+        nodes = iter([node for g in groups if not isinstance(g, Segment) for node in g if node.op_type == "cached_attention"])
         groups = [g if isinstance(g, Segment) else self._steps(g, kernels) for g in groups]
         self.steps = [step for g in groups if not isinstance(g, Segment) for step in g]
+        self.attentions = {}  # by the step's number: (layer, node)
+        for i, step in enumerate(self.steps):
+            if step.operator == "cached_attention":
+                node = next(nodes)
+                self.attentions[i] = attributes(node)["layer"], node
         self._place_workspace(kernels)
         self.items = [self._connect(g) if isinstance(g, Segment) else np.stack([step.row for step in g]) for g in groups if g]
 
@@ -267,12 +273,29 @@ class Plan:
         segment.connect({name: partial(self.view, name) for name in names})
         return segment
 
-    def run(self, state: np.ndarray) -> None:
+    def run(self, state: np.ndarray, before_attention=None) -> None:
+        """before_attention(layer) is called before each layer's attention, once what it reads is computed."""
+        done = 0  # steps
         for item in self.items:
             if isinstance(item, Segment):
                 item.run(state)
-            else:
-                steps.run(item, state)
+                continue
+            first = 0
+            for i in range(len(item)) if before_attention else ():
+                if done + i in self.attentions:
+                    steps.run(item[first:i], state)
+                    before_attention(self.attentions[done + i][0])
+                    first = i
+            steps.run(item[first:], state)
+            done += len(item)
+
+    def attention_inputs(self, layer: int, state: np.ndarray) -> tuple[dict[str, np.ndarray], dict]:
+        """(q, k, cos, sin of a layer's attention by these names, its attributes)"""
+        node = next(node for at, node in self.attentions.values() if at == layer)
+        names = dict(zip(OPS["cached_attention"].inputs, node.input))
+        found = {name: self.graph.initializers[names[name]] if names[name] in self.graph.initializers else self.view(names[name], state)
+                 for name in ("q", "k", "cos", "sin")}
+        return found, DEFAULTS | attributes(node)
 
     def profile(self, state: np.ndarray) -> list[tuple[str, str, float]]:
         """Run once, step by step; -> (node, operator, seconds) of each. A segment counts as operator "onnxruntime"."""

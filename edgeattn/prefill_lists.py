@@ -4,18 +4,24 @@ import numpy as np
 from edgeattn.prefill_plan import PrefillPlan
 
 
-def write_lists(plan: PrefillPlan) -> np.ndarray:
+def write_lists(plans: list[PrefillPlan]) -> np.ndarray:
     """int32: for each KV head and query block where its pages begin, where its single keys do, and last where these end; then all of them,
-    ascending. The plan is one of KV heads (PrefillPlan.union)."""
-    heads, blocks, _ = plan.blocks.shape
-    pages = plan.blocks.reshape(heads * blocks, -1)
-    columns = np.zeros((heads * blocks, 0), bool) if plan.columns is None else plan.columns.reshape(heads * blocks, -1)
+    ascending. The plans are of KV heads (PrefillPlan.union), one after the other."""
+    pages = _join([plan.blocks for plan in plans])
+    columns = _join([np.zeros((*plan.blocks.shape[:2], 0), bool) if plan.columns is None else plan.columns for plan in plans])
     sizes = np.stack([pages.sum(1), columns.sum(1)], 1).ravel()
-    starts = np.concatenate([[0], np.cumsum(sizes)]) + 2 * heads * blocks + 1
+    starts = np.concatenate([[0], np.cumsum(sizes)]) + len(sizes) + 1
     found = np.empty(int(starts[-1]), np.int32)
     found[:len(starts)] = starts
-    for numbers, first in ((pages, starts[:-1:2]), (columns, starts[1::2])):
-        row, number = np.nonzero(numbers)
-        within = np.arange(len(row)) - np.concatenate([[0], np.cumsum(numbers.sum(1))])[row]
+    for chosen, first in ((pages, starts[:-1:2]), (columns, starts[1::2])):
+        row, number = np.nonzero(chosen)
+        within = np.arange(len(row)) - np.concatenate([[0], np.cumsum(chosen.sum(1))])[row]
         found[first[row] + within] = number
     return found
+
+
+def _join(parts) -> np.ndarray:
+    """[heads, query blocks, places] each -> [all heads * query blocks, the most places]"""
+    most = max(part.shape[2] for part in parts)
+    parts = [np.pad(part, ((0, 0), (0, 0), (0, most - part.shape[2]))) for part in parts]
+    return np.concatenate([part.reshape(part.shape[0] * part.shape[1], most) for part in parts])

@@ -1,5 +1,6 @@
 """Load an exported folder and run it: prefill and decode of any number of sequences through one forward call."""
 import json
+from functools import partial
 from pathlib import Path
 
 import numba
@@ -15,6 +16,7 @@ from edgeattn.cache.sequence import Sequence
 from edgeattn.calibration import head_classes
 from edgeattn.graph import read_graph
 from edgeattn.plan import Plan
+from edgeattn.prefill_scheduler import PrefillOptions, PrefillScheduler, refusal as prefill_refusal
 from edgeattn.rebuild import recall
 from edgeattn.scheduler import Scheduler, SparseOptions, refusal
 
@@ -29,9 +31,9 @@ class Model:
     """
 
     def __init__(self, folder, cache: CacheOptions | None = None, ctx_size: int | None = None, ubatch: int | None = None,
-                 threads: int | None = None, sparse: SparseOptions | None = None, progress=None):
+                 threads: int | None = None, sparse: SparseOptions | None = None, prefill: PrefillOptions | None = None, progress=None):
         """cache: how keys and values are kept; the export's KV type by default, with room for ctx_size tokens.
-        sparse: what decode steps read; by default "auto" chooses.
+        sparse: what decode steps read; prefill: what prompts read. By default "auto" chooses.
         progress(operator, done, total) is called while kernels are compiled or read from the kernel cache.
 
         ValueError: the folder is not a complete export, or an option is out of range.
@@ -70,6 +72,7 @@ class Model:
         if options.moves_slots and self.scheduler and self.scheduler.policy.shared:
             raise ValueError(f"{sparse.method} selects pages for several layers and heads at once, which eviction, head classes and sorted pages "
                              "would tell apart: use --kv-eviction none, --kv-heads none and --kv-storage kivi")
+        self.prefill = self._prefill(prefill or PrefillOptions(), options, about)
         self.cache = KVCache(*shape, options, self.ubatch, classes, selection)
         self.ubatch, self.ctx_size = self.cache.plan.chunk, self.cache.capacity
         self._max_rows = max(1, min(self.ubatch, LOGITS_BYTES // (4 * self.vocab_size)))
@@ -80,6 +83,17 @@ class Model:
                 from edgeattn.crossover import settle  # loads the kernels of selections
                 settle(self.scheduler, options, about["num_heads"], about["head_dim"], self.threads)
         self.plan = self._plan(progress)
+
+    def _prefill(self, prefill, options, about):
+        """The scheduler of prompts, or None; `whole_because` says why auto gave way."""
+        self.whole_because = "" if prefill.method == "off" else prefill_refusal(options, about["window"])
+        if prefill.method == "off" or self.whole_because and prefill.method == "auto":
+            return None
+        if self.whole_because:
+            raise ValueError(f"--sparse-prefill {prefill.method}: {self.whole_because}: use --sparse-prefill off")
+        made = PrefillScheduler(prefill, about["num_layers"])
+        made.load(self.folder, self.config)
+        return made
 
     def _never_sparse(self):
         """Whether auto would select all that the context can hold, and so costs memory for nothing."""
@@ -97,7 +111,8 @@ class Model:
         return Plan(read_graph(self.folder), before, batch.arguments(), self._layer_arguments, inputs, counts, self.threads, progress)
 
     def _layer_arguments(self, layer):
-        return self.cache.arguments(layer) | (self.scheduler.arguments(layer) if self.scheduler else {"selection.group": -1})
+        return (self.cache.arguments(layer) | {"prefill.sparse": int(self.prefill is not None)}
+                | (self.scheduler.arguments(layer) if self.scheduler else {"selection.group": -1}))
 
     # ---- sequences ----------------------------------------------------------------------------------------------
     def new_sequence(self) -> Sequence:
@@ -142,16 +157,22 @@ class Model:
         found = []
         for chunk in self._chunks(work, logit_rows):
             self._batch.clear()
-            for i, start, end, rows in chunk:
+            listed = []
+            for place, (i, start, end, rows) in enumerate(chunk):
                 sequence, ids = work[i]
                 self.cache.append(sequence, end - start)
                 sparse = self.scheduler is not None and len(ids) == 1 and self.scheduler.wants(sequence.length)
+                if self.prefill and len(ids) > 1 and self.prefill.wants(sequence, end - start):
+                    listed.append((place, sequence, int(self._batch.state[0]), end - start))
                 self._batch.add(sequence, ids[start:end], rows, self.cache.probes_for(sequence, end - start), sparse)
-            self.plan.run(self._batch.state)
+            self.plan.run(self._batch.state, partial(self._choose, listed) if listed else None)
             for i, start, end, _ in chunk:
                 self.cache.settle(work[i][0], end - start)
             found.append(self.plan.view("logits", self._batch.state).copy())
         return found[0] if len(found) == 1 else np.concatenate(found)  # chunks follow the order of `work`
+
+    def _choose(self, listed, layer):
+        self.prefill.choose(layer, self.cache, self._batch, listed, *self.plan.attention_inputs(layer, self._batch.state))
 
     def _note_tokens(self, work):
         """Keep the ids, from which released pages are rebuilt, and rebuild what a new prompt is about."""

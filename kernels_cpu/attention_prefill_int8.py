@@ -21,7 +21,8 @@ from edgeattn.kernels_cpu.float_tiles import BLOCK, COLUMNS
 from edgeattn.kernels_cpu.floats import F, I, where_less
 from edgeattn.kernels_cpu.parallel import worker
 from edgeattn.kernels_cpu.simd import (BIAS, CODE_TOP, at, bitcast, broadcast_rows, convert, fma, hmax, hsum, i8, load, load_rows,
-                                       load_tile, nearest, outer_dot_codes, outer_dot_rows, outer_fma, splat, store, store_tile, u8, vabs, vmax, zeros)
+                                       load_tile, nearest, outer_dot_codes, outer_dot_rows, outer_fma, splat, store,
+                                       store_tile, u8, vabs, vmax, zeros)
 
 TILE, WEIGHT_TOP = ROWS * COLUMNS, np.float32(CODE_TOP)
 LOG2E, LN2 = np.float32(1.4426950408889634), np.float32(0.6931471805599453)

@@ -40,7 +40,7 @@ def test_what_a_plan_names_is_read_and_nothing_else(types, group, head_dim):
     if past:
         driver.fill(sequence, past, check=False)
     parts, plan = driver.random(n), random_plan(rng, 2, n, past + n, 0.3, columns)
-    lists = write_lists(plan)
+    lists = write_lists([plan])
     out, = driver.forward([(sequence, parts)], check=False, settle=False, lists=[lists.ctypes.data])
     mean, most = error(driver, sequence, parts, out, plan)
     assert mean < 0.04 and most < 0.15
@@ -53,7 +53,7 @@ def test_a_plan_of_everything_is_the_dense_answer():
     parts, everything = driver.random(150), PrefillPlan(np.ones((2, 3, -(-550 // PAGE)), bool), None, 150, 550)
     dense, = driver.forward([(sequence, parts)], check=False, settle=False)
     cache.truncate(sequence, 400)
-    listed, = driver.forward([(sequence, parts)], check=False, settle=False, lists=[write_lists(everything).ctypes.data])
+    listed, = driver.forward([(sequence, parts)], check=False, settle=False, lists=[write_lists([everything]).ctypes.data])
     error = np.linalg.norm(listed - dense, axis=-1) / np.linalg.norm(dense, axis=-1)
     assert error.mean() < 0.04  # keys are rounded about another mean
 
@@ -71,7 +71,7 @@ def test_later_tokens_change_nothing():
         changed = [x.copy() for x in parts]
         for x in changed[1:]:
             x[:, 70:] = rng.standard_normal(x[:, 70:].shape)
-        outs.append(driver.forward([(sequence, changed)], check=False, settle=False, lists=[write_lists(plan).ctypes.data])[0][:, :64])
+        outs.append(driver.forward([(sequence, changed)], check=False, settle=False, lists=[write_lists([plan]).ctypes.data])[0][:, :64])
         cache.truncate(sequence, 0)
     np.testing.assert_allclose(*outs, atol=0)  # the first block of queries ends before token 70
 
@@ -86,7 +86,7 @@ def test_threads_and_neighbours_change_nothing():
     def run(both):
         a, b = cache.new_sequence(), cache.new_sequence()
         driver.forward([(a, history)], check=False)
-        work, lists = [(a, parts)], [write_lists(plan)]
+        work, lists = [(a, parts)], [write_lists([plan])]
         if both:
             work, lists = [(b, other), *work], [None, *lists]
         out = driver.forward(work, check=False, settle=False, lists=[0 if x is None else x.ctypes.data for x in lists])

@@ -21,6 +21,7 @@ class PrefillPolicy:
     recent: int = 2
 
     reference: ClassVar[bool] = False  # an end of the scale, not a method
+    min_len: ClassVar[int] = 1024      # tokens in the context below which chunks are read whole
 
     def __post_init__(self):
         if self.sink < 1 or self.recent < 0:

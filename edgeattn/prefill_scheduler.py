@@ -1,0 +1,146 @@
+"""What a prompt reads: for each chunk and layer a policy's plan, made between the operators of that layer, as lists that attention reads.
+
+A chunk has hundreds of tokens, so unlike decode's policies (scheduler.py) these are NumPy: what they take is counted and shown beside what
+attention takes. A chunk stays dense below `min_len` tokens, and where it has few tokens, which see everything.
+"""
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from functools import cache
+from time import perf_counter
+
+import numpy as np
+
+from edgeattn.policies import load_policy, policy_names
+from edgeattn.prefill_lists import write_lists
+from edgeattn.prefill_plan import QUERIES
+from edgeattn.reference.cached_attention import rotate
+
+FEWEST = QUERIES  # tokens of a chunk that make a plan worth while
+
+
+@dataclass(frozen=True)
+class PrefillOptions:
+    """
+    method   "off", or a file of policies/prefill; "auto" is what a user gets, and gives way where it does not go with the cache
+    options  its fields, where they are not to be the defaults
+    min_len  tokens in the context from which a chunk is sparse; None: the policy's own
+    ValueError: an unknown method or field, or a number out of range.
+    """
+    method: str = "auto"
+    options: dict = field(default_factory=dict)
+    min_len: int | None = None
+
+    def __post_init__(self):
+        known = ("off", *policy_names("prefill"))
+        if self.method not in known:
+            raise ValueError(f"sparse prefill must be one of {', '.join(known)}, got {self.method!r}")
+        if self.min_len is not None and self.min_len < 0:
+            raise ValueError(f"sparse prefill begins at 0 tokens or more, got {self.min_len}")
+        self.policy()
+
+    def policy(self):
+        """None where everything is read."""
+        return None if self.method == "off" else load_policy("prefill", self.method, self.options)
+
+
+def refusal(cache_options, window: int) -> str:
+    """Why no plan goes with a cache or with a model of sliding windows; "" where it does."""
+    if window:
+        return "this model's layers see a window of recent tokens only"
+    if cache_options.releases:
+        return f"--kv-eviction {cache_options.method} drops and rebuilds pages that a plan may name"
+    return ""
+
+
+@cache
+def _hadamard(head_dim: int) -> np.ndarray:
+    """[head_dim, head_dim]: what storages that rotate keys multiply them with."""
+    from edgeattn.kernels_cpu.hadamard import hadamard
+    turn = np.eye(head_dim, dtype=np.float32)
+    for row in range(head_dim):
+        hadamard(turn.ravel(), row * head_dim, head_dim)
+    return turn
+
+
+class Keys:
+    """The keys of a layer, [tokens, head_dim] float32 of a KV head when it is asked for: those of the cache, then a chunk's own."""
+
+    def __init__(self, cache, sequence, layer: int, new: np.ndarray):
+        self._cache, self._sequence, self._layer, self._new = cache, sequence, layer, new
+
+        self.alike = len(set(sequence.counts[layer].tolist())) == 1  # whether all heads hold as many
+
+    def __len__(self):
+        return self._new.shape[1]
+
+    def __getitem__(self, head: int) -> np.ndarray:
+        if not 0 <= head < len(self):
+            raise IndexError(head)
+        past, _ = self._cache.read(self._sequence, self._layer, head)
+        return np.concatenate([past[:len(past) - len(self._new)], self._new[:, head]])
+
+
+class PrefillScheduler:
+    """
+    policy    what chooses; min_len: tokens in the context from which chunks are sparse
+    chunks    how many were [dense, sparse]
+    figures() what sparse chunks read, and how long choosing took
+    """
+
+    def __init__(self, options: PrefillOptions, layers: int):
+        self.options, self.policy = options, options.policy()
+        self.min_len = self.policy.min_len if options.min_len is None else options.min_len
+        self.assets, self.chunks = None, [0, 0]
+        self.kept, self.seconds = np.zeros((layers, 2)), np.zeros(layers)  # densities: of query heads, of what is read; summed over chunks
+        self._lists = []
+
+    def load(self, folder, config: dict) -> None:
+        """What the policy needs of the model's calibration. ValueError: it is not there, or another model's."""
+        self.assets = self.policy.load(folder, config)
+
+    def wants(self, sequence, tokens: int) -> bool:
+        """Whether a chunk of the newest `tokens` of a sequence is to be sparse; counts it."""
+        sparse = tokens >= FEWEST and sequence.length >= self.min_len and sequence.length > tokens
+        self.chunks[sparse] += 1
+        return sparse
+
+    def choose(self, layer: int, kv_cache, batch, sparse: list, tensors: dict, attributes: dict) -> None:
+        """Write the lists of one layer. sparse: (place in the batch, sequence, first row, tokens) of each sequence that is to have some;
+        tensors: the layer's q, k, cos and sin as attention gets them."""
+        began, self._lists = perf_counter(), []
+        for place, sequence, first, count in sparse:
+            rows, head_dim = slice(first, first + count), attributes["head_dim"]
+            cos, sin = (tensors[name][batch.positions[rows]] for name in ("cos", "sin"))
+            q, k = (rotate(tensors[name][rows].reshape(count, -1, head_dim), cos, sin, attributes.get("interleaved", 0)) for name in "qk")
+            if kv_cache.arguments(layer)["cache.keys_rotated"]:
+                q, k = (x @ _hadamard(head_dim) for x in (q, k))
+            plans = self._plans(layer, np.ascontiguousarray(q.swapaxes(0, 1)), Keys(kv_cache, sequence, layer, k), attributes["scale"])
+            joined = [plan.union(k.shape[1] // len(plans)) for plan in plans]
+            self.kept[layer] += [np.mean([plan.density() for plan in some]) for some in (plans, joined)]
+            self._lists.append(write_lists(joined))
+            batch.prefill_lists[place] = self._lists[-1].ctypes.data
+        self.seconds[layer] += perf_counter() - began
+
+    def _plans(self, layer, q, keys, scale):
+        """One for all KV heads, or one for each where they hold different tokens."""
+        if keys.alike:
+            return [self.policy.select(q, keys, scale, layer, self.assets)]
+        group = len(q) // len(keys)
+        return [self.policy.select(q[head * group:(head + 1) * group], [keys[head]], scale, layer, self.assets) for head in range(len(keys))]
+
+    def figures(self) -> dict[str, float]:
+        """Since the last call, over sparse chunks: density of the plans and of what is read (pairs of all that a causal mask leaves), and
+        seconds that choosing took."""
+        count, found = max(1, self.chunks[1]), self.kept.mean(0)
+        result = {"density": float(found[0] / count), "read": float(found[1] / count), "seconds": float(self.seconds.sum())}
+        self.kept[:], self.seconds[:], self.chunks = 0, 0, [0, 0]
+        return result
+
+    def explain(self) -> Iterator[str]:
+        """What was decided, line by line; counters go on."""
+        fields = ", ".join(f"{name} {value}" for name, value in vars(self.policy).items())
+        yield f"sparse prefill {self.options.method} ({fields})"
+        yield (f"chunks with {self.min_len:,} tokens in the context and more are sparse; so far: {self.chunks[0]} dense, {self.chunks[1]} sparse")
+        for layer, (kept, read) in enumerate(self.kept / max(1, self.chunks[1])):
+            if self.chunks[1]:
+                yield f"layer {layer}: plans hold {100 * kept:.1f} % of the pairs, heads of a group together {100 * read:.1f} %"
