@@ -14,7 +14,7 @@ CASES = {
     "dhsa_chunks": ({"budget": 10 ** 6}, {"budget": 300}, {"budget": 800}),
     "oracle": ({"fraction": 1.0}, {"fraction": 0.1}, {"fraction": 0.3}),
     "random": ({"fraction": 1.0}, {"fraction": 0.1}, {"fraction": 0.3}),
-    "sale": ({"threshold": 0.0}, {"threshold": 0.05}, {"threshold": 0.01}),
+    "sale": ({"threshold": 0.0}, {"threshold": 10.0}, {"threshold": 1.0}),
     "sparge_attn": ({"similarity": 1.0}, {"fraction": 0.1}, {"fraction": 0.3}),
     "streaming": ({"recent": 10 ** 6}, {"sink": 1, "recent": 2}, {"sink": 2, "recent": 8}),
     "xattention": ({"tau": 1.0}, {"tau": 0.3}, {"tau": 0.6}),
