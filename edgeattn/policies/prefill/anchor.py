@@ -1,8 +1,8 @@
 """AnchorAttention (arXiv 2505.23520): single keys whose score comes within `theta` of what the first and the newest keys reach.
 
-A row's greatest score with the first pages and with the keys of its own superblock of queries is its anchor. Queries and anchors are averaged over a
-query block. An earlier key is read by a whole superblock if for any of its blocks the mean query's score with it, plus theta, is no less than
-the mean anchor: no softmax, no sorting, and keys are read alone.
+A row's greatest score with the first pages and with the keys of its own superblock of queries is its anchor. Queries and anchors are
+averaged over a query block. An earlier key is read by a whole superblock if for any of its blocks the mean query's score with it, plus
+theta, is no less than the mean anchor: no softmax, no sorting, and keys are read alone.
 
 The paper averages over 128 queries and has superblocks of 16 such; ours end with the chunk: 8 query blocks are the usual one of 512 tokens.
 First pages, the superblock's keys and the scanned ones between share no key.

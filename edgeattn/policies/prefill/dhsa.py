@@ -2,12 +2,12 @@
 
 topk  mean query times mean key
 a     the same; the first page and the newest seen count among those chosen
-vs    the newest 64 queries' true softmax, summed by key (verticals) and by distance (slashes). The budget in tokens is halved between the best
-      of either; a page's score is the weight of the verticals in it and of the slashes that cross it and the query block
+vs    the newest 64 queries' true softmax, summed by key (verticals) and by distance (slashes). The budget in tokens is halved between the
+      best of either; a page's score is the weight of the verticals in it and of the slashes that cross it and the query block
 vsb   the same of means: of 32 queries and of pages
 
-The paper's query blocks are of 128. It reads the last one in full: chunks end before the prompt does, so ours do not. Pages that a
-block cannot see are never ranked, and the queries that `vs` asks are real ones, not padding. `vs` costs as much as those 64 queries' scores.
+The paper's query blocks are of 128. It reads the last one in full: chunks end before the prompt does, so ours do not. Pages that a block
+cannot see are never ranked, and the queries that `vs` asks are real ones, not padding. `vs` costs as much as those 64 queries' scores.
 """
 from dataclasses import dataclass
 

@@ -2,7 +2,8 @@
 
 A boundary may lie where the mean keys of the four tokens before and the four after differ in direction (all KV heads joined). The strongest
 are taken one by one, each ruling out its neighbours up to eight tokens away. A chunk's score with a query block is the product of their
-means, of keys and queries also averaged over the heads, times the root of the chunk's length; the best chunks are read until the budget is full.
+means, of keys and queries also averaged over the heads, times the root of the chunk's length; the best chunks are read until the budget is
+full.
 
 The paper trains a small network to tell boundaries; this cosine takes its place, so that nothing is trained. The tokens that every block
 reads are a query block's own and the pages before: the paper's newest 128 end with the block's last row and leave the first rows
@@ -53,8 +54,8 @@ class DhsaChunks(PrefillPolicy):
 
 
 def boundaries(scores: np.ndarray, least: float, count: int, m: int) -> np.ndarray:
-    """Where chunks begin, ascending, 0 among them. scores[i] is of a boundary before token i + SIDE. The greedy choice by descending score: in
-    each round all that beat every neighbour still there are taken, and rule these out."""
+    """Where chunks begin, ascending, 0 among them. scores[i] is of a boundary before token i + SIDE. The greedy choice by descending score:
+    in each round all that beat every neighbour still there are taken, and rule these out."""
     order = np.argsort(-scores, kind="stable")
     rank = np.empty(len(scores) + 2 * APART, np.int64)
     rank[:] = len(scores)                                  # ruled out
@@ -76,7 +77,8 @@ def chunk_scores(q: np.ndarray, k: np.ndarray, starts: np.ndarray) -> np.ndarray
 
 
 def fill(scores: np.ndarray, starts: np.ndarray, always: np.ndarray, stops: np.ndarray, budget: int) -> np.ndarray:
-    """[query blocks, keys] bool: `always`, then chunk by chunk until a block reads `budget` keys of those before its stop; the last chunk in part."""
+    """[query blocks, keys] bool: `always`, then chunk by chunk until a block reads `budget` keys of those before its stop; the last
+    chunk in part."""
     m = always.shape[1]
     chunk = np.repeat(np.arange(len(starts)), np.diff(starts, append=m))      # of each key
     free = ~always & (np.arange(m) < stops[:, None])

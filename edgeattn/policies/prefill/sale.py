@@ -1,14 +1,14 @@
 """SALE (arXiv 2505.24179): pages in which a score, estimated from 4-bit queries and keys, stands out against what is read anyhow.
 
 The first page and the newest ones, which are always read, give each row an exact sum of exponentials. A page is read for a block of queries
-when, for any of its pairs, the exponential of the estimated score exceeds `threshold` times that sum (the paper's relative attention score).
-That sum is known before the scan, so the order of the scan does not matter.
+when, for any of its pairs, the exponential of the estimated score exceeds `threshold` times that sum (the paper's relative attention
+score). That sum is known before the scan, so the order of the scan does not matter.
 
-Before they are rounded, queries lose their mean and keys theirs: what the queries' mean scores with a key is added again, unrounded; what the
-keys' mean scores is the same for all keys of a row and cancels. Four bits are integers from -7 to 7 with one step for each token: the paper's
-finer groups follow the registers of its GPU kernel. Means of queries are a chunk's, for the whole prompt is not there yet. The paper's
-exact window of 128 tokens is our query block with two pages before it; it has segments of four pages to suit its kernel, we none. Prompts
-of 1,024 tokens and less, which it reads whole, are for the caller to leave alone.
+Before they are rounded, queries lose their mean and keys theirs: what the queries' mean scores with a key is added again, unrounded; what
+the keys' mean scores is the same for all keys of a row and cancels. Four bits are integers from -7 to 7 with one step for each token: the
+paper's finer groups follow the registers of its GPU kernel. Means of queries are a chunk's, for the whole prompt is not there yet. The
+paper's exact window of 128 tokens is our query block with two pages before it; it has segments of four pages to suit its kernel, we none.
+Prompts of 1,024 tokens and less, which it reads whole, are for the caller to leave alone.
 """
 from dataclasses import dataclass
 
@@ -41,10 +41,11 @@ class Sale(PrefillPolicy):
         return found | dense[:, None, None]
 
     @classmethod
-    def calibrate(cls, q: list, k: list, v: list, scale: float, start: float = 0.008, error: float = 0.4, **options) -> dict[str, np.ndarray]:
+    def calibrate(cls, q: list, k: list, v: list, scale: float, start: float = 0.008, error: float = 0.4,
+                  **options) -> dict[str, np.ndarray]:
         """Thresholds of one layer's heads, from chunks of the size that is used: halved from `start` until a row's output differs by less
-        than `error`, summed over its channels, on the average of every prompt; at 1e-4 the head is left dense. Of each prompt q [heads, n, d],
-        k, v [kv_heads, m, d] -> {"sale_thresholds": [heads]}"""
+        than `error` (in the unit of the values, summed over channels) on the average of every prompt; at 1e-4 the head is left dense.
+        Of each prompt q [heads, n, d], k, v [kv_heads, m, d] -> {"sale_thresholds": [heads]}"""
         thresholds, policy = np.full(len(q[0]), start, np.float32), cls(**options)
         for queries, keys, values in zip(q, k, v, strict=True):
             n, m = queries.shape[1], keys.shape[1]

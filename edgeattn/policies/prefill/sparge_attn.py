@@ -1,12 +1,12 @@
 """SpargeAttn (arXiv 2502.18137), its first stage: pages by the mean of their keys, where a mean speaks for them.
 
-Keys lose their mean over the text. A query block and a page are stood for by their means, if their tokens are alike: if the average cosine of all
-pairs within passes `similarity`. Pages of unlike keys are always read, and blocks of unlike queries read everything. Of the
-other pages a block reads the best, by number or until a part of the softmax over these is covered.
+Keys lose their mean over the text. A query block and a page are stood for by their means, if their tokens are alike: if the average cosine
+of all pairs within passes `similarity`. Pages of unlike keys are always read, and blocks of unlike queries read everything. Of the other
+pages a block reads the best, by number or until a part of the softmax over these is covered.
 
 Calibrated heads cover a part, each with a similarity and a part of its own. The paper's blocks are of 128 queries and 64 keys, and its
-calibration smooths what it compares, and tunes a threshold of its second stage too. That stage, which leaves out the values of a page whose scores lie far below the
-maximum so far, belongs to the kernel; at the paper's default, a factor of 2^-50, it does nothing.
+calibration smooths what it compares, and tunes a threshold of its second stage too. That stage, which leaves out the values of a page whose
+scores lie far below the maximum so far, belongs to the kernel; at the paper's default, a factor of 2^-50, it does nothing.
 """
 from dataclasses import dataclass
 
@@ -54,10 +54,10 @@ class SpargeAttn(PrefillPolicy):
     @classmethod
     def calibrate(cls, q: list, k: list, v: list, scale: float, error: float = 0.07, least: float = 0.1,
                   similarities=tuple(np.arange(16) / 16), **options) -> dict[str, np.ndarray]:
-        """Similarity and cdf of one layer's heads, from chunks of the size that is used: of the pairs that keep the outputs within `error` of
-        the exact ones, relative and summed over rows and channels, on every prompt, the one that reads the fewest pages; for each similarity
-        the least cdf is found by halving an interval. A head that would leave out no more than `least` of its pages reads everything. Of
-        each prompt q [heads, n, d], k, v [kv_heads, m, d] -> {"sparge_attn": [heads, 2]}"""
+        """Similarity and cdf of one layer's heads, from chunks of the size that is used: of the pairs that keep the outputs within
+        `error` of the exact ones, relative and summed over rows and channels, on every prompt, the one that reads the fewest pages. For
+        each similarity the least cdf is found by halving an interval. A head that would leave out no more than `least` of its pages reads
+        everything. Of each prompt q [heads, n, d], k, v [kv_heads, m, d] -> {"sparge_attn": [heads, 2]}"""
         policy, heads, exact = cls(**options), len(q[0]), []
         for queries, keys, values in zip(q, k, v, strict=True):
             n, m = queries.shape[1], keys.shape[1]

@@ -1,11 +1,11 @@
 """XAttention (arXiv 2503.16428): pages by the sums along their antidiagonals, until a part `tau` of the estimated weight is covered.
 
-Cut queries and keys into strides of S tokens. Of the S x S pairs of two strides only those on the antidiagonal are scored: every token of either
-side takes part, and lines of strong scores, down or across, are met. All those sums are one product of width S * head_dim over n / S rows
-and m / S columns. Their means pass through a softmax by row, whose weights are summed over a query block and a page.
+Cut queries and keys into strides of S tokens. Of the S x S pairs of two strides only those on the antidiagonal are scored: every token of
+either side takes part, and lines of strong scores, down or across, are met. All those sums are one product of width S * head_dim over n / S
+rows and m / S columns. Their means pass through a softmax by row, whose weights are summed over a query block and a page.
 
-The paper's blocks are of 128 tokens, and it counts a stride's whole antidiagonal with itself; here pairs whose key comes after the query are left
-out of the mean, which also serves chunks that begin within a stride.
+The paper's blocks are of 128 tokens, and it counts a stride's whole antidiagonal with itself; here pairs whose key comes after the query
+are left out of the mean, which also serves chunks that begin within a stride.
 """
 from dataclasses import dataclass
 
