@@ -9,9 +9,15 @@ from prefill_driver import structured
 RNG = np.random.default_rng()
 # For each method: options with which it reads everything, and a tight and a loose setting, of which the second reads all that the first does.
 CASES = {
+    "anchor": ({"theta": float("inf")}, {"theta": 1.0, "step": 2}, {"theta": 3.0, "step": 2}),
+    "dhsa": ({"density": 1.0}, {"density": 0.1}, {"density": 0.3}),
+    "dhsa_chunks": ({"budget": 10 ** 6}, {"budget": 300}, {"budget": 800}),
     "oracle": ({"fraction": 1.0}, {"fraction": 0.1}, {"fraction": 0.3}),
     "random": ({"fraction": 1.0}, {"fraction": 0.1}, {"fraction": 0.3}),
+    "sale": ({"threshold": 0.0}, {"threshold": 10.0}, {"threshold": 1.0}),
+    "sparge_attn": ({"similarity": 1.0}, {"fraction": 0.1}, {"fraction": 0.3}),
     "streaming": ({"recent": 10 ** 6}, {"sink": 1, "recent": 2}, {"sink": 2, "recent": 8}),
+    "xattention": ({"tau": 1.0}, {"tau": 0.3}, {"tau": 0.6}),
 }
 SHAPES = [(100, 100), (64, 64), (33, 500), (512, 512), (200, 1003), (1, 70), (130, 161)]  # (queries, keys)
 HEADS = [(4, 1, 64), (8, 2, 64), (7, 1, 128), (8, 1, 32), (2, 2, 256)]  # (heads, KV heads, head_dim)
