@@ -9,8 +9,10 @@ from prefill_driver import structured
 RNG = np.random.default_rng()
 # For each method: options with which it reads everything, and a tight and a loose setting, of which the second reads all that the first does.
 CASES = {
+    "moa": ({"beta": 1.0}, {"beta": 0.1}, {"beta": 0.4}),
     "oracle": ({"fraction": 1.0}, {"fraction": 0.1}, {"fraction": 0.3}),
     "random": ({"fraction": 1.0}, {"fraction": 0.1}, {"fraction": 0.3}),
+    "seer_attention": ({"threshold": 0.0}, {"fraction": 0.1}, {"fraction": 0.3}),
     "streaming": ({"recent": 10 ** 6}, {"sink": 1, "recent": 2}, {"sink": 2, "recent": 8}),
 }
 SHAPES = [(100, 100), (64, 64), (33, 500), (512, 512), (200, 1003), (1, 70), (130, 161)]  # (queries, keys)
