@@ -11,8 +11,8 @@ from edgeattn.prefill_plan import QUERIES, PrefillPlan, shape_of, spread
 def delta(out: np.ndarray, lse: np.ndarray, q: np.ndarray, k: np.ndarray, v: np.ndarray, scale: float, stride: int = QUERIES,
           last: int = 0) -> tuple[np.ndarray, np.ndarray]:
     """Delta Attention (arXiv 2505.11254): every `stride`-th query reads all keys, and what that changes of its output is added to the
-    `stride` - 1 queries behind it too. The `last` queries all read everything: the paper has the last 128 of a prompt and what is left of its
-    length modulo 64, so that a caller gives 0 for every chunk but the last. Here strides begin with the chunk's first query.
+    `stride` - 1 queries behind it too. The `last` queries all read everything: the paper has the last 128 of a prompt and what is left of
+    its length modulo 64, so that a caller gives 0 for every chunk but the last. Here strides begin with the chunk's first query.
 
     A query that is shifted keeps its sparse lse, for its output is no softmax over anything (it may lie outside the values' hull); the
     others get that of all keys. Costs 1 / stride of dense attention.

@@ -15,6 +15,7 @@ CASES = {
     "seer_attention": ({"threshold": 0.0}, {"fraction": 0.1}, {"fraction": 0.3}),
     "streaming": ({"recent": 10 ** 6}, {"sink": 1, "recent": 2}, {"sink": 2, "recent": 8}),
 }
+STATIC = {"moa", "streaming"}  # look at neither queries nor keys: what is asked for here stands anywhere, so that chance does as well
 SHAPES = [(100, 100), (64, 64), (33, 500), (512, 512), (200, 1003), (1, 70), (130, 161)]  # (queries, keys)
 HEADS = [(4, 1, 64), (8, 2, 64), (7, 1, 128), (8, 1, 32), (2, 2, 256)]  # (heads, KV heads, head_dim)
 
@@ -77,7 +78,7 @@ def test_a_looser_setting_reads_all_that_a_tighter_one_does(method):
 def test_more_weight_is_found_than_by_chance(method):
     q, k, _ = made(512, 2048)
     plan, policy = select(method, CASES[method][1], q, k), load_policy("prefill", method, CASES[method][1])
-    if policy.reference:
+    if policy.reference or method in STATIC:
         return
     found, scale = recall(q, k, plan, 64 ** -0.5), 64 ** -0.5
     chance = select("random", {"fraction": max(plan.density() - 0.02, 0.01), "sink": policy.sink, "recent": policy.recent}, q, k)

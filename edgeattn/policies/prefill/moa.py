@@ -1,10 +1,10 @@
 """MoA (Mixture of Attention spans, arXiv 2406.14909): a head reads the newest alpha + beta * L of the L tokens so far, and the first.
 
 The spans are static, so that choosing costs nothing. The paper weighs attention values by gradients of the loss and gives a solver all
-heads at once; here a span's loss is the relative squared error of its head's output on recorded queries, keys and values, and a greedy knapsack
-goes along the lower hulls of the heads' losses over their densities. Its pages are 64 tokens, and its L is the length of the whole prompt;
-ours is what a query block sees, so that plans do not depend on how a prompt is cut, and beta is the density. Nothing asks that heads have
-keys of their own, but heads that share them are read by the longest span among them.
+heads at once; here a span's loss is the relative squared error of its head's output on recorded queries, keys and values, and a greedy
+knapsack goes along the lower hulls of the heads' losses over their densities. Its pages are 64 tokens, and its L is the length of the
+whole prompt; ours is what a query block sees, so that plans do not depend on how a prompt is cut, and beta is the density. It wants heads
+with keys of their own; of those that share a KV head all read the longest span among them.
 """
 from dataclasses import dataclass
 from pathlib import Path

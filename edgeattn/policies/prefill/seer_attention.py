@@ -107,7 +107,7 @@ def visible(n: int, m: int) -> np.ndarray:
 
 
 def unrotate(x: np.ndarray, cos: np.ndarray, sin: np.ndarray, interleaved: bool, positions: np.ndarray) -> np.ndarray:
-    """x [heads, tokens, head_dim] as it was before cached_attention rotated it, also where tables carry a factor (cos² + sin² is not 1)."""
+    """x [heads, tokens, head_dim] before cached_attention rotated it, also with tables that carry a factor (cos² + sin² not 1)."""
     cos, sin = cos[positions], sin[positions]
     size = cos * cos + sin * sin
     return rotate(x.swapaxes(0, 1), cos / size, -sin / size, interleaved).swapaxes(0, 1)
