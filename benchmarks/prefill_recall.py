@@ -3,7 +3,8 @@
     python benchmarks/prefill_recall.py FOLDER --text book.txt --settings settings.json --out prefill_recall.jsonl
 
 A model reads a text, dense; of the chunk of 512 tokens that ends at each depth, queries, keys and values of all layers are recorded. Each
-method plans that chunk with the options of --settings, {"method": [{"option": value}, ...], ...}, or with its own defaults. Figures:
+method plans that chunk with the options of --settings, {"method": [{"option": value}, ...], ...}, or with its own defaults. Among them,
+"calibrate": {...} are settings of its calibration. Figures:
 
     density         pairs that a plan reads, of those that a causal mask leaves: by query head, and as kernels read them, pages of all query
                     heads of a KV head together (union)
@@ -86,13 +87,15 @@ def evaluate(chunk, policy, assets, union) -> dict:
                     "layers": {name: np.round(found[name], 4).tolist() for name in ("density", "mass")}}
 
 
-def assets_of(policy, args, config, calibration):
+def assets_of(policy, how, args, config, calibration):
     """What the method is given: its calibration on recorded attention where it has one, else what the folder holds. ValueError: nothing."""
     calibrate = getattr(type(policy), "calibrate", None)
+    if how and not (calibrate and calibration):
+        raise ValueError("it cannot be calibrated" if calibration else "give --calibration TEXT")
     if calibrate is None or not calibration:
         return policy.load(args.folder, config)
     scale, layers = calibration[0].scale, range(len(calibration[0].q))
-    layers = [calibrate(*([getattr(chunk, name)[layer] for chunk in calibration] for name in "qkv"), scale) for layer in layers]
+    layers = [calibrate(*([getattr(chunk, name)[layer] for chunk in calibration] for name in "qkv"), scale, **how) for layer in layers]
     return {name: np.stack([layer[name] for layer in layers]) for name in layers[0]}
 
 
@@ -110,9 +113,9 @@ def measure(args, wanted, rows):
             if depth != chunk.depth or name in failed:
                 continue
             try:
-                policy = load_policy("prefill", method, options)
+                policy = load_policy("prefill", method, {option: value for option, value in options.items() if option != "calibrate"})
                 if name not in assets:
-                    assets[name] = assets_of(policy, args, config, calibration)
+                    assets[name] = assets_of(policy, options.get("calibrate", {}), args, config, calibration)
             except ValueError as error:
                 print(f"{name}: left out: {error}", file=sys.stderr, flush=True)
                 failed.add(name)

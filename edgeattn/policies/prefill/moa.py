@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from edgeattn.policies.prefill import PrefillPolicy
-from edgeattn.prefill_plan import PAGE, PrefillPlan, causal, ends, forced, softmax
+from edgeattn.prefill_plan import PAGE, QUERIES, PrefillPlan, causal, ends, forced, softmax
 
 ALPHAS, BETAS = (0, -1024, 1024, 2048), tuple(i / 8 for i in range(9))  # steps as in the paper
 NAME = "moa_spans"  # [layers, heads, 2] float32 of calibration.safetensors: alpha, beta
@@ -74,18 +74,22 @@ def losses(q, k, v, scale, candidates) -> tuple[np.ndarray, np.ndarray]:
         seen = np.arange(m) <= np.arange(n)[:, None] + m - n
         bands = band(*candidates.T, n, m, policy.sink, policy.recent)
         unique, where = np.unique(bands, axis=0, return_inverse=True)
-        plans = [PrefillPlan(blocks[None], None, n, m) for blocks in unique]
-        found = np.empty((heads, len(plans)))
+        density = np.array([PrefillPlan(blocks[None], None, n, m).density() for blocks in unique])
+        found = np.zeros((heads, len(unique)))
         for head in range(heads):
             own = head * len(keys) // heads
             weights = softmax(np.where(seen, queries[head] @ keys[own].T * scale, -np.inf))
             dense = weights @ values[own]
-            for i, plan in enumerate(plans):
-                kept = weights * plan.mask()[0]
-                out = kept @ values[own] / np.maximum(kept.sum(1, keepdims=True), np.finfo(np.float32).tiny)
-                found[head, i] = ((out - dense) ** 2).sum() / max((dense ** 2).sum(), np.finfo(np.float32).tiny)
-        lost = lost + found[:, where.ravel()] / len(q)
-        read = read + np.array([plan.density() for plan in plans])[where.ravel()] / len(q)
+            fill = [(0, 0), (0, -m % PAGE)]
+            each = np.pad(weights, fill).reshape(n, -1, PAGE).swapaxes(0, 1)  # [pages, n, 32]
+            parts = np.concatenate([each @ np.pad(values[own], fill[::-1]).reshape(len(each), PAGE, -1), each.sum(2, keepdims=True)], 2)
+            for block in range(unique.shape[1]):
+                rows = slice(block * QUERIES, min(n, (block + 1) * QUERIES))
+                sums = np.tensordot(unique[:, block].astype(np.float32), parts[:, rows], 1)  # [spans, rows, d + 1]
+                out = sums[..., :-1] / np.maximum(sums[..., -1:], np.finfo(np.float32).tiny)
+                found[head] += ((out - dense[rows]) ** 2).sum((1, 2))
+            found[head] /= max((dense ** 2).sum(), np.finfo(np.float32).tiny)
+        lost, read = lost + found[:, where.ravel()] / len(q), read + density[where.ravel()] / len(q)
     return lost, read
 
 
