@@ -58,20 +58,20 @@ def tail(out: np.ndarray, lse: np.ndarray, q: np.ndarray, k: np.ndarray, v: np.n
     else:
         alone = plan.columns & ~spread(plan.blocks, m)
         rest = ~np.repeat(alone, heads // len(alone), 0)[..., :full * PAGE].reshape(heads, blocks, full, PAGE)
-        counts = rest.sum(3).astype(np.float64)
-        key_sums, value_sums = (np.einsum("hbpt,hptd->hbpd", rest, x) for x in (keys, values))
+        counts, rest = rest.sum(3).astype(np.float64), rest.swapaxes(1, 2).astype(np.float64)
+        key_sums, value_sums = ((rest @ x).swapaxes(1, 2) for x in (keys, values))
     found, sums = np.zeros(q.shape), np.full((heads, n), -np.inf)
     for block in range(blocks):
         rows, part = slice(block * QUERIES, min((block + 1) * QUERIES, n)), min(block, counts.shape[1] - 1)
         count = np.maximum(counts[:, part], 1)[..., None]
         last = m - n + np.arange(rows.start, rows.stop)
         seen = ((np.arange(full) + 1) * PAGE - 1 <= last[:, None]) & (left[:, block] & (counts[:, part] > 0))[:, None]
-        scores = np.einsum("hqd,hpd->hqp", q[:, rows].astype(np.float64), key_sums[:, part] / count) * scale + np.log(count).swapaxes(1, 2)
+        scores = q[:, rows].astype(np.float64) @ (key_sums[:, part] / count).swapaxes(1, 2) * scale + np.log(count).swapaxes(1, 2)
         scores = np.where(seen, scores, -np.inf)
         top = scores.max(-1, keepdims=True, initial=-np.inf)
         weights = np.exp(scores - np.where(np.isfinite(top), top, 0))
         total = weights.sum(-1, keepdims=True)
-        found[:, rows] = np.einsum("hqp,hpd->hqd", weights / np.where(total > 0, total, 1), value_sums[:, part] / count)
+        found[:, rows] = weights / np.where(total > 0, total, 1) @ (value_sums[:, part] / count)
         sums[:, rows] = (np.log(np.where(total > 0, total, 1)) + np.where(total > 0, top, -np.inf))[..., 0]
     return merge(out, lse, found, sums)
 
