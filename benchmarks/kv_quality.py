@@ -3,8 +3,9 @@
     python benchmarks/kv_quality.py FOLDER --text book.txt --setting int4:k_type=int4,v_type=int4 --out kv.jsonl
 
 A setting is a name and fields of CacheOptions; --settings takes a file, {"int4": {"k_type": "int4", "v_type": "int4"}, ...}. Its field
-`sparse` is a method of --sparse-attention, `sparse_NAME` that method's option NAME; sparse settings are sparse from the first token on. Only
-decode steps are: --decode has the last tokens of each window computed one at a time, and only those counted.
+`sparse` is a method of --sparse-attention, `sparse_NAME` that method's option NAME; sparse settings are sparse from the first token on.
+`prefill` and `prefill_NAME` are the same for --sparse-prefill: chunks are sparse then from their first token on. Of `sparse` only decode steps
+are: --decode has the last tokens of each window computed one at a time, and only those counted.
 Perplexity, KL (base against setting, natural log) and top-1 agreement of the next token are over windows of the text. Look-ups plant
 one or eight facts in the text and ask for each once all of it is in the cache, so that nothing can be kept with the question
 in view. Chunks are small (--ubatch): a chunk sees its own tokens before they are stored, and only earlier ones as the cache gives
@@ -27,6 +28,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from edgeattn.cache.options import CacheOptions
 from edgeattn.cache.pages import PagePool
+from edgeattn.prefill_scheduler import PrefillOptions
 from edgeattn.runtime import Model
 from edgeattn.scheduler import SparseOptions
 from edgeattn.tokenizer import Tokenizer
@@ -39,10 +41,11 @@ SLACK = 256  # tokens of cache for pages that a question's branch copies
 def load(folder, fields, args):
     """The model with the cache of a setting."""
     tokens = max(args.window + args.generate, max(args.depths) + (GROUP * (2 * ANSWER_TOKENS) if args.turns else ANSWER_TOKENS))
-    cache = {name: value for name, value in fields.items() if not name.startswith("sparse")}
-    options = {name.removeprefix("sparse_"): value for name, value in fields.items() if name.startswith("sparse_")}
-    sparse = SparseOptions(fields.get("sparse", "off"), options, 0)
-    model = Model.load(folder, cache=CacheOptions(**cache), ctx_size=tokens + SLACK, ubatch=args.ubatch, sparse=sparse)
+    cache = {name: value for name, value in fields.items() if not name.startswith(("sparse", "prefill"))}
+    sparse, prefill = (made(fields.get(kind, "off"), {name.removeprefix(f"{kind}_"): value for name, value in fields.items()
+                                                      if name.startswith(f"{kind}_")}, 0)
+                       for kind, made in (("sparse", SparseOptions), ("prefill", PrefillOptions)))
+    model = Model.load(folder, cache=CacheOptions(**cache), ctx_size=tokens + SLACK, ubatch=args.ubatch, sparse=sparse, prefill=prefill)
     if model.cache.options.budget:
         widen(model.cache)
     if tokens > model.ctx_size:
@@ -98,6 +101,7 @@ def measure(name, fields, base, args, tokenizer, ids) -> dict:
             lookups[cell(facts, depth)] = look_up(model, tokenizer, ids.tolist(), depth, facts, count, lambda n: progress.advance(task, n))
             seconds[cell(facts, depth)] = time.perf_counter() - began
     read = float(model.scheduler.figures()["read"]) if model.scheduler else 1.0
+    read = model.prefill.figures()["read"] if model.prefill else read
     text |= generate(model, base or model, ids[:args.window], args.generate) if args.generate else {}
     return {"name": name, "fields": fields, **text, "read": read, "lookups": lookups, "seconds": {k: round(v, 1) for k, v in seconds.items()}}
 

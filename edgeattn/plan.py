@@ -62,14 +62,11 @@ class Plan:
         groups = self._group()
         kernels = self._load_kernels(groups, progress)
         self._allocate(groups)
-        nodes = iter([node for g in groups if not isinstance(g, Segment) for node in g if node.op_type == "cached_attention"])
+        nodes = (node for g in groups if not isinstance(g, Segment) for node in g if node.op_type == "cached_attention")
         groups = [g if isinstance(g, Segment) else self._steps(g, kernels) for g in groups]
         self.steps = [step for g in groups if not isinstance(g, Segment) for step in g]
-        self.attentions = {}  # by the step's number: (layer, node)
-        for i, step in enumerate(self.steps):
-            if step.operator == "cached_attention":
-                node = next(nodes)
-                self.attentions[i] = attributes(node)["layer"], node
+        attends = [(i, next(nodes)) for i, step in enumerate(self.steps) if step.operator == "cached_attention"]
+        self.attentions = {i: (attributes(node)["layer"], node) for i, node in attends}
         self._place_workspace(kernels)
         self.items = [self._connect(g) if isinstance(g, Segment) else np.stack([step.row for step in g]) for g in groups if g]
 
@@ -292,10 +289,9 @@ class Plan:
     def attention_inputs(self, layer: int, state: np.ndarray) -> tuple[dict[str, np.ndarray], dict]:
         """(q, k, cos, sin of a layer's attention by these names, its attributes)"""
         node = next(node for at, node in self.attentions.values() if at == layer)
-        names = dict(zip(OPS["cached_attention"].inputs, node.input))
-        found = {name: self.graph.initializers[names[name]] if names[name] in self.graph.initializers else self.view(names[name], state)
-                 for name in ("q", "k", "cos", "sin")}
-        return found, DEFAULTS | attributes(node)
+        names = {name: source for name, source in zip(OPS["cached_attention"].inputs, node.input) if name in ("q", "k", "cos", "sin")}
+        weights = self.graph.initializers
+        return {name: weights[x] if x in weights else self.view(x, state) for name, x in names.items()}, DEFAULTS | attributes(node)
 
     def profile(self, state: np.ndarray) -> list[tuple[str, str, float]]:
         """Run once, step by step; -> (node, operator, seconds) of each. A segment counts as operator "onnxruntime"."""
