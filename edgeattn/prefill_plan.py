@@ -121,7 +121,10 @@ def true_weights(q: np.ndarray, k: np.ndarray, rows: np.ndarray, scale: float) -
     past = len(k) - q.shape[1]
     scores = ((q[:, rows] * np.float32(scale)).reshape(-1, q.shape[2]) @ k.T).reshape(len(q), len(rows), -1)
     scores[..., past:][:, np.arange(q.shape[1]) > rows[:, None]] = -np.inf
-    return softmax(scores)
+    scores -= scores.max(-1, keepdims=True)
+    np.exp(scores, out=scores)
+    scores /= scores.sum(-1, keepdims=True)
+    return scores
 
 
 def by_distance(weights: np.ndarray, positions: np.ndarray) -> np.ndarray:

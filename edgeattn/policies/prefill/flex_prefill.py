@@ -1,9 +1,10 @@
-"""FlexPrefill (arXiv 2502.20766): each head, for each prompt, has one of two patterns, and reads what covers `gamma` of its estimated weight.
+"""FlexPrefill (arXiv 2502.20766): each head, for each prompt, has one of two patterns, and reads what covers `gamma` of its estimated
+weight.
 
-The true weights of the last queries, by page, are compared with those that means of queries and keys estimate. Where both agree (root of the
-Jensen-Shannon divergence, in nats, below `tau`) the estimate is trusted for all query blocks: the pages of largest weight in the whole map,
-until they hold `gamma` of it. Elsewhere these queries' keys and distances stand for all. Pages and bands of distances are 32 wide, and the last
-queries are a block of 64 and the chunk's, where the paper has 128, 128 and the prompt's.
+The true weights of the last queries, by page, are compared with those that means of queries and keys estimate. Where both agree (root of
+the Jensen-Shannon divergence, in nats, below `tau`) the estimate is trusted for all query blocks: the pages of largest weight in the
+whole map, until they hold `gamma` of it. Elsewhere these queries' keys and distances stand for all. Pages and bands of distances are 32
+wide, and the last queries are a block of 64 and the chunk's, where the paper has 128, 128 and the prompt's.
 """
 from dataclasses import dataclass
 

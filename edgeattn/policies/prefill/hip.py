@@ -1,9 +1,9 @@
 """HiP (arXiv 2406.09827) with the stages of InfiniteHiP (arXiv 2502.08910): pages are found by searching a tree of ranges of pages.
 
-All pages before a query block are split into at most `beam` equal ranges. Each is halved and a half scored by the largest product of one key in
-its middle with one of the block's queries; the best `beam` halves go on, until they are pages. Of these the `keep` best are read, by several
-keys each. The first `sink` and the nearest `recent` pages are always read. The authors read the first layers whole, which is not a matter of this
-method. Representatives miss a needle that stands alone.
+All pages before a query block are split into at most `beam` equal ranges. Each is halved and a half scored by the largest product of one
+key in its middle with one of the block's queries; the best `beam` halves go on, until they are pages. Of these the `keep` best are read,
+by several keys each. The first `sink` and the nearest `recent` pages are always read. The authors read the first layers whole, which is
+not a matter of this method. Representatives miss a needle that stands alone.
 """
 from dataclasses import dataclass
 

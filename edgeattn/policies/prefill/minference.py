@@ -1,9 +1,9 @@
 """MInference 1.0 (arXiv 2407.02490): each head has one of three patterns, found once for a model; what fills it is found for each prompt.
 
-A-shape reads the first `n_v` keys and the `n_s` nearest. Vertical-slash looks at the last queries' true weights and reads the `n_v` keys and
-the `n_s` distances with most of them: keys one by one, distances as the pages they pass through. Block-sparse takes pages, `n_v` keys in all, by
-means of queries and keys. Sizes are the paper's, in tokens; they were made for 30,000 and more, so that short prompts are read whole unless
-calibrated. The last queries are each chunk's, where the paper has the prompt's only.
+A-shape reads the first `n_v` keys and the `n_s` nearest. Vertical-slash looks at the last queries' true weights and reads the `n_v` keys
+and the `n_s` distances with most of them: keys one by one, distances as the pages they pass through. Block-sparse takes pages, `n_v` keys
+in all, by means of queries and keys. Sizes are the paper's, in tokens; they were made for 30,000 and more, so that short prompts are read
+whole unless calibrated. The last queries are each chunk's, where the paper has the prompt's only.
 """
 from dataclasses import dataclass
 from typing import ClassVar
@@ -32,6 +32,11 @@ class Minference(PrefillPolicy):
     CANDIDATES: ClassVar[tuple] = ((A_SHAPE, 100, 800), (VERTICAL_SLASH, 30, 800), (VERTICAL_SLASH, 100, 750), (VERTICAL_SLASH, 500, 700),
                                    (VERTICAL_SLASH, 3500, 100), (BLOCK_SPARSE, 3750, 0))  # for LENGTH tokens
     LENGTH: ClassVar[int] = 30_000
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.n_v < 0 or self.n_s < 0 or self.rows < 1:
+            raise ValueError(f"need n_v and n_s >= 0 and rows >= 1, got {self.n_v=} {self.n_s=} {self.rows=}")
 
     def choose(self, q, k, scale, layer, head, assets):
         group, n, m = len(q), q.shape[1], len(k)

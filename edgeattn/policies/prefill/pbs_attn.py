@@ -1,9 +1,11 @@
-"""PBS-Attn (arXiv 2510.21270): keys are sorted inside segments, so that those that matter share a block, and blocks are chosen by their means.
+"""PBS-Attn (arXiv 2510.21270): keys are sorted inside segments, so that those that matter share a block, and blocks are chosen by their
+means.
 
-A key's score is its mean true weight over the last queries and the heads of its KV head (the paper sorts for each head, which would copy keys
-as often); segments are complete runs of 256 keys. A query block reads its own segments whole, and of the earlier ones the sorted blocks, 32 keys
-each for 128 in the paper, whose estimated weights sum to `tau`. Order inside a segment does not matter to queries behind it, so that nothing is
-moved: the plan names a block's keys one by one, and pages where all of a page is chosen.
+A key's score is its mean true weight over the last queries, 32 of every chunk (the paper: 128 of the prompt), and over the heads of its
+KV head (the paper sorts for each head, which would copy keys as often); segments are complete runs of 256 keys. A query block reads its
+own segments whole, and of the earlier ones the sorted blocks, 32 keys each for 128 in the paper, whose estimated weights sum to `tau`.
+Order inside a segment does not matter to queries behind it, so that nothing is moved: the plan names a block's keys one by one, and pages
+where all of a page is chosen.
 """
 from dataclasses import dataclass
 
@@ -21,12 +23,12 @@ class PbsAttn(PrefillPolicy):
     """
     tau: float = 0.9
     segment: int = 256
-    rows: int = 128
+    rows: int = 32
 
     def __post_init__(self):
         super().__post_init__()
-        if self.segment < PAGE or self.segment % PAGE:
-            raise ValueError(f"segment must be a multiple of {PAGE} keys, got {self.segment}")
+        if self.segment < PAGE or self.segment % PAGE or self.rows < 1:
+            raise ValueError(f"need a segment that is a multiple of {PAGE} keys, and rows >= 1, got {self.segment=} {self.rows=}")
 
     def choose(self, q, k, scale, layer, head, assets):
         n, m = q.shape[1], len(k)

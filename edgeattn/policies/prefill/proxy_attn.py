@@ -1,8 +1,9 @@
 """ProxyAttn (arXiv 2509.24745): a few mean heads rank the pages for all heads, of which each reads as much as it needs itself.
 
-Heads of a proxy are averaged, queries and keys apart; of every `stride`-th query and key true weights are made, and a page counts by the largest
-of them. How many of these pages a head reads is what it would need, of the pages by its last queries' own weights, to cover `gamma`. Of the last
-block, the newest of the chunk where the paper has the prompt's, every `stride`-th query is looked at: this part costs more than the ranking.
+Heads of a proxy are averaged, queries and keys apart; of every `stride`-th query and key true weights are made, and a page counts by the
+largest of them. How many of these pages a head reads is what it would need, of the pages by its last queries' own weights, to cover
+`gamma`. Of the last block, the newest of the chunk where the paper has the prompt's, every `stride`-th query is looked at: this part
+costs more than the ranking.
 """
 from dataclasses import dataclass
 

@@ -1,8 +1,9 @@
 """SampleAttention (arXiv 2406.15486): true weights of a few queries, summed by key and by distance, say what all queries read.
 
-The last `rows` queries of each `segment` are sampled: about 5%, as in the paper, of a chunk as of a whole prompt. Keys and distances go in
-groups of a page (the paper has 128), a distance's weight being the mean over the samples that reach so far. The two parts bound what each
-covers of the sampled weight, not the weight that the merged plan loses of other queries.
+The last `rows` queries of each `segment` are sampled, about 5% of all as in the paper, but in every block: what is sampled at the end of
+a chunk alone misses what its other blocks ask for. Keys and distances go in groups of a page (the paper has 128), a distance's weight
+being the mean over the samples that reach so far. The two parts bound what each covers of the sampled weight, not what the merged plan
+loses of other queries.
 """
 from dataclasses import dataclass
 
@@ -19,9 +20,14 @@ class SampleAttention(PrefillPolicy):
     """
     columns: float = 0.95
     slashes: float = 0.95
-    segment: int = 512
-    rows: int = 32
+    segment: int = 64
+    rows: int = 4
     recent: int = 4
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.segment < 1 or self.rows < 1:
+            raise ValueError(f"need a segment and rows of at least 1 query, got {self.segment=} {self.rows=}")
 
     def choose(self, q, k, scale, layer, head, assets):
         n, m = q.shape[1], len(k)
