@@ -136,7 +136,7 @@ def by_distance(weights: np.ndarray, positions: np.ndarray) -> np.ndarray:
 
 
 def slash_pages(slashes: np.ndarray, queries: int, keys: int) -> np.ndarray:
-    """[heads, query blocks, pages] bool: pages that any of the distances `slashes` [heads, m] bool leads some query of a block to."""
+    """[heads, query blocks, pages] bool: pages that some query of a block comes to by one of the distances `slashes` [heads, m] bool."""
     count, pages = shape_of(queries, keys)
     first, starts = keys - queries + np.arange(count)[:, None] * QUERIES, np.arange(pages) * PAGE
     nearer = np.concatenate([np.zeros((len(slashes), 1), np.int64), np.cumsum(slashes, 1)], 1)  # slashes nearer than a distance

@@ -10,7 +10,7 @@ RNG = np.random.default_rng()
 # For each method: options with which it reads everything, and a tight and a loose setting, of which the second reads all that the first does.
 CASES = {
     "flex_prefill": ({"gamma": 1.0}, {"gamma": 0.3, "budget": 32}, {"gamma": 0.7, "budget": 64}),
-    "hip": ({"keep": 10 ** 6, "beam": 10 ** 6}, {"keep": 3, "beam": 12, "sink": 1, "recent": 2}, {"keep": 10, "beam": 12, "sink": 1, "recent": 2}),
+    "hip": ({"keep": 10 ** 6, "beam": 10 ** 6}, {"keep": 3, "beam": 12, "recent": 2}, {"keep": 10, "beam": 12, "recent": 2}),
     "minference": ({"n_v": 10 ** 6}, {"n_v": 40, "n_s": 120}, {"n_v": 200, "n_s": 200}),
     "oracle": ({"fraction": 1.0}, {"fraction": 0.1}, {"fraction": 0.3}),
     "pbs_attn": ({"tau": 1.0}, {"tau": 0.3, "segment": 64}, {"tau": 0.7, "segment": 64}),

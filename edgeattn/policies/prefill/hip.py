@@ -30,7 +30,8 @@ class Hip(PrefillPolicy):
     def __post_init__(self):
         super().__post_init__()
         if not 1 <= self.keep <= self.beam or self.stride < 1 or not 1 <= self.step <= PAGE:
-            raise ValueError(f"need 1 <= keep <= beam, stride >= 1 and step 1 to {PAGE}, got {self.keep=} {self.beam=} {self.stride=} {self.step=}")
+            raise ValueError(f"need 1 <= keep <= beam, stride >= 1 and step 1 to {PAGE}, "
+                             f"got {self.keep=} {self.beam=} {self.stride=} {self.step=}")
 
     def choose(self, q, k, scale, layer, head, assets):
         n, m = q.shape[1], len(k)

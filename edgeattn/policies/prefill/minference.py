@@ -6,12 +6,13 @@ in all, by means of queries and keys. Sizes are the paper's, in tokens; they wer
 whole unless calibrated. The last queries are each chunk's, where the paper has the prompt's only.
 """
 from dataclasses import dataclass
+from itertools import product
 from typing import ClassVar
 
 import numpy as np
 
 from edgeattn.policies.prefill import PrefillPolicy
-from edgeattn.prefill_plan import PAGE, QUERIES, PrefillPlan, best, by_distance, causal, ends, pool, recall, slash_pages, true_weights
+from edgeattn.prefill_plan import PAGE, QUERIES, best, by_distance, causal, ends, pool, slash_pages, true_weights
 
 A_SHAPE, VERTICAL_SLASH, BLOCK_SPARSE = range(3)
 VERTICALS, SLASHES = 30, 100  # the first keys and the nearest distances always come first
@@ -61,25 +62,26 @@ class Minference(PrefillPolicy):
 
         q, k, v     a list each, of prompts: [heads, n, head_dim] and [kv_heads, m, head_dim] twice
         candidates  (pattern, n_v, n_s) for prompts of `length` tokens, of which the mean prompt here needs its share
-        density     candidates that read more than this are not considered, unless all do: at the paper's 1 the largest wins on short prompts
+        density     candidates that read more than this do not count, unless all do: at the paper's 1 the largest wins on short prompts
         """
         share = min(1, np.mean([x.shape[1] for x in k]) / length)
         patterns = np.array([(kind, max(PAGE, round(n_v * share)), round(n_s * share)) for kind, n_v, n_s in candidates], np.int32)
-        found = np.array([cls._measure(q, k, scale, pattern) for pattern in patterns])  # [candidates, heads, 2]
-        recalls, read = found[..., 0], found[..., 1]
+        group, found = len(q[0]) // len(k[0]), np.zeros((len(patterns), len(q[0]), 2))
+        for queries, keys in zip(q, k):
+            n, m = queries.shape[1], keys.shape[1]
+            for head, start in product(range(len(keys)), range(0, n, CHUNK)):
+                own, end = slice(head * group, (head + 1) * group), min(n, start + CHUNK)
+                found[:, own] += cls._measure(queries[own, start:end], keys[head, :m - n + end], scale, patterns)
+        recalls, read = np.moveaxis(found, 2, 0) / sum(x.shape[1] for x in q)
         allowed = (read <= density) | ((read > density).all(0) & (read == read.min(0)))
         return {"patterns": patterns[np.where(allowed, recalls, -1).argmax(0)]}
 
     @classmethod
-    def _measure(cls, q, k, scale, pattern):
-        """[heads, 2]: mean recall and density of all heads with a pattern, over chunks of the prompts."""
-        found, policy = [], cls()
-        for queries, keys in zip(q, k):
-            heads, n, m = len(queries), queries.shape[1], keys.shape[1]
-            for start in range(0, n, CHUNK):
-                end = min(n, start + CHUNK)
-                chunk, seen = queries[:, start:end], keys[:, :m - n + end]
-                plan = policy.select(chunk, seen, scale, 0, {"patterns": np.tile(pattern, (1, heads, 1))})
-                read = [PrefillPlan(plan.blocks[h:h + 1], plan.columns[h:h + 1], plan.queries, plan.keys).density() for h in range(heads)]
-                found.append(np.stack([recall(chunk, seen, plan, scale).mean(1), read], 1) * (end - start))
-        return np.sum(found, 0) / sum(x.shape[1] for x in q)
+    def _measure(cls, q, k, scale, patterns):
+        """[patterns, group, 2]: a chunk's recall and density for each head, times its queries."""
+        (group, n), m, found = q.shape[:2], len(k), []
+        weights, pairs = true_weights(q, k, np.arange(n), scale), n * (m - n) + n * (n + 1) / 2
+        for pattern in patterns:
+            mask = cls().select(q, [k], scale, 0, {"patterns": np.tile(pattern, (1, group, 1))}).mask()
+            found.append(np.stack([np.einsum("gnm,gnm->g", weights, mask), mask.sum((1, 2)) * (n / pairs)], 1))
+        return np.stack(found)
