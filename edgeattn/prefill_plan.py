@@ -130,6 +130,34 @@ def partial_softmax(q: np.ndarray, k: np.ndarray, scale: float, blocks: np.ndarr
     return top, total
 
 
+def true_weights(q: np.ndarray, k: np.ndarray, rows: np.ndarray, scale: float) -> np.ndarray:
+    """[heads, len(rows), m]: the softmax weights of the queries `rows` over all keys, what the methods that sample queries look at."""
+    past = len(k) - q.shape[1]
+    scores = ((q[:, rows] * np.float32(scale)).reshape(-1, q.shape[2]) @ k.T).reshape(len(q), len(rows), -1)
+    scores[..., past:][:, np.arange(q.shape[1]) > rows[:, None]] = -np.inf
+    scores -= scores.max(-1, keepdims=True)
+    np.exp(scores, out=scores)
+    scores /= scores.sum(-1, keepdims=True)
+    return scores
+
+
+def by_distance(weights: np.ndarray, positions: np.ndarray) -> np.ndarray:
+    """Sums along diagonals: weights [heads, rows, m] of queries that stand at `positions` -> [heads, m], by how far a key lies behind."""
+    found = np.zeros((len(weights), weights.shape[2]), np.float32)
+    for row, position in enumerate(positions):
+        found[:, :position + 1] += weights[:, row, position::-1]
+    return found
+
+
+def slash_pages(slashes: np.ndarray, queries: int, keys: int) -> np.ndarray:
+    """[heads, query blocks, pages] bool: pages that some query of a block comes to by one of the distances `slashes` [heads, m] bool."""
+    count, pages = shape_of(queries, keys)
+    first, starts = keys - queries + np.arange(count)[:, None] * QUERIES, np.arange(pages) * PAGE
+    nearer = np.concatenate([np.zeros((len(slashes), 1), np.int64), np.cumsum(slashes, 1)], 1)  # slashes nearer than a distance
+    least, most = (np.clip(x, 0, keys) for x in (first - starts - PAGE + 1, ends(queries, keys)[:, None] - starts))
+    return nearer[:, most] > nearer[:, least]
+
+
 def attend(q: np.ndarray, k: np.ndarray, v: np.ndarray, plan: PrefillPlan, scale: float) -> tuple[np.ndarray, np.ndarray]:
     """Attention over what a plan keeps, in float64: the contract of the kernels. q [heads, n, d], k, v [kv_heads, m, d]; the plan's blocks may be
     of query heads or of KV heads. -> (out [heads, n, d], log of the sum of exponentials [heads, n])"""
