@@ -129,9 +129,9 @@ def plot(attention, whole, path):
     sides += [(whole, lambda r: r["tokens_s"], "decode, tokens/s")] if whole else []
     figure, axes = pyplot.subplots(1, len(sides), figsize=(5.5 * len(sides), 4.2), squeeze=False)
     for axis, (rows, value, label) in zip(axes[0], sides):
-        for method in dict.fromkeys(row["method"] for row in rows):
+        for i, method in enumerate(dict.fromkeys(row["method"] for row in rows)):
             points = [(row["depth"], value(row)) for row in rows if row["method"] == method]
-            axis.plot(*zip(*points), marker="o", markersize=3, label="dense" if method == "off" else method)
+            axis.plot(*zip(*points), marker="o", markersize=3, linestyle="-" if i < 10 else ":", label="dense" if method == "off" else method)
         axis.set_xscale("log", base=2)
         depths = sorted({row["depth"] for row in rows})
         axis.set_xticks(depths, [f"{depth / 1024:g}K" if depth % 512 == 0 else f"{depth:,}" for depth in depths])
