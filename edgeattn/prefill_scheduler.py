@@ -12,10 +12,11 @@ import numpy as np
 
 from edgeattn.policies import load_policy, policy_names
 from edgeattn.prefill_lists import write_lists
-from edgeattn.prefill_plan import QUERIES
+from edgeattn.prefill_plan import QUERIES, causal
 from edgeattn.reference.cached_attention import rotate
 
 FEWEST = QUERIES  # tokens of a chunk that make a plan worth while
+LAST = 2          # query blocks at the end of a prompt that read everything
 
 
 @dataclass(frozen=True)
@@ -105,16 +106,18 @@ class PrefillScheduler:
         return sparse
 
     def choose(self, layer: int, kv_cache, batch, sparse: list, tensors: dict, attributes: dict) -> None:
-        """Write the lists of one layer. sparse: (place in the batch, sequence, first row, tokens) of each sequence that is to have some;
-        tensors: the layer's q, k, cos and sin as attention gets them."""
+        """Write the lists of one layer. sparse: (place in the batch, sequence, first row, tokens, whether the prompt ends with them) of each
+        sequence that is to have some; a prompt's end, where the question is, reads everything. tensors: the layer's q, k, cos and sin as attention gets them."""
         began, self._lists = perf_counter(), []
-        for place, sequence, first, count in sparse:
+        for place, sequence, first, count, last in sparse:
             rows, head_dim = slice(first, first + count), attributes["head_dim"]
             cos, sin = (tensors[name][batch.positions[rows]] for name in ("cos", "sin"))
             q, k = (rotate(tensors[name][rows].reshape(count, -1, head_dim), cos, sin, attributes.get("interleaved", 0)) for name in "qk")
             if kv_cache.arguments(layer)["cache.keys_rotated"]:
                 q, k = (x @ _hadamard(head_dim) for x in (q, k))
             plans = self._plans(layer, np.ascontiguousarray(q.swapaxes(0, 1)), Keys(kv_cache, sequence, layer, k), attributes["scale"])
+            for plan in plans if last else ():
+                plan.blocks[:, -LAST:] = causal(plan.queries, plan.keys)[-LAST:]
             joined = [plan.union(k.shape[1] // len(plans)) for plan in plans]
             self.kept[layer] += [np.mean([plan.density() for plan in some]) for some in (plans, joined)]
             self._lists.append(write_lists(joined))

@@ -5,7 +5,7 @@ from typing import ClassVar
 
 import numpy as np
 
-from edgeattn.prefill_plan import PrefillPlan, causal, forced, spread
+from edgeattn.prefill_plan import PrefillPlan, causal, ends, forced, spread
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,7 @@ class PrefillPolicy:
     def plan(self, blocks: np.ndarray, columns: np.ndarray | None, n: int, m: int) -> PrefillPlan:
         """With the forced pages and without what nobody sees. [heads, query blocks, pages], [heads, query blocks, m]"""
         blocks = blocks & causal(n, m) | forced(n, m, self.sink, self.recent)
-        return PrefillPlan(blocks, None if columns is None else columns & ~spread(blocks, m), n, m)
+        return PrefillPlan(blocks, None if columns is None else columns & ~spread(blocks, m) & (np.arange(m) < ends(n, m)[:, None]), n, m)
 
     def load(self, folder, config: dict):
         """What the method needs of the model's calibration, or None. ValueError: the model lacks it."""
