@@ -55,6 +55,7 @@ def _matrix():
         print(f"\nrefused: {', '.join(triples)}\n  {reason}")
     works = sum(not c.refused for c in cells)
     print(f"\n--sparse-attention {' '.join(policy_names('decode'))}")
+    print(f"\n--sparse-prefill {' '.join(policy_names('prefill'))}")
     for name in policy_names("decode"):
         if getattr(load_policy("decode", name), "shared", False):
             print(f"  {name}: layers share what they read, which --kv-eviction, --kv-heads and storages that sort tokens would mix up")

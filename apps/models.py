@@ -7,7 +7,7 @@ import shutil
 import sys
 from pathlib import Path
 
-from edgeattn.apps.options import cache_options, sparse_options
+from edgeattn.apps.options import cache_options, prefill_options, sparse_options
 from edgeattn.apps.progress import Progress
 
 BUNDLED = "nano"
@@ -82,7 +82,7 @@ def _export(checkpoint, folder, precision, stem):
 
 def load(args: argparse.Namespace, ctx_size: int | None = None, chat: bool = False):
     """(model, tokenizer) for the flags of options.add_model; `chat` refuses a model without a working chat template."""
-    cache, sparse = cache_options(args), sparse_options(args)  # a mistake there should not wait for an export
+    cache, sparse, prefill = cache_options(args), sparse_options(args), prefill_options(args)  # a mistake there should not wait for an export
     folder = exported(args.model, args.precision)
     from edgeattn.runtime import Model
     from edgeattn.tokenizer import Tokenizer
@@ -91,7 +91,7 @@ def load(args: argparse.Namespace, ctx_size: int | None = None, chat: bool = Fal
         tokenizer.encode_chat([{"role": "user", "content": "?"}])
     with Progress("compiling kernels for this CPU (once)") as progress:
         model = Model.load(folder, cache=cache, ctx_size=wanted, ubatch=args.ubatch_size, threads=args.threads, sparse=sparse,
-                           progress=progress)
+                           prefill=prefill, progress=progress)
     if wanted and wanted > model.ctx_size:
         why = "the KV budget holds" if model.ctx_size < model.config["model"]["ctx_size"] else "this export allows"
         print(f"context limited to {model.ctx_size} tokens, all that {why}", file=sys.stderr)
@@ -103,4 +103,6 @@ def explain(args: argparse.Namespace, model) -> None:
     if args.explain:
         lines = model.scheduler.explain() if model.scheduler else [
             "sparse attention is off" + ("" if args.sparse_attention == "off" else f": {model.dense_because}")]
+        lines = [*lines, *(model.prefill.explain() if model.prefill else [
+            "sparse prefill is off" + ("" if args.sparse_prefill == "off" else f": {model.whole_because}")])]
         print("\n".join(lines), file=sys.stderr)

@@ -82,7 +82,9 @@ def add_sparse(parser: argparse.ArgumentParser) -> None:
                        "(everything), auto (the default), quest, sink_window ... (edgeattn inspect --matrix lists them)")
     group.add_argument("--sparse-budget", type=whole(1), metavar="N", help="tokens that a step reads of each KV head (auto: 2048 or an eighth "
                        "of the context, whichever is more)")
-    group.add_argument("--sparse-min-len", type=whole(0), metavar="N", help="tokens in the context from which steps are sparse (what was "
+    group.add_argument("--sparse-prefill", metavar="METHOD", default="auto", help="what a prompt reads of a long context before it: off "
+                       "(everything), auto (the default), xattention, sale ... (the same list)")
+    group.add_argument("--sparse-min-len", type=whole(0), metavar="N", help="tokens in the context from which both are sparse (what was "
                        "measured on this machine)")
     group.add_argument("--explain", action="store_true", help="say at the end what sparse attention decided, and why")
 
@@ -90,10 +92,17 @@ def add_sparse(parser: argparse.ArgumentParser) -> None:
 def sparse_options(args: argparse.Namespace):
     """The flags of `add_sparse` as SparseOptions; ValueError for a mistake."""
     from edgeattn.scheduler import SparseOptions
-    if args.sparse_attention == "off" and (args.sparse_budget or args.sparse_min_len is not None):
-        raise ValueError("--sparse-budget and --sparse-min-len need --sparse-attention")
+    if args.sparse_attention == "off" and args.sparse_budget:
+        raise ValueError("--sparse-budget needs --sparse-attention")
+    if args.sparse_attention == args.sparse_prefill == "off" and args.sparse_min_len is not None:
+        raise ValueError("--sparse-min-len needs --sparse-attention or --sparse-prefill")
     options = {} if args.sparse_budget is None else {"budget": args.sparse_budget, "fraction": 0.0}
     return SparseOptions(args.sparse_attention, options, args.sparse_min_len)
+
+
+def prefill_options(args: argparse.Namespace):
+    from edgeattn.prefill_scheduler import PrefillOptions
+    return PrefillOptions(args.sparse_prefill, {}, args.sparse_min_len)
 
 
 def size(text: str) -> int:

@@ -35,6 +35,7 @@ from edgeattn.tokenizer import Tokenizer
 
 BASE = ("f16", {"k_type": "f16", "v_type": "f16"})  # in words, for an export may have another default
 MOST_ALONE = 80  # each takes a prefill of most of a haystack, where eight facts share one
+TOGETHER = 8  # chunks of a window in one call: the end of each call reads everything
 SLACK = 256  # tokens of cache for pages that a question's branch copies
 
 
@@ -63,7 +64,7 @@ def widen(cache):
 def compare_text(model, base, ids, window, windows, decode, advance) -> dict:
     """Perplexities, mean KL(base || model) and top-1 agreement; both read a chunk at a time, so that few logits are held. decode: only
     the last so many tokens of a window count, and come one by one; 0: all of them, in chunks."""
-    sums, chunk, first = np.zeros(4), 1 if decode else model.ubatch, window - decode if decode else 0
+    sums, chunk, first = np.zeros(4), 1 if decode else TOGETHER * model.ubatch, window - decode if decode else 0
     for i in range(windows):
         part = ids[i * window:(i + 1) * window]
         # A list, for the base is compared with itself too.

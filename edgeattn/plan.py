@@ -10,6 +10,7 @@ from time import perf_counter
 
 import numpy as np
 
+from edgeattn.arena import place
 from edgeattn.batch import COUNTS
 from edgeattn.graph import Graph, attributes
 from edgeattn.kernels_cpu import steps
@@ -179,8 +180,8 @@ class Plan:
     # ---- memory -------------------------------------------------------------------------------------------------
     def _allocate(self, groups):
         """Give every root value a place in one arena; places are reused once their last reader has run."""
-        order = [([name for node in g for name in node.input], [name for node in g for name in node.output])
-                 if not isinstance(g, Segment) else (g.inputs, [o[0] for o in g.outputs]) for g in self._singles(groups)]
+        order = [(g.inputs, [output[0] for output in g.outputs]) if isinstance(g, Segment) else (node.input, node.output)
+                 for g in groups for node in ([g] if isinstance(g, Segment) else g)]
         last = {}
         for i, (reads, makes) in enumerate(order):
             for name in (*reads, *makes):
@@ -189,22 +190,15 @@ class Plan:
         for output in self.graph.proto.graph.output:
             if output.name in self.values:
                 last[self.values[output.name].root] = len(order)
-        live, offsets, size = [], {}, 0
+        made = {}  # when
         for i, (_, makes) in enumerate(order):
-            for root in dict.fromkeys(self.values[n].root for n in makes if n in self.values):
-                if root not in offsets and root not in self._inputs:
-                    start = _first_fit(live, self._bytes(root))
-                    offsets[root] = start
-                    live.append((start, start + self._bytes(root), last[root]))
-                    size = max(size, start + self._bytes(root))
-            live = [entry for entry in live if entry[2] > i]
+            for name in makes:
+                if name in self.values and self.values[name].root not in self._inputs:
+                    made.setdefault(self.values[name].root, i)
+        offsets, size = place([(root, self._bytes(root), i, last[root]) for root, i in made.items()])
         self.arena = steps.aligned(size, np.uint8)
         self._address = {root: self.arena.ctypes.data + offset for root, offset in offsets.items()}
         self._address |= {name: array.ctypes.data for name, array in self._inputs.items()}
-
-    def _singles(self, groups):
-        for g in groups:
-            yield from [g] if isinstance(g, Segment) else ([node] for node in g)
 
     def _bytes(self, root):
         value = self.values[root]
@@ -304,13 +298,3 @@ class Plan:
                 found.append((step.name, step.operator) if step else ("segment", "onnxruntime"))
                 found[-1] += (perf_counter() - start,)
         return found
-
-
-def _first_fit(live, size):
-    """The lowest offset at which `size` bytes overlap nothing in `live` [(start, end, ...)]."""
-    start = 0
-    for low, high, _ in sorted(live):
-        if start + size <= low:
-            break
-        start = max(start, high)
-    return start

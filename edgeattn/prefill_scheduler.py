@@ -15,8 +15,8 @@ from edgeattn.prefill_lists import write_lists
 from edgeattn.prefill_plan import QUERIES, causal
 from edgeattn.reference.cached_attention import rotate
 
-FEWEST = QUERIES  # tokens of a chunk that make a plan worth while
-LAST = 2          # query blocks at the end of a prompt that read everything
+FEWEST = 32  # tokens of a chunk that make a plan worth while
+LAST = 2     # query blocks at the end of a prompt that read everything
 
 
 @dataclass(frozen=True)
@@ -99,9 +99,9 @@ class PrefillScheduler:
         """What the policy needs of the model's calibration. ValueError: it is not there, or another model's."""
         self.assets = self.policy.load(folder, config)
 
-    def wants(self, sequence, tokens: int) -> bool:
-        """Whether a chunk of the newest `tokens` of a sequence is to be sparse; counts it."""
-        sparse = tokens >= FEWEST and sequence.length >= self.min_len and sequence.length > tokens
+    def wants(self, sequence, tokens: int, last: bool) -> bool:
+        """Whether a chunk of the newest `tokens` of a sequence is to be sparse; counts it. last: the prompt ends with it."""
+        sparse = tokens >= (LAST * QUERIES + 1 if last else FEWEST) and sequence.length >= self.min_len and sequence.length > tokens
         self.chunks[sparse] += 1
         return sparse
 

@@ -162,7 +162,7 @@ class Model:
                 sequence, ids = work[i]
                 self.cache.append(sequence, end - start)
                 sparse = self.scheduler is not None and len(ids) == 1 and self.scheduler.wants(sequence.length)
-                if self.prefill and len(ids) > 1 and self.prefill.wants(sequence, end - start):
+                if self.prefill and len(ids) > 1 and self.prefill.wants(sequence, end - start, end == len(ids)):
                     listed.append((place, sequence, int(self._batch.state[0]), end - start, end == len(ids)))
                 self._batch.add(sequence, ids[start:end], rows, self.cache.probes_for(sequence, end - start), sparse)
             self.plan.run(self._batch.state, partial(self._choose, listed) if listed else None)

@@ -13,7 +13,7 @@ FOLDERS = {"edgeattn": "edgeattn", "exporters": "edgeattn.exporters", "kernels_c
 LAYERS = [  # a file may import only from its own row or the rows above
     ["edgeattn.ops", "edgeattn.page_formats", "edgeattn.reference", "edgeattn.__init__"],
     ["edgeattn.kernels_cpu", "edgeattn.kernels_cuda"],
-    ["edgeattn.cache", "edgeattn.policies", "edgeattn.batch", "edgeattn.graph", "edgeattn.segments", "edgeattn.plan",
+    ["edgeattn.cache", "edgeattn.policies", "edgeattn.batch", "edgeattn.arena", "edgeattn.graph", "edgeattn.segments", "edgeattn.plan",
      "edgeattn.tokenizer", "edgeattn.bandwidth", "edgeattn.calibration", "edgeattn.calibrate_thresholds", "edgeattn.principal_components",
      "edgeattn.scheduler", "edgeattn.prefill_plan", "edgeattn.prefill_lists", "edgeattn.prefill_scheduler", "edgeattn.prefill_corrections",
      "edgeattn.attention_case", "edgeattn.crossover"],

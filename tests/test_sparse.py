@@ -242,7 +242,7 @@ def test_explain_tells_choices_and_numbers(nano_int4, edgeattn, tmp_path):
     done = edgeattn("generate", "-m", nano_int4, "-p", "x", "-n", "1", "--sparse-attention", "off", "--explain")
     assert "sparse attention is off" in done.stderr
     done = edgeattn("generate", "-m", nano_int4, "-p", "x", "--sparse-attention", "off", "--sparse-budget", "3")
-    assert done.returncode and "need --sparse-attention" in done.stderr
+    assert done.returncode and "needs --sparse-attention" in done.stderr
 
 
 def test_heads_that_look_things_up_read_more(nano_int4, tmp_path):
