@@ -86,6 +86,12 @@ def pool(x: np.ndarray, size: int) -> np.ndarray:
     return np.add.reduceat(x, starts, axis=-2) / counts[:, None]
 
 
+def middles(keys: np.ndarray) -> np.ndarray:
+    """Of each page the middle of its keys' range, channel by channel: [m, d] -> [pages, d]."""
+    starts = np.arange(0, len(keys), PAGE)
+    return (np.maximum.reduceat(keys, starts, 0) + np.minimum.reduceat(keys, starts, 0)) * np.float32(0.5)
+
+
 def softmax(scores: np.ndarray) -> np.ndarray:
     """Over the last axis; a row of nothing but -inf becomes zeros."""
     top = scores.max(-1, keepdims=True)

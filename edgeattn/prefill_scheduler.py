@@ -10,9 +10,12 @@ from time import perf_counter
 
 import numpy as np
 
+from edgeattn.kernels_cpu import read_pages
+from edgeattn.kernels_cpu.page_pool import POOLS
+from edgeattn.page_formats import BITS, PAGE
 from edgeattn.policies import load_policy, policy_names
 from edgeattn.prefill_lists import write_lists
-from edgeattn.prefill_plan import QUERIES, causal
+from edgeattn.prefill_plan import QUERIES, causal, middles
 from edgeattn.reference.cached_attention import rotate
 
 FEWEST = 32  # tokens of a chunk that make a plan worth while
@@ -69,6 +72,7 @@ class Keys:
     def __init__(self, cache, sequence, layer: int, new: np.ndarray):
         self._cache, self._sequence, self._layer, self._new = cache, sequence, layer, new
 
+        self.tokens = int(sequence.counts[layer, 0])
         self.alike = len(set(sequence.counts[layer].tolist())) == 1  # whether all heads hold as many
 
     def __len__(self):
@@ -79,6 +83,25 @@ class Keys:
             raise IndexError(head)
         past, _ = self._cache.read(self._sequence, self._layer, head)
         return np.concatenate([past[:len(past) - len(self._new)], self._new[:, head]])
+
+    def middles(self, head: int) -> np.ndarray:
+        """What prefill_plan.middles gives for the keys, of quantised pages without reading them."""
+        count = int(self._sequence.counts[self._layer, head])
+        whole = (count - len(self._new)) // PAGE
+        entries, head_dim = self._sequence.tables[self._layer, head, :-(-count // PAGE)], self._cache.head_dim
+        found, known = np.empty((whole, head_dim), np.float32), np.zeros(whole, bool)
+        for i, pool in enumerate(self._cache.pools):
+            form = pool.format
+            if form.k_params and form.k_axis == "channel":
+                known |= (here := entries[:whole] % POOLS == i)
+                params = pool.pages.k_params.view(np.float16).reshape(-1, 2, head_dim)
+                low, step = params[entries[:whole][here] // POOLS].astype(np.float32).swapaxes(0, 1)
+                found[here] = low + step * np.float32(((1 << BITS[form.k_type]) - 1) / 2)
+        k, _ = read_pages.run(self._cache.table, head_dim, entries[:whole][~known])
+        found[~known] = (k.max(2) + k.min(2)) * np.float32(0.5)
+        past, _ = read_pages.run(self._cache.table, head_dim, entries[whole:whole + 1])
+        rest = np.concatenate([past.transpose(0, 2, 1).reshape(-1, head_dim)[:count - len(self._new) - whole * PAGE], self._new[:, head]])
+        return np.concatenate([found, middles(rest)])
 
 
 class PrefillScheduler:

@@ -3,7 +3,8 @@ import numpy as np
 import pytest
 
 from edgeattn.prefill_lists import write_lists
-from edgeattn.prefill_plan import PAGE, PrefillPlan, attend, forced, shape_of, spread
+from edgeattn.prefill_plan import PAGE, PrefillPlan, attend, forced, middles, shape_of, spread
+from edgeattn.prefill_scheduler import Keys
 from kv_driver import Driver, dequantise
 from test_kv_attention import cache_of, with_threads
 
@@ -96,3 +97,17 @@ def test_threads_and_neighbours_change_nothing():
         with_threads(threads, lambda: run(both))
     np.testing.assert_array_equal(results[0], results[1])
     np.testing.assert_array_equal(results[0], results[2])
+
+
+@pytest.mark.parametrize("types, options", [("int4", {}), ("f16", {}), ("int4", {"storage": "hadamard"}), ("int4", {"storage": "zipcache"}),
+                                            ("int8/int2", {})])
+def test_pages_tell_the_middle_of_their_keys(types, options):
+    cache, rng = cache_of(types, tokens=1024, layers=2, **options), np.random.default_rng()
+    driver, sequence = Driver(cache, 4), cache.new_sequence()
+    driver.fill(sequence, int(rng.integers(100, 400)), check=False)
+    new = rng.standard_normal((int(rng.integers(1, 100)), 2, 64)).astype(np.float32)
+    cache.append(sequence, len(new))
+    keys = Keys(cache, sequence, 1, new)
+    for head in range(2):
+        assert len(keys[head]) == keys.tokens
+        np.testing.assert_allclose(keys.middles(head), middles(keys[head]), atol=2e-3)
