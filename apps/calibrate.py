@@ -1,6 +1,5 @@
 """edgeattn calibrate: measure what methods need to know of a model, on the model itself, and write it into its folder."""
 import argparse
-import sys
 
 from edgeattn.apps import options
 
@@ -38,6 +37,7 @@ def main(args: argparse.Namespace) -> int:
     from edgeattn.cache.options import CacheOptions
     from edgeattn.principal_components import NAME as COMPONENTS, measure_components
     from edgeattn.runtime import Model, read_config
+    from edgeattn.prefill_scheduler import PrefillOptions
     from edgeattn.scheduler import SparseOptions
     from edgeattn.tokenizer import Tokenizer
     tokenizer, about = Tokenizer(folder), read_config(folder)["model"]
@@ -52,7 +52,7 @@ def main(args: argparse.Namespace) -> int:
     prompts = [calibration.passkeys(tokenizer, n, args.seed + i) for n in lengths for i in range(args.prompts)]
     with Progress("compiling kernels for this CPU (once)") as progress:
         model = Model.load(folder, cache=CacheOptions("f16", "f16"), ctx_size=max(lengths) + branches, threads=args.threads,
-                           sparse=SparseOptions("off"), progress=progress)
+                           sparse=SparseOptions("off"), prefill=PrefillOptions("off"), progress=progress)
     path, about = args.output or folder / calibration.FILE, {"lengths": lengths, "prompts": len(prompts), "seed": args.seed}
     if "components" in args.parts:
         with Progress("reading keys", patience=0) as progress:

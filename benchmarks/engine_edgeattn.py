@@ -1,6 +1,7 @@
 """edgeattn: an int4 export.
 
-The variant is the type of its cache, f16 by default, and what decode steps read, everything by default: "int4", "int4+auto".
+The variant is the type of its cache, f16 by default, and what decode steps read, everything by default: "int4", "int4+auto". Prompts are
+read by "auto" with the latter, otherwise whole.
 """
 import subprocess
 import sys
@@ -36,11 +37,12 @@ class Engine:
     def __init__(self, path: str, context: int, threads: int, variant: str):
         import edgeattn
         from edgeattn.cache.options import CacheOptions
+        from edgeattn.prefill_scheduler import PrefillOptions
         from edgeattn.runtime import Model
         from edgeattn.scheduler import SparseOptions
         kind, sparse = parts(variant)
         self.model = Model.load(path, cache=CacheOptions(kind, kind), ctx_size=context, ubatch=512, threads=threads,
-                                sparse=SparseOptions(sparse))
+                                sparse=SparseOptions(sparse), prefill=PrefillOptions("auto" if sparse == "auto" else "off"))
         self.sequence = self.model.new_sequence()
         self.version = f"edgeattn {edgeattn.__version__}"
         self.settings = f"int4, ubatch 512, {threads} threads"

@@ -32,15 +32,14 @@ def _depths(text):
 def _arguments():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--shape", choices=SHAPES, default="llama-3.2-1b")
-    parser.add_argument("-p", type=int, default=512, help="tokens of a prompt")
+    parser.add_argument("-p", type=int, default=512, help="tokens of a prompt (0: decode alone)")
     parser.add_argument("-n", type=int, default=32, help="tokens to decode")
     parser.add_argument("-d", type=_depths, default=[0, 4096], metavar="N,N", help="depths: tokens already in the cache")
     parser.add_argument("-r", type=int, default=5, help="repetitions")
     parser.add_argument("-t", type=int, default=2, help="threads")
     parser.add_argument("--engines", default=",".join(ENGINES), help="which, in which order; with a type of the cache llama_cpp:q8_0, "
                         "edgeattn:int4, and with sparse attention edgeattn:int4+auto")
-    parser.add_argument("--fill", action="store_true", help="fill caches without computing what is in them, and leave prefill out: for "
-                        "decode at great depths")
+    parser.add_argument("--fill", action="store_true", help="fill caches without computing what is in them: for great depths")
     parser.add_argument("--peer-python", default=sys.executable, help="the Python that has the peers (edgeattn runs in this one)")
     parser.add_argument("--work", type=Path, default=Path(tempfile.gettempdir()) / "edgeattn-peers", help="folder of model files")
     parser.add_argument("--nice", type=int, default=0, help="priority of every engine; below 0 needs root and hides busy neighbours")
@@ -104,7 +103,7 @@ def _measure(args, workers, depths):
 def _once(args, name, worker, depth):
     if name == "stream":
         return {"stream": worker.ask("measure")}
-    found = {} if args.fill else {f"pp{args.p}@{depth}": worker.ask("prefill", depth=depth, tokens=args.p)}
+    found = {f"pp{args.p}@{depth}": worker.ask("prefill", depth=depth, tokens=args.p)} if args.p else {}
     return found | {f"tg{args.n}@{depth}": worker.ask("decode", depth=depth, tokens=args.n)}
 
 

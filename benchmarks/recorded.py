@@ -10,6 +10,7 @@ from edgeattn.graph import attributes
 from edgeattn.kernels_cpu import steps
 from edgeattn.page_formats import PAGE
 from edgeattn.reference.cached_attention import rotate
+from edgeattn.prefill_scheduler import PrefillOptions
 from edgeattn.runtime import Model
 from edgeattn.scheduler import SparseOptions
 from edgeattn.tokenizer import Tokenizer
@@ -23,7 +24,8 @@ class Recorded:
     """
 
     def __init__(self, folder, text: str, tokens: int = 7168, count: int = 32):
-        model = Model.load(folder, cache=CacheOptions("f16", "f16"), ctx_size=tokens + count, sparse=SparseOptions("off"))
+        model = Model.load(folder, cache=CacheOptions("f16", "f16"), ctx_size=tokens + count, sparse=SparseOptions("off"),
+                           prefill=PrefillOptions("off"))
         ids = Tokenizer(folder).encode(text, special=False)
         if len(ids) < tokens + count:
             raise SystemExit(f"the text has {len(ids)} tokens, {tokens + count} are needed: give a longer one")
@@ -79,7 +81,8 @@ def record_chunks(folder, text: str, depths, size: int = 512, threads: int | Non
     depths = sorted(depths)
     if any(b - a < size for a, b in zip([0, *depths], depths)):
         raise SystemExit(f"depths must be at least {size} apart, and the first {size} or more, got {depths}")
-    model = Model.load(folder, cache=CacheOptions("f16", "f16"), ctx_size=depths[-1], ubatch=size, threads=threads, sparse=SparseOptions("off"))
+    model = Model.load(folder, cache=CacheOptions("f16", "f16"), ctx_size=depths[-1], ubatch=size, threads=threads,
+                       sparse=SparseOptions("off"), prefill=PrefillOptions("off"))
     ids = Tokenizer(folder).encode(text, special=False)
     if len(ids) < depths[-1] or model.ctx_size < depths[-1]:
         raise SystemExit(f"{depths[-1]} tokens are needed: the text has {len(ids)}, the export takes {model.ctx_size}")

@@ -5,6 +5,7 @@ channel, which quantised pages know, so that nothing but their parameters is rea
 mean keys do, and one choice for a KV head more than a choice for each query head whose union is read (docs/sparse-prefill.md).
 """
 from dataclasses import dataclass
+from typing import ClassVar
 
 import numpy as np
 
@@ -22,6 +23,8 @@ class Auto(PrefillPolicy):
     recent: int = 8
     budget: int = 1024
     fraction: float = 0.125
+
+    min_len: ClassVar[int] = 2048  # with twice the budget, attention's part of a chunk is still small
 
     def __post_init__(self):
         super().__post_init__()

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from edgeattn.policies.prefill import PrefillPolicy
-from edgeattn.prefill_plan import PAGE, QUERIES, best, ends, shape_of
+from edgeattn.prefill_plan import PAGE, QUERIES, best, shape_of
 
 
 @dataclass(frozen=True)
