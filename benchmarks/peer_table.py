@@ -57,7 +57,7 @@ def _kv_bytes(config, about):
 
 
 def _speed_rows(args, depth, engines, samples, stream, kv):
-    prefill = None if args.fill else {name: median(times[0] for times in samples[name][f"pp{args.p}@{depth}"]) for name in engines}
+    prefill = None if not args.p else {name: median(times[0] for times in samples[name][f"pp{args.p}@{depth}"]) for name in engines}
     runs = {name: samples[name][f"tg{args.n}@{depth}"] for name in engines}
     decode = {name: median(args.n / sum(times) for times in runs[name]) for name in engines}
     weights = {name: engines[name]["weight_bytes"] * decode[name] / 1e9 for name in engines}
