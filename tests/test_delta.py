@@ -130,8 +130,12 @@ def test_theta_0_and_long_windows_are_dense():
         driver, a = Driver(cache, 4), cache.new_sequence()
         parts = parts or fed(driver, 400)
         outputs.append(feed(driver, a, parts, [200, 150, *[1] * 40], check=False))
-    np.testing.assert_allclose(outputs[1], outputs[0], rtol=0, atol=EXACT)
-    np.testing.assert_array_equal(outputs[2], outputs[0])
+    steps = [out[:, 350:] for out in outputs]  # chunks are computed in 8 bits where keys are deltas
+    np.testing.assert_allclose(steps[1], steps[0], rtol=0, atol=EXACT)
+    np.testing.assert_array_equal(steps[2], steps[0])
+    for out in outputs[1:]:
+        error = np.linalg.norm(out - outputs[0], axis=-1) / np.linalg.norm(outputs[0], axis=-1)
+        assert error.mean() < 0.03
 
 
 def test_chunks_and_tokens_make_the_same_pages():
