@@ -44,7 +44,7 @@ def test_a_conversation_goes_on_where_it_was(nano_int4, tmp_path):
         restored.restore(path)
         cached = restored.tokens
         assert talk(restored, questions[2:]).messages == unbroken.messages
-        assert restored.last.tokens == unbroken.last.tokens and restored.last.timings.cached_tokens == cached > 50
+        assert restored.last.tokens == unbroken.last.tokens and restored.last.timings.cached_tokens == cached > 40
     other = fresh(12, system="Be wordy.")
     other.restore(path)
     assert [m["content"] for m in other.messages[:2]] == ["Be wordy.", questions[0]]
