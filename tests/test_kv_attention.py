@@ -99,6 +99,7 @@ def move_pages(cache, sequence):
         order = np.random.default_rng().permutation(len(pool.references))  # page n goes to order[n]
         for array in (*pool.pages.arrays().values(), pool.references):
             array[order] = array.copy()
+        pool._free[:pool._top] = order[pool._free[:pool._top]]  # or the next page would be one that is in use now
         here = (sequence.tables != RELEASED) & (sequence.tables % POOLS == i)
         sequence.tables[here] = order[sequence.tables[here] // POOLS] * POOLS + i
 
