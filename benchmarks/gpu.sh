@@ -8,4 +8,4 @@ mkdir "$site/edgeattn"
 ln -s "$root"/edgeattn/* "$site/edgeattn/"
 for folder in apps exporters kernels_cpu kernels_cuda; do ln -s "$root/$folder" "$site/edgeattn/$folder"; done
 cd "$root"
-PYTHONPATH="$site${PYTHONPATH:+:$PYTHONPATH}" "$@"
+PYTHONSAFEPATH=1 PYTHONPATH="$site:$root/benchmarks:$root/tests${PYTHONPATH:+:$PYTHONPATH}" "$@"  # safe: the checkout itself must not come first

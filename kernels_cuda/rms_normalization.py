@@ -1,0 +1,26 @@
+"""Root-mean-square normalisation of every row, or of every group of a row (a head, for QK norm)."""
+import numpy as np
+
+from edgeattn.kernels_cuda import compile
+from edgeattn.kernels_cuda.steps import Launch, as_f32, call
+
+ARGS = ("x", "x.rows", "x.stride", "x.groups", "x.width", "weight", "out", "out.stride", "epsilon", "state")
+WARPS = 8      # groups of a block, where a warp has a group
+NARROW = 256   # widths up to which it has
+
+
+def rms_normalization(x, weight, *, epsilon):
+    from edgeattn.kernels_cuda import rms_normalization as kernel
+    out = np.empty(x.shape, np.float32)
+    call(kernel, dict(x=x, weight=weight, out=out), dict(epsilon=epsilon))
+    return out
+
+
+def launches(a: dict[str, int], most: dict) -> list[Launch]:
+    rows, groups, width = most[a["x.rows"]], a["x.groups"], a["x.width"]
+    args = (np.int64(a["x"]), np.int64(a["x.stride"]), np.int64(a["weight"]), np.int64(a["out"]), np.int64(a["out.stride"]), np.int64(a["state"]),
+            np.int32(a["x.rows"]), np.int32(groups), np.int32(width), as_f32(a["epsilon"]))
+    if width <= NARROW:
+        return [Launch(compile.function("rms_normalization", "rms_groups"), (rows, -(-groups // WARPS), 1), 32 * WARPS, args, overlap=True)]
+    threads = min(1024, -(-width // 64) * 32)
+    return [Launch(compile.function("rms_normalization", "rms_rows"), (rows, groups, 1), threads, args, overlap=True)]
