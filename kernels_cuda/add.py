@@ -16,6 +16,6 @@ def add(x, y):
 
 
 def launches(a: dict[str, int], most: dict) -> list[Launch]:
-    args = (np.int64(a["x"]), np.int64(a["x.stride"]), np.int64(a["y"]), np.int64(a["y.stride"]), np.int64(a["out"]), np.int64(a["out.stride"]),
-            np.int64(a["state"]), np.int32(a["x.rows"]), np.int32(a["x.width"]))
+    places = (np.int64(a[name]) for name in ("x", "x.stride", "y", "y.stride", "out", "out.stride", "state"))
+    args = (*places, np.int32(a["x.rows"]), np.int32(a["x.width"]))
     return [Launch(compile.function("add", "add"), (most[a["x.rows"]], -(-a["x.width"] // THREADS), 1), THREADS, args, overlap=True)]

@@ -16,6 +16,7 @@ from edgeattn.kernels_cuda import device
 
 TARGETS = (80, 86, 87, 89, 90, 120)
 HERE = Path(__file__).parent
+MAX_DYNAMIC_SHARED = 8  # CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
 OPTIONS = ("-std=c++17", "--ptxas-options=-v")  # no fast math: kernels write __expf where they mean it
 
 
@@ -142,11 +143,17 @@ def module(name: str):
 
 
 @cache
+def _function(name: str, kernel: str):
+    """A kernel of <name>.cu, and the dynamic shared memory that it is allowed so far."""
+    return module(name).get_function(kernel), [48 << 10]
+
+
 def function(name: str, kernel: str, shared: int = 0):
     """A kernel of <name>.cu, which may be launched with `shared` bytes of dynamic shared memory."""
-    found = module(name).get_function(kernel)
-    if shared > 48 << 10:
-        status = device.driver().cuFuncSetAttribute(ctypes.c_void_p(found.ptr), 8, shared)  # CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
+    found, allowed = _function(name, kernel)
+    if shared > allowed[0]:
+        status = device.driver().cuFuncSetAttribute(ctypes.c_void_p(found.ptr), MAX_DYNAMIC_SHARED, shared)
         if status:
-            raise ValueError(f"{name}.{kernel} needs {shared} bytes of shared memory for a block, which this device does not have (CUDA error {status})")
+            raise ValueError(f"{name}.{kernel} needs {shared} bytes of shared memory for a block, more than this device has (CUDA error {status})")
+        allowed[0] = shared
     return found

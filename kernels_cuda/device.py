@@ -51,6 +51,7 @@ def capability() -> int:
     return int(cupy().cuda.Device().compute_capability)
 
 
+@cache
 def about() -> dict:
     """What a measurement has to say about the device: name, capability, bytes of memory, processors, clocks as the driver gives them, versions."""
     module = cupy()

@@ -30,43 +30,47 @@ __device__ __forceinline__ void mma_u8_s8(i32 (&c)[4], const u32 (&a)[4], u32 b0
         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1), "r"(start0), "r"(start1));
 }
 
-template <int BITS, int ROWS, int COLUMNS, bool ZEROS>
-__device__ __forceinline__ void fetch(Stage<BITS, ROWS, COLUMNS>& stage, const Weights& w, const u8* x, i64 pitch, const UnitInfo* info, int info_pitch,
-                                      int first_panel, int first_token, int unit)
+// Step `unit / 2` of K into a stage. Loops run over constants, so that a thread's few copies stand in a row with addresses that only advance.
+template <int BITS, int ROWS, int COLUMNS>
+__device__ __forceinline__ void fetch(Stage<BITS, ROWS, COLUMNS>& stage, const Weights& w, const u8* x, i64 pitch, const UnitInfo* info,
+                                      int info_pitch, int first_panel, int first_token, int unit)
 {
-    constexpr int THREADS = ROWS * COLUMNS / 64, PANELS = ROWS / 16, CHUNKS = 4 * BITS;  // of 16 bytes in a unit of a panel
-    const int blocks = w.units >> w.block_shift;
+    constexpr u32 THREADS = ROWS * COLUMNS / 64, PANELS = ROWS / 16, CHUNKS = 4 * BITS;  // of 16 bytes in a unit of a panel
+    const u32 thread = threadIdx.x;
 #pragma unroll
-    for (int i = threadIdx.x; i < 2 * PANELS * CHUNKS; i += THREADS) {
-        const int u = i / (PANELS * CHUNKS), panel = i / CHUNKS % PANELS, chunk = i % CHUNKS, swap = chunk >> 2 & 2;
+    for (u32 r = 0; r < 2 * PANELS * CHUNKS / THREADS; r++) {
+        const u32 i = r * THREADS + thread, u = i / (PANELS * CHUNKS), panel = i / CHUNKS % PANELS, chunk = i % CHUNKS, swap = chunk >> 2 & 2;
         const bool valid = unit + u < w.units && first_panel + panel < w.panels;
-        const i64 at = valid ? ((i64)(first_panel + panel) * w.units + unit + u) * (64 * BITS) + chunk * 16 : 0;
-        cp_async16_or_zeros(&stage.codes[u][panel][(chunk ^ swap) * 16], w.codes + at, valid);
+        const u8* from = w.codes + ((i64)(first_panel + panel) * w.units + unit + u) * (64 * BITS) + chunk * 16;
+        cp_async_or_zeros<16>(&stage.codes[u][panel][(chunk ^ swap) * 16], valid ? from : w.codes, valid);
     }
 #pragma unroll
-    for (int i = threadIdx.x; i < COLUMNS * 4; i += THREADS)
-        cp_async16(&stage.x[i / 4][((i & 3) ^ (i >> 3 & 3)) * 16], x + (first_token + i / 4) * pitch + unit * 32 + i % 4 * 16);
+    for (u32 r = 0; r < COLUMNS * 4 / THREADS; r++) {
+        const u32 i = r * THREADS + thread, row = i / 4, chunk = i % 4;
+        cp_async16(&stage.x[row][(chunk ^ (row >> 1 & 3)) * 16], x + (first_token + row) * pitch + unit * 32 + chunk * 16);
+    }
 #pragma unroll
-    for (int i = threadIdx.x; i < COLUMNS; i += THREADS) {
-        const int u = i / (COLUMNS / 2), token = i % (COLUMNS / 2) * 2;
+    for (u32 r = 0; r < COLUMNS / THREADS; r++) {
+        const u32 i = r * THREADS + thread, u = i / (COLUMNS / 2), token = i % (COLUMNS / 2) * 2;
         cp_async16(&stage.info[u][token], info + (i64)(unit + u) * info_pitch + first_token + token);
     }
-    for (int i = threadIdx.x; i < 4 * PANELS; i += THREADS) {
-        const int u = i / (2 * PANELS), panel = i / 2 % PANELS;
+    if (thread < 4 * PANELS) {
+        const u32 u = thread / (2 * PANELS), panel = thread / 2 % PANELS, half = thread % 2;
         const bool valid = unit + u < w.units && first_panel + panel < w.panels;
-        const i64 at = valid ? ((i64)(first_panel + panel) * blocks + (unit + u >> w.block_shift)) * 16 : 0;
-        cp_async16_or_zeros(&stage.scales[u][panel][i % 2 * 8], w.scales + at + (valid ? i % 2 * 8 : 0), valid);
-        if (ZEROS && i % 2 == 0) cp_async16_or_zeros(&stage.zero_points[u][panel][0], w.zero_points + at, valid);
+        const i64 at = valid ? ((i64)(first_panel + panel) * (w.units >> w.block_shift) + (unit + u >> w.block_shift)) * 16 + half * 8 : 0;
+        cp_async_or_zeros<16>(&stage.scales[u][panel][half * 8], w.scales + at, valid);
+        if (w.zero_points) cp_async_or_zeros<8>(&stage.zero_points[u][panel][half * 8], w.zero_points + at, valid);
     }
 }
 
-template <int BITS, int ROWS, int COLUMNS, bool ZEROS>
-__device__ __forceinline__ void multiply(float (&total)[2][8][4], const Stage<BITS, ROWS, COLUMNS>& stage, int u, int row, int column)
+template <int BITS, int ROWS, int COLUMNS>
+__device__ __forceinline__ void multiply(float (&total)[2][8][4], const Stage<BITS, ROWS, COLUMNS>& stage, int u, int row, int column, bool has_zeros)
 {
     const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
     u32 a[2][4], b[8][2];
     float scale[2][2], offset[2][2];
-    i32 zero[2][2];
+    i32 zero[2][2] = {};                // less the default, which is in where the sums start
+    constexpr int ZERO = 1 << (BITS - 1);
 #pragma unroll
     for (int m = 0; m < 2; m++) {       // rows g and g + 8 of the matrix are outputs 2g and 2g + 1: they lie together
         const int panel = row / 16 + m;
@@ -80,7 +84,7 @@ __device__ __forceinline__ void multiply(float (&total)[2][8][4], const Stage<BI
         }
         const float2 two = halves_to_floats(*(const u32*)&stage.scales[u][panel][2 * g]);
         scale[m][0] = two.x, scale[m][1] = two.y, offset[m][0] = -MAGIC_FLOAT * two.x, offset[m][1] = -MAGIC_FLOAT * two.y;
-        if (ZEROS) zero[m][0] = stage.zero_points[u][panel][2 * g], zero[m][1] = stage.zero_points[u][panel][2 * g + 1];
+        if (has_zeros) zero[m][0] = stage.zero_points[u][panel][2 * g] - ZERO, zero[m][1] = stage.zero_points[u][panel][2 * g + 1] - ZERO;
     }
 #pragma unroll
     for (int j = 0; j < 8; j += 2) {    // two tiles of 8 tokens, each with its first and second 16 K
@@ -94,21 +98,20 @@ __device__ __forceinline__ void multiply(float (&total)[2][8][4], const Stage<BI
         const uint4 info = *(const uint4*)&stage.info[u][column + j * 8 + 2 * t];
         const float x_scale[2] = {__uint_as_float(info.x), __uint_as_float(info.z)};
         const i32 sums[2] = {(i32)info.y, (i32)info.w};
-        constexpr int ZERO = ZEROS ? 0 : 1 << (BITS - 1);
 #pragma unroll
         for (int m = 0; m < 2; m++) {
             i32 c[4];
             mma_u8_s8(c, a[m], b[j][0], b[j][1], MAGIC - ZERO * sums[0], MAGIC - ZERO * sums[1]);
 #pragma unroll
             for (int i = 0; i < 4; i++) {
-                if (ZEROS) c[i] -= zero[m][i / 2] * sums[i % 2];
+                if (has_zeros) c[i] -= zero[m][i / 2] * sums[i % 2];
                 total[m][j][i] = __fmaf_rn(__fmaf_rn(__int_as_float(c[i]), scale[m][i / 2], offset[m][i / 2]), x_scale[i % 2], total[m][j][i]);
             }
         }
     }
 }
 
-template <int BITS, int ROWS, int COLUMNS, int STAGES, bool ZEROS>
+template <int BITS, int ROWS, int COLUMNS, int STAGES>
 __device__ __forceinline__ void gemm(const u8* x, i64 pitch, const UnitInfo* info, int info_pitch, const Weights& w, const float* bias, float* out,
                                      i64 out_stride, const i64* state, int tokens_at, int n)
 {
@@ -124,7 +127,7 @@ __device__ __forceinline__ void gemm(const u8* x, i64 pitch, const UnitInfo* inf
     if (tokens <= 0) return;
 #pragma unroll
     for (int s = 0; s < STAGES - 1; s++) {
-        if (s < steps) fetch<BITS, ROWS, COLUMNS, ZEROS>(stages[s], w, x, pitch, info, info_pitch, first_panel, first_token, 2 * s);
+        if (s < steps) fetch(stages[s], w, x, pitch, info, info_pitch, first_panel, first_token, 2 * s);
         cp_async_commit();
     }
     float total[2][8][4] = {};
@@ -132,11 +135,11 @@ __device__ __forceinline__ void gemm(const u8* x, i64 pitch, const UnitInfo* inf
         cp_async_wait<STAGES - 2>();
         __syncthreads();                // the step's stage is there, and all are done with the one before, which is filled now
         const int ahead = step + STAGES - 1;
-        if (ahead < steps) fetch<BITS, ROWS, COLUMNS, ZEROS>(stages[ahead % STAGES], w, x, pitch, info, info_pitch, first_panel, first_token, 2 * ahead);
+        if (ahead < steps) fetch(stages[ahead % STAGES], w, x, pitch, info, info_pitch, first_panel, first_token, 2 * ahead);
         cp_async_commit();
         if (column < tokens) {
 #pragma unroll 1
-            for (int u = 0; u < 2; u++) multiply<BITS, ROWS, COLUMNS, ZEROS>(total, stages[step % STAGES], u, row, column);
+            for (int u = 0; u < 2; u++) multiply(total, stages[step % STAGES], u, row, column, w.zero_points != nullptr);
         }
     }
     const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
@@ -156,15 +159,12 @@ __device__ __forceinline__ void gemm(const u8* x, i64 pitch, const UnitInfo* inf
     }
 }
 
-#define GEMM(NAME, BITS, ROWS, COLUMNS, STAGES, ZEROS)                                                                                        \
-    KERNEL __launch_bounds__(ROWS* COLUMNS / 64, 2)                                                                                           \
-    NAME(const u8* x, i64 pitch, const UnitInfo* info, int info_pitch, Weights w, const float* bias, float* out, i64 out_stride,              \
-         const i64* state, int tokens_at, int n)                                                                                              \
-    {                                                                                                                                         \
-        gemm<BITS, ROWS, COLUMNS, STAGES, ZEROS>(x, pitch, info, info_pitch, w, bias, out, out_stride, state, tokens_at, n);                  \
+#define GEMM(NAME, BITS, ROWS, COLUMNS, STAGES)                                                                                     \
+    KERNEL __launch_bounds__(ROWS* COLUMNS / 64, 2) NAME(const u8* x, i64 pitch, const UnitInfo* info, int info_pitch, Weights w,    \
+                                                         const float* bias, float* out, i64 out_stride, const i64* state, int tokens_at, int n) \
+    {                                                                                                                               \
+        gemm<BITS, ROWS, COLUMNS, STAGES>(x, pitch, info, info_pitch, w, bias, out, out_stride, state, tokens_at, n);               \
     }
 
-GEMM(gemm_4, 4, 64, 128, 4, false)
-GEMM(gemm_8, 8, 64, 128, 4, false)
-GEMM(gemm_4_zeros, 4, 64, 128, 4, true)
-GEMM(gemm_8_zeros, 8, 64, 128, 4, true)
+GEMM(gemm_4, 4, 64, 128, 4)
+GEMM(gemm_8, 8, 64, 128, 4)

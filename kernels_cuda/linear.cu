@@ -83,6 +83,7 @@ __device__ __forceinline__ void gemm(const float* x, i64 x_stride, const void* w
             own_w[i % DEPTH][line] = at < k && first_output + line < n ? weight_at<HALF>(weight, (first_output + line) * weight_stride + at) : 0.0f;
         }
         __syncthreads();
+        float part[4][4] = {};          // short sums, which keeps float32 accurate
 #pragma unroll
         for (int d = 0; d < DEPTH; d++) {
             const float4 a = *(const float4*)&own_x[d][row], b = *(const float4*)&own_w[d][column];
@@ -90,8 +91,10 @@ __device__ __forceinline__ void gemm(const float* x, i64 x_stride, const void* w
 #pragma unroll
             for (int i = 0; i < 4; i++)
 #pragma unroll
-                for (int j = 0; j < 4; j++) sum[i][j] += left[i] * right[j];
+                for (int j = 0; j < 4; j++) part[i][j] += left[i] * right[j];
         }
+#pragma unroll
+        for (int i = 0; i < 16; i++) sum[i / 4][i % 4] += part[i / 4][i % 4];
         __syncthreads();
     }
 #pragma unroll

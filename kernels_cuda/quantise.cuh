@@ -18,11 +18,15 @@ template <int BITS>
 __device__ __forceinline__ void quantise8(const float* x, int first, int k, int lanes, u32& low, u32& high, float& scale, i32& sum)
 {
     float v[8], top = 0;
+    if (first + 8 <= k && ((u64)x & 15) == 0) {
+        const float4 a = *(const float4*)(x + first), b = *(const float4*)(x + first + 4);
+        v[0] = a.x, v[1] = a.y, v[2] = a.z, v[3] = a.w, v[4] = b.x, v[5] = b.y, v[6] = b.z, v[7] = b.w;
+    } else {
 #pragma unroll
-    for (int i = 0; i < 8; i++) {
-        v[i] = first + i < k ? x[first + i] : 0.0f;
-        top = fmaxf(top, fabsf(v[i]));
+        for (int i = 0; i < 8; i++) v[i] = first + i < k ? x[first + i] : 0.0f;
     }
+#pragma unroll
+    for (int i = 0; i < 8; i++) top = fmaxf(top, fabsf(v[i]));
     for (int step = 1; step < lanes; step <<= 1) top = fmaxf(top, __shfl_xor_sync(FULL_WARP, top, step));
     scale = __fdiv_rn(fmaxf(top, 1e-20f), 127.0f);
     const float inverse = __frcp_rn(scale);

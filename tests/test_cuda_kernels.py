@@ -137,7 +137,7 @@ def test_sample_takes_nan_for_minus_infinity(share, options):
     assert 0 <= token < vocab and (share == 1 or np.isfinite(x[token]))
 
 
-@pytest.mark.parametrize("options", [dict(top_k=2000, top_p=0.99), dict(top_p=0.3), dict(min_p=0.5, temperature=2.0), dict(top_k=1), dict()], ids=str)
+@pytest.mark.parametrize("options", [dict(top_k=2000, top_p=0.98765), dict(top_p=0.3), dict(min_p=0.5, temperature=2.0), dict(top_k=1), dict()], ids=str)
 @pytest.mark.parametrize("kind", ["equal", "few", "wide"])
 def test_sample_of_odd_logits(kind, options):
     """All equal; three values; far below the first, where all but a few share the last bin."""
