@@ -5,10 +5,11 @@
 KERNEL embedding_nbits(const i64* ids, const u32* codes, const u16* scales, const u8* zero_points, float* out, i64 out_stride, const i64* state,
                        int tokens_at, int bits, int block_size, int k)
 {
+    const i64 count = state[tokens_at];  // before the wait: it does not change within a step
     release_next();
     wait_previous();
     const int token = blockIdx.x;
-    if (token >= state[tokens_at]) return;
+    if (token >= count) return;
     const i64 row = ids[token], panel = row / 16, column = row % 16;
     const int step_k = 32 / bits, blocks = (k + block_size - 1) / block_size, steps = blocks * block_size / step_k;
     const u32 mask = (1u << bits) - 1;

@@ -22,19 +22,42 @@ template <int BITS, int UNIT> struct Stage {  // one group of 8 units
     u32 zeros[32];
 };
 
-template <int BITS, int UNIT>
-__device__ __forceinline__ void fetch(Stage<BITS, UNIT>& stage, const Weights& w, int panel, int unit)
-{
+// Where a lane is in the weights that its warp is to fetch, in the order in which they are used: groups of a panel, then the next panel.
+template <int BITS, int UNIT> struct Cursor {
     using S = Stage<BITS, UNIT>;
-    const int lane = threadIdx.x & 31, outputs = lane & 3;
-    const bool valid = unit < w.units;           // else zeros: with a scale of 0 they add nothing
-    const u8* codes = w.codes + ((i64)panel * w.units + (valid ? unit : 0)) * S::BYTES + outputs * 16;
+    const u8* codes;
+    i64 block;       // of the panel's first, in scales and zero points
+    int unit, panel, stride, step;  // panels from one of the warp's to its next; units from one group to the next
+
+    __device__ __forceinline__ void begin(const Weights& w, int first_unit)
+    {
+        const int outputs = threadIdx.x & 3;
+        unit = first_unit;
+        codes = w.codes + ((i64)panel * w.units + unit) * S::BYTES + outputs * 16;
+        block = (i64)panel * (w.units >> w.block_shift) * 16 + outputs * 4;
+    }
+
+    // Units past the end are zeros: with a scale of 0 they add nothing.
+    __device__ __forceinline__ void fetch(S& stage, const Weights& w, int first_unit)
+    {
+        const int lane = threadIdx.x & 31;
+        if (panel < w.panels) {
+            const bool valid = unit < w.units;
 #pragma unroll
-    for (int s = 0; s < S::STEPS; s++) cp_async_or_zeros<16>(&stage.codes[s][lane], codes + s * 64, valid);
-    const i64 block = ((i64)panel * (w.units >> w.block_shift) + (valid ? unit >> w.block_shift : 0)) * 16 + outputs * 4;
-    cp_async_or_zeros<8>(&stage.scales[lane], w.scales + block, valid);
-    if (w.zero_points) cp_async_or_zeros<4>(&stage.zeros[lane], w.zero_points + block, valid);
-}
+            for (int s = 0; s < S::STEPS; s++) cp_async_or_zeros<16>(&stage.codes[s][lane], codes + s * 64, valid);
+            const i64 at = block + (unit >> w.block_shift) * 16;
+            cp_async_or_zeros<8>(&stage.scales[lane], w.scales + at, valid);
+            if (w.zero_points) cp_async_or_zeros<4>(&stage.zeros[lane], w.zero_points + at, valid);
+            unit += step;
+            codes += step * S::BYTES;
+            if (unit - (lane >> 2) >= w.units) {  // the same for all lanes
+                panel += stride;
+                begin(w, first_unit);
+            }
+        }
+        cp_async_commit();
+    }
+};
 
 // total[t][o] += the lane's part of a unit; x the unit's codes, those of token t `token_words` words after those of token t - 1
 template <int BITS, int UNIT, int TOKENS>
@@ -44,7 +67,6 @@ __device__ __forceinline__ void multiply(float (&total)[TOKENS][4], const Stage<
     constexpr int STEPS = Stage<BITS, UNIT>::STEPS, WORDS = UNIT / 4;
     constexpr bool SHIFT = BITS == 4 && TOKENS > 1;  // high nibbles brought down once for all tokens; for one, their sum is
     const int lane = threadIdx.x & 31;
-    const u32 zeros = has_zeros ? stage.zeros[lane] : BITS == 4 ? 0x08080808 : 0x80808080;
     i32 sum[TOKENS][4], high_sum[4] = {};
     float scale[TOKENS];
     u32 codes[TOKENS][WORDS];
@@ -55,7 +77,14 @@ __device__ __forceinline__ void multiply(float (&total)[TOKENS][4], const Stage<
 #pragma unroll
         for (int i = 0; i < WORDS; i += 4) *(uint4*)&codes[t][i] = *(const uint4*)(x + t * token_words + i);
 #pragma unroll
-        for (int o = 0; o < 4; o++) sum[t][o] = MAGIC - (i32)(zeros >> 8 * o & 255) * (i32)two.y;
+        for (int o = 0; o < 4; o++) sum[t][o] = (i32)two.y;
+    }
+    if (has_zeros) {
+        const u32 zeros = stage.zeros[lane];
+#pragma unroll
+        for (int t = 0; t < TOKENS; t++)
+#pragma unroll
+            for (int o = 0; o < 4; o++) sum[t][o] = start_of<BITS>(sum[t][o], zeros >> 8 * o & 255);
     }
 #pragma unroll
     for (int s = 0; s < STEPS; s++) {
@@ -122,36 +151,50 @@ __device__ __forceinline__ void finish(float (&total)[TOKENS][4], float* sums, i
     }
 }
 
+// A row of activations to shared memory, by all warps of the block. Loads of BATCH rounds are under way at once: x comes from far.
+template <int BITS, int UNIT, bool ALIGNED>
+__device__ __forceinline__ void quantise_row(const float* x, int k, int units, int block_shift, u32* codes, UnitInfo* info)
+{
+    constexpr int PARTS = UNIT / 8, PER_WARP = 32 / PARTS, BATCH = ALIGNED ? 4 : 1;
+    const int warps = blockDim.x / 32, lane = threadIdx.x & 31, part = lane % PARTS;
+    for (int first = threadIdx.x / 32 * PER_WARP; first < units; first += BATCH * warps * PER_WARP) {
+        float v[BATCH][8];
+#pragma unroll
+        for (int i = 0; i < BATCH; i++) load8<ALIGNED>(v[i], x, (first + i * warps * PER_WARP + lane / PARTS) * UNIT + part * 8, k);
+#pragma unroll
+        for (int i = 0; i < BATCH; i++) {
+            if (first + i * warps * PER_WARP >= units) break;
+            const int unit = first + i * warps * PER_WARP + lane / PARTS;
+            const UnitInfo made = quantise_unit<BITS, UNIT>(v[i], part, block_shift, codes + unit * (UNIT / 4), unit < units);
+            if (unit < units && part == 0) info[unit] = made;
+        }
+    }
+}
+
 template <int BITS, int UNIT, int TOKENS, int STAGES>
 __device__ __forceinline__ void gemv(const float* x, const u32* x_codes, const UnitInfo* x_info, i64 x_pitch, int info_pitch, const Weights& w,
-                                     Out to, const i64* state, int tokens_at, int k, int team, int prefetch)
+                                     Out to, const i64* state, int tokens_at, int k, int team_shift)
 {
     extern __shared__ uint4 shared[];
     using S = Stage<BITS, UNIT>;
-    const int warps = blockDim.x / 32, lane = threadIdx.x & 31, block_warp = threadIdx.x / 32, warp = block_warp % team;
-    const int teams = warps / team, first_panel = blockIdx.x * teams + block_warp / team, stride = gridDim.x * teams;
+    const int warps = blockDim.x / 32, lane = threadIdx.x & 31, block_warp = threadIdx.x / 32;
+    const int team = 1 << team_shift, warp = block_warp & team - 1, own_team = block_warp >> team_shift;
+    const int teams = warps >> team_shift, first_panel = blockIdx.x * teams + own_team, stride = gridDim.x * teams;
     S* ring = (S*)shared + block_warp * STAGES;
-    float* sums = (float*)((S*)shared + warps * STAGES) + block_warp / team * 2 * team * TOKENS * 16;
+    float* sums = (float*)((S*)shared + warps * STAGES) + own_team * 2 * team * TOKENS * 16;
     u32* own_codes = (u32*)((S*)shared + warps * STAGES) + warps * 2 * TOKENS * 16;
     UnitInfo* own_info = (UnitInfo*)(own_codes + w.units * (UNIT / 4));
 
-    const int groups = max(0, (w.units - warp * 8 + team * 8 - 1) / (team * 8));  // of this warp, in a panel
-    int next_panel = first_panel, next_group = 0, slot = 0;
-    const auto fetch_next = [&](int to_slot) {
-        if (next_panel < w.panels && groups > 0) {
-            fetch(ring[to_slot], w, next_panel, (next_group * team + warp) * 8 + lane / 4);
-            if (++next_group == groups) next_group = 0, next_panel += stride;
-        }
-        cp_async_commit();
-    };
-    if (prefetch && warp == 0 && lane == 0 && first_panel < w.panels)
-        prefetch_l2_bulk(w.codes + (i64)first_panel * w.units * S::BYTES, w.units * S::BYTES);
+    const int first_unit = warp * 8 + lane / 4, groups = max(0, w.units - warp * 8 + team * 8 - 1 >> 3 + team_shift);  // of this warp, in a panel
+    Cursor<BITS, UNIT> cursor;
+    cursor.panel = groups > 0 ? first_panel : w.panels, cursor.stride = stride, cursor.step = team * 8;
+    cursor.begin(w, first_unit);
 #pragma unroll
-    for (int s = 0; s < STAGES - 1; s++) fetch_next(s);
-    release_next();
-    wait_previous();
+    for (int s = 0; s < STAGES - 1; s++) cursor.fetch(ring[s], w, first_unit);
     const int first_token = blockIdx.y * TOKENS;
     to.tokens = (int)state[tokens_at] - first_token;
+    release_next();
+    wait_previous();
     to.out += first_token * to.stride;
     if (to.tokens <= 0) {
         cp_async_wait<0>();
@@ -160,14 +203,10 @@ __device__ __forceinline__ void gemv(const float* x, const u32* x_codes, const U
     const u32* codes = own_codes;
     const UnitInfo* info = own_info;
     if (TOKENS == 1) {
-        constexpr int PARTS = UNIT / 8, PER_WARP = 32 / PARTS;
-#pragma unroll 2
-        for (int first = block_warp * PER_WARP; first < w.units; first += warps * PER_WARP) {
-            const int unit = first + lane / PARTS;
-            const bool valid = unit < w.units;
-            const UnitInfo made = quantise_unit<BITS, UNIT>(x, unit, lane % PARTS, k, w.block_shift, own_codes + unit * (UNIT / 4), valid);
-            if (valid && lane % PARTS == 0) own_info[unit] = made;
-        }
+        if (((u64)x & 15) == 0 && k % 8 == 0)
+            quantise_row<BITS, UNIT, true>(x, k, w.units, w.block_shift, own_codes, own_info);
+        else
+            quantise_row<BITS, UNIT, false>(x, k, w.units, w.block_shift, own_codes, own_info);
         __syncthreads();
     } else {
         codes = x_codes + first_token * x_pitch;
@@ -175,25 +214,26 @@ __device__ __forceinline__ void gemv(const float* x, const u32* x_codes, const U
     }
 
     float total[TOKENS][4] = {};
+    int slot = 0;
     for (int panel = first_panel, turn = 0; panel < w.panels; panel += stride, turn ^= 1) {
         for (int group = 0; group < groups; group++) {
             cp_async_wait<STAGES - 2>();
             const int unit = min((group * team + warp) * 8 + lane / 4, w.units - 1);
             multiply<BITS, UNIT, TOKENS>(total, ring[slot], w.zero_points != nullptr, codes + unit * (UNIT / 4), x_pitch, info + (i64)unit * info_pitch);
-            fetch_next(slot == 0 ? STAGES - 1 : slot - 1);  // into what was used up one group ago
+            cursor.fetch(ring[slot == 0 ? STAGES - 1 : slot - 1], w, first_unit);  // into what was used up one group ago
             slot = slot == STAGES - 1 ? 0 : slot + 1;
         }
-        finish<TOKENS>(total, sums + turn * team * TOKENS * 16, team, warp, 1 + block_warp / team, to, panel);
+        finish<TOKENS>(total, sums + turn * team * TOKENS * 16, team, warp, 1 + own_team, to, panel);
     }
 }
 
 #define GEMV(BITS, UNIT, TOKENS, STAGES, BLOCKS)                                                                                  \
     KERNEL __launch_bounds__(256, BLOCKS) gemv_##BITS##_##UNIT##_##TOKENS(                                                        \
         const float* x, const u32* x_codes, const UnitInfo* x_info, i64 x_pitch, int info_pitch, Weights w, const float* bias,    \
-        float* out, i64 out_stride, const i64* state, int tokens_at, int k, int n, int team, int prefetch)                        \
+        float* out, i64 out_stride, const i64* state, int tokens_at, int k, int n, int team_shift)                        \
     {                                                                                                                             \
         gemv<BITS, UNIT, TOKENS, STAGES>(x, x_codes, x_info, x_pitch, info_pitch, w, {bias, out, out_stride, n, 0}, state,        \
-                                         tokens_at, k, team, prefetch);                                                           \
+                                         tokens_at, k, team_shift);                                                           \
     }
 
 GEMV(4, 32, 1, 4, 2)

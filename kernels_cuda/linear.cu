@@ -19,9 +19,9 @@ __device__ __forceinline__ void gemv(const float* x, i64 x_stride, const void* w
 {
     constexpr int EACH = HALF ? 8 : 4, SIZE = HALF ? 2 : 4;  // weights in 16 bytes
     const int output = blockIdx.x * WARPS + threadIdx.x / 32, lane = threadIdx.x % 32, first_token = blockIdx.y * TOKENS;
+    const int tokens = min((int)state[tokens_at] - first_token, TOKENS);
     release_next();
     wait_previous();
-    const int tokens = min((int)state[tokens_at] - first_token, TOKENS);
     if (tokens <= 0 || output >= n) return;
     x += first_token * x_stride;
     const u8* row = (const u8*)weight + output * weight_stride * SIZE;
@@ -70,9 +70,9 @@ __device__ __forceinline__ void gemm(const float* x, i64 x_stride, const void* w
 {
     __shared__ float own_x[DEPTH][TILE + 4], own_w[DEPTH][TILE + 4];  // 4 more: neither stores nor 16-byte loads of a warp share banks
     const int first_output = blockIdx.x * TILE, first_token = blockIdx.y * TILE, column = threadIdx.x % 16 * 4, row = threadIdx.x / 16 * 4;
+    const int tokens = (int)state[tokens_at] - first_token;
     release_next();
     wait_previous();
-    const int tokens = (int)state[tokens_at] - first_token;
     if (tokens <= 0) return;
     float sum[4][4] = {};
     for (int start = 0; start < k; start += DEPTH) {

@@ -11,9 +11,9 @@ from edgeattn.kernels_cuda.steps import Launch, call
 ARGS = ("x", "x.rows", "x.stride", "codes", "scales", "zero_points", "bias", "out", "out.stride", "bits", "block_size", "K", "N", "workspace", "state")
 FEW = 8              # tokens of one pass over the weights
 WARPS = 8            # of a block of gemv_nbits.cu
-PREFETCH = 0
 BLOCKS = 2           # of them that a processor runs at a time
 ROWS, COLUMNS, STAGES = 64, 128, 4  # the tile of gemm_nbits.cu, and its steps of K under way
+RING = {(4, 32): 4, (8, 32): 3, (4, 16): 4, (8, 16): 4}  # STAGES of gemv_nbits.cu's kernels, by bits and K of a unit
 WEIGHTS = np.dtype([("codes", "i8"), ("scales", "i8"), ("zero_points", "i8"), ("units", "i4"), ("block_shift", "i4"), ("panels", "i4"), ("pad", "i4")])
 
 
@@ -89,7 +89,7 @@ def _gemv(a, tokens, weights, unit, group) -> Launch:
     """`group` tokens at a time: 1, 4 or 8."""
     group = group if unit == 32 or group == 1 else FEW
     about, panels, units = device.about(), int(weights["panels"]), int(weights["units"])
-    stage = (3 if (a["bits"], unit) == (8, 32) else 4) * (unit * a["bits"] // 32 * 512 + 32 * 12)
+    stage = RING[a["bits"], unit] * (unit * a["bits"] // 32 * 512 + 32 * 12)
     activations, warps = units * (unit + 8) if group == 1 else 0, WARPS
     while warps > 1 and warps * (stage + 2 * group * 64) + activations > about["shared_bytes"]:
         warps //= 2
@@ -97,13 +97,14 @@ def _gemv(a, tokens, weights, unit, group) -> Launch:
     grid = min(-(-panels * team // warps), about["processors"] * BLOCKS), -(-tokens // group), 1
     x_codes, pitch, info, rows = (np.int64(0), np.int64(0), np.int64(0), np.int32(1)) if group == 1 else _places(a, tokens)
     args = (np.int64(a["x"]), x_codes, info, pitch // 4, rows, weights, np.int64(a["bias"]), np.int64(a["out"]), np.int64(a["out.stride"]),
-            np.int64(a["state"]), np.int32(a["x.rows"]), np.int32(a["K"]), np.int32(a["N"]), np.int32(team), np.int32(PREFETCH))
+            np.int64(a["state"]), np.int32(a["x.rows"]), np.int32(a["K"]), np.int32(a["N"]), np.int32(team.bit_length() - 1))
     return Launch(compile.function("gemv_nbits", f"gemv_{a['bits']}_{unit}_{group}", shared), grid, 32 * warps, args, shared, overlap=True)
 
 
 def _gemm(a, tokens, weights) -> Launch:
     stage = 2 * (ROWS // 16) * 64 * a["bits"] + COLUMNS * 64 + 2 * COLUMNS * 8 + 2 * ROWS * 2 + 2 * ROWS
+    name = f"gemm_{a['bits']}" + ("_zeros" if a["zero_points"] else "")
     grid = -(-a["N"] // ROWS), -(-tokens // COLUMNS), 1
     args = (*_places(a, tokens), weights, np.int64(a["bias"]), np.int64(a["out"]), np.int64(a["out.stride"]), np.int64(a["state"]),
             np.int32(a["x.rows"]), np.int32(a["N"]))
-    return Launch(compile.function("gemm_nbits", f"gemm_{a['bits']}", STAGES * stage), grid, ROWS * COLUMNS // 64, args, STAGES * stage, overlap=True)
+    return Launch(compile.function("gemm_nbits", name, STAGES * stage), grid, ROWS * COLUMNS // 32, args, STAGES * stage, overlap=True)

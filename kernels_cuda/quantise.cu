@@ -8,16 +8,19 @@ template <int BITS, int UNIT>
 __device__ __forceinline__ void quantise(const float* x, i64 x_stride, u32* codes, i64 pitch_words, UnitInfo* info, int info_pitch, const i64* state,
                                          int tokens_at, int k, int units, int padded, int block_shift)
 {
+    const i64 count = state[tokens_at];
     release_next();
     wait_previous();
     constexpr int PARTS = UNIT / 8;
     const int token = blockIdx.x, lane = threadIdx.x % 32;
-    if (token >= state[tokens_at]) return;
+    if (token >= count) return;
     const int thread = (blockIdx.y * blockDim.x + threadIdx.x) / 32 * 32, whole = (padded * PARTS + 31) / 32 * 32;
     for (int first = thread; first < whole; first += gridDim.y * blockDim.x) {
         const int unit = (first + lane) / PARTS;
-        UnitInfo made = quantise_unit<BITS, UNIT>(x + token * x_stride, unit, lane % PARTS, unit < units ? k : 0, block_shift,
-                                                  codes + token * pitch_words + unit * (UNIT / 4), unit < padded);
+        float v[8];
+        load8<false>(v, x + token * x_stride, unit * UNIT + lane % PARTS * 8, unit < units ? k : 0);
+        u32* to = codes + token * pitch_words + unit * (UNIT / 4);
+        const UnitInfo made = quantise_unit<BITS, UNIT>(v, lane % PARTS, block_shift, to, unit < padded);
         if (unit < padded && lane % PARTS == 0) info[(i64)unit * info_pitch + token] = made;
     }
 }

@@ -10,26 +10,51 @@
 // What the unit's dot product needs besides its codes.
 struct UnitInfo {
     float scale;
-    i32 sum;                         // of the codes
+    i32 start;                       // of the dot product with weights whose zero point is the default, ZERO: MAGIC - ZERO * sum of the codes
 };
 
-// The eight k from `first` on, one lane of the `lanes` neighbours that share a block. codes: lower word the even or first k, upper the others.
-template <int BITS>
-__device__ __forceinline__ void quantise8(const float* x, int first, int k, int lanes, u32& low, u32& high, float& scale, i32& sum)
+template <int BITS> constexpr i32 ZERO = 1 << (BITS - 1);
+
+// The start where a block has a zero point of its own.
+template <int BITS> __device__ __forceinline__ i32 start_of(i32 start, i32 zero_point)
 {
-    float v[8], top = 0;
-    if (first + 8 <= k && ((u64)x & 15) == 0) {
-        const float4 a = *(const float4*)(x + first), b = *(const float4*)(x + first + 4);
+    return start - (zero_point - ZERO<BITS>) * ((MAGIC - start) >> (BITS - 1));
+}
+
+// The eight values from x[first] on, zeros past k. ALIGNED: x is 16-byte aligned, and k a multiple of 8.
+template <bool ALIGNED> __device__ __forceinline__ void load8(float (&v)[8], const float* x, int first, int k)
+{
+    if (ALIGNED) {
+        float4 a = make_float4(0, 0, 0, 0), b = a;
+        if (first < k) a = *(const float4*)(x + first), b = *(const float4*)(x + first + 4);
         v[0] = a.x, v[1] = a.y, v[2] = a.z, v[3] = a.w, v[4] = b.x, v[5] = b.y, v[6] = b.z, v[7] = b.w;
     } else {
 #pragma unroll
         for (int i = 0; i < 8; i++) v[i] = first + i < k ? x[first + i] : 0.0f;
     }
+}
+
+// top / 127 and its inverse, correctly rounded: Newton steps in place of divisions, whose slow paths are branches
+__device__ __forceinline__ void scale_of(float top, float& scale, float& inverse)
+{
+    top = fmaxf(top, 1e-20f);
+    const float guess = top * (1 / 127.0f);
+    scale = __fmaf_rn(__fmaf_rn(-guess, 127.0f, top), 1 / 127.0f, guess);
+    asm("rcp.approx.f32 %0, %1;" : "=f"(inverse) : "f"(scale));
+    inverse = __fmaf_rn(__fmaf_rn(-scale, inverse, 1.0f), inverse, inverse);
+}
+
+// Eight neighbours of a lane, one of `lanes` that share a block, to codes: `low` the first four or the even ones, `high` the others.
+template <int BITS, int PARTS>
+__device__ __forceinline__ void quantise8(const float (&v)[8], int lanes, u32& low, u32& high, float& scale, i32& sum)
+{
+    float top = 0, inverse;
 #pragma unroll
     for (int i = 0; i < 8; i++) top = fmaxf(top, fabsf(v[i]));
-    for (int step = 1; step < lanes; step <<= 1) top = fmaxf(top, __shfl_xor_sync(FULL_WARP, top, step));
-    scale = __fdiv_rn(fmaxf(top, 1e-20f), 127.0f);
-    const float inverse = __frcp_rn(scale);
+#pragma unroll
+    for (int step = 1; step < PARTS; step <<= 1) top = fmaxf(top, __shfl_xor_sync(FULL_WARP, top, step));
+    for (int step = PARTS; step < lanes; step <<= 1) top = fmaxf(top, __shfl_xor_sync(FULL_WARP, top, step));
+    scale_of(top, scale, inverse);
     u32 code[8];
 #pragma unroll
     for (int i = 0; i < 8; i++) {    // v / scale, correctly rounded: one Newton step from the rounded inverse (Markstein)
@@ -37,29 +62,30 @@ __device__ __forceinline__ void quantise8(const float* x, int first, int k, int 
         const float quotient = __fmaf_rn(__fmaf_rn(-guess, scale, v[i]), inverse, guess);
         code[i] = __float_as_uint(quotient + MAGIC_FLOAT);  // rounds to even; the low byte is the code
     }
-    const int order[8] = {0, BITS == 4 ? 2 : 1, BITS == 4 ? 4 : 2, BITS == 4 ? 6 : 3, BITS == 4 ? 1 : 4, BITS == 4 ? 3 : 5, BITS == 4 ? 5 : 6, 7};
-    low = __byte_perm(__byte_perm(code[order[0]], code[order[1]], 0x0040), __byte_perm(code[order[2]], code[order[3]], 0x0040), 0x5410);
-    high = __byte_perm(__byte_perm(code[order[4]], code[order[5]], 0x0040), __byte_perm(code[order[6]], code[order[7]], 0x0040), 0x5410);
+    constexpr int NEXT = BITS == 4 ? 2 : 1, HIGH = BITS == 4 ? 1 : 4;
+    low = __byte_perm(__byte_perm(code[0], code[NEXT], 0x0040), __byte_perm(code[2 * NEXT], code[3 * NEXT], 0x0040), 0x5410);
+    high = __byte_perm(__byte_perm(code[HIGH], code[HIGH + NEXT], 0x0040), __byte_perm(code[HIGH + 2 * NEXT], code[HIGH + 3 * NEXT], 0x0040), 0x5410);
     sum = dot_signed(low, 0x01010101, dot_signed(high, 0x01010101, 0));
 }
 
-// Unit `unit` of a row, by UNIT / 8 neighbouring lanes of a warp that is here as a whole; `part` says which of them. Writes the unit's codes and
-// returns its info in each of these lanes. Lanes whose unit is past the end compute on zeros and write nothing.
+// A unit, whose values UNIT / 8 neighbouring lanes hold (this one part `part`), of a warp that is here as a whole. Writes its codes if asked to,
+// and returns its info in each of these lanes.
 template <int BITS, int UNIT>
-__device__ __forceinline__ UnitInfo quantise_unit(const float* x, int unit, int part, int k, int block_shift, u32* codes, bool write)
+__device__ __forceinline__ UnitInfo quantise_unit(const float (&v)[8], int part, int block_shift, u32* codes, bool write)
 {
     constexpr int PARTS = UNIT / 8;
     u32 low, high;
+    i32 sum;
     UnitInfo info;
-    quantise8<BITS>(x, unit * UNIT + part * 8, k, PARTS << block_shift, low, high, info.scale, info.sum);
+    quantise8<BITS, PARTS>(v, PARTS << block_shift, low, high, info.scale, sum);
     if (write && BITS == 4) {
         codes[part] = low;
         codes[PARTS + part] = high;
     } else if (write) {
-        codes[2 * part] = low;
-        codes[2 * part + 1] = high;
+        *(uint2*)&codes[2 * part] = make_uint2(low, high);
     }
 #pragma unroll
-    for (int step = 1; step < PARTS; step <<= 1) info.sum += __shfl_xor_sync(FULL_WARP, info.sum, step);
+    for (int step = 1; step < PARTS; step <<= 1) sum += __shfl_xor_sync(FULL_WARP, sum, step);
+    info.start = MAGIC - ZERO<BITS> * sum;
     return info;
 }

@@ -22,10 +22,11 @@ KERNEL __launch_bounds__(1024)
 rms_rows(const float* x, i64 x_stride, const float* weight, float* out, i64 out_stride, const i64* state, int rows_at, int groups, int width, float epsilon)
 {
     __shared__ float sums[32];
+    const i64 count = state[rows_at];  // before the wait: it does not change within a step
     release_next();
     wait_previous();
     const int row = blockIdx.x, lane = threadIdx.x % 32;
-    if (row >= state[rows_at]) return;
+    if (row >= count) return;
     x += row * x_stride + blockIdx.y * width;
     const float own = warp_sum(squares(x, width, threadIdx.x, blockDim.x));
     if (lane == 0) sums[threadIdx.x / 32] = own;
@@ -37,10 +38,11 @@ rms_rows(const float* x, i64 x_stride, const float* weight, float* out, i64 out_
 KERNEL __launch_bounds__(WARPS * 32)
 rms_groups(const float* x, i64 x_stride, const float* weight, float* out, i64 out_stride, const i64* state, int rows_at, int groups, int width, float epsilon)
 {
+    const i64 count = state[rows_at];  // before the wait: it does not change within a step
     release_next();
     wait_previous();
     const int row = blockIdx.x, group = blockIdx.y * WARPS + threadIdx.x / 32, lane = threadIdx.x % 32;
-    if (row >= state[rows_at] || group >= groups) return;
+    if (row >= count || group >= groups) return;
     x += row * x_stride + group * width;
     scale(x, weight, out + row * out_stride + group * width, width, warp_sum(squares(x, width, lane, 32)), epsilon, lane, 32);
 }
