@@ -2,7 +2,7 @@
 import numpy as np
 
 from edgeattn.kernels_cuda import compile
-from edgeattn.kernels_cuda.steps import Launch, call
+from edgeattn.kernels_cuda.steps import Launch, call, ints, pointers
 
 ARGS = ("x", "x.rows", "x.stride", "y", "y.stride", "out", "out.stride", "x.width", "state")
 THREADS = 256
@@ -16,6 +16,5 @@ def add(x, y):
 
 
 def launches(a: dict[str, int], most: dict) -> list[Launch]:
-    places = (np.int64(a[name]) for name in ("x", "x.stride", "y", "y.stride", "out", "out.stride", "state"))
-    args = (*places, np.int32(a["x.rows"]), np.int32(a["x.width"]))
+    args = (*pointers(a, "x", "x.stride", "y", "y.stride", "out", "out.stride", "state"), *ints(a, "x.rows", "x.width"))
     return [Launch(compile.function("add", "add"), (most[a["x.rows"]], -(-a["x.width"] // THREADS), 1), THREADS, args, overlap=True)]

@@ -53,9 +53,9 @@ class _Bindings:
         log = log.decode().strip("\0 \n")
         if int(failed):
             raise RuntimeError(f"{name} does not compile with {' '.join(options)}:\n{log}")
-        size, get = (rtc.nvrtcGetPTXSize, rtc.nvrtcGetPTX) if options[0].startswith("-arch=compute") else (rtc.nvrtcGetCUBINSize, rtc.nvrtcGetCUBIN)
-        made = bytearray(size(program)[1])
-        get(program, made)
+        kind = "PTX" if options[0].startswith("-arch=compute") else "CUBIN"
+        made = bytearray(getattr(rtc, f"nvrtcGet{kind}Size")(program)[1])
+        getattr(rtc, f"nvrtcGet{kind}")(program, made)
         rtc.nvrtcDestroyProgram(program)
         return bytes(made), log
 
@@ -154,6 +154,6 @@ def function(name: str, kernel: str, shared: int = 0):
     if shared > allowed[0]:
         status = device.driver().cuFuncSetAttribute(ctypes.c_void_p(found.ptr), MAX_DYNAMIC_SHARED, shared)
         if status:
-            raise ValueError(f"{name}.{kernel} needs {shared} bytes of shared memory for a block, more than this device has (CUDA error {status})")
+            raise ValueError(f"{name}.{kernel} needs {shared} bytes of shared memory for a block, which this device lacks (CUDA error {status})")
         allowed[0] = shared
     return found

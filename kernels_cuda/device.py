@@ -38,11 +38,12 @@ def cupy():
     try:
         import cupy as module
     except ImportError as error:
-        why = "CuPy is not installed" if getattr(error, "name", None) == "cupy" else f"CuPy does not import ({str(error).strip().splitlines()[0]})"
+        why = "CuPy is not installed" if getattr(error, "name", None) == "cupy" else f"CuPy does not import ({str(error).split(chr(10))[0]})"
         raise ValueError(f"{why}; {wanted} (the driver runs CUDA {major}.{minor})") from None
     built = module.cuda.runtime.runtimeGetVersion() // 1000
     if built > major:
-        raise ValueError(f"CuPy is built for CUDA {built}, the driver runs {major}.{minor} at most; pip uninstall cupy-cuda{built}x, then {wanted}")
+        raise ValueError(f"CuPy is built for CUDA {built}, the driver runs {major}.{minor} at most; "
+                         f"pip uninstall cupy-cuda{built}x, then {wanted}")
     return module
 
 
@@ -53,7 +54,7 @@ def capability() -> int:
 
 @cache
 def about() -> dict:
-    """What a measurement has to say about the device: name, capability, bytes of memory, processors, clocks as the driver gives them, versions."""
+    """What a measurement has to say about the device: name, capability, memory, processors, highest clocks, versions."""
     module = cupy()
     runtime, device = module.cuda.runtime, module.cuda.Device()
     properties = runtime.getDeviceProperties(device.id)

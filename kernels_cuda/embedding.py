@@ -4,7 +4,8 @@ import numpy as np
 from edgeattn.kernels_cuda import gather_rows
 from edgeattn.kernels_cuda.steps import Launch, call
 
-NAMES = {"x": "weight", "x.stride": "weight.stride", "x.width": "weight.width", "x.type": "weight.type", "indices": "ids", "indices.rows": "ids.rows"}
+NAMES = {"x": "weight", "x.stride": "weight.stride", "x.width": "weight.width", "x.type": "weight.type",
+         "indices": "ids", "indices.rows": "ids.rows"}
 ARGS = tuple(NAMES.get(name, name) for name in gather_rows.ARGS)
 
 

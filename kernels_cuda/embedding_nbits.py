@@ -2,7 +2,7 @@
 import numpy as np
 
 from edgeattn.kernels_cuda import compile
-from edgeattn.kernels_cuda.steps import Launch, call
+from edgeattn.kernels_cuda.steps import Launch, call, ints, pointers
 
 ARGS = ("ids", "ids.rows", "codes", "scales", "zero_points", "out", "out.stride", "bits", "block_size", "K", "N", "state")
 THREADS = 128
@@ -17,7 +17,6 @@ def embedding_nbits(ids, codes, scales, zero_points=None, *, bits, block_size, K
 
 
 def launches(a: dict[str, int], most: dict) -> list[Launch]:
-    args = (np.int64(a["ids"]), np.int64(a["codes"]), np.int64(a["scales"]), np.int64(a["zero_points"]), np.int64(a["out"]), np.int64(a["out.stride"]),
-            np.int64(a["state"]), np.int32(a["ids.rows"]), np.int32(a["bits"]), np.int32(a["block_size"]), np.int32(a["K"]))
+    args = (*pointers(a, "ids", "codes", "scales", "zero_points", "out", "out.stride", "state"), *ints(a, "ids.rows", "bits", "block_size", "K"))
     grid = most[a["ids.rows"]], -(-a["K"] * a["bits"] // (32 * THREADS)), 1
     return [Launch(compile.function("embedding_nbits", "embedding_nbits"), grid, THREADS, args, overlap=True)]

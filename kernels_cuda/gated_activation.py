@@ -2,7 +2,7 @@
 import numpy as np
 
 from edgeattn.kernels_cuda import compile
-from edgeattn.kernels_cuda.steps import Launch, call
+from edgeattn.kernels_cuda.steps import Launch, call, ints, pointers
 
 ARGS = ("x", "x.rows", "x.stride", "x.width", "out", "out.stride", "activation", "state")
 THREADS = 256
@@ -17,7 +17,6 @@ def gated_activation(x, *, activation):
 
 def launches(a: dict[str, int], most: dict) -> list[Launch]:
     width = a["x.width"] // 2
-    args = (np.int64(a["x"]), np.int64(a["x.stride"]), np.int64(a["out"]), np.int64(a["out.stride"]), np.int64(a["state"]), np.int32(a["x.rows"]),
-            np.int32(width), np.int32(a["activation"]))
+    args = (*pointers(a, "x", "x.stride", "out", "out.stride", "state"), *ints(a, "x.rows"), np.int32(width), *ints(a, "activation"))
     grid = most[a["x.rows"]], -(-width // THREADS), 1
     return [Launch(compile.function("gated_activation", "gated_activation"), grid, THREADS, args, overlap=True)]

@@ -2,7 +2,7 @@
 import numpy as np
 
 from edgeattn.kernels_cuda import compile
-from edgeattn.kernels_cuda.steps import Launch, call
+from edgeattn.kernels_cuda.steps import Launch, call, ints, pointers
 
 ARGS = ("x", "x.stride", "x.width", "indices", "indices.rows", "out", "out.stride", "x.type", "state")
 THREADS = 256
@@ -16,7 +16,7 @@ def gather_rows(x, indices):
 
 
 def launches(a: dict[str, int], most: dict) -> list[Launch]:
-    args = (np.int64(a["x"]), np.int64(a["x.stride"]), np.int32(a["x.type"]), np.int64(a["indices"]), np.int64(a["out"]), np.int64(a["out.stride"]),
-            np.int64(a["state"]), np.int32(a["indices.rows"]), np.int32(a["x.width"]))
+    args = (*pointers(a, "x", "x.stride"), *ints(a, "x.type"), *pointers(a, "indices", "out", "out.stride", "state"),
+            *ints(a, "indices.rows", "x.width"))
     grid = most[a["indices.rows"]], -(-a["x.width"] // THREADS), 1
     return [Launch(compile.function("gather_rows", "gather_rows"), grid, THREADS, args, overlap=True)]

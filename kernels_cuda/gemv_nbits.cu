@@ -151,22 +151,28 @@ __device__ __forceinline__ void finish(float (&total)[TOKENS][4], float* sums, i
     }
 }
 
-// A row of activations to shared memory, by all warps of the block. Loads of BATCH rounds are under way at once: x comes from far.
-template <int BITS, int UNIT, bool ALIGNED>
+// A row of activations to shared memory, by all warps of the block. The way to x is long: FAST, for aligned rows whose blocks are units, loads
+// BATCH rounds at once and works on them without branches, so that they overlap.
+template <int BITS, int UNIT, bool FAST, int BATCH>
 __device__ __forceinline__ void quantise_row(const float* x, int k, int units, int block_shift, u32* codes, UnitInfo* info)
 {
-    constexpr int PARTS = UNIT / 8, PER_WARP = 32 / PARTS, BATCH = ALIGNED ? 4 : 1;
-    const int warps = blockDim.x / 32, lane = threadIdx.x & 31, part = lane % PARTS;
-    for (int first = threadIdx.x / 32 * PER_WARP; first < units; first += BATCH * warps * PER_WARP) {
+    constexpr int PARTS = UNIT / 8, PER_WARP = 32 / PARTS;
+    const int round = blockDim.x / PARTS, lane = threadIdx.x & 31, part = lane % PARTS;
+#pragma unroll 1
+    for (int first = threadIdx.x / 32 * PER_WARP; first < units; first += BATCH * round) {
         float v[BATCH][8];
+        UnitInfo made[BATCH];
 #pragma unroll
-        for (int i = 0; i < BATCH; i++) load8<ALIGNED>(v[i], x, (first + i * warps * PER_WARP + lane / PARTS) * UNIT + part * 8, k);
+        for (int i = 0; i < BATCH; i++) load8<FAST>(v[i], x, (first + i * round + lane / PARTS) * UNIT + part * 8, k);
 #pragma unroll
         for (int i = 0; i < BATCH; i++) {
-            if (first + i * warps * PER_WARP >= units) break;
-            const int unit = first + i * warps * PER_WARP + lane / PARTS;
-            const UnitInfo made = quantise_unit<BITS, UNIT>(v[i], part, block_shift, codes + unit * (UNIT / 4), unit < units);
-            if (unit < units && part == 0) info[unit] = made;
+            const int unit = first + i * round + lane / PARTS;
+            made[i] = quantise_unit<BITS, UNIT, FAST || UNIT == 16>(v[i], part, block_shift, codes + unit * (UNIT / 4), unit < units);
+        }
+#pragma unroll
+        for (int i = 0; i < BATCH; i++) {
+            const int unit = first + i * round + lane / PARTS;
+            if (unit < units && part == 0) info[unit] = made[i];
         }
     }
 }
@@ -203,10 +209,13 @@ __device__ __forceinline__ void gemv(const float* x, const u32* x_codes, const U
     const u32* codes = own_codes;
     const UnitInfo* info = own_info;
     if (TOKENS == 1) {
-        if (((u64)x & 15) == 0 && k % 8 == 0)
-            quantise_row<BITS, UNIT, true>(x, k, w.units, w.block_shift, own_codes, own_info);
+        const bool fast = ((u64)x & 15) == 0 && k % 8 == 0 && w.block_shift == 0;
+        if (!fast)
+            quantise_row<BITS, UNIT, false, 1>(x, k, w.units, w.block_shift, own_codes, own_info);
+        else if (w.units * (UNIT / 8) <= 2 * blockDim.x)
+            quantise_row<BITS, UNIT, true, 2>(x, k, w.units, w.block_shift, own_codes, own_info);
         else
-            quantise_row<BITS, UNIT, false>(x, k, w.units, w.block_shift, own_codes, own_info);
+            quantise_row<BITS, UNIT, true, 4>(x, k, w.units, w.block_shift, own_codes, own_info);
         __syncthreads();
     } else {
         codes = x_codes + first_token * x_pitch;

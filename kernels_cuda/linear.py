@@ -2,7 +2,7 @@
 import numpy as np
 
 from edgeattn.kernels_cuda import compile
-from edgeattn.kernels_cuda.steps import Launch, call
+from edgeattn.kernels_cuda.steps import Launch, call, ints, pointers
 
 ARGS = ("x", "x.rows", "x.stride", "weight", "weight.type", "weight.0", "weight.1", "weight.stride", "bias", "out", "out.stride", "state")
 FEW = 8      # tokens of one pass over the weight
@@ -21,8 +21,9 @@ def launches(a: dict[str, int], most: dict) -> list[Launch]:
     tokens, n, kind = most[a["x.rows"]], a["weight.0"], "f16" if a["weight.type"] else "f32"
     size = 2 if a["weight.type"] else 4
     aligned = not (a["x"] | a["weight"] | 4 * a["x.stride"] * (tokens > 1) | size * a["weight.stride"]) % 16
-    args = (np.int64(a["x"]), np.int64(a["x.stride"]), np.int64(a["weight"]), np.int64(a["weight.stride"]), np.int64(a["bias"]), np.int64(a["out"]),
-            np.int64(a["out.stride"]), np.int64(a["state"]), np.int32(a["x.rows"]), np.int32(n), np.int32(a["weight.1"]), np.int32(aligned))
+    args = (*pointers(a, "x", "x.stride", "weight", "weight.stride", "bias", "out", "out.stride", "state"), *ints(a, "x.rows", "weight.0", "weight.1"),
+            np.int32(aligned))
     if tokens <= FEW:
-        return [Launch(compile.function("linear", f"gemv_{kind}_{1 if tokens == 1 else FEW}"), (-(-n // WARPS), 1, 1), 32 * WARPS, args, overlap=True)]
+        function = compile.function("linear", f"gemv_{kind}_{1 if tokens == 1 else FEW}")
+        return [Launch(function, (-(-n // WARPS), 1, 1), 32 * WARPS, args, overlap=True)]
     return [Launch(compile.function("linear", f"gemm_{kind}"), (-(-n // TILE), -(-tokens // TILE), 1), 256, args, overlap=True)]

@@ -1,20 +1,23 @@
 """x times block-quantised weights, with x rounded to int8 per token and block: see the reference for layouts.
 
-Up to FEW tokens: gemv_nbits.cu, which reads every weight once. More: gemm_nbits.cu, on the int8 matrix units (blocks of 16, which are
-no whole product of theirs, by groups of FEW tokens instead).
+Few tokens: gemv_nbits.cu, which reads every weight once for up to FEW of them. Many: gemm_nbits.cu, on the int8 matrix units (but blocks of
+16, which are no whole product of theirs).
 """
 import numpy as np
 
 from edgeattn.kernels_cuda import compile, device
-from edgeattn.kernels_cuda.steps import Launch, call
+from edgeattn.kernels_cuda.steps import Launch, call, ints, pointers
 
-ARGS = ("x", "x.rows", "x.stride", "codes", "scales", "zero_points", "bias", "out", "out.stride", "bits", "block_size", "K", "N", "workspace", "state")
+ARGS = ("x", "x.rows", "x.stride", "codes", "scales", "zero_points", "bias", "out", "out.stride", "bits", "block_size", "K", "N", "workspace",
+        "state")
 FEW = 8              # tokens of one pass over the weights
+MANY = 48            # tokens from which the matrix units, whose tiles are COLUMNS tokens, are faster than passes of FEW
 WARPS = 8            # of a block of gemv_nbits.cu
 BLOCKS = 2           # of them that a processor runs at a time
 ROWS, COLUMNS, STAGES = 64, 128, 4  # the tile of gemm_nbits.cu, and its steps of K under way
 RING = {(4, 32): 4, (8, 32): 3, (4, 16): 4, (8, 16): 4}  # STAGES of gemv_nbits.cu's kernels, by bits and K of a unit
-WEIGHTS = np.dtype([("codes", "i8"), ("scales", "i8"), ("zero_points", "i8"), ("units", "i4"), ("block_shift", "i4"), ("panels", "i4"), ("pad", "i4")])
+WEIGHTS = np.dtype([("codes", "i8"), ("scales", "i8"), ("zero_points", "i8"), ("units", "i4"), ("block_shift", "i4"), ("panels", "i4"),
+                    ("pad", "i4")])  # the kernels' struct Weights
 
 
 def matmul_nbits(x, codes, scales, zero_points=None, bias=None, *, bits, block_size, K, N):
@@ -39,7 +42,7 @@ def launches(a: dict[str, int], most: dict) -> list[Launch]:
     if tokens == 1:
         return [_gemv(a, 1, weights, unit, 1)]
     quantise = _quantise(a, tokens, unit, units, shift)
-    if tokens <= FEW or unit == 16:
+    if tokens < MANY or unit == 16:
         return [quantise, _gemv(a, tokens, weights, unit, 4 if tokens <= 4 else FEW)]
     return [quantise, _gemm(a, tokens, weights)]
 
@@ -72,8 +75,8 @@ def _quantise(a, tokens, unit, units, shift) -> Launch:
     codes, pitch, info, rows = _places(a, tokens)
     padded, parts = _padded(tokens, a["K"], a["block_size"])[1], unit // 8
     grid = tokens, max(1, min(-(-padded * parts // 128), 4096 // tokens)), 1
-    args = (np.int64(a["x"]), np.int64(a["x.stride"]), codes, pitch // 4, info, rows, np.int64(a["state"]), np.int32(a["x.rows"]), np.int32(a["K"]),
-            np.int32(units), np.int32(padded), np.int32(shift))
+    args = (*pointers(a, "x", "x.stride"), codes, pitch // 4, info, rows, *pointers(a, "state"), *ints(a, "x.rows", "K"), np.int32(units),
+            np.int32(padded), np.int32(shift))
     return Launch(compile.function("quantise", f"quantise_{a['bits']}_{unit}"), grid, 128, args, overlap=True)
 
 
@@ -96,8 +99,8 @@ def _gemv(a, tokens, weights, unit, group) -> Launch:
     shared, team = warps * (stage + 2 * group * 64) + activations, min(warps, team_of(panels, units, about["processors"]))
     grid = min(-(-panels * team // warps), about["processors"] * BLOCKS), -(-tokens // group), 1
     x_codes, pitch, info, rows = (np.int64(0), np.int64(0), np.int64(0), np.int32(1)) if group == 1 else _places(a, tokens)
-    args = (np.int64(a["x"]), x_codes, info, pitch // 4, rows, weights, np.int64(a["bias"]), np.int64(a["out"]), np.int64(a["out.stride"]),
-            np.int64(a["state"]), np.int32(a["x.rows"]), np.int32(a["K"]), np.int32(a["N"]), np.int32(team.bit_length() - 1))
+    args = (*pointers(a, "x"), x_codes, info, pitch // 4, rows, weights, *pointers(a, "bias", "out", "out.stride", "state"),
+            *ints(a, "x.rows", "K", "N"), np.int32(team.bit_length() - 1))
     return Launch(compile.function("gemv_nbits", f"gemv_{a['bits']}_{unit}_{group}", shared), grid, 32 * warps, args, shared, overlap=True)
 
 
@@ -105,6 +108,5 @@ def _gemm(a, tokens, weights) -> Launch:
     stage = 2 * (ROWS // 16) * 64 * a["bits"] + COLUMNS * 64 + 2 * COLUMNS * 8 + 2 * ROWS * 2 + 2 * ROWS
     name = f"gemm_{a['bits']}" + ("_zeros" if a["zero_points"] else "")
     grid = -(-a["N"] // ROWS), -(-tokens // COLUMNS), 1
-    args = (*_places(a, tokens), weights, np.int64(a["bias"]), np.int64(a["out"]), np.int64(a["out.stride"]), np.int64(a["state"]),
-            np.int32(a["x.rows"]), np.int32(a["N"]))
+    args = (*_places(a, tokens), weights, *pointers(a, "bias", "out", "out.stride", "state"), *ints(a, "x.rows", "N"))
     return Launch(compile.function("gemm_nbits", name, STAGES * stage), grid, ROWS * COLUMNS // 32, args, STAGES * stage, overlap=True)

@@ -20,7 +20,7 @@ __device__ __forceinline__ void quantise(const float* x, i64 x_stride, u32* code
         float v[8];
         load8<false>(v, x + token * x_stride, unit * UNIT + lane % PARTS * 8, unit < units ? k : 0);
         u32* to = codes + token * pitch_words + unit * (UNIT / 4);
-        const UnitInfo made = quantise_unit<BITS, UNIT>(v, lane % PARTS, block_shift, to, unit < padded);
+        const UnitInfo made = quantise_unit<BITS, UNIT, UNIT == 16>(v, lane % PARTS, block_shift, to, unit < padded);
         if (unit < padded && lane % PARTS == 0) info[(i64)unit * info_pitch + token] = made;
     }
 }

@@ -44,16 +44,18 @@ __device__ __forceinline__ void scale_of(float top, float& scale, float& inverse
     inverse = __fmaf_rn(__fmaf_rn(-scale, inverse, 1.0f), inverse, inverse);
 }
 
-// Eight neighbours of a lane, one of `lanes` that share a block, to codes: `low` the first four or the even ones, `high` the others.
-template <int BITS, int PARTS>
-__device__ __forceinline__ void quantise8(const float (&v)[8], int lanes, u32& low, u32& high, float& scale, i32& sum)
+// Eight neighbours of a lane, one of PARTS << block_shift that share a block, to codes: `low` the first four or the even ones, `high` the others.
+// SINGLE: block_shift is 0, and then there is no branch.
+template <int BITS, int PARTS, bool SINGLE>
+__device__ __forceinline__ void quantise8(const float (&v)[8], int block_shift, u32& low, u32& high, float& scale, i32& sum)
 {
     float top = 0, inverse;
 #pragma unroll
     for (int i = 0; i < 8; i++) top = fmaxf(top, fabsf(v[i]));
 #pragma unroll
     for (int step = 1; step < PARTS; step <<= 1) top = fmaxf(top, __shfl_xor_sync(FULL_WARP, top, step));
-    for (int step = PARTS; step < lanes; step <<= 1) top = fmaxf(top, __shfl_xor_sync(FULL_WARP, top, step));
+    if (!SINGLE)
+        for (int step = PARTS; step < PARTS << block_shift; step <<= 1) top = fmaxf(top, __shfl_xor_sync(FULL_WARP, top, step));
     scale_of(top, scale, inverse);
     u32 code[8];
 #pragma unroll
@@ -70,14 +72,14 @@ __device__ __forceinline__ void quantise8(const float (&v)[8], int lanes, u32& l
 
 // A unit, whose values UNIT / 8 neighbouring lanes hold (this one part `part`), of a warp that is here as a whole. Writes its codes if asked to,
 // and returns its info in each of these lanes.
-template <int BITS, int UNIT>
+template <int BITS, int UNIT, bool SINGLE>
 __device__ __forceinline__ UnitInfo quantise_unit(const float (&v)[8], int part, int block_shift, u32* codes, bool write)
 {
     constexpr int PARTS = UNIT / 8;
     u32 low, high;
     i32 sum;
     UnitInfo info;
-    quantise8<BITS, PARTS>(v, PARTS << block_shift, low, high, info.scale, sum);
+    quantise8<BITS, PARTS, SINGLE>(v, block_shift, low, high, info.scale, sum);
     if (write && BITS == 4) {
         codes[part] = low;
         codes[PARTS + part] = high;

@@ -2,7 +2,7 @@
 import numpy as np
 
 from edgeattn.kernels_cuda import compile
-from edgeattn.kernels_cuda.steps import Launch, as_f32, call
+from edgeattn.kernels_cuda.steps import Launch, as_f32, call, ints, pointers
 
 ARGS = ("x", "x.rows", "x.stride", "x.groups", "x.width", "weight", "out", "out.stride", "epsilon", "state")
 WARPS = 8      # groups of a block, where a warp has a group
@@ -18,8 +18,7 @@ def rms_normalization(x, weight, *, epsilon):
 
 def launches(a: dict[str, int], most: dict) -> list[Launch]:
     rows, groups, width = most[a["x.rows"]], a["x.groups"], a["x.width"]
-    args = (np.int64(a["x"]), np.int64(a["x.stride"]), np.int64(a["weight"]), np.int64(a["out"]), np.int64(a["out.stride"]), np.int64(a["state"]),
-            np.int32(a["x.rows"]), np.int32(groups), np.int32(width), as_f32(a["epsilon"]))
+    args = (*pointers(a, "x", "x.stride", "weight", "out", "out.stride", "state"), *ints(a, "x.rows", "x.groups", "x.width"), as_f32(a["epsilon"]))
     if width <= NARROW:
         return [Launch(compile.function("rms_normalization", "rms_groups"), (rows, -(-groups // WARPS), 1), 32 * WARPS, args, overlap=True)]
     threads = min(1024, -(-width // 64) * 32)

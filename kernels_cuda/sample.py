@@ -12,7 +12,8 @@ THREADS = 256
 def sample(logits, history, *, temperature, top_k, top_p, min_p, repeat_penalty, uniform):
     from edgeattn.kernels_cuda import sample as kernel
     settings, token = np.array([temperature, top_p, min_p, repeat_penalty, uniform, top_k], np.float64), np.zeros(1, np.int64)
-    tensors = dict(logits=np.ascontiguousarray(logits, np.float32), history=np.ascontiguousarray(history, np.int64), settings=settings, token=token)
+    logits, history = np.ascontiguousarray(logits, np.float32), np.ascontiguousarray(history, np.int64)
+    tensors = dict(logits=logits, history=history, settings=settings, token=token)
     call(kernel, tensors, outputs=("token",))
     return token
 

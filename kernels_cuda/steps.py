@@ -23,8 +23,8 @@ SERIALIZATION = 6  # CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
 
 @dataclass(frozen=True)
 class Launch:
-    """One kernel launch. `function` is compile.function's; args are NumPy scalars (np.int64 for addresses), in the kernel's order and of its
-    types. overlap: the kernel calls wait_previous() (common.cuh), so that it may start before the kernel before it has ended."""
+    """One kernel launch. `function` is compile.function's; args are NumPy scalars (np.int64 for addresses), in the kernel's order and of
+    its types. overlap: the kernel calls wait_previous() (common.cuh), so that it may start before the kernel before it has ended."""
     function: object
     grid: tuple[int, int, int]
     block: int
@@ -53,7 +53,8 @@ def _launch(launch: Launch, stream: int) -> None:
     held = [np.asarray(x) for x in launch.args]  # 0-dimensional arrays: somewhere for the driver to read them
     args = (ctypes.c_void_p * len(held))(*(x.ctypes.data for x in held))
     attribute = _Attribute(SERIALIZATION, 0, 1)
-    config = _Config(launch.grid, (launch.block, 1, 1), launch.shared, stream, ctypes.pointer(attribute), int(launch.overlap and _overlaps()))
+    count = int(launch.overlap and _overlaps())
+    config = _Config(launch.grid, (launch.block, 1, 1), launch.shared, stream, ctypes.pointer(attribute), count)
     status = device.driver().cuLaunchKernelEx(ctypes.byref(config), ctypes.c_void_p(launch.function.ptr), args, None)
     if status:
         raise RuntimeError(f"CUDA error {status} at launching {launch}")
@@ -127,6 +128,15 @@ def call(kernel, tensors: dict, attributes: dict | None = None, extra: dict | No
     for name in outputs:
         arrays.fetch(tensors[name])
     return made
+
+
+def pointers(a: dict[str, int], *names: str) -> tuple[np.int64, ...]:
+    """Arguments of 64 bits: addresses and strides."""
+    return tuple(np.int64(a[name]) for name in names)
+
+
+def ints(a: dict[str, int], *names: str) -> tuple[np.int32, ...]:
+    return tuple(np.int32(a[name]) for name in names)
 
 
 def as_f32(bits: int) -> np.float32:
