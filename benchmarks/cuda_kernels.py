@@ -163,17 +163,41 @@ class DecodeStep:
         self.launches += self.weights[-1].launches(x, out, self.state, self.scratch, 1)
 
     def measure(self, repeat):
-        """us of the step as a graph, of the same graph when no token is there (launches and nothing else), and without overlap."""
+        """us of the step as a graph, of the same graph when no token is there, and without overlap; what time_in_kernels says of first and last."""
         cp = device.cupy()
         stream = cp.cuda.Stream(non_blocking=True)
         with stream:
             graph = steps.Graph(self.launches, stream)
             apart = steps.Graph([steps.replace(launch, overlap=False) for launch in self.launches], stream)
             step, serial = median_us(lambda i: graph.launch(), repeat), median_us(lambda i: apart.launch(), repeat)
+            profiled = [time_in_kernels(g.launch, stream) for g in (graph, apart)]
             self.state[0] = 0
             empty = median_us(lambda i: graph.launch(), repeat)
             self.state[0] = 1
-        return step, empty, serial
+        return step, empty, serial, profiled
+
+
+def time_in_kernels(launch, stream):
+    """(share of a replay in which some kernel runs, {kernel: us of a replay}), as CUPTI records them; None without torch, whose profiler reads it."""
+    try:
+        from torch.profiler import ProfilerActivity, profile
+    except ImportError:
+        return None
+    replays = 10
+    with profile(activities=[ProfilerActivity.CUDA]) as profiled:
+        for _ in range(replays):
+            launch()
+            stream.synchronize()
+    spans = sorted((e.time_range.start, e.time_range.end, e.name) for e in profiled.events() if e.device_type.name == "CUDA")
+    each, covered, total, per = len(spans) // replays, 0.0, 0.0, {}
+    for i in range(0, each * replays, each):
+        reached = begun = spans[i][0]
+        for start, end, name in spans[i:i + each]:
+            covered += max(0.0, end - max(start, reached))
+            reached = max(reached, end)
+            per[name] = per.get(name, 0.0) + (end - start) / replays
+        total += reached - begun
+    return covered / total, per
 
 
 def main():
@@ -198,11 +222,15 @@ def main():
                 print(line + f"{rate:6.0f} GB/s {rate / copied:5.0%} of copy {size / 102e6:7.3f} {size / 205e6:6.3f}")
             figures.append(dict(tokens=tokens, n=n, k=k, bits=bits, alone_us=alone, chain_us=chained, bytes=size))
     made = DecodeStep(options.layers)
-    step, empty, serial = made.measure(options.repeat)
+    step, empty, serial, profiled = made.measure(options.repeat)
     rate = made.bytes / step / 1e3
     print(f"step of {options.layers} layers and the head, {len(made.launches)} kernels, {made.bytes / 1e6:.0f} MB: {step:.1f} us, {rate:.0f} GB/s "
-          f"({rate / copied:.0%} of copy); {serial:.1f} us without overlap; launches alone {empty:.1f} us")
-    figures.append(dict(step_us=step, empty_us=empty, serial_us=serial, bytes=made.bytes, kernels=len(made.launches)))
+          f"({rate / copied:.0%} of copy); {serial:.1f} us without overlap; with no token {empty:.1f} us")
+    for name, found in zip(("with overlap", "without"), profiled):
+        if found:
+            print(f"{name}: a kernel runs {found[0]:.1%} of the step; us of each:", ", ".join(f"{k} {v:.1f}" for k, v in sorted(found[1].items())))
+    figures.append(dict(step_us=step, empty_us=empty, serial_us=serial, bytes=made.bytes, kernels=len(made.launches),
+                        in_kernels=profiled))
     if options.json:
         with open(options.json, "w") as file:
             json.dump(dict(device=about, copy_gbs=copied, figures=figures), file, indent=1)

@@ -8,6 +8,8 @@
 // Grid: (blocks, groups of TOKENS tokens). One token: its activations are quantised here, into shared memory. More: by quantise.cu before.
 #include "quantise.cuh"
 
+#define EARLY 1  // groups of a ring that are asked for before the kernel before has ended
+
 struct Weights {
     const u8* codes;
     const u16* scales;
@@ -152,18 +154,20 @@ __device__ __forceinline__ void finish(float (&total)[TOKENS][4], float* sums, i
 }
 
 // A row of activations to shared memory, by all warps of the block. The way to x is long: FAST, for aligned rows whose blocks are units, loads
-// BATCH rounds at once and works on them without branches, so that they overlap.
-template <int BITS, int UNIT, bool FAST, int BATCH>
-__device__ __forceinline__ void quantise_row(const float* x, int k, int units, int block_shift, u32* codes, UnitInfo* info)
+// BATCH rounds at once and works on them without branches, so that they overlap. then() is called once the first loads are under way.
+template <int BITS, int UNIT, bool FAST, int BATCH, class Then>
+__device__ __forceinline__ void quantise_row(const float* x, int k, int units, int block_shift, u32* codes, UnitInfo* info, Then then)
 {
     constexpr int PARTS = UNIT / 8, PER_WARP = 32 / PARTS;
     const int round = blockDim.x / PARTS, lane = threadIdx.x & 31, part = lane % PARTS;
+    if (threadIdx.x / 32 * PER_WARP >= units) then();
 #pragma unroll 1
     for (int first = threadIdx.x / 32 * PER_WARP; first < units; first += BATCH * round) {
         float v[BATCH][8];
         UnitInfo made[BATCH];
 #pragma unroll
         for (int i = 0; i < BATCH; i++) load8<FAST>(v[i], x, (first + i * round + lane / PARTS) * UNIT + part * 8, k);
+        if (first == threadIdx.x / 32 * PER_WARP) then();
 #pragma unroll
         for (int i = 0; i < BATCH; i++) {
             const int unit = first + i * round + lane / PARTS;
@@ -196,7 +200,8 @@ __device__ __forceinline__ void gemv(const float* x, const u32* x_codes, const U
     cursor.panel = groups > 0 ? first_panel : w.panels, cursor.stride = stride, cursor.step = team * 8;
     cursor.begin(w, first_unit);
 #pragma unroll
-    for (int s = 0; s < STAGES - 1; s++) cursor.fetch(ring[s], w, first_unit);
+    for (int s = 0; s < min(EARLY, STAGES - 1); s++) cursor.fetch(ring[s], w, first_unit);
+    // Only EARLY groups are asked for before the activations, which would have to wait behind them.
     const int first_token = blockIdx.y * TOKENS;
     to.tokens = (int)state[tokens_at] - first_token;
     release_next();
@@ -206,18 +211,25 @@ __device__ __forceinline__ void gemv(const float* x, const u32* x_codes, const U
         cp_async_wait<0>();
         return;
     }
+    const auto fetch_rest = [&] {
+#pragma unroll
+        for (int s = min(EARLY, STAGES - 1); s < STAGES - 1; s++) cursor.fetch(ring[s], w, first_unit);
+    };
     const u32* codes = own_codes;
     const UnitInfo* info = own_info;
     if (TOKENS == 1) {
         const bool fast = ((u64)x & 15) == 0 && k % 8 == 0 && w.block_shift == 0;
         if (!fast)
-            quantise_row<BITS, UNIT, false, 1>(x, k, w.units, w.block_shift, own_codes, own_info);
+            quantise_row<BITS, UNIT, false, 1>(x, k, w.units, w.block_shift, own_codes, own_info, fetch_rest);
         else if (w.units * (UNIT / 8) <= 2 * blockDim.x)
-            quantise_row<BITS, UNIT, true, 2>(x, k, w.units, w.block_shift, own_codes, own_info);
+            quantise_row<BITS, UNIT, true, 2>(x, k, w.units, w.block_shift, own_codes, own_info, fetch_rest);
+        else if (w.units * (UNIT / 8) <= 4 * blockDim.x)
+            quantise_row<BITS, UNIT, true, 4>(x, k, w.units, w.block_shift, own_codes, own_info, fetch_rest);
         else
-            quantise_row<BITS, UNIT, true, 4>(x, k, w.units, w.block_shift, own_codes, own_info);
+            quantise_row<BITS, UNIT, true, 7>(x, k, w.units, w.block_shift, own_codes, own_info, fetch_rest);
         __syncthreads();
     } else {
+        fetch_rest();
         codes = x_codes + first_token * x_pitch;
         info = x_info + first_token;
     }
@@ -249,9 +261,6 @@ GEMV(4, 32, 1, 4, 2)
 GEMV(4, 32, 4, 4, 2)
 GEMV(4, 32, 8, 4, 1)
 GEMV(8, 32, 1, 3, 2)
-GEMV(8, 32, 4, 3, 2)
 GEMV(8, 32, 8, 3, 1)
-GEMV(4, 16, 1, 4, 2)
 GEMV(4, 16, 8, 4, 1)
-GEMV(8, 16, 1, 4, 2)
 GEMV(8, 16, 8, 4, 1)

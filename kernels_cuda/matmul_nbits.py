@@ -39,11 +39,11 @@ def launches(a: dict[str, int], most: dict) -> list[Launch]:
     weights = np.zeros((), WEIGHTS)
     weights["codes"], weights["scales"], weights["zero_points"] = a["codes"], a["scales"], a["zero_points"]
     weights["units"], weights["block_shift"], weights["panels"] = units, shift, -(-a["N"] // 16)
-    if tokens == 1:
+    if tokens == 1 and unit == 32:
         return [_gemv(a, 1, weights, unit, 1)]
     quantise = _quantise(a, tokens, unit, units, shift)
     if tokens < MANY or unit == 16:
-        return [quantise, _gemv(a, tokens, weights, unit, 4 if tokens <= 4 else FEW)]
+        return [quantise, _gemv(a, tokens, weights, unit, 4 if tokens <= 4 and (a["bits"], unit) == (4, 32) else FEW)]
     return [quantise, _gemm(a, tokens, weights)]
 
 
@@ -89,8 +89,7 @@ def team_of(panels: int, units: int, processors: int) -> int:
 
 
 def _gemv(a, tokens, weights, unit, group) -> Launch:
-    """`group` tokens at a time: 1, 4 or 8."""
-    group = group if unit == 32 or group == 1 else FEW
+    """`group` tokens at a time: one of those that gemv_nbits.cu has a kernel for."""
     about, panels, units = device.about(), int(weights["panels"]), int(weights["units"])
     stage = RING[a["bits"], unit] * (unit * a["bits"] // 32 * 512 + 32 * 12)
     activations, warps = units * (unit + 8) if group == 1 else 0, WARPS

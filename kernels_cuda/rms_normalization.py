@@ -21,5 +21,5 @@ def launches(a: dict[str, int], most: dict) -> list[Launch]:
     args = (*pointers(a, "x", "x.stride", "weight", "out", "out.stride", "state"), *ints(a, "x.rows", "x.groups", "x.width"), as_f32(a["epsilon"]))
     if width <= NARROW:
         return [Launch(compile.function("rms_normalization", "rms_groups"), (rows, -(-groups // WARPS), 1), 32 * WARPS, args, overlap=True)]
-    threads = min(1024, -(-width // 64) * 32)
+    threads = min(1024, -(-width // 128) * 32)  # four elements each, up to 4,096
     return [Launch(compile.function("rms_normalization", "rms_rows"), (rows, groups, 1), threads, args, overlap=True)]
