@@ -11,7 +11,7 @@ from time import perf_counter
 
 import numpy as np
 
-from edgeattn.kernels_cuda import add, device, gated_activation, matmul_nbits, rms_normalization, steps
+from edgeattn.kernels_cuda import add, device, gated_activation, linear, matmul_nbits, rms_normalization, sample, steps
 
 SHAPES = [  # N, K, bits: 8B's, then those of a 1B model's layer and its head
     (4096, 14336, 4), (14336, 4096, 4), (4096, 4096, 4), (4096, 14336, 8),
@@ -21,7 +21,7 @@ GEMM_TOKENS = (16, 64, 512, 2048)
 
 
 def median_us(run, repeat, per=1):
-    """Median over `repeat` of the time between two events around run(i), in us, divided by `per`; after WARM seconds of it, for the clocks."""
+    """Median over `repeat` of the time between two events around run(i), in us, divided by `per`; WARM seconds of it before."""
     cuda, times, begun, i = device.cupy().cuda, [], perf_counter(), 0
     stream = cuda.get_current_stream()
     while i < 3 or perf_counter() - begun < WARM:
@@ -104,22 +104,49 @@ def check(weights, x, out):
 def matmul(n, k, bits, tokens, repeat):
     """(us alone, us in a chain, bytes of weights) of one shape."""
     cp, l2 = device.cupy(), device.about()["l2_bytes"]
-    sample = Weights(n, k, bits)
-    count = max(2, -(-2 * l2 // sample.nbytes))
-    sets = [sample] + [Weights(n, k, bits) for _ in range(count - 1)]
+    first = Weights(n, k, bits)
+    count = max(2, -(-2 * l2 // first.nbytes))
+    sets = [first] + [Weights(n, k, bits) for _ in range(count - 1)]
     x = normal(tokens, k)
     out, state = cp.full((tokens, n), np.nan, np.float32), cp.array([tokens], np.int64)
     scratch = cp.empty(matmul_nbits.workspace_bytes({}, dict(K=k, block_size=32), tokens, 1), np.uint8)
     each = [w.launches(x, out, state, scratch, tokens) for w in sets]
     steps.run(each[0])
-    check(sample, x, out)
+    check(first, x, out)
     stream = cp.cuda.Stream(non_blocking=True)
     with stream:
         graphs = [steps.Graph(launches, stream) for launches in each]
         alone = median_us(lambda i: graphs[i % count].launch(), repeat)
         chain = steps.Graph([launch for launches in each for launch in launches], stream)
         chained = median_us(lambda i: chain.launch(), repeat, count)
-    return alone, chained, sample.nbytes
+    return alone, chained, first.nbytes
+
+
+def linear_us(n, k, tokens, repeat):
+    """us of float16 weights in a chain."""
+    cp = device.cupy()
+    count = max(2, 2 * device.about()["l2_bytes"] // (2 * n * k) + 1)
+    sets = [(random_bytes(2 * n * k) & 0x3f).view(np.float16).reshape(n, k) for _ in range(count)]
+    x, out, state = normal(tokens, k), cp.empty((tokens, n), np.float32), cp.array([tokens], np.int64)
+    a = {"x": x.data.ptr, "x.rows": 0, "x.stride": k, "weight.type": 1, "weight.0": n, "weight.1": k, "weight.stride": k, "bias": 0,
+         "out": out.data.ptr, "out.stride": n, "state": state.data.ptr}
+    chain = steps.Graph([launch for w in sets for launch in linear.launches(a | {"weight": w.data.ptr}, {0: tokens})])
+    with chain.stream:
+        return median_us(lambda i: chain.launch(), repeat, len(sets))
+
+
+def sample_us(vocab, repeat, **options):
+    """us of one token out of `vocab` logits, as a graph."""
+    cp = device.cupy()
+    settings = dict(temperature=0.8, top_p=1.0, min_p=0.0, repeat_penalty=1.1, uniform=0.7, top_k=0) | options
+    logits, history, token, state = normal(vocab) * 3, cp.arange(64, dtype=np.int64), cp.zeros(1, np.int64), cp.array([64], np.int64)
+    scratch = cp.empty(sample.workspace_bytes({"logits": logits}, {}, 1, 1), np.uint8)
+    values = cp.asarray(np.array([settings[name] for name in sample.SETTINGS]))
+    graph = steps.Graph(sample.launches({
+        "logits": logits.data.ptr, "logits.0": vocab, "history": history.data.ptr, "history.rows": 0, "settings": values.data.ptr,
+        "token": token.data.ptr, "workspace": scratch.data.ptr, "state": state.data.ptr}, {0: 64}))
+    with graph.stream:
+        return median_us(lambda i: graph.launch(), repeat)
 
 
 class DecodeStep:
@@ -163,7 +190,7 @@ class DecodeStep:
         self.launches += self.weights[-1].launches(x, out, self.state, self.scratch, 1)
 
     def measure(self, repeat):
-        """us of the step as a graph, of the same graph when no token is there, and without overlap; what time_in_kernels says of first and last."""
+        """us of the step as a graph, of the same graph when no token is there, and without overlap; time_in_kernels of first and last."""
         cp = device.cupy()
         stream = cp.cuda.Stream(non_blocking=True)
         with stream:
@@ -178,7 +205,7 @@ class DecodeStep:
 
 
 def time_in_kernels(launch, stream):
-    """(share of a replay in which some kernel runs, {kernel: us of a replay}), as CUPTI records them; None without torch, whose profiler reads it."""
+    """(share of a replay in which some kernel runs, {kernel: us of a replay}) by torch's profiler; None where there is no torch."""
     try:
         from torch.profiler import ProfilerActivity, profile
     except ImportError:
@@ -221,14 +248,23 @@ def main():
                 rate = size / chained / 1e3
                 print(line + f"{rate:6.0f} GB/s {rate / copied:5.0%} of copy {size / 102e6:7.3f} {size / 205e6:6.3f}")
             figures.append(dict(tokens=tokens, n=n, k=k, bits=bits, alone_us=alone, chain_us=chained, bytes=size))
+    for n, k, tokens in ((4096, 14336, 1), (4096, 14336, 8), (4096, 4096, 512)):
+        us = linear_us(n, k, tokens, options.repeat)
+        print(f"float16 {tokens} x {n} x {k}: {us:.2f} us, {2 * n * k / us / 1e3:.0f} GB/s, {2 * n * k * tokens / us / 1e6:.1f} TFLOP/s")
+        figures.append(dict(linear=[tokens, n, k], us=us))
+    for chosen in (dict(temperature=0), dict(top_k=40, top_p=0.95), dict(top_p=0.9), dict()):
+        us = sample_us(128256, options.repeat, **chosen)
+        print(f"sample of 128,256 with {chosen or 'no filter'}: {us:.1f} us")
+        figures.append(dict(sample=chosen, us=us))
     made = DecodeStep(options.layers)
     step, empty, serial, profiled = made.measure(options.repeat)
     rate = made.bytes / step / 1e3
-    print(f"step of {options.layers} layers and the head, {len(made.launches)} kernels, {made.bytes / 1e6:.0f} MB: {step:.1f} us, {rate:.0f} GB/s "
-          f"({rate / copied:.0%} of copy); {serial:.1f} us without overlap; with no token {empty:.1f} us")
+    print(f"step of {options.layers} layers and the head, {len(made.launches)} kernels, {made.bytes / 1e6:.0f} MB: {step:.1f} us, "
+          f"{rate:.0f} GB/s ({rate / copied:.0%} of copy); {serial:.1f} us without overlap; with no token {empty:.1f} us")
     for name, found in zip(("with overlap", "without"), profiled):
         if found:
-            print(f"{name}: a kernel runs {found[0]:.1%} of the step; us of each:", ", ".join(f"{k} {v:.1f}" for k, v in sorted(found[1].items())))
+            each = ", ".join(f"{kernel} {us:.1f}" for kernel, us in sorted(found[1].items()))
+            print(f"{name}: a kernel runs {found[0]:.1%} of the step; us of each: {each}")
     figures.append(dict(step_us=step, empty_us=empty, serial_us=serial, bytes=made.bytes, kernels=len(made.launches),
                         in_kernels=profiled))
     if options.json:

@@ -147,7 +147,8 @@ template <int bytes> __device__ __forceinline__ void cp_async_or_zeros(void* sha
     if (bytes == 16)
         asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(shared)), "l"(global), "r"(size) : "memory");
     else
-        asm volatile("cp.async.ca.shared.global [%0], [%1], %2, %3;" ::"r"(shared_address(shared)), "l"(global), "n"(bytes), "r"(size) : "memory");
+        asm volatile("cp.async.ca.shared.global [%0], [%1], %2, %3;" ::"r"(shared_address(shared)), "l"(global), "n"(bytes),
+                     "r"(size) : "memory");
 }
 
 __device__ __forceinline__ void cp_async_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
@@ -169,15 +170,17 @@ __device__ __forceinline__ void load_matrices_transposed(u32 (&m)[4], const void
                  : "=r"(m[0]), "=r"(m[1]), "=r"(m[2]), "=r"(m[3]) : "r"(shared_address(row)) : "memory");
 }
 
-// c += a b with int8 a [16, 32] and b [32, 8]. Lane l, g = l / 4, t = l % 4: a[0], a[1] are rows g, g + 8 of columns 4t .. 4t + 3, a[2], a[3]
-// the same of columns 16 + 4t ..; b[0], b[1] are column g of rows 4t .., 16 + 4t ..; c[0 .. 3] are (g, 2t), (g, 2t + 1), (g + 8, 2t), (g + 8, 2t + 1).
+// c += a b with int8 a [16, 32] and b [32, 8]. Lane l, g = l / 4, t = l % 4: a[0], a[1] are rows g, g + 8 of columns 4t .. 4t + 3, a[2],
+// a[3] the same of columns 16 + 4t ..; b[0], b[1] are column g of rows 4t .., 16 + 4t ..; c[0 .. 3] are (g, 2t), (g, 2t + 1), (g + 8,
+// 2t), (g + 8, 2t + 1).
 __device__ __forceinline__ void mma_s8(i32 (&c)[4], const u32 (&a)[4], u32 b0, u32 b1)
 {
     asm("mma.sync.aligned.m16n8k32.row.col.s32.s8.s8.s32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
         : "+r"(c[0]), "+r"(c[1]), "+r"(c[2]), "+r"(c[3]) : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
 
-// c += a b with half a [16, 16] and b [16, 8], float c: as above with pairs of halves in place of four bytes (columns 2t, 2t + 1; 8 + 2t ..).
+// c += a b with half a [16, 16] and b [16, 8], float c: as above with pairs of halves in place of four bytes (columns 2t, 2t + 1; 8 + 2t
+// ..).
 __device__ __forceinline__ void mma_f16(float (&c)[4], const u32 (&a)[4], u32 b0, u32 b1)
 {
     asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"

@@ -154,6 +154,7 @@ def function(name: str, kernel: str, shared: int = 0):
     if shared > allowed[0]:
         status = device.driver().cuFuncSetAttribute(ctypes.c_void_p(found.ptr), MAX_DYNAMIC_SHARED, shared)
         if status:
-            raise ValueError(f"{name}.{kernel} needs {shared} bytes of shared memory for a block, which this device lacks (CUDA error {status})")
+            raise ValueError(f"{name}.{kernel} needs {shared} bytes of shared memory for a block, which this device lacks "
+                             f"(CUDA error {status})")
         allowed[0] = shared
     return found

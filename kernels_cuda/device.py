@@ -38,7 +38,8 @@ def cupy():
     try:
         import cupy as module
     except ImportError as error:
-        why = "CuPy is not installed" if getattr(error, "name", None) == "cupy" else f"CuPy does not import ({str(error).split(chr(10))[0]})"
+        missing = getattr(error, "name", None) == "cupy"
+        why = "CuPy is not installed" if missing else f"CuPy does not import ({str(error).strip().splitlines()[0]})"
         raise ValueError(f"{why}; {wanted} (the driver runs CUDA {major}.{minor})") from None
     built = module.cuda.runtime.runtimeGetVersion() // 1000
     if built > major:

@@ -1,9 +1,9 @@
-// Rows of a block-quantised table, in the panels of matmul_nbits (see its reference), to float32. Grid: (tokens, parts of a row); a thread has the
-// four bytes that a step of a panel holds for a row: 8 k of 4 bits or 4 of 8.
+// Rows of a block-quantised table, in the panels of matmul_nbits (see its reference), to float32. Grid: (tokens, parts of a row); a
+// thread has the four bytes that a step of a panel holds for a row: 8 k of 4 bits or 4 of 8.
 #include "common.cuh"
 
-KERNEL embedding_nbits(const i64* ids, const u32* codes, const u16* scales, const u8* zero_points, float* out, i64 out_stride, const i64* state,
-                       int tokens_at, int bits, int block_size, int k)
+KERNEL embedding_nbits(const i64* ids, const u32* codes, const u16* scales, const u8* zero_points, float* out, i64 out_stride,
+                       const i64* state, int tokens_at, int bits, int block_size, int k)
 {
     const i64 count = state[tokens_at];  // before the wait: it does not change within a step
     release_next();

@@ -17,6 +17,7 @@ def embedding_nbits(ids, codes, scales, zero_points=None, *, bits, block_size, K
 
 
 def launches(a: dict[str, int], most: dict) -> list[Launch]:
-    args = (*pointers(a, "ids", "codes", "scales", "zero_points", "out", "out.stride", "state"), *ints(a, "ids.rows", "bits", "block_size", "K"))
+    args = (*pointers(a, "ids", "codes", "scales", "zero_points", "out", "out.stride", "state"), *ints(a, "ids.rows", "bits",
+            "block_size", "K"))
     grid = most[a["ids.rows"]], -(-a["K"] * a["bits"] // (32 * THREADS)), 1
     return [Launch(compile.function("embedding_nbits", "embedding_nbits"), grid, THREADS, args, overlap=True)]

@@ -1,7 +1,8 @@
 // out[i] = x[indices[i]] as float32; x float32 or half, indices int64. Grid: (rows, parts of a row); a thread an element at a time.
 #include "common.cuh"
 
-KERNEL gather_rows(const void* x, i64 x_stride, int is_half, const i64* indices, float* out, i64 out_stride, const i64* state, int rows_at, int width)
+KERNEL gather_rows(const void* x, i64 x_stride, int is_half, const i64* indices, float* out, i64 out_stride, const i64* state,
+                   int rows_at, int width)
 {
     const i64 count = state[rows_at];  // before the wait: it does not change within a step
     release_next();

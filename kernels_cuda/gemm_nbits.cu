@@ -1,18 +1,14 @@
-// Many tokens times block-quantised weights, on the int8 matrix units: mma m16n8k32 with 16 outputs of a panel as rows and tokens as columns.
+// Many tokens times block-quantised weights, on the int8 matrix units: mma m16n8k32 with 16 outputs of a panel as rows and tokens as
+// columns.
 //
-// Activations are quantised by quantise.cu. A block computes ROWS outputs x COLUMNS tokens with twice (ROWS / 32) x (COLUMNS / 64) warps of 32
-// outputs x 64 tokens each; K goes by in steps of two units of 32, one for each half of the warps, STAGES of them under way by cp.async. Codes stay unsigned: the products with their zero
-// point are in where the sums start. A sum of a unit starts at MAGIC, so that its bits are a float without conversion, and
+// Activations are quantised by quantise.cu. A block computes ROWS outputs x COLUMNS tokens with twice (ROWS / 32) x (COLUMNS / 64) warps
+// of 32 outputs x 64 tokens each; K goes by in steps of two units of 32, one for each half of the warps, STAGES of them under way by
+// cp.async. Codes stay unsigned: the products with their zero point are in where the sums start. A sum of a unit starts at MAGIC, so that
+// its bits are a float without conversion, and
 //     total += (sum - MAGIC) * weight scale * activation scale
 // are two fused operations: MAGIC * weight scale is exact, since a half has 11 bits. Grid: (tiles of outputs, tiles of tokens).
+#include "panels.cuh"
 #include "quantise.cuh"
-
-struct Weights {
-    const u8* codes;
-    const u16* scales;
-    const u8* zero_points;
-    int units, block_shift, panels;
-};
 
 template <int BITS, int ROWS, int COLUMNS> struct Stage {
     u8 codes[2][ROWS / 16][64 * BITS];  // [unit][panel][step of 64 bytes]; in odd pairs of steps the halves change places
@@ -33,7 +29,8 @@ __device__ __forceinline__ void mma_u8_s8(i32 (&c)[4], const u32 (&a)[4], u32 b0
 // What one thread copies in each step of K: its places are fixed, its addresses advance. All loops run over constants.
 template <int BITS, int ROWS, int COLUMNS, int THREADS, bool ZEROS> struct Copies {
     using S = Stage<BITS, ROWS, COLUMNS>;
-    static constexpr u32 PANELS = ROWS / 16, CHUNKS = 4 * BITS, ALL = 2 * PANELS * CHUNKS, CODES = (ALL + THREADS - 1) / THREADS;  // of 16 bytes
+    // of 16 bytes
+    static constexpr u32 PANELS = ROWS / 16, CHUNKS = 4 * BITS, ALL = 2 * PANELS * CHUNKS, CODES = (ALL + THREADS - 1) / THREADS;
     static constexpr u32 X = COLUMNS * 4 / THREADS;
     const u8 *codes, *x;
     const UnitInfo* info;
@@ -41,7 +38,8 @@ template <int BITS, int ROWS, int COLUMNS, int THREADS, bool ZEROS> struct Copie
     u32 codes_unit, scales_unit;
     bool panel, scales_panel;
 
-    __device__ __forceinline__ Copies(const Weights& w, const u8* x_codes, i64 pitch, const UnitInfo* x_info, int info_pitch, int first_panel, int first_token)
+    __device__ __forceinline__ Copies(const Weights& w, const u8* x_codes, i64 pitch, const UnitInfo* x_info, int info_pitch,
+                                      int first_panel, int first_token)
     {
         const u32 t = threadIdx.x, own = t / CHUNKS % PANELS, row = t / 4, scales_own = t / 2 % PANELS;
         panel = first_panel + own < w.panels && t < ALL;
@@ -134,8 +132,8 @@ __device__ __forceinline__ void multiply(float (&total)[2][8][4], const Stage<BI
 }
 
 template <int BITS, int ROWS, int COLUMNS, int STAGES, bool ZEROS>
-__device__ __forceinline__ void gemm(const u8* x, i64 pitch, const UnitInfo* info, int info_pitch, const Weights& w, const float* bias, float* out,
-                                     i64 out_stride, const i64* state, int tokens_at, int n)
+__device__ __forceinline__ void gemm(const u8* x, i64 pitch, const UnitInfo* info, int info_pitch, const Weights& w, const float* bias,
+                                     float* out, i64 out_stride, const i64* state, int tokens_at, int n)
 {
     extern __shared__ uint4 shared[];
     using S = Stage<BITS, ROWS, COLUMNS>;
@@ -169,8 +167,10 @@ __device__ __forceinline__ void gemm(const u8* x, i64 pitch, const UnitInfo* inf
     const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
     float* other = (float*)shared + (warp * 32 + lane) * 4;  // the two halves of the warps had one unit of each step each
 #pragma unroll
-    for (int i = 0; i < 16; i++)
-        if (half == 1) *(float4*)&other[i * WARPS * 128] = make_float4(total[i / 8][i % 8][0], total[i / 8][i % 8][1], total[i / 8][i % 8][2], total[i / 8][i % 8][3]);
+    for (int i = 0; i < 16; i++) {
+        const float(&own)[4] = total[i / 8][i % 8];
+        if (half == 1) *(float4*)&other[i * WARPS * 128] = make_float4(own[0], own[1], own[2], own[3]);
+    }
     __syncthreads();
     if (half == 1) return;
 #pragma unroll
@@ -193,11 +193,12 @@ __device__ __forceinline__ void gemm(const u8* x, i64 pitch, const UnitInfo* inf
     }
 }
 
-#define GEMM(NAME, BITS, ROWS, COLUMNS, STAGES, ZEROS, BLOCKS)                                                                                    \
-    KERNEL __launch_bounds__(ROWS* COLUMNS / 32, BLOCKS) NAME(const u8* x, i64 pitch, const UnitInfo* info, int info_pitch, Weights w,    \
-                                                         const float* bias, float* out, i64 out_stride, const i64* state, int tokens_at, int n) \
+#define GEMM(NAME, BITS, ROWS, COLUMNS, STAGES, ZEROS, BLOCKS)                                                                      \
+    KERNEL __launch_bounds__(ROWS* COLUMNS / 32, BLOCKS)                                                                            \
+    NAME(const u8* x, i64 pitch, const UnitInfo* info, int info_pitch, Weights w, const float* bias, float* out, i64 out_stride,    \
+         const i64* state, int tokens_at, int n)                                                                                    \
     {                                                                                                                               \
-        gemm<BITS, ROWS, COLUMNS, STAGES, ZEROS>(x, pitch, info, info_pitch, w, bias, out, out_stride, state, tokens_at, n);               \
+        gemm<BITS, ROWS, COLUMNS, STAGES, ZEROS>(x, pitch, info, info_pitch, w, bias, out, out_stride, state, tokens_at, n);        \
     }
 
 GEMM(gemm_4, 4, 64, 128, 4, false, 2)

@@ -2,20 +2,14 @@
 //
 // x, out float32; codes u8, scales half, zero points u8 in panels of 16 outputs (see the reference). A unit is 32 K of a panel (16 where
 // blocks are 16): 4 bits: 4 steps of 64 bytes, 8 bits: 8. Four lanes share a unit: lane % 4 has four outputs of it, lane / 4 is one of 8
-// units. A team of `team` warps shares a panel: each warp has every team-th group of 8 units. What a lane needs next is under way by cp.async
-// into a ring of its own in shared memory, STAGES groups, which costs no registers and no barriers. The first groups are asked for before the
-// kernel before has ended: weights do not depend on it.
+// units. A team of `team` warps shares a panel: each warp has every team-th group of 8 units. What a lane needs next is under way by
+// cp.async into a ring of its own in shared memory, STAGES groups, which costs no registers and no barriers. The first groups are asked
+// for before the kernel before has ended: weights do not depend on it.
 // Grid: (blocks, groups of TOKENS tokens). One token: its activations are quantised here, into shared memory. More: by quantise.cu before.
+#include "panels.cuh"
 #include "quantise.cuh"
 
 #define EARLY 1  // groups of a ring that are asked for before the kernel before has ended
-
-struct Weights {
-    const u8* codes;
-    const u16* scales;
-    const u8* zero_points;
-    int units, block_shift, panels;  // units of a panel; log2 of the units in a block
-};
 
 template <int BITS, int UNIT> struct Stage {  // one group of 8 units
     static constexpr int STEPS = UNIT * BITS / 32, BYTES = STEPS * 64;
@@ -135,7 +129,8 @@ __device__ __forceinline__ void finish(float (&total)[TOKENS][4], float* sums, i
 #pragma unroll
             for (int step = 4; step < 32; step <<= 1) total[t][o] += __shfl_xor_sync(FULL_WARP, total[t][o], step);
         }
-        if (lane < 4) *(float4*)&sums[(warp * TOKENS + t) * 16 + lane * 4] = make_float4(total[t][0], total[t][1], total[t][2], total[t][3]);
+        const float4 four = make_float4(total[t][0], total[t][1], total[t][2], total[t][3]);
+        if (lane < 4) *(float4*)&sums[(warp * TOKENS + t) * 16 + lane * 4] = four;
 #pragma unroll
         for (int o = 0; o < 4; o++) total[t][o] = 0;
     }
@@ -153,8 +148,8 @@ __device__ __forceinline__ void finish(float (&total)[TOKENS][4], float* sums, i
     }
 }
 
-// A row of activations to shared memory, by all warps of the block. The way to x is long: FAST, for aligned rows whose blocks are units, loads
-// BATCH rounds at once and works on them without branches, so that they overlap. then() is called once the first loads are under way.
+// A row of activations to shared memory, by all warps of the block. The way to x is long: FAST, for aligned rows whose blocks are units,
+// loads BATCH rounds at once and works on them without branches, so that they overlap. then() is called once the first loads are under way.
 template <int BITS, int UNIT, bool FAST, int BATCH, class Then>
 __device__ __forceinline__ void quantise_row(const float* x, int k, int units, int block_shift, u32* codes, UnitInfo* info, Then then)
 {
@@ -182,8 +177,8 @@ __device__ __forceinline__ void quantise_row(const float* x, int k, int units, i
 }
 
 template <int BITS, int UNIT, int TOKENS, int STAGES>
-__device__ __forceinline__ void gemv(const float* x, const u32* x_codes, const UnitInfo* x_info, i64 x_pitch, int info_pitch, const Weights& w,
-                                     Out to, const i64* state, int tokens_at, int k, int team_shift)
+__device__ __forceinline__ void gemv(const float* x, const u32* x_codes, const UnitInfo* x_info, i64 x_pitch, int info_pitch,
+                                     const Weights& w, Out to, const i64* state, int tokens_at, int k, int team_shift)
 {
     extern __shared__ uint4 shared[];
     using S = Stage<BITS, UNIT>;
@@ -195,7 +190,8 @@ __device__ __forceinline__ void gemv(const float* x, const u32* x_codes, const U
     u32* own_codes = (u32*)((S*)shared + warps * STAGES) + warps * 2 * TOKENS * 16;
     UnitInfo* own_info = (UnitInfo*)(own_codes + w.units * (UNIT / 4));
 
-    const int first_unit = warp * 8 + lane / 4, groups = max(0, w.units - warp * 8 + team * 8 - 1 >> 3 + team_shift);  // of this warp, in a panel
+    // of this warp, in a panel
+    const int first_unit = warp * 8 + lane / 4, groups = max(0, w.units - warp * 8 + team * 8 - 1 >> 3 + team_shift);
     Cursor<BITS, UNIT> cursor;
     cursor.panel = groups > 0 ? first_panel : w.panels, cursor.stride = stride, cursor.step = team * 8;
     cursor.begin(w, first_unit);
@@ -240,7 +236,8 @@ __device__ __forceinline__ void gemv(const float* x, const u32* x_codes, const U
         for (int group = 0; group < groups; group++) {
             cp_async_wait<STAGES - 2>();
             const int unit = min((group * team + warp) * 8 + lane / 4, w.units - 1);
-            multiply<BITS, UNIT, TOKENS>(total, ring[slot], w.zero_points != nullptr, codes + unit * (UNIT / 4), x_pitch, info + (i64)unit * info_pitch);
+            multiply<BITS, UNIT, TOKENS>(total, ring[slot], w.zero_points != nullptr, codes + unit * (UNIT / 4), x_pitch,
+                                         info + (i64)unit * info_pitch);
             cursor.fetch(ring[slot == 0 ? STAGES - 1 : slot - 1], w, first_unit);  // into what was used up one group ago
             slot = slot == STAGES - 1 ? 0 : slot + 1;
         }

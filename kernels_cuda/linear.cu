@@ -14,8 +14,8 @@ template <bool HALF> __device__ __forceinline__ float weight_at(const void* weig
 }
 
 template <bool HALF, int TOKENS>
-__device__ __forceinline__ void gemv(const float* x, i64 x_stride, const void* weight, i64 weight_stride, const float* bias, float* out, i64 out_stride,
-                                     const i64* state, int tokens_at, int n, int k, int aligned)
+__device__ __forceinline__ void gemv(const float* x, i64 x_stride, const void* weight, i64 weight_stride, const float* bias, float* out,
+                                     i64 out_stride, const i64* state, int tokens_at, int n, int k, int aligned)
 {
     constexpr int EACH = HALF ? 8 : 4, SIZE = HALF ? 2 : 4;  // weights in 16 bytes
     const int output = blockIdx.x * WARPS + threadIdx.x / 32, lane = threadIdx.x % 32, first_token = blockIdx.y * TOKENS;
@@ -65,8 +65,8 @@ __device__ __forceinline__ void gemv(const float* x, i64 x_stride, const void* w
 }
 
 template <bool HALF>
-__device__ __forceinline__ void gemm(const float* x, i64 x_stride, const void* weight, i64 weight_stride, const float* bias, float* out, i64 out_stride,
-                                     const i64* state, int tokens_at, int n, int k)
+__device__ __forceinline__ void gemm(const float* x, i64 x_stride, const void* weight, i64 weight_stride, const float* bias, float* out,
+                                     i64 out_stride, const i64* state, int tokens_at, int n, int k)
 {
     __shared__ float own_x[DEPTH][TILE + 4], own_w[DEPTH][TILE + 4];  // 4 more: neither stores nor 16-byte loads of a warp share banks
     const int first_output = blockIdx.x * TILE, first_token = blockIdx.y * TILE, column = threadIdx.x % 16 * 4, row = threadIdx.x / 16 * 4;
@@ -80,7 +80,8 @@ __device__ __forceinline__ void gemm(const float* x, i64 x_stride, const void* w
         for (int i = threadIdx.x; i < TILE * DEPTH; i += 256) {
             const int at = start + i % DEPTH, line = i / DEPTH;
             own_x[i % DEPTH][line] = at < k && line < tokens ? x[(first_token + line) * x_stride + at] : 0.0f;
-            own_w[i % DEPTH][line] = at < k && first_output + line < n ? weight_at<HALF>(weight, (first_output + line) * weight_stride + at) : 0.0f;
+            const bool valid = at < k && first_output + line < n;
+            own_w[i % DEPTH][line] = valid ? weight_at<HALF>(weight, (first_output + line) * weight_stride + at) : 0.0f;
         }
         __syncthreads();
         float part[4][4] = {};          // short sums, which keeps float32 accurate
@@ -102,7 +103,8 @@ __device__ __forceinline__ void gemm(const float* x, i64 x_stride, const void* w
 #pragma unroll
         for (int j = 0; j < 4; j++)
             if (row + i < tokens && first_output + column + j < n)
-                out[(first_token + row + i) * out_stride + first_output + column + j] = sum[i][j] + (bias ? bias[first_output + column + j] : 0.0f);
+                out[(first_token + row + i) * out_stride + first_output + column + j] =
+                    sum[i][j] + (bias ? bias[first_output + column + j] : 0.0f);
 }
 
 #define PARAMETERS const float *x, i64 x_stride, const void *weight, i64 weight_stride, const float *bias, float *out, i64 out_stride, \

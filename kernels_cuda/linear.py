@@ -21,8 +21,8 @@ def launches(a: dict[str, int], most: dict) -> list[Launch]:
     tokens, n, kind = most[a["x.rows"]], a["weight.0"], "f16" if a["weight.type"] else "f32"
     size = 2 if a["weight.type"] else 4
     aligned = not (a["x"] | a["weight"] | 4 * a["x.stride"] * (tokens > 1) | size * a["weight.stride"]) % 16
-    args = (*pointers(a, "x", "x.stride", "weight", "weight.stride", "bias", "out", "out.stride", "state"), *ints(a, "x.rows", "weight.0", "weight.1"),
-            np.int32(aligned))
+    args = (*pointers(a, "x", "x.stride", "weight", "weight.stride", "bias", "out", "out.stride", "state"),
+            *ints(a, "x.rows", "weight.0", "weight.1"), np.int32(aligned))
     if tokens <= FEW:
         function = compile.function("linear", f"gemv_{kind}_{1 if tokens == 1 else FEW}")
         return [Launch(function, (-(-n // WARPS), 1, 1), 32 * WARPS, args, overlap=True)]

@@ -8,8 +8,8 @@ import numpy as np
 from edgeattn.kernels_cuda import compile, device
 from edgeattn.kernels_cuda.steps import Launch, call, ints, pointers
 
-ARGS = ("x", "x.rows", "x.stride", "codes", "scales", "zero_points", "bias", "out", "out.stride", "bits", "block_size", "K", "N", "workspace",
-        "state")
+ARGS = ("x", "x.rows", "x.stride", "codes", "scales", "zero_points", "bias", "out", "out.stride", "bits", "block_size", "K", "N",
+        "workspace", "state")
 FEW = 8              # tokens of one pass over the weights
 MANY = 48            # tokens from which the matrix units, whose tiles are COLUMNS tokens, are faster than passes of FEW
 WARPS = 8            # of a block of gemv_nbits.cu

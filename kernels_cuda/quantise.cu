@@ -5,8 +5,8 @@
 #include "quantise.cuh"
 
 template <int BITS, int UNIT>
-__device__ __forceinline__ void quantise(const float* x, i64 x_stride, u32* codes, i64 pitch_words, UnitInfo* info, int info_pitch, const i64* state,
-                                         int tokens_at, int k, int units, int padded, int block_shift)
+__device__ __forceinline__ void quantise(const float* x, i64 x_stride, u32* codes, i64 pitch_words, UnitInfo* info, int info_pitch,
+                                         const i64* state, int tokens_at, int k, int units, int padded, int block_shift)
 {
     const i64 count = state[tokens_at];
     release_next();

@@ -1,6 +1,6 @@
 // Activations to int8 per token and block of K, the reference's arithmetic (division included, so that both round alike), in the order in
-// which codes of weights meet them: units of 32 K (16 where a block is 16). 4-bit weights hold two neighbours in a byte, so a unit has its even
-// k first, then its odd ones; 8-bit weights take them as they come.
+// which codes of weights meet them: units of 32 K (16 where a block is 16). 4-bit weights hold two neighbours in a byte, so a unit has
+// its even k first, then its odd ones; 8-bit weights take them as they come.
 #pragma once
 #include "common.cuh"
 
@@ -10,7 +10,8 @@
 // What the unit's dot product needs besides its codes.
 struct UnitInfo {
     float scale;
-    i32 start;                       // of the dot product with weights whose zero point is the default, ZERO: MAGIC - ZERO * sum of the codes
+    // of the dot product with weights whose zero point is the default, ZERO: MAGIC - ZERO * sum of the codes
+    i32 start;
 };
 
 template <int BITS> constexpr i32 ZERO = 1 << (BITS - 1);
@@ -44,8 +45,8 @@ __device__ __forceinline__ void scale_of(float top, float& scale, float& inverse
     inverse = __fmaf_rn(__fmaf_rn(-scale, inverse, 1.0f), inverse, inverse);
 }
 
-// Eight neighbours of a lane, one of PARTS << block_shift that share a block, to codes: `low` the first four or the even ones, `high` the others.
-// SINGLE: block_shift is 0, and then there is no branch.
+// Eight neighbours of a lane, one of PARTS << block_shift that share a block, to codes: `low` the first four or the even ones, `high` the
+// others. SINGLE: block_shift is 0, and then there is no branch.
 template <int BITS, int PARTS, bool SINGLE>
 __device__ __forceinline__ void quantise8(const float (&v)[8], int block_shift, u32& low, u32& high, float& scale, i32& sum)
 {
@@ -66,12 +67,13 @@ __device__ __forceinline__ void quantise8(const float (&v)[8], int block_shift, 
     }
     constexpr int NEXT = BITS == 4 ? 2 : 1, HIGH = BITS == 4 ? 1 : 4;
     low = __byte_perm(__byte_perm(code[0], code[NEXT], 0x0040), __byte_perm(code[2 * NEXT], code[3 * NEXT], 0x0040), 0x5410);
-    high = __byte_perm(__byte_perm(code[HIGH], code[HIGH + NEXT], 0x0040), __byte_perm(code[HIGH + 2 * NEXT], code[HIGH + 3 * NEXT], 0x0040), 0x5410);
+    high = __byte_perm(__byte_perm(code[HIGH], code[HIGH + NEXT], 0x0040),
+                       __byte_perm(code[HIGH + 2 * NEXT], code[HIGH + 3 * NEXT], 0x0040), 0x5410);
     sum = dot_signed(low, 0x01010101, dot_signed(high, 0x01010101, 0));
 }
 
-// A unit, whose values UNIT / 8 neighbouring lanes hold (this one part `part`), of a warp that is here as a whole. Writes its codes if asked to,
-// and returns its info in each of these lanes.
+// A unit, whose values UNIT / 8 neighbouring lanes hold (this one part `part`), of a warp that is here as a whole. Writes its codes if
+// asked to, and returns its info in each of these lanes.
 template <int BITS, int UNIT, bool SINGLE>
 __device__ __forceinline__ UnitInfo quantise_unit(const float (&v)[8], int part, int block_shift, u32* codes, bool write)
 {

@@ -11,11 +11,11 @@ __device__ __forceinline__ float factor_of(float total, int width, float epsilon
     return __fdiv_rn(1.0f, __fsqrt_rn(__fdiv_rn(total, (float)width) + epsilon));
 }
 
-// A group by `threads` threads, this one number `thread`. The weight is loaded before the kernel before has ended, x once. total_of(own sum) adds
-// up over the threads.
+// A group by `threads` threads, this one number `thread`. The weight is loaded before the kernel before has ended, x once. total_of(own
+// sum) adds up over the threads.
 template <class Total>
-__device__ __forceinline__ void normalize(const float* x, const float* weight, float* out, bool valid, int width, float epsilon, int thread, int threads,
-                                          Total total_of)
+__device__ __forceinline__ void normalize(const float* x, const float* weight, float* out, bool valid, int width, float epsilon,
+                                          int thread, int threads, Total total_of)
 {
     float v[EACH], gain[EACH], sum = 0;
 #pragma unroll
@@ -37,8 +37,8 @@ __device__ __forceinline__ void normalize(const float* x, const float* weight, f
 }
 
 KERNEL __launch_bounds__(1024)
-rms_rows(const float* x, i64 x_stride, const float* weight, float* out, i64 out_stride, const i64* state, int rows_at, int groups, int width,
-         float epsilon)
+rms_rows(const float* x, i64 x_stride, const float* weight, float* out, i64 out_stride, const i64* state, int rows_at, int groups,
+         int width, float epsilon)
 {
     __shared__ float sums[32];
     const int row = blockIdx.x, lane = threadIdx.x % 32;
@@ -48,15 +48,15 @@ rms_rows(const float* x, i64 x_stride, const float* weight, float* out, i64 out_
         __syncthreads();
         return warp_sum(lane < blockDim.x / 32 ? sums[lane] : 0.0f);
     };
-    normalize(x + row * x_stride + blockIdx.y * width, weight, out + row * out_stride + blockIdx.y * width, row < state[rows_at], width, epsilon,
-              threadIdx.x, blockDim.x, total_of);
+    normalize(x + row * x_stride + blockIdx.y * width, weight, out + row * out_stride + blockIdx.y * width, row < state[rows_at], width,
+              epsilon, threadIdx.x, blockDim.x, total_of);
 }
 
 KERNEL __launch_bounds__(WARPS * 32)
-rms_groups(const float* x, i64 x_stride, const float* weight, float* out, i64 out_stride, const i64* state, int rows_at, int groups, int width,
-           float epsilon)
+rms_groups(const float* x, i64 x_stride, const float* weight, float* out, i64 out_stride, const i64* state, int rows_at, int groups,
+           int width, float epsilon)
 {
     const int row = blockIdx.x, group = blockIdx.y * WARPS + threadIdx.x / 32;
-    normalize(x + row * x_stride + group * width, weight, out + row * out_stride + group * width, row < state[rows_at] && group < groups, width,
-              epsilon, threadIdx.x % 32, 32, [](float own) { return warp_sum(own); });
+    normalize(x + row * x_stride + group * width, weight, out + row * out_stride + group * width, row < state[rows_at] && group < groups,
+              width, epsilon, threadIdx.x % 32, 32, [](float own) { return warp_sum(own); });
 }

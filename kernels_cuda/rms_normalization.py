@@ -18,7 +18,8 @@ def rms_normalization(x, weight, *, epsilon):
 
 def launches(a: dict[str, int], most: dict) -> list[Launch]:
     rows, groups, width = most[a["x.rows"]], a["x.groups"], a["x.width"]
-    args = (*pointers(a, "x", "x.stride", "weight", "out", "out.stride", "state"), *ints(a, "x.rows", "x.groups", "x.width"), as_f32(a["epsilon"]))
+    args = (*pointers(a, "x", "x.stride", "weight", "out", "out.stride", "state"), *ints(a, "x.rows", "x.groups", "x.width"),
+            as_f32(a["epsilon"]))
     if width <= NARROW:
         return [Launch(compile.function("rms_normalization", "rms_groups"), (rows, -(-groups // WARPS), 1), 32 * WARPS, args, overlap=True)]
     threads = min(1024, -(-width // 128) * 32)  # four elements each, up to 4,096

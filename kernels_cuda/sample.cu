@@ -1,9 +1,9 @@
 // One token from one row of logits, without sorting the vocabulary.
 //
 // sample_copy, sample_penalise, sample_best: the logits after the repeat penalty (NaN as -inf), and the largest, by many blocks.
-// sample_choose: one block. Every filter is the same question, which token makes the sum over the more likely ones pass a target: with weights of
-// 1 (top-k), of p (top-p), of p at the temperature (the sampled token). It is answered by histograms of BINS bins, each over the elements of the
-// bin before, until a bin holds one token. Weights are fixed-point, so that their sums do not depend on the order.
+// sample_choose: one block. Every filter is the same question, which token makes the sum over the more likely ones pass a target: with
+// weights of 1 (top-k), of p (top-p), of p at the temperature (the sampled token). It is answered by histograms of BINS bins, each over
+// the elements of the bin before, until a bin holds one token. Weights are fixed-point, so that their sums do not depend on the order.
 #include "common.cuh"
 
 #define BINS 4096
@@ -45,7 +45,8 @@ KERNEL sample_copy(const float* given, u8* workspace, int vocab)
 }
 
 // a token that was seen twice is written twice, with one value
-KERNEL sample_penalise(const float* given, const i64* history, const i64* state, int history_at, const double* settings, u8* workspace, int vocab)
+KERNEL sample_penalise(const float* given, const i64* history, const i64* state, int history_at, const double* settings, u8* workspace,
+                       int vocab)
 {
     release_next();
     wait_previous();

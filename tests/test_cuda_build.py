@@ -16,7 +16,8 @@ def test_there_are_sources():
 @pytest.fixture(scope="module")
 def reports():
     """(name, target) -> report of its kernels, or what the compiler said. Made in processes, as many as there are cores."""
-    pytest.importorskip("cuda.bindings.nvrtc", reason="NVRTC's package is not installed: pip install 'edgeattn[test]'", exc_type=ImportError)
+    pytest.importorskip("cuda.bindings.nvrtc", reason="NVRTC's package is not installed: pip install 'edgeattn[test]'",
+                        exc_type=ImportError)
     with ProcessPoolExecutor(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()) as pool:
         jobs = [(name, target) for name in NAMES for target in compile.TARGETS]
         return dict(zip(jobs, pool.map(build, *zip(*jobs))))

@@ -45,14 +45,16 @@ def test_matmul_nbits_of_a_model_s_size(n, k, bits, tokens):
     close(load_kernel("matmul_nbits", "cuda")(x, *weights, **about), reference(x, *weights, **about), k)
 
 
-@pytest.mark.parametrize("tokens, n, k, bits, size", [(1, 1030, 544, 4, 32), (3, 1000, 544, 8, 32), (4, 520, 1100, 4, 64), (20, 300, 1100, 4, 32),
+@pytest.mark.parametrize("tokens, n, k, bits, size", [
+    (1, 1030, 544, 4, 32), (3, 1000, 544, 8, 32), (4, 520, 1100, 4, 64), (20, 300, 1100, 4, 32),
                                                       (65, 77, 300, 8, 128)])
 def test_matmul_nbits_inside_larger_arrays(tokens, n, k, bits, size):
     rng = np.random.default_rng()
     weights, bias = quantised(rng, n, k, bits, size, True), rng.standard_normal(n, np.float32)
     x, out = np.full((tokens, k + 24), np.nan, np.float32), np.full((tokens + 2, n + 37), np.nan, np.float32)
     x[:, 8:k + 8] = quantise_activations(rng.standard_normal((tokens, k), np.float32), size)
-    tensors = dict(x=x[:, 8:k + 8], codes=weights[0], scales=weights[1].view(np.uint16), zero_points=weights[2], bias=bias, out=out[1:-1, 5:n + 5])
+    tensors = dict(x=x[:, 8:k + 8], codes=weights[0], scales=weights[1].view(np.uint16), zero_points=weights[2], bias=bias,
+                   out=out[1:-1, 5:n + 5])
     about = dict(bits=bits, block_size=size, K=k, N=n)
     steps.call(matmul_nbits, tensors, about)
     close(out[1:-1, 5:n + 5], reference(x[:, 8:k + 8], *weights, bias, **about), k)
@@ -104,24 +106,22 @@ def test_steps_that_overlap_keep_their_order(rows):
     """A chain in which each step reads what the one before wrote, many times over: a step that starts early must still wait."""
     rng, width = np.random.default_rng(), 512
     x, weight = rng.standard_normal((rows, width), np.float32), np.ones(width, np.float32)
-    wide, normal, half, state = np.zeros((rows, width), np.float32), np.zeros((rows, width), np.float32), np.zeros((rows, width // 2), np.float32), \
-        np.array([rows], np.int64)
+    normal, half, state = np.zeros((rows, width), np.float32), np.zeros((rows, width // 2), np.float32), np.array([rows], np.int64)
     arrays = steps.Arrays()
-    at = {name: arrays.address(array) for name, array in dict(x=x, weight=weight, wide=wide, normal=normal, half=half, state=state).items()}
-    shape = {"x.rows": 0, "x.stride": width, "x.width": width, "x.groups": 1, "state": at["state"]}
+    at = {name: arrays.address(array) for name, array in dict(x=x, weight=weight, normal=normal, half=half, state=state).items()}
+    shape = {"x.rows": 0, "x.stride": width, "x.width": width, "x.groups": 1, "state": at["state"], "out.stride": width}
+    norm = shape | {"x": at["x"], "weight": at["weight"], "out": at["normal"], "epsilon": int(np.float32(1e-5).view(np.int32))}
+    gate = shape | {"x": at["normal"], "out": at["half"], "out.stride": width // 2, "activation": 0}
+    total = shape | {"x": at["half"], "y": at["x"], "out": at["x"], "x.stride": width // 2, "x.width": width // 2, "y.stride": width}
     chain = []
     for _ in range(20):
-        chain += rms_normalization.launches(shape | {"x": at["x"], "weight": at["weight"], "out": at["normal"], "out.stride": width,
-                                                     "epsilon": int(np.float32(1e-5).view(np.int32))}, {0: rows})
-        chain += gated_activation.launches(shape | {"x": at["normal"], "out": at["half"], "out.stride": width // 2, "activation": 0}, {0: rows})
-        chain += add.launches(shape | {"x": at["half"], "y": at["x"], "y.stride": width, "out": at["x"], "out.stride": width, "x.stride": width // 2,
-                                       "x.width": width // 2}, {0: rows})
+        chain += rms_normalization.launches(norm, {0: rows}) + gated_activation.launches(gate, {0: rows}) + add.launches(total, {0: rows})
     graph, expected = steps.Graph(chain), x.copy()
     graph.launch()
     graph.stream.synchronize()
     for _ in range(20):
-        h = load_kernel("gated_activation", "reference")(load_kernel("rms_normalization", "reference")(expected, weight, epsilon=1e-5), activation="silu")
-        expected[:, :width // 2] += h
+        h = load_kernel("rms_normalization", "reference")(expected, weight, epsilon=1e-5)
+        expected[:, :width // 2] += load_kernel("gated_activation", "reference")(h, activation="silu")
     arrays.fetch(x)
     np.testing.assert_allclose(x, expected, rtol=1e-4, atol=1e-4)
 
@@ -137,12 +137,14 @@ def test_sample_takes_nan_for_minus_infinity(share, options):
     assert 0 <= token < vocab and (share == 1 or np.isfinite(x[token]))
 
 
-@pytest.mark.parametrize("options", [dict(top_k=2000, top_p=0.98765), dict(top_p=0.3), dict(min_p=0.5, temperature=2.0), dict(top_k=1), dict()], ids=str)
+@pytest.mark.parametrize("options", [dict(top_k=2000, top_p=0.98765), dict(top_p=0.3), dict(min_p=0.5, temperature=2.0), dict(top_k=1),
+                                     dict()], ids=str)
 @pytest.mark.parametrize("kind", ["equal", "few", "wide"])
 def test_sample_of_odd_logits(kind, options):
     """All equal; three values; far below the first, where all but a few share the last bin."""
     rng, vocab = np.random.default_rng(), 40_000
-    x = {"equal": np.ones(vocab, np.float32), "few": rng.integers(0, 3, vocab).astype(np.float32), "wide": logits(rng, vocab, 1) - np.float32(200)}[kind]
+    x = {"equal": np.ones(vocab, np.float32), "few": rng.integers(0, 3, vocab).astype(np.float32),
+         "wide": logits(rng, vocab, 1) - np.float32(200)}[kind]
     x[rng.integers(0, vocab)] += np.float32(kind == "wide") * 190
     options = dict(temperature=0.8, top_k=0, top_p=1.0, min_p=0.0, repeat_penalty=1.0, uniform=float(rng.random())) | options
     args = x, rng.integers(0, vocab, 20)
