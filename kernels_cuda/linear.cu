@@ -1,7 +1,8 @@
 // x times a float32 or half weight [n, k], transposed, plus bias.
 //
-// linear_gemv: up to TOKENS tokens; a warp an output, 16 bytes of the weight a lane. Grid: (outputs / WARPS, groups of tokens).
-// linear_gemm: tiles of 64 tokens x 64 outputs, 16 of K at a time in shared memory, 4 x 4 sums a thread. Grid: (outputs / 64, tokens / 64).
+// gemv: up to TOKENS tokens; a warp OUTPUTS outputs, which share what it reads of x, 16 bytes of the weight a lane. Grid: (outputs /
+// WARPS / OUTPUTS, groups of tokens).
+// gemm: tiles of 64 tokens x 64 outputs, 16 of K at a time in shared memory, 4 x 4 sums a thread. Grid: (outputs / 64, tokens / 64).
 #include "common.cuh"
 
 #define WARPS 8
@@ -13,55 +14,74 @@ template <bool HALF> __device__ __forceinline__ float weight_at(const void* weig
     return HALF ? half_to_float(((const u16*)weight)[i]) : ((const float*)weight)[i];
 }
 
-template <bool HALF, int TOKENS>
+// the weights of 16 bytes as floats
+template <bool HALF> __device__ __forceinline__ void unpack(float (&w)[HALF ? 8 : 4], const uint4& v)
+{
+    const u32 words[4] = {v.x, v.y, v.z, v.w};
+#pragma unroll
+    for (int i = 0; i < 4; i++) {
+        if (HALF) {
+            const float2 two = halves_to_floats(words[i]);
+            w[i * 2 % (HALF ? 8 : 4)] = two.x, w[(i * 2 + 1) % (HALF ? 8 : 4)] = two.y;
+        } else {
+            w[i] = __uint_as_float(words[i]);
+        }
+    }
+}
+
+template <bool HALF, int TOKENS, int OUTPUTS>
 __device__ __forceinline__ void gemv(const float* x, i64 x_stride, const void* weight, i64 weight_stride, const float* bias, float* out,
                                      i64 out_stride, const i64* state, int tokens_at, int n, int k, int aligned)
 {
     constexpr int EACH = HALF ? 8 : 4, SIZE = HALF ? 2 : 4;  // weights in 16 bytes
-    const int output = blockIdx.x * WARPS + threadIdx.x / 32, lane = threadIdx.x % 32, first_token = blockIdx.y * TOKENS;
+    const int output = (blockIdx.x * WARPS + threadIdx.x / 32) * OUTPUTS, lane = threadIdx.x % 32, first_token = blockIdx.y * TOKENS;
     const int tokens = min((int)state[tokens_at] - first_token, TOKENS);
     release_next();
     wait_previous();
     if (tokens <= 0 || output >= n) return;
     x += first_token * x_stride;
-    const u8* row = (const u8*)weight + output * weight_stride * SIZE;
-    float sum[TOKENS] = {};
+    const u8* rows[OUTPUTS];
+#pragma unroll
+    for (int o = 0; o < OUTPUTS; o++) rows[o] = (const u8*)weight + min(output + o, n - 1) * weight_stride * SIZE;
+    float sum[TOKENS][OUTPUTS] = {};
     const int whole = aligned ? k / EACH * EACH : 0;
-#pragma unroll 4
+#pragma unroll(4 / OUTPUTS)
     for (int at = lane * EACH; at < whole; at += 32 * EACH) {
-        const uint4 v = load_stream(row + at * SIZE);
-        float w[EACH];
-        if (HALF) {
-            const float2 a = halves_to_floats(v.x), b = halves_to_floats(v.y), c = halves_to_floats(v.z), d = halves_to_floats(v.w);
-            const float all[8] = {a.x, a.y, b.x, b.y, c.x, c.y, d.x, d.y};
+        uint4 v[OUTPUTS];
 #pragma unroll
-            for (int i = 0; i < EACH; i++) w[i] = all[i];
-        } else {
-            const float all[4] = {__uint_as_float(v.x), __uint_as_float(v.y), __uint_as_float(v.z), __uint_as_float(v.w)};
+        for (int o = 0; o < OUTPUTS; o++) v[o] = load_stream(rows[o] + at * SIZE);
+        float w[OUTPUTS][EACH];
 #pragma unroll
-            for (int i = 0; i < EACH; i++) w[i] = all[i % 4];
-        }
+        for (int o = 0; o < OUTPUTS; o++) unpack<HALF>(w[o], v[o]);
 #pragma unroll
         for (int t = 0; t < TOKENS; t++) {
             if (t >= tokens) continue;
 #pragma unroll
             for (int i = 0; i < EACH; i += 4) {
                 const float4 y = *(const float4*)(x + t * x_stride + at + i);
-                sum[t] += w[i] * y.x + w[i + 1] * y.y + (w[i + 2] * y.z + w[i + 3] * y.w);
+#pragma unroll
+                for (int o = 0; o < OUTPUTS; o++)
+                    sum[t][o] += w[o][i] * y.x + w[o][i + 1] * y.y + (w[o][i + 2] * y.z + w[o][i + 3] * y.w);
             }
         }
     }
     for (int at = whole + lane; at < k; at += 32) {
-        const float w = weight_at<HALF>(row, at);
 #pragma unroll
-        for (int t = 0; t < TOKENS; t++)
-            if (t < tokens) sum[t] += w * x[t * x_stride + at];
+        for (int o = 0; o < OUTPUTS; o++) {
+            const float w = weight_at<HALF>(rows[o], at);
+#pragma unroll
+            for (int t = 0; t < TOKENS; t++)
+                if (t < tokens) sum[t][o] += w * x[t * x_stride + at];
+        }
     }
 #pragma unroll
-    for (int t = 0; t < TOKENS; t++) {
-        const float total = warp_sum(sum[t]);
-        if (lane == 0 && t < tokens) out[(first_token + t) * out_stride + output] = total + (bias ? bias[output] : 0.0f);
-    }
+    for (int t = 0; t < TOKENS; t++)
+#pragma unroll
+        for (int o = 0; o < OUTPUTS; o++) {
+            const float total = warp_sum(sum[t][o]);
+            if (lane == 0 && t < tokens && output + o < n)
+                out[(first_token + t) * out_stride + output + o] = total + (bias ? bias[output + o] : 0.0f);
+        }
 }
 
 template <bool HALF>
@@ -109,14 +129,14 @@ __device__ __forceinline__ void gemm(const float* x, i64 x_stride, const void* w
 
 #define PARAMETERS const float *x, i64 x_stride, const void *weight, i64 weight_stride, const float *bias, float *out, i64 out_stride, \
                    const i64 *state, int tokens_at, int n, int k, int aligned
-#define GEMV(NAME, HALF, TOKENS) KERNEL __launch_bounds__(WARPS * 32) NAME(PARAMETERS) \
-    { gemv<HALF, TOKENS>(x, x_stride, weight, weight_stride, bias, out, out_stride, state, tokens_at, n, k, aligned); }
+#define GEMV(NAME, HALF, TOKENS, OUTPUTS, BLOCKS) KERNEL __launch_bounds__(WARPS * 32, BLOCKS) NAME(PARAMETERS) \
+    { gemv<HALF, TOKENS, OUTPUTS>(x, x_stride, weight, weight_stride, bias, out, out_stride, state, tokens_at, n, k, aligned); }
 #define GEMM(NAME, HALF) KERNEL __launch_bounds__(256) NAME(PARAMETERS) \
     { gemm<HALF>(x, x_stride, weight, weight_stride, bias, out, out_stride, state, tokens_at, n, k); }
 
-GEMV(gemv_f32_1, false, 1)
-GEMV(gemv_f32_8, false, 8)
-GEMV(gemv_f16_1, true, 1)
-GEMV(gemv_f16_8, true, 8)
+GEMV(gemv_f32_1, false, 1, 1, 5)
+GEMV(gemv_f32_8, false, 8, 4, 1)
+GEMV(gemv_f16_1, true, 1, 1, 5)
+GEMV(gemv_f16_8, true, 8, 4, 1)
 GEMM(gemm_f32, false)
 GEMM(gemm_f16, true)

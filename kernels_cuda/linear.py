@@ -6,7 +6,8 @@ from edgeattn.kernels_cuda.steps import Launch, call, ints, pointers
 
 ARGS = ("x", "x.rows", "x.stride", "weight", "weight.type", "weight.0", "weight.1", "weight.stride", "bias", "out", "out.stride", "state")
 FEW = 8      # tokens of one pass over the weight
-WARPS = 8    # outputs of a block then
+WARPS = 8    # of a block then, each of them one output of one token, or OUTPUTS of more
+OUTPUTS = 4
 TILE = 64    # tokens and outputs of a block else
 
 
@@ -25,5 +26,6 @@ def launches(a: dict[str, int], most: dict) -> list[Launch]:
             *ints(a, "x.rows", "weight.0", "weight.1"), np.int32(aligned))
     if tokens <= FEW:
         function = compile.function("linear", f"gemv_{kind}_{1 if tokens == 1 else FEW}")
-        return [Launch(function, (-(-n // WARPS), 1, 1), 32 * WARPS, args, overlap=True)]
+        outputs = WARPS if tokens == 1 else WARPS * OUTPUTS
+        return [Launch(function, (-(-n // outputs), 1, 1), 32 * WARPS, args, overlap=True)]
     return [Launch(compile.function("linear", f"gemm_{kind}"), (-(-n // TILE), -(-tokens // TILE), 1), 256, args, overlap=True)]

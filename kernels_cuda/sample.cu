@@ -116,6 +116,24 @@ template <class Target> __device__ __forceinline__ void find_bin(Shared& s, bool
     __syncthreads();
 }
 
+// f(token, its logit) for all tokens of `list` (null: the first n). Loads of BATCH rounds are under way at once: one block alone has
+// little to wait with.
+template <class F> __device__ __forceinline__ void for_each(const Places& at, const u32* list, int n, F f)
+{
+    constexpr int BATCH = 8;
+    for (int first = threadIdx.x; first < n; first += BATCH * THREADS) {
+        u32 token[BATCH];
+        float logit[BATCH];
+#pragma unroll
+        for (int i = 0; i < BATCH; i++) token[i] = list && first + i * THREADS < n ? list[first + i * THREADS] : first + i * THREADS;
+#pragma unroll
+        for (int i = 0; i < BATCH; i++) logit[i] = first + i * THREADS < n ? at.logits[token[i]] : 0.0f;
+#pragma unroll
+        for (int i = 0; i < BATCH; i++)
+            if (first + i * THREADS < n) f(token[i], logit[i]);
+    }
+}
+
 // rank_key of the first token whose running sum passes target(total). list: n tokens, or null for all of them.
 template <class Target>
 __device__ u64 select(Shared& s, const Places& at, const u32* list, int n, const Weights& weights, Target wanted)
@@ -131,13 +149,11 @@ __device__ u64 select(Shared& s, const Places& at, const u32* list, int n, const
         for (int i = threadIdx.x; i < BINS; i += THREADS) s.low[i] = s.high[i] = 0;
         if (threadIdx.x == 0) s.count = 0, s.least = ~0ull, s.most = 0;
         __syncthreads();
-        for (int i = threadIdx.x; i < n; i += THREADS) {
-            const u32 token = list ? list[i] : i;
-            const float logit = at.logits[token];
+        for_each(at, list, n, [&](u32 token, float logit) {
             const u64 weight = weights.fixed(logit);
             const u32 bin = bin_of(token, logit), old = atomicAdd(&s.low[bin], (u32)weight), carry = old + (u32)weight < old;
             if (weight >> 32 || carry) atomicAdd(&s.high[bin], (u32)(weight >> 32) + carry);
-        }
+        });
         __syncthreads();
         find_bin(s, level > 0, target, wanted);
         target -= s.before;
@@ -145,16 +161,14 @@ __device__ u64 select(Shared& s, const Places& at, const u32* list, int n, const
         const u32 wanted_bin = s.bin;
         u32* to = level & 1 ? at.some_odd : at.some_even;
         u64 smallest = ~0ull, largest = 0;
-        for (int i = threadIdx.x; i < n; i += THREADS) {
-            const u32 token = list ? list[i] : i;
-            const float logit = at.logits[token];
+        for_each(at, list, n, [&](u32 token, float logit) {
             if (bin_of(token, logit) == wanted_bin) {
                 to[atomicAdd(&s.count, 1)] = token;
                 const u64 key = rank_key(logit, token);
                 smallest = min(smallest, key);
                 largest = max(largest, key);
             }
-        }
+        });
         if (smallest != ~0ull) atomicMin(&s.least, smallest), atomicMax(&s.most, largest);
         __syncthreads();
         list = to, n = s.count, least = s.least;
@@ -172,11 +186,10 @@ __device__ int keep(Shared& s, const Places& at, const u32* list, int n, u64 las
 {
     if (threadIdx.x == 0) s.count = 0;
     __syncthreads();
-    for (int i = threadIdx.x; i < n; i += THREADS) {
-        const u32 token = list ? list[i] : i;
-        const u64 key = rank_key(at.logits[token], token);
-        if (key == best || key <= last && weights.of(at.logits[token]) >= enough) to[atomicAdd(&s.count, 1)] = token;
-    }
+    for_each(at, list, n, [&](u32 token, float logit) {
+        const u64 key = rank_key(logit, token);
+        if (key == best || key <= last && weights.of(logit) >= enough) to[atomicAdd(&s.count, 1)] = token;
+    });
     __syncthreads();
     const int count = s.count;
     __syncthreads();
