@@ -61,7 +61,7 @@ class _Bindings:
 
 
 class _CuPy:
-    """NVRTC by CuPy's binding, for machines that have no other."""
+    """NVRTC by CuPy's binding."""
 
     def __init__(self):
         from cupy_backends.cuda.libs import nvrtc
@@ -82,17 +82,20 @@ class _CuPy:
 
 
 @cache
-def _nvrtc():
+def _nvrtc(of_cupy: bool):
+    """For the device at hand CuPy's NVRTC, which device.cupy() has found to fit the driver; a newer one's code may not load."""
+    if of_cupy:
+        return _CuPy()
     try:
         return _Bindings()
     except ImportError:
         return _CuPy()
 
 
-def build(name: str, target: int | str) -> tuple[bytes, str]:
+def build(name: str, target: int | str, of_cupy: bool = False) -> tuple[bytes, str]:
     """(cubin, ptxas's report) of <name>.cu for a compute capability such as 87, or (PTX, log) for "compute_80"."""
     arch = target if isinstance(target, str) else f"sm_{target}"
-    return _nvrtc().compile(source(name), f"{name}.cu", (f"-arch={arch}", *OPTIONS))
+    return _nvrtc(of_cupy).compile(source(name), f"{name}.cu", (f"-arch={arch}", *OPTIONS))
 
 
 def report(log: str) -> dict[str, dict[str, int]]:
@@ -116,11 +119,11 @@ def _cache_folder() -> Path:
 
 def _built(name: str, target: int | str) -> bytes:
     """build()'s code, kept on disk under a hash of all that it depends on."""
-    text = "\0".join((source(name), str(target), *OPTIONS, _nvrtc().version))
+    text = "\0".join((source(name), str(target), *OPTIONS, _nvrtc(True).version))
     path = _cache_folder() / "cuda" / f"{name}-{target}-{hashlib.sha256(text.encode()).hexdigest()[:16]}"
     if path.is_file():
         return path.read_bytes()
-    code = build(name, target)[0]
+    code = build(name, target, of_cupy=True)[0]
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as file:  # another process may be at it
         file.write(code)
