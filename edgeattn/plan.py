@@ -1,20 +1,19 @@
 """An exported graph as a flat list of native steps over preallocated buffers.
 
 Every node becomes a step of one operator, a view (Split, Reshape: no work at all), or part of an onnxruntime segment. Consecutive
-steps form one table, run by one compiled loop: between operators no Python runs.
+steps form one table, which a backend makes and runs (backend_cpu.py, backend_cuda.py): between operators no Python runs.
 """
 from dataclasses import dataclass
 from functools import partial
-from importlib import import_module
 from time import perf_counter
 
 import numpy as np
 
 from edgeattn.arena import place
+from edgeattn.arguments import Tensor
+from edgeattn.backend_cpu import CpuBackend
 from edgeattn.batch import COUNTS
 from edgeattn.graph import Graph, attributes
-from edgeattn.kernels_cpu import steps
-from edgeattn.kernels_cpu.steps import Tensor
 from edgeattn.ops import DOMAIN, OPS
 from edgeattn.segments import Segment
 
@@ -33,20 +32,11 @@ class Value:
     dtype: np.dtype = np.dtype(np.float32)
 
 
-@dataclass(frozen=True)
-class Step:
-    """One native operator: which node it came from, and its row of the table (a function's address and its arguments)."""
-    name: str
-    operator: str
-    row: np.ndarray
-    workspace_bytes: int
-
-
 class Plan:
-    """`items` holds tables of steps (int64 arrays) and Segments, in order; `run` executes them on `state`'s counts."""
+    """`items` holds tables of steps (on the CPU int64 arrays) and Segments, in order; `run` executes them on `state`'s counts."""
 
     def __init__(self, graph: Graph, before, extra: dict, layer_arguments, inputs: dict[str, np.ndarray], max_counts: dict[str, int],
-                 threads: int, progress=None):
+                 threads: int, progress=None, backend=None):
         """
         before           layer -> [(operator, attributes)] to run before its attention, with the attention's tensors and attributes
         extra            addresses and numbers that ARGS may name ("batch.slots" ...)
@@ -56,6 +46,7 @@ class Plan:
         """
         self.graph, self._before_layer, self.max_counts, self.threads = graph, before, max_counts, threads
         self._extra, self._layer_arguments, self._inputs = extra, layer_arguments, inputs
+        self.backend = backend or CpuBackend()
         self.values: dict[str, Value] = {}
         for name, array in inputs.items():
             count = "rows" if name == "logit_rows" else "tokens"
@@ -68,8 +59,8 @@ class Plan:
         self.steps = [step for g in groups if not isinstance(g, Segment) for step in g]
         attends = [(i, next(nodes)) for i, step in enumerate(self.steps) if step.operator == "cached_attention"]
         self.attentions = {i: (attributes(node)["layer"], node) for i, node in attends}
-        self._place_workspace(kernels)
-        self.items = [self._connect(g) if isinstance(g, Segment) else np.stack([step.row for step in g]) for g in groups if g]
+        self.workspace = self.backend.allocate(max((step.workspace_bytes for step in self.steps), default=0))  # only one step runs at a time
+        self.items = [self._connect(g) if isinstance(g, Segment) else self.backend.table(g, self.workspace) for g in groups if g]
 
     # ---- reading the graph --------------------------------------------------------------------------------------
     def _group(self):
@@ -140,7 +131,7 @@ class Plan:
         for i, name in enumerate(names):
             if progress:
                 progress(name, i, len(names))
-            kernels[name] = import_module(f"edgeattn.kernels_cpu.{name}")
+            kernels[name] = self.backend.load(name)
         if progress:
             progress("", len(names), len(names))
         return kernels
@@ -196,9 +187,10 @@ class Plan:
                 if name in self.values and self.values[name].root not in self._inputs:
                     made.setdefault(self.values[name].root, i)
         offsets, size = place([(root, self._bytes(root), i, last[root]) for root, i in made.items()])
-        self.arena = steps.aligned(size, np.uint8)
-        self._address = {root: self.arena.ctypes.data + offset for root, offset in offsets.items()}
-        self._address |= {name: array.ctypes.data for name, array in self._inputs.items()}
+        self.arena = self.backend.allocate(size)
+        start = self.backend.address(self.arena)
+        self._address = {root: start + offset for root, offset in offsets.items()}
+        self._address |= {name: self.backend.address(array) for name, array in self._inputs.items()}
 
     def _bytes(self, root):
         value = self.values[root]
@@ -208,12 +200,12 @@ class Plan:
     def tensor(self, name: str) -> Tensor:
         """Address, shape and stride of a value or initializer."""
         if name in self.graph.initializers:
-            return Tensor.of(self.graph.initializers[name])
+            return self.backend.weight(self.graph.initializers[name])
         value = self.values[name]
         return Tensor(self._address[value.root] + value.offset * value.dtype.itemsize, value.shape, value.stride, str(value.dtype))
 
     def view(self, name: str, state: np.ndarray) -> np.ndarray:
-        """The value as a NumPy array, at the present counts."""
+        """The value as a NumPy array, at the present counts; of the CPU's own memory only."""
         value = self.values[name]
         rows = int(state[COUNTS.index(value.shape[0])]) if isinstance(value.shape[0], str) else value.shape[0]
         base = self._inputs.get(value.root, self.arena)
@@ -245,19 +237,9 @@ class Plan:
         return tensors, DEFAULTS | attributes(node)
 
     def _step(self, name, operator, tensors, attrs, kernels):
-        kernel = kernels[operator]
-        extra = self._extra | (self._layer_arguments(attrs["layer"]) if "layer" in attrs else {}) | {"workspace": 0}
-        row = steps.make_row(kernel, tensors, attrs, COUNTS, extra)
-        scratch = kernel.workspace_bytes(tensors, attrs, max(self.max_counts.values()), self.threads) \
-            if hasattr(kernel, "workspace_bytes") else 0
-        return Step(name, operator, row, scratch)
-
-    def _place_workspace(self, kernels):
-        """One scratch area serves all steps: only one runs at a time."""
-        self.workspace = steps.aligned(max((step.workspace_bytes for step in self.steps), default=0), np.uint8)
-        for step in self.steps:
-            if "workspace" in kernels[step.operator].ARGS:
-                step.row[1 + kernels[step.operator].ARGS.index("workspace")] = self.workspace.ctypes.data
+        extra = self._extra | (self._layer_arguments(attrs["layer"]) if "layer" in attrs else {})
+        extra |= {"selection.group": attrs["group"]} if "group" in attrs else {}
+        return self.backend.step(name, operator, kernels[operator], tensors, attrs, extra, self.max_counts, self.threads)
 
     def _connect(self, segment):
         names = [*segment.inputs, *(name for name, _, _ in segment.outputs)]
@@ -274,10 +256,10 @@ class Plan:
             first = 0
             for i in range(len(item)) if before_attention else ():
                 if done + i in self.attentions:
-                    steps.run(item[first:i], state)
+                    self.backend.run(item[first:i], state)
                     before_attention(self.attentions[done + i][0])
                     first = i
-            steps.run(item[first:], state)
+            self.backend.run(item[first:], state)
             done += len(item)
 
     def attention_inputs(self, layer: int, state: np.ndarray) -> tuple[dict[str, np.ndarray], dict]:
@@ -294,7 +276,7 @@ class Plan:
             for row in [None] if isinstance(item, Segment) else item:
                 step = None if row is None else next(left)
                 start = perf_counter()
-                item.run(state) if row is None else steps.run(row.reshape(1, -1), state)
+                item.run(state) if row is None else self.backend.run(row.reshape(1, -1), state)
                 found.append((step.name, step.operator) if step else ("segment", "onnxruntime"))
                 found[-1] += (perf_counter() - start,)
         return found

@@ -15,7 +15,6 @@ from edgeattn.policies import load_policy
 
 SMALLEST_CHUNK = 32
 MASS = {"": 0, "sum": 1, "last": 2}  # attention statistics: bits, as attention_mass.py wants them
-SEQUENCES = 64     # that may be open at once where memory is not limited (it is touched only when used)
 
 
 @dataclass(frozen=True)
@@ -93,9 +92,9 @@ class CachePlan:
 
 
 def plan_cache(options: CacheOptions, layers: int, kv_heads: int, head_dim: int, ctx_size: int, ubatch: int,
-               classes: np.ndarray | None = None, selection: SelectionPlan | None = None) -> CachePlan:
-    """classes: [layers, kv_heads] bool, True for heads that keep everything; None: all of them. ValueError: the budget is too small for
-    anything."""
+               classes: np.ndarray | None = None, selection: SelectionPlan | None = None, sequences: int = 64) -> CachePlan:
+    """classes: [layers, kv_heads] bool, True for heads that keep everything; None: all of them. sequences: that may be open at once where
+    memory is not limited. ValueError: the budget is too small for anything."""
     storage, eviction = options.storage_policy(), options.eviction_policy()
     floats = PageFormat(head_dim, options.float_type, options.float_type)
     formats = (floats, *storage.formats(head_dim, options.k_type, options.v_type)) if options.quantised else (floats,)
@@ -121,7 +120,7 @@ def plan_cache(options: CacheOptions, layers: int, kv_heads: int, head_dim: int,
         held = limits if options.budget is not None else np.full(shape, tokens)
         if options.quantised:
             sealed = np.maximum(0, (held - options.window) // PAGE - 1)
-            open_pages = (options.window // PAGE + 3 + (storage.group - 1)) * (SEQUENCES if options.budget is None else 1)
+            open_pages = (options.window // PAGE + 3 + (storage.group - 1)) * (sequences if options.budget is None else 1)
             kept_floats = (open_pages + -(-chunk // PAGE)) * limits.size
             groups = -(-sealed // storage.group).sum()
             pages = (kept_floats, *(int(groups * order.count(i)) for i in range(len(formats) - 1)))

@@ -3,6 +3,7 @@ import weakref
 
 import numpy as np
 
+from edgeattn.backend_cpu import CpuBackend
 from edgeattn.cache import deltas
 from edgeattn.cache.budget import MASS, SelectionPlan, plan_cache
 from edgeattn.cache.eviction import evict
@@ -11,8 +12,7 @@ from edgeattn.cache.pages import CacheFull, PagePool
 from edgeattn.cache.release import make_room
 from edgeattn.cache.sealing import seal
 from edgeattn.cache.sequence import Sequence
-from edgeattn.kernels_cpu import read_pages
-from edgeattn.kernels_cpu.page_pool import FIELDS, POOLS, RELEASED
+from edgeattn.kernels_cpu.page_pool import POOLS, RELEASED
 from edgeattn.kernels_cpu.selections import HEADER
 from edgeattn.page_formats import PAGE
 
@@ -27,15 +27,14 @@ class KVCache:
     """
 
     def __init__(self, layers: int, kv_heads: int, head_dim: int, tokens: int, options: CacheOptions = CacheOptions(), ubatch: int = 512,
-                 classes: np.ndarray | None = None, selection: SelectionPlan | None = None):
+                 classes: np.ndarray | None = None, selection: SelectionPlan | None = None, backend=None):
+        self.backend = backend or CpuBackend()
         self.options, self.shape, self.head_dim, self.tokens = options, (layers, kv_heads), head_dim, tokens
-        self.plan = plan_cache(options, layers, kv_heads, head_dim, tokens, ubatch, classes, selection)
-        self.pools = [PagePool(f, n) for f, n in zip(self.plan.formats, self.plan.pages)]
+        self.plan = plan_cache(options, layers, kv_heads, head_dim, tokens, ubatch, classes, selection, self.backend.open_sequences)
+        self.pools = [PagePool(f, n, self.backend.pages) for f, n in zip(self.plan.formats, self.plan.pages)]
         self.storage, self.eviction = options.storage_policy(), options.eviction_policy()
         self.probes = max((user.probes for user in options.probing()), default=0)
-        self.table = np.zeros((POOLS, FIELDS), np.int64)
-        for i, pool in enumerate(self.pools):
-            self.table[i] = pool.pages.table_row()
+        self.table = self.backend.page_table([pool.pages for pool in self.pools])
         self._state_bytes = 0
 
     # ---- figures ------------------------------------------------------------------------------------------------
@@ -86,7 +85,7 @@ class KVCache:
         """What kernels need to reach the pages, under the names used in ARGS."""
         chosen = self.plan.selection
         return {"selection.width": chosen.width(self.plan.formats) if chosen else 0, "selection.capacity": chosen.capacity if chosen else 0,
-                "cache.pools": self.table.ctypes.data, "cache.max_pages": self.plan.max_pages, "cache.keys_rotated": self.storage.rotated
+                "cache.pools": self.backend.address(self.table), "cache.max_pages": self.plan.max_pages, "cache.keys_rotated": self.storage.rotated
                 and self.options.quantised, "cache.quantised": int(self.options.quantised), "cache.mass_mode": self.plan.mass_mode,
                 "cache.mass_plane": self.shape[0] * self.shape[1] * self.plan.max_pages * PAGE,
                 "cache.progressive": int(np.float32(self.options.progressive).view(np.int32))}
@@ -111,6 +110,7 @@ class KVCache:
             value_sums=np.zeros((*shape, 2 + self.head_dim), np.float32) if chosen and chosen.value_sums else None))
 
     def _watched(self, sequence):
+        sequence.mirror = self.backend.mirror(sequence)
         self._state_bytes += sequence.nbytes
         weakref.finalize(sequence, self._forget, sequence.tables, sequence.nbytes).atexit = False
         return sequence
@@ -160,6 +160,7 @@ class KVCache:
         heads = np.repeat(np.arange(missing.size), missing)
         within = np.arange(len(heads)) - np.repeat(np.cumsum(missing) - missing, missing)
         sequence.tables.reshape(missing.size, -1)[heads, used.ravel()[heads] + within] = new[len(last[0]):]
+        sequence.relisted(int(used.min()) - 1, int(wanted.max()))
         sequence.room = int((wanted * PAGE - sequence.counts).min())
         sequence.shared = False  # of all shared pages only the last is written by appending
 
@@ -175,6 +176,7 @@ class KVCache:
         self.pools[0].copy(old // POOLS, new // POOLS)
         self.pools[0].release(old // POOLS)
         sequence.tables[where] = new
+        sequence.relisted()
 
     def own_floats(self, sequence: Sequence) -> None:
         """Make every page of floats of a sequence its own, before tokens are moved."""
@@ -231,6 +233,7 @@ class KVCache:
         keep = -(-counts // PAGE)
         drop = np.arange(self.plan.max_pages) >= keep[..., None]
         self.release(sequence.tables[drop])
+        sequence.relisted(int(keep.min()), -(-int(sequence.counts.max()) // PAGE))
         sequence.tables[drop] = RELEASED
         sequence.counts[:] = counts
         sequence.sealed[:] = np.clip(sequence.sealed, 1, np.maximum(keep, 1))
@@ -249,5 +252,5 @@ class KVCache:
         """Keys (rotated where the storage does that) and values [slots, head_dim] float32 of one KV head."""
         count = int(sequence.counts[layer, head])
         entries = sequence.tables[layer, head, :-(-count // PAGE)]
-        k, v = read_pages.run(self.table, self.head_dim, entries)
+        k, v = self.backend.read(self.table, self.head_dim, entries)
         return k.transpose(0, 2, 1).reshape(-1, self.head_dim)[:count], v.reshape(-1, self.head_dim)[:count]

@@ -9,11 +9,24 @@ class CacheFull(RuntimeError):
     """No free page is left; the caller frees a sequence, evicts, or stops."""
 
 
+class HostPages(Pages):
+    """Pages that the host can read and write. On a device the class of the same methods is device_pages.py's."""
+
+    def stored(self) -> dict[str, np.ndarray]:
+        """The arrays as whoever saves and loads pages sees them."""
+        return self.arrays()
+
+    def copy(self, source: np.ndarray, target: np.ndarray) -> None:
+        for array in self.arrays().values():
+            array[target] = array[source]
+
+
 class PagePool:
     """`count` pages with reference counts. A page with one holder may be written; a shared one must be copied."""
 
-    def __init__(self, page_format: PageFormat, count: int):
-        self.pages, self.format = Pages(page_format, count), page_format
+    def __init__(self, page_format: PageFormat, count: int, make=HostPages):
+        """make(page_format, count): memory for pages, on the device that computes with them."""
+        self.pages, self.format = make(page_format, count), page_format
         self.references = np.zeros(count, np.int32)
         self._free, self._top = np.arange(count - 1, -1, -1, dtype=np.int32), count  # a stack: low numbers first, so that memory is
         #                                                                              touched gradually
@@ -51,5 +64,4 @@ class PagePool:
         self._top += len(gone)
 
     def copy(self, source: np.ndarray, target: np.ndarray) -> None:
-        for array in self.pages.arrays().values():
-            array[target] = array[source]
+        self.pages.copy(source, target)

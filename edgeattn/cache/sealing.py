@@ -1,7 +1,7 @@
 """Quantise pages that are full and older than the window. A sealed page is never changed again."""
 import numpy as np
 
-from edgeattn.kernels_cpu import read_pages, seal_pages
+from edgeattn.kernels_cpu import read_pages
 from edgeattn.kernels_cpu.page_pool import POOLS, RELEASED
 from edgeattn.page_formats import PAGE
 
@@ -27,6 +27,7 @@ def seal(cache, sequence) -> None:
             for first in range(sequence.sealed[layer, head], sequence.sealed[layer, head] + due[layer, head], storage.group):
                 _sort(cache, sequence, layer, head, first)
     tables[heads, columns] = _quantise(cache, tables[heads, columns], kinds)
+    sequence.relisted(int(columns.min(initial=0)), int(columns.max(initial=0)) + 1)
     if sequence.indexed is not None:  # keys that are now other ones
         np.minimum(sequence.indexed, np.where(due, sequence.sealed, sequence.indexed), out=sequence.indexed)
     sequence.sealed += due
@@ -44,7 +45,7 @@ def _quantise(cache, sources, kinds):
     targets = np.empty_like(sources)
     for kind in range(1, len(cache.pools)):
         targets[kinds == kind] = cache.pools[kind].allocate(int((kinds == kind).sum())) * POOLS + kind
-    seal_pages.run(cache.table, cache.head_dim, sources, targets)
+    cache.backend.seal(cache.table, cache.head_dim, sources, targets)
     cache.pools[0].release(sources // POOLS)
     return targets
 

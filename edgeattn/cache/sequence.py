@@ -28,6 +28,7 @@ class Sequence:
     value_sums    [layers, kv_heads, 2 + head_dim]   float32 (kernels_cpu/attention_thresholds.py), or None
     length        tokens that the sequence has seen
     exact_from    it can be truncated to this length or more; shorter ones are lost to eviction
+    mirror        what a device holds of these arrays (device_sequence.py); None where kernels read them here
     """
     tables: np.ndarray
     counts: np.ndarray
@@ -48,6 +49,7 @@ class Sequence:
     exact_from: int = 0
     room: int = 0          # tokens until some head needs another page
     shared: bool = False   # whether pages that would be written may have other holders
+    mirror: object | None = None
     answered: bool = False  # whether the next prompt is a new one: tokens were decoded, or forgotten, since the last
 
     @property
@@ -69,6 +71,13 @@ class Sequence:
             self.indexed[head] = np.minimum(self.indexed[head], page)
         if self.value_sums is not None:
             self.value_sums[head] = 0
+        if self.mirror is not None:
+            self.mirror.void(head, page)
+
+    def relisted(self, first: int = 0, last: int | None = None) -> None:
+        """Entries of the page lists' columns first ... last have changed."""
+        if self.mirror is not None:
+            self.mirror.relisted(max(first, 0), self.tables.shape[-1] if last is None else last)
 
     def copy(self) -> "Sequence":
         numbers = {name: getattr(self, name) for name in ("length", "exact_from", "room", "shared", "answered")}

@@ -85,7 +85,7 @@ def _tensors(cache, sequence, token_ids):
               for name, (array, where, dtype, _) in _parts(sequence, sequence.counts).items()}
     for i, pool in enumerate(cache.pools):
         numbers = entries[kinds == i] // POOLS
-        found |= {f"pages.{i}.{name}": (array, numbers) for name, array in pool.pages.arrays().items() if len(numbers) and array.shape[1]}
+        found |= {f"pages.{i}.{name}": (array, numbers) for name, array in pool.pages.stored().items() if len(numbers) and array.shape[1]}
     return found
 
 
@@ -153,7 +153,7 @@ def _restore(file, cache, metadata):
         _require(((values["positions"] >= 0) & (values["positions"] < numbers["length"])).all(), "impossible positions")
     if "limits" in values:
         _require(((values["limits"] >= 0) & (values["limits"] <= max_pages * PAGE)).all(), "impossible limits")
-    arrays = [{name: array for name, array in pool.pages.arrays().items() if array.shape[1]} for pool in cache.pools]
+    arrays = [{name: array for name, array in pool.pages.stored().items() if array.shape[1]} for pool in cache.pools]
     rows = np.bincount(kinds, minlength=len(cache.pools))
     for i, pool in enumerate(cache.pools):
         for name, array in arrays[i].items():
@@ -165,6 +165,7 @@ def _restore(file, cache, metadata):
     for i, pool in enumerate(cache.pools):
         entries[kinds == i] = pool.allocate(rows[i]) * POOLS + i
     sequence.tables[_first(-(-counts // PAGE), max_pages)] = entries
+    sequence.relisted()
     for name, (array, where, *_) in parts.items():
         array[where] = values[name]
     for name, number in numbers.items():

@@ -1,0 +1,87 @@
+"""What a plan and a cache need of the machine they run on; here the CPU. backend_cuda.py is the same for a GPU.
+
+A backend allocates memory, holds weights, makes a plan's steps and runs them, and keeps the cache's pages. Addresses are the device's own.
+"""
+from dataclasses import dataclass
+from importlib import import_module
+
+import numpy as np
+
+from edgeattn.arguments import Tensor
+from edgeattn.batch import COUNTS, Batch
+from edgeattn.cache.pages import HostPages
+from edgeattn.kernels_cpu import read_pages, seal_pages, steps
+from edgeattn.kernels_cpu.page_pool import FIELDS, POOLS
+
+
+@dataclass(frozen=True)
+class Step:
+    """One native operator: which node it came from, and its row of the table (a function's address and its arguments)."""
+    name: str
+    operator: str
+    row: np.ndarray
+    workspace_bytes: int
+
+
+class CpuBackend:
+    device = "cpu"
+    open_sequences = 64  # that may be open at once where memory is not limited: it is touched only when used
+
+    # ---- memory -----------------------------------------------------------------------------------------------------
+    def allocate(self, size: int) -> np.ndarray:
+        """`size` bytes; address() says where."""
+        return steps.aligned(size, np.uint8)
+
+    def address(self, array: np.ndarray) -> int:
+        """Where kernels find an array: of allocate(), of the batch, or one that they only read and that never changes."""
+        return array.ctypes.data
+
+    def weight(self, array: np.ndarray) -> Tensor:
+        """An initializer: the mapped file as it is."""
+        return Tensor.of(array)
+
+    def batch(self, max_tokens: int, max_rows: int, max_sequences: int) -> Batch:
+        return Batch(max_tokens, max_rows, max_sequences)
+
+    # ---- steps ------------------------------------------------------------------------------------------------------
+    def load(self, operator: str):
+        """The kernel's module; the first time on a machine this compiles it."""
+        return import_module(f"edgeattn.kernels_cpu.{operator}")
+
+    def step(self, name: str, operator: str, kernel, tensors: dict, attributes: dict, extra: dict, max_counts: dict, threads: int) -> Step:
+        row = steps.make_row(kernel, tensors, attributes, COUNTS, extra | {"workspace": 0})
+        scratch = kernel.workspace_bytes(tensors, attributes, max(max_counts.values()), threads) if hasattr(kernel, "workspace_bytes") else 0
+        return Step(name, operator, row, scratch)
+
+    def table(self, made: list[Step], workspace: np.ndarray) -> np.ndarray:
+        """Consecutive steps as `run` takes them, with their scratch memory."""
+        for step in made:
+            args = self.load(step.operator).ARGS
+            if "workspace" in args:
+                step.row[1 + args.index("workspace")] = workspace.ctypes.data
+        return np.stack([step.row for step in made])
+
+    def run(self, table: np.ndarray, state: np.ndarray) -> None:
+        steps.run(table, state)
+
+    # ---- pages ------------------------------------------------------------------------------------------------------
+    pages = HostPages
+
+    def page_table(self, pools: list[HostPages]) -> np.ndarray:
+        """A row for each pool."""
+        table = np.zeros((POOLS, FIELDS), np.int64)
+        for i, pool in enumerate(pools):
+            table[i] = pool.table_row()
+        return table
+
+    def seal(self, table, head_dim: int, sources: np.ndarray, targets: np.ndarray) -> None:
+        """Quantise the pages of entries `sources` into those of `targets`."""
+        seal_pages.run(table, head_dim, sources, targets)
+
+    def read(self, table, head_dim: int, entries: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """K [pages, head_dim, 32] and V [pages, 32, head_dim], float32."""
+        return read_pages.run(table, head_dim, entries)
+
+    def mirror(self, sequence) -> None:
+        """What kernels read of a sequence where its arrays are out of their reach; nothing here."""
+        return None
