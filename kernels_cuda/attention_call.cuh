@@ -36,7 +36,8 @@ struct Call {
         const int* row = list_row(s, head);
         return row[COUNT] == ALL ? nullptr : row;
     }
-    // Address of what the compensation token of a KV head is: float count, mean key, mean value (RazorAttention); 0 where nothing was dropped.
+    // Address of what the compensation token of a KV head is: float count, mean key, mean value (RazorAttention); 0 where nothing was
+    // dropped.
     __device__ __forceinline__ const float* dropped(int s, int head) const {
         if (compensation == 0 || at<i64>(compensation)[s] == 0) return nullptr;
         const float* held = at<float>(at<i64>(compensation)[s]) + (layer * kv_heads + head) * (1 + 2 * head_dim);
@@ -44,7 +45,8 @@ struct Call {
     }
 };
 
-// A channel of a head on its way through rotary embedding (arXiv 2104.09864) at table row `position`: what is loaded, and what becomes of it. Apart, so
+// A channel of a head on its way through rotary embedding (arXiv 2104.09864) at table row `position`: what is loaded, and what becomes
+// of it. Apart, so
 // that the loads of several channels are under way together.
 struct Turn {
     float a, b, cosine, sine;
@@ -69,7 +71,8 @@ __device__ __forceinline__ float rotated(const Call& call, const float* x, i64 p
     return turn.value();
 }
 
-// Walsh-Hadamard rotation of `rows` rows of `depth` floats in shared memory, by all threads of the block: blocks of the largest power of two in
+// Walsh-Hadamard rotation of `rows` rows of `depth` floats in shared memory, by all threads of the block: blocks of the largest power of
+// two in
 // depth. A barrier before, one after each stage.
 __device__ __forceinline__ void hadamard(float* x, int rows, int depth, int stride) {
     const int size = depth & -depth;

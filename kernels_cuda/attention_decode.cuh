@@ -165,7 +165,8 @@ template <int KIND> __device__ __forceinline__ int channel_of(int tile, int i, i
     return KIND == F16 ? 64 * (tile / 4) + 8 * g + 2 * (tile % 4) + further : 32 * (tile / 2) + 2 * g + tile % 2 + 16 * further;
 }
 
-// A side of a page (K or V) on its way to shared memory, codes first and parameters behind them, by all lanes. Of values in halves zeros from token
+// A side of a page (K or V) on its way to shared memory, codes first and parameters behind them, by all lanes. Of values in halves zeros
+// from token
 // `written` on: what was never written may be no numbers.
 template <int KIND, int D> __device__ __forceinline__ void fetch_side(const Page& page, int side, int written, u8* to, int lane)
 {

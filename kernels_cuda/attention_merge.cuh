@@ -7,7 +7,8 @@
 #define TOGETHER 8        // loads of a thread that are under way at once
 #define MERGE_FLOATS (HEADS * (MOST_RANGES + 2) + 4 * 256)
 
-// Of each (place, KV head, range) and query head, a place being a sequence or a row: weighted values [D], log2 of the reference, sum of weights, two to spare.
+// Of each (place, KV head, range) and query head, a place being a sequence or a row: weighted values [D], log2 of the reference, sum of
+// weights, two to spare.
 __device__ __forceinline__ float* partial_of(const Call& call, int ranges, int place, int head, int range, int h)
 {
     return at<float>(call.workspace) + (((i64)(place * call.kv_heads + head) * ranges + range) * call.group() + h) * (call.head_dim + 4);
@@ -44,8 +45,10 @@ __device__ __forceinline__ bool last_to_arrive(int index, int expected)
     return last;
 }
 
-// All threads of a block, with q [heads][stride] rotated, times the scale and log2 e in shared memory: the output of one row, of the query heads
-// first ... first + heads of a KV head's group. room: shared memory, MERGE_FLOATS. Loads come first, as many together as can: each takes long.
+// All threads of a block, with q [heads][stride] rotated, times the scale and log2 e in shared memory: the output of one row, of the
+// query heads
+// first ... first + heads of a KV head's group. room: shared memory, MERGE_FLOATS. Loads come first, as many together as can: each takes
+// long.
 __device__ __forceinline__ void merge_ranges(const Call& call, int place, int s, int head, int first, int heads, int row, int ranges, int used,
                                              const float* q, int stride, float* room)
 {

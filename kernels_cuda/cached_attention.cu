@@ -1,5 +1,7 @@
-// Decode attention: a block is one KV head of a sequence and one range of its pages, with all query heads of the group. Its warps take pages in turn, which
-// come through rings in shared memory, keys and values in turn, while others are computed on. The newest token is in no page yet: a block of
+// Decode attention: a block is one KV head of a sequence and one range of its pages, with all query heads of the group. Its warps take
+// pages in turn, which
+// come through rings in shared memory, keys and values in turn, while others are computed on. The newest token is in no page yet: a
+// block of
 // its own rotates it, attends to it and writes it. The last block of a KV head to end merges all of them, so that a step is one launch.
 //   grid    (kv_heads * (ranges + 1), sequences)    sequences with more than one row are left to the kernels of prefill
 //   block   32 * WARPS threads
@@ -17,7 +19,8 @@ template <int D, int WARPS> struct Shared {
     float scores[WARPS][HEADS * SCORE_STRIDE];
 };
 
-// q of the group: load() before pages are sent for, so that it does not wait behind them; then rotated, times scale * log2 e, to shared memory: as
+// q of the group: load() before pages are sent for, so that it does not wait behind them; then rotated, times scale * log2 e, to shared
+// memory: as
 // floats, and for each lane as halves of q over its head's largest.
 template <int D, int WARPS> struct Prepared {
     Turn turns[HEADS / WARPS][D / 32];
@@ -217,7 +220,8 @@ __device__ __forceinline__ void decode(const Call& call, int ranges, int stages)
     const int* list = selection ? call.list_row(s, head) : nullptr;
     const int listed = list ? list[COUNT] : ALL, low = call.first_visible(slots);
     if (listed == ALL) list = nullptr;
-    const int first = list ? 0 : low / PAGE, count = list ? listed : slots / PAGE + 1 - first;  // of `slots` older tokens; at least one page
+    // of `slots` older tokens; at least one page
+    const int first = list ? 0 : low / PAGE, count = list ? listed : slots / PAGE + 1 - first;
     const int size = (count + ranges - 2) / (ranges - 1), used = (count + size - 1) / size;
     if (range >= used && range < ranges - 1) return;
     if (threadIdx.x == 0) shared.table = table, shared.list = list, shared.first = first, shared.begin = range * size, shared.stages = stages, shared.end = min(count, range * size + size), shared.head = head, shared.row = row,

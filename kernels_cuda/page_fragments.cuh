@@ -1,4 +1,5 @@
-// Pages as operands of tensor cores. A page's rows (channels of K, tokens of V) are what is summed over, its 32 columns are the matrix' rows.
+// Pages as operands of tensor cores. A page's rows (channels of K, tokens of V) are what is summed over, its 32 columns are the matrix'
+// rows.
 // Lane 4 g + j takes of 32 rows the eight from 8 j on: two quads, one for each of two steps of 16 rows. Of quantised quads it reads eight
 // bytes, of which each four become an operand: column 2 g (or 2 g + 1) is matrix row g, the column 16 further is row g + 8, and of a quad
 // the rows 0 and 2 stand in one register, 1 and 3 in the other. What is multiplied with them is ordered the same way (paired()).

@@ -1,7 +1,9 @@
 // Which pages a decode step reads of each KV head: scores of its pages, and the best of them as a list.
-// A block scores a part of a head's pages; the last one of a head to end chooses, or the last one of a sequence where heads choose together.
+// A block scores a part of a head's pages; the last one of a head to end chooses, or the last one of a sequence where heads choose
+// together.
 //   grid (kv_heads * parts, sequences), block 512 threads
-//   bound    q's product with the middle of each channel's range, and `reach` times the most that the range can add (Quest, arXiv 2406.10774): of
+//   bound    q's product with the middle of each channel's range, and `reach` times the most that the range can add (Quest, arXiv
+// 2406.10774): of
 //            the parameters of quantised keys alone, or of rows of an index, which are made here when they are first needed
 //   peak     the largest product of a token's key with the sum of the group's queries (TidalDecode, arXiv 2410.05076)
 //   mass     the softmax weight of the page's tokens, over the group
@@ -35,7 +37,8 @@ __device__ __forceinline__ void make_row(const Page& page, int depth, u16* row, 
     }
 }
 
-// Lanes take eight neighbouring minima or steps each, CHUNKS times, SPAN lanes a page; a warp has AT_ONCE pages for each SPAN lanes under way.
+// Lanes take eight neighbouring minima or steps each, CHUNKS times, SPAN lanes a page; a warp has AT_ONCE pages for each SPAN lanes
+// under way.
 template <int SPAN, int CHUNKS, int AT_ONCE>
 __device__ __forceinline__ void bound_scores(const Selection& a, const Scoring& shared, int s, int head, int begin, int end, float* scores)
 {
@@ -54,7 +57,8 @@ __device__ __forceinline__ void bound_scores(const Selection& a, const Scoring& 
                 const float x = c < 2 * depth ? shared.q[min(first + h, group - 1)][c < depth ? c : c - depth] : 0;
                 w[h][i] = c < depth ? x : 0.5f * fmaf(fabsf(x), reach, x);
             }
-        const int stride = SELECT_THREADS / SPAN, own = warp * (32 / SPAN) + lane / SPAN;  // pages of the block at once, and which of them is this lane's
+        // pages of the block at once, and which of them is this lane's
+        const int stride = SELECT_THREADS / SPAN, own = warp * (32 / SPAN) + lane / SPAN;
         for (int from_page = begin; from_page < end; from_page += SPAN * stride) {
             // each lane of SPAN looks a page up: the one of its SPAN lanes' turn number `part`
             const int sought = from_page + own + part * stride;

@@ -114,8 +114,10 @@ struct Scores {
     }
 };
 
-// Of the scores first ... last (no NaN; -infinity: never) the `wanted` best ones, of equals the lower page, ascending to `pages`; -> how many. kept: how many
-// of `old_count` pages, which lie at `old` until then, are among them. Which score decides is found by histograms of BINS bins, each of one bin of the
+// Of the scores first ... last (no NaN; -infinity: never) the `wanted` best ones, of equals the lower page, ascending to `pages`; -> how
+// many. kept: how many
+// of `old_count` pages, which lie at `old` until then, are among them. Which score decides is found by histograms of BINS bins, each of
+// one bin of the
 // one before, until few scores are left to compare with each other.
 __device__ __forceinline__ int top_pages(Choosing& shared, const float* scores, int first, int last, int wanted, int* pages, const int* old, int old_count,
                                          int& kept)
