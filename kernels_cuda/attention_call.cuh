@@ -36,7 +36,8 @@ struct Call {
         const int* row = list_row(s, head);
         return row[COUNT] == ALL ? nullptr : row;
     }
-    // Address of what the compensation token of a KV head is: float count, mean key, mean value (RazorAttention); 0 where nothing was dropped.
+    // Address of what the compensation token of a KV head is: float count, mean key, mean value (RazorAttention); 0 where nothing was
+    // dropped.
     __device__ __forceinline__ const float* dropped(int s, int head) const {
         if (compensation == 0 || at<i64>(compensation)[s] == 0) return nullptr;
         const float* held = at<float>(at<i64>(compensation)[s]) + (layer * kv_heads + head) * (1 + 2 * head_dim);
@@ -44,18 +45,34 @@ struct Call {
     }
 };
 
-// Channel c of a head after rotary embedding (arXiv 2104.09864) at table row `position`.
-__device__ __forceinline__ float rotated(const Call& call, const float* x, i64 position, int c) {
-    const int half = (int)call.rotary_dim / 2;
-    if (c >= 2 * half) return x[c];
-    const int i = call.interleaved ? c / 2 : c < half ? c : c - half;
-    const bool second = call.interleaved ? c & 1 : c >= half;
-    const float co = at<float>(call.cos)[position * call.cos_stride + i], si = at<float>(call.sin)[position * call.cos_stride + i];
-    const float a = x[call.interleaved ? 2 * i : i], b = x[call.interleaved ? 2 * i + 1 : half + i];
-    return second ? b * co + a * si : a * co - b * si;
+// A channel of a head on its way through rotary embedding (arXiv 2104.09864) at table row `position`: what is loaded, and what becomes
+// of it. Apart, so
+// that the loads of several channels are under way together.
+struct Turn {
+    float a, b, cosine, sine;
+
+    __device__ __forceinline__ void load(const Call& call, const float* x, i64 position, int c)
+    {
+        const int half = (int)call.rotary_dim / 2, i = call.interleaved ? c / 2 : c < half ? c : c - half;
+        const bool turns = c < 2 * half, second = call.interleaved ? c & 1 : c >= half;
+        const i64 from = turns ? position * call.cos_stride + i : 0;
+        a = x[turns ? call.interleaved ? c ^ 1 : second ? i : i + half : c];
+        b = x[c];
+        cosine = turns ? at<float>(call.cos)[from] : 1, sine = turns ? at<float>(call.sin)[from] : 0;
+        sine = second ? sine : -sine;
+    }
+    __device__ __forceinline__ float value() const { return b * cosine + a * sine; }
+};
+
+__device__ __forceinline__ float rotated(const Call& call, const float* x, i64 position, int c)
+{
+    Turn turn;
+    turn.load(call, x, position, c);
+    return turn.value();
 }
 
-// Walsh-Hadamard rotation of `rows` rows of `depth` floats in shared memory, by all threads of the block: blocks of the largest power of two in
+// Walsh-Hadamard rotation of `rows` rows of `depth` floats in shared memory, by all threads of the block: blocks of the largest power of
+// two in
 // depth. A barrier before, one after each stage.
 __device__ __forceinline__ void hadamard(float* x, int rows, int depth, int stride) {
     const int size = depth & -depth;

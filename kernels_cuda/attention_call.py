@@ -11,7 +11,7 @@ CALL = ("q", "q.stride", "k", "k.stride", "v", "v.stride", "cos", "cos.stride", 
         "batch.compensation", "cache.pools", "cache.max_pages", "cache.keys_rotated", "batch.prefill_lists", "batch.selections", "selection.group",
         "selection.capacity", "workspace", "q.rows", "batch.sequences", "state")
 HEADS = 8            # query heads of a group that a block takes
-MOST_RANGES = 128    # that the pages of a KV head are cut into
+MOST_RANGES = 128    # that the pages of a KV head are cut into; the newest token is one more
 MOST_PLACES = 1 << 16  # sequences or rows times KV heads, at most (attention_merge.cuh)
 BLOCKS = 2           # that a processor holds at once
 
@@ -32,9 +32,10 @@ def processors() -> int:
 
 def ranges_of(places: int, slots: int) -> int:
     """How many ranges keep all processors busy, with `places` (sequence or row, KV head) and at most `slots` tokens each."""
-    return max(1, min(MOST_RANGES, BLOCKS * processors() // places // 4 * 4 or 1, -(-slots // 32)))
+    many = BLOCKS * processors() // places - 1
+    return max(1, min(MOST_RANGES, many - (many == 32), -(-slots // 32)))  # 31 and the newest token's: a lane each where they are merged
 
 
 def partial_bytes(rows: int, heads: int, kv_heads: int, head_dim: int) -> int:
     """Scratch for partial results, whatever the bucket."""
-    return 4 * (rows * kv_heads + BLOCKS * processors()) * (heads // kv_heads) * (head_dim + 4)
+    return 4 * (2 * rows * kv_heads + BLOCKS * processors()) * (heads // kv_heads) * (head_dim + 4)

@@ -4,24 +4,23 @@
 #include "attention_merge.cuh"
 #include "page_fragments.cuh"
 
-#define WARPS 4
 #define SCORE_STRIDE 36    // floats from one head's 32 scores to the next: no two lanes meet in a bank
 #define SLACK 4.0f         // log2 of what a weight may be: the reference of a head's weights moves only when a score passes it by so much
-#define MIXED (-1)         // of kinds: each page its own
+#define MIXED (-1)         // of kinds: codes of any type, each page its own
 
 __device__ __forceinline__ uint4 piece(const u8* p) { return *reinterpret_cast<const uint4*>(p); }
 
 typedef u32 Queries[2][2];  // of one lane and 32 rows: [step][rows 0 and 2, rows 1 and 3 of its quad]
 
 // Scores of the 32 tokens of a page, up to what q was divided by, to shared memory [HEADS][SCORE_STRIDE].
-template <int KIND, int D>
+template <int KIND, int D, bool FAR = false>
 __device__ __forceinline__ void score_page(const u8* side, const uint4 (&queries)[D / 32][32], float* scores, int g, int j)
 {
     float c[2][4] = {}, base[4] = {};
     const u8* params = side + 4 * D * KIND;
-#pragma unroll
+#pragma unroll(FAR ? 1 : D / 32)  // as many loads at once as there are registers
     for (int block = 0; block < D / 32; block++) {
-        Codes<KIND> x;
+        Codes<KIND, FAR> x;
         x.load(side, 0, block, D, g, j);
         const uint4 of_block = queries[block][4 * g + j];
         const Queries q = {{of_block.x, of_block.y}, {of_block.z, of_block.w}};
@@ -60,16 +59,18 @@ __device__ __forceinline__ void score_page(const u8* side, const uint4 (&queries
 // Weighted values of a page, p: the weights as `Queries` of tokens. Where a cache has quantised pages, sum[2 b + e] has the channels
 // 32 b + 2 g + e and the one 16 further; `base`, of what minima add, in row b the block b of 32 channels.
 template <int KIND, int D>
-__device__ __forceinline__ void weigh_codes(const u8* side, const Queries& p, float (&sum)[D / 16][4], float (&base)[4], int g, int j)
+__device__ __forceinline__ void weigh_codes(const u8* side, const Queries& p, float (&sum)[D / 16][4], float (&base)[2], int g, int j)
 {
     const u8* params = side + 4 * D * KIND;
     u32 low[2][2];
+    float minima[4] = {base[0], base[1], 0, 0};
     paired(g < D / 32 ? piece(params + 128 * g + 16 * j) : make_uint4(0, 0, 0, 0), low);
 #pragma unroll
-    for (int u = 0; u < 2; u++) mma_f16(base, {low[u][0], 0, low[u][1], 0}, p[u][0], p[u][1]);
+    for (int u = 0; u < 2; u++) mma_f16(minima, {low[u][0], 0, low[u][1], 0}, p[u][0], p[u][1]);
+    base[0] = minima[0], base[1] = minima[1];
 #pragma unroll
     for (int b = 0; b < D / 32; b++) {
-        Codes<KIND> x;
+        Codes<KIND, false> x;
         x.load(side, b * 128 * KIND, 0, 32, g, j);
         u32 step[2][2];
         paired(piece(params + 128 * b + 64 + 16 * j), step);
@@ -82,9 +83,9 @@ __device__ __forceinline__ void weigh_codes(const u8* side, const Queries& p, fl
     }
 }
 
-// Values in halves, in the order of channels that codes have.
+// Values in halves, straight from a page of which `written` tokens are written, in the order of channels that codes have.
 template <int D>
-__device__ __forceinline__ void weigh_few_halves(const u8* side, const Queries& p, float (&sum)[D / 16][4], int g, int j)
+__device__ __forceinline__ void weigh_far_halves(const u8* values, const Queries& p, int written, float (&sum)[D / 16][4], int g, int j)
 {
 #pragma unroll
     for (int b = 0; b < D / 32; b++)
@@ -94,13 +95,13 @@ __device__ __forceinline__ void weigh_few_halves(const u8* side, const Queries& 
 #pragma unroll
             for (int i = 0; i < 4; i++) {
                 const int t = 8 * j + 4 * u + i;
-                constexpr int shift = value_shift<F16, D>();
-                const int from = 2 * (t * D + 32 * b + 2 * g);
-                x[i] = *reinterpret_cast<const u32*>(side + swizzled<shift>(from)), y[i] = *reinterpret_cast<const u32*>(side + swizzled<shift>(from + 32));
+                const u8* from = values + 2 * (t * D + 32 * b + 2 * g);
+                x[i] = t < written ? *reinterpret_cast<const u32*>(from) : 0, y[i] = t < written ? *reinterpret_cast<const u32*>(from + 32) : 0;
             }
             mma_f16(sum[2 * b], {low_halves(x[0], x[2]), low_halves(y[0], y[2]), low_halves(x[1], x[3]), low_halves(y[1], y[3])}, p[u][0], p[u][1]);
             mma_f16(sum[2 * b + 1], {high_halves(x[0], x[2]), high_halves(y[0], y[2]), high_halves(x[1], x[3]), high_halves(y[1], y[3])}, p[u][0],
                     p[u][1]);
+            __syncwarp();  // no more loads at once than there are registers
         }
 }
 
@@ -126,12 +127,16 @@ __device__ __forceinline__ void weigh_halves(const u8* side, const Queries& p, f
         }
 }
 
+// Bytes of a side in shared memory. Where a cache has codes, its few pages of halves are read where they are.
+template <int KIND, int D> __device__ __forceinline__ constexpr int side_bytes() { return KIND == F16 ? 64 * D : KIND == INT4 ? 20 * D : 36 * D; }
+
 template <int KIND, int D>
-__device__ __forceinline__ void score_any(int kind, const u8* side, const uint4 (&queries)[D / 32][32], float* scores, int g, int j)
+__device__ __forceinline__ void score_any(const Page& page, const u8* side, const uint4 (&queries)[D / 32][32], float* scores, int g, int j)
 {
-    if (KIND == F16 || kind == F16) return score_page<F16, D>(side, queries, scores, g, j);
-    if (KIND > 0) return score_page<KIND == MIXED ? INT4 : KIND, D>(side, queries, scores, g, j);
-    switch (kind) {
+    if (KIND == F16) return score_page<F16, D>(side, queries, scores, g, j);
+    if (page.kind(K_KIND) == F16) return score_page<F16, D, true>(at<u8>(page.place(K)), queries, scores, g, j);
+    if (KIND == INT4) return score_page<INT4, D>(side, queries, scores, g, j);
+    switch (page.kind(K_KIND)) {
     case INT8: return score_page<INT8, D>(side, queries, scores, g, j);
     case INT4: return score_page<INT4, D>(side, queries, scores, g, j);
     case INT3: return score_page<INT3, D>(side, queries, scores, g, j);
@@ -140,12 +145,12 @@ __device__ __forceinline__ void score_any(int kind, const u8* side, const uint4 
 }
 
 template <int KIND, int D>
-__device__ __forceinline__ void weigh_any(int kind, const u8* side, const Queries& p, float (&sum)[D / 16][4], float (&base)[4], int g, int j)
+__device__ __forceinline__ void weigh_any(const Page& page, const u8* side, const Queries& p, int written, float (&sum)[D / 16][4], float (&base)[2], int g, int j)
 {
     if (KIND == F16) return weigh_halves<D>(side, p, sum, g, j);
-    if (kind == F16) return weigh_few_halves<D>(side, p, sum, g, j);
-    if (KIND > 0) return weigh_codes<KIND == MIXED || KIND == F16 ? INT4 : KIND, D>(side, p, sum, base, g, j);
-    switch (kind) {
+    if (page.kind(V_KIND) == F16) return weigh_far_halves<D>(at<u8>(page.place(V)), p, written, sum, g, j);
+    if (KIND == INT4) return weigh_codes<INT4, D>(side, p, sum, base, g, j);
+    switch (page.kind(V_KIND)) {
     case INT8: return weigh_codes<INT8, D>(side, p, sum, base, g, j);
     case INT4: return weigh_codes<INT4, D>(side, p, sum, base, g, j);
     case INT3: return weigh_codes<INT3, D>(side, p, sum, base, g, j);
@@ -160,18 +165,26 @@ template <int KIND> __device__ __forceinline__ int channel_of(int tile, int i, i
     return KIND == F16 ? 64 * (tile / 4) + 8 * g + 2 * (tile % 4) + further : 32 * (tile / 2) + 2 * g + tile % 2 + 16 * further;
 }
 
-// A side of a page (K or V) on its way to shared memory, codes first and parameters behind them, by all lanes. Of values in halves zeros from token
+// A side of a page (K or V) on its way to shared memory, codes first and parameters behind them, by all lanes. Of values in halves zeros
+// from token
 // `written` on: what was never written may be no numbers.
-template <int D> __device__ __forceinline__ void fetch_side(const Page& page, int side, int written, u8* to, int lane)
+template <int KIND, int D> __device__ __forceinline__ void fetch_side(const Page& page, int side, int written, u8* to, int lane)
 {
-    const int kind = page.kind(side == K ? K_KIND : V_KIND), bytes = 4 * D * kind;
-    const i64 from = page.place(side);
-    const int shift = kind < F16 ? 7 : side == K ? key_shift<F16, D>() : value_shift<F16, D>();
-    const bool whole = kind < F16 || side == K || written >= PAGE;
-#pragma unroll 4
-    for (int at_byte = 16 * lane; at_byte < bytes; at_byte += 512)
-        cp_async16_or_zeros(to + (at_byte ^ (at_byte >> shift & 3) << 5), at<u8>(from + at_byte), whole || at_byte / (2 * D) < written);
+    if (KIND == F16) {
+        const u8* from = at<u8>(page.place(side)) + 16 * lane;
+#pragma unroll
+        for (int i = 0; i < D / 8; i++) {
+            const int place = 16 * lane + 512 * i;
+            if (side == K) cp_async16(to + swizzled<key_shift<F16, D>()>(place), from + 512 * i);
+            else cp_async16_or_zeros(to + swizzled<value_shift<F16, D>()>(place), from + 512 * i, place / (2 * D) < written);
+        }
+        return;
+    }
+    const int kind = page.kind(side == K ? K_KIND : V_KIND), bytes = KIND == INT4 ? 16 * D : 4 * D * kind;
     if (kind >= F16) return;
-    const i64 params = page.place(side + 2);
-    for (int at_byte = 16 * lane; at_byte < 4 * D; at_byte += 512) cp_async16(to + bytes + at_byte, at<u8>(params + at_byte));
+    if (16 * lane < 4 * D) cp_async16(to + bytes + 16 * lane, at<u8>(page.place(side + 2)) + 16 * lane);
+    const u8* from = at<u8>(page.place(side)) + 16 * lane;
+#pragma unroll 1
+    for (int i = 0; i < (KIND == INT4 ? D / 32 : D / 16); i++)
+        if (KIND == INT4 || 16 * lane + 512 * i < bytes) cp_async16(to + swizzled<7>(16 * lane + 512 * i), from + 512 * i);
 }

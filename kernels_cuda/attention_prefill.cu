@@ -1,5 +1,7 @@
-// Prefill attention on tensor cores: a block is up to 128 rows of queries (tokens x heads of a KV head's group, so that keys and values are shared)
-// against what they see, 64 cached tokens at a time, in two stages of shared memory (after FlashAttention-2, arXiv 2307.08691). Pages of codes
+// Prefill attention on tensor cores: a block is up to 128 rows of queries (tokens x heads of a KV head's group, so that keys and values
+// are shared)
+// against what they see, 64 cached tokens at a time, in two stages of shared memory (after FlashAttention-2, arXiv 2307.08691). Pages of
+// codes
 // are expanded to halves on the way.
 //   grid   (tiles of rows, kv_heads, sequences), the last rows first: they see the most
 //   block  256 threads: a warp has 16 rows

@@ -1,4 +1,5 @@
-// Attention in float32 over pages of any format, for what tensor cores do not take: float32 pages, deltas, parameters by token, separated channels,
+// Attention in float32 over pages of any format, for what tensor cores do not take: float32 pages, deltas, parameters by token,
+// separated channels,
 // head sizes other than 64 and 128. And new tokens into their pages, where decode does not write them itself.
 // attend_rows: a block is one row of queries, up to 8 heads of a KV head's group and a range of what they read; a lane is a cached token.
 //   grid   (kv_heads * parts * ranges, rows)   parts: of 8 heads;  block 128 threads

@@ -13,7 +13,8 @@ LATER = "selection.thresholds", "cache.mass_mode", "cache.progressive"  # what o
 ARGS = (*CALL, "cache.kinds", *LATER)
 DECODE = {HALVES: "decode_f16", INT4: "decode_int4", MIXED: "decode_mixed"}
 ONE_ROW, MORE_ROWS = 1, 2
-WARPS = 4                # of a block of decode
+WARPS = {HALVES: 4, INT4: 8, MIXED: 8}          # of a block of decode
+SIDE_BYTES = {HALVES: 64, INT4: 20, MIXED: 36}  # of a page's keys or values in shared memory, for each channel
 ROWS_SHARED = 4 * (5 * HEADS * 256 + 4 * HEADS * 34)  # attention_rows.cu, Rows
 MOST_DEPTH = 256
 QUERY_ROWS, QUERY_BLOCK, KEYS = 128, 64, 64  # attention_prefill.cu
@@ -60,19 +61,22 @@ def launches(a: dict[str, int], most: dict) -> list[Launch]:
     return found
 
 
-def decode_shared(head_dim: int, stages: int) -> int:
-    """Bytes of shared memory: cached_attention.cu, Shared and the rings."""
-    fixed = 4 * HEADS * head_dim + 16 * head_dim + 4 * HEADS * (1 + 2 * (WARPS + 1)) + 4 * WARPS * HEADS * head_dim // 32 + 8 * head_dim
-    return fixed + 8 * POOLS * FIELDS + 4 * WARPS * HEADS * 36 + WARPS * stages * 64 * head_dim
+def decode_shared(kinds: int, head_dim: int, stages: int) -> int:
+    """Bytes of shared memory: cached_attention.cu, Shared, and the rings of sides or what becomes of them."""
+    warps = WARPS[kinds]
+    fixed = 4 * HEADS * head_dim + 16 * head_dim + 4 * HEADS * (1 + 2 * warps) + 4 * warps * HEADS * head_dim // 32 + 8 * head_dim
+    return fixed + 64 + 8 * POOLS * FIELDS + 4 * warps * HEADS * 36 + warps * max(stages * SIDE_BYTES[kinds] * head_dim, 4 * HEADS * head_dim)
 
 
 def _decode(a, sequences, slots):
+    kinds, depth = a["cache.kinds"], a["head_dim"]
     ranges = ranges_of(sequences * a["kv_heads"], slots)
-    of_processor = attribute("MaxSharedMemoryPerMultiprocessor") // BLOCKS - 1024
-    stages = 3 if decode_shared(a["head_dim"], 3) <= of_processor else 2
-    shared = decode_shared(a["head_dim"], stages)
-    kernel = compile.function("cached_attention", f"{DECODE[a['cache.kinds']]}_{a['head_dim']}", shared)
-    return Launch(kernel, (a["kv_heads"] * ranges, sequences, 1), 32 * WARPS, (*call_args(a), np.int64(ranges), np.int64(stages)), shared, overlap=True)
+    room = attribute("MaxSharedMemoryPerMultiprocessor") // BLOCKS - 1024
+    sizes = {stages: decode_shared(kinds, depth, stages) for stages in (3, 2)}
+    stages = next((stages for stages, size in sizes.items() if size <= room), 2)
+    kernel = compile.function("cached_attention", f"{DECODE[kinds]}_{depth}", sizes[stages])
+    args = (*call_args(a), np.int64(ranges + 1), np.int64(stages))
+    return Launch(kernel, (a["kv_heads"] * (ranges + 1), sequences, 1), 32 * WARPS[kinds], args, sizes[stages], overlap=True)
 
 
 def _write(a, tokens, which):

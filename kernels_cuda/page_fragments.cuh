@@ -1,4 +1,5 @@
-// Pages as operands of tensor cores. A page's rows (channels of K, tokens of V) are what is summed over, its 32 columns are the matrix' rows.
+// Pages as operands of tensor cores. A page's rows (channels of K, tokens of V) are what is summed over, its 32 columns are the matrix'
+// rows.
 // Lane 4 g + j takes of 32 rows the eight from 8 j on: two quads, one for each of two steps of 16 rows. Of quantised quads it reads eight
 // bytes, of which each four become an operand: column 2 g (or 2 g + 1) is matrix row g, the column 16 further is row g + 8, and of a quad
 // the rows 0 and 2 stand in one register, 1 and 3 in the other. What is multiplied with them is ordered the same way (paired()).
@@ -31,9 +32,10 @@ template <int BITS, int SHIFT> __device__ __forceinline__ u32 codes(u32 word) {
 }
 
 // What one lane reads of 32 rows of `KIND`: of `rows` rows' codes from byte `from` of a side on, those from row 32 * block on.
-template <int KIND> struct Codes;
+// FAR: straight from the page in device memory.
+template <int KIND, bool FAR> struct Codes;
 
-template <> struct Codes<INT4> {
+template <> struct Codes<INT4, false> {
     uint2 step[2];
     __device__ __forceinline__ void load(const u8* side, int from, int block, int rows, int g, int j) {
         for (int u = 0; u < 2; u++) step[u] = *reinterpret_cast<const uint2*>(side + swizzled<7>(from + (8 * block + 2 * j + u) * 64 + 8 * g));
@@ -44,7 +46,7 @@ template <> struct Codes<INT4> {
     }
 };
 
-template <> struct Codes<INT8> {
+template <> struct Codes<INT8, false> {
     uint2 high[2], low[2];
     __device__ __forceinline__ void load(const u8* side, int from, int block, int rows, int g, int j) {
         for (int u = 0; u < 2; u++) {
@@ -59,7 +61,7 @@ template <> struct Codes<INT8> {
     }
 };
 
-template <> struct Codes<INT2> {
+template <> struct Codes<INT2, false> {
     uint2 both;
     __device__ __forceinline__ void load(const u8* side, int from, int block, int rows, int g, int j)
     {
@@ -72,7 +74,7 @@ template <> struct Codes<INT2> {
     }
 };
 
-template <> struct Codes<INT3> {
+template <> struct Codes<INT3, false> {
     uint2 both, top;
     __device__ __forceinline__ void load(const u8* side, int from, int block, int rows, int g, int j) {
         both = *reinterpret_cast<const uint2*>(side + swizzled<7>(from + (4 * block + j) * 64 + 8 * g));
@@ -87,11 +89,11 @@ template <> struct Codes<INT3> {
 };
 
 // Keys in halves: rows of 32 tokens. Matrix rows g and g + 8 are the columns 4 g and 4 g + 1, of the second operand 4 g + 2 and 4 g + 3.
-template <> struct Codes<F16> {
+template <bool FAR> struct Codes<F16, FAR> {
     uint2 row[2][4];
     __device__ __forceinline__ void load(const u8* side, int from, int block, int rows, int g, int j) {
         for (int u = 0; u < 2; u++)
-            for (int i = 0; i < 4; i++) row[u][i] = *reinterpret_cast<const uint2*>(side + swizzled<9>(from + (32 * block + 8 * j + 4 * u + i) * 64 + 8 * g));
+            for (int i = 0; i < 4; i++) row[u][i] = *reinterpret_cast<const uint2*>(side + swizzled<FAR ? 31 : 9>(from + (32 * block + 8 * j + 4 * u + i) * 64 + 8 * g));
     }
     __device__ __forceinline__ Operand operand(int u, int second) const {
         const u32 x0 = second ? row[u][0].y : row[u][0].x, x1 = second ? row[u][1].y : row[u][1].x;

@@ -1,4 +1,5 @@
-// Pools of pages: a row of int64 for each, as page_pool.py writes them, and how a page's bytes are found. Layouts of pages: page_formats.py.
+// Pools of pages: a row of int64 for each, as page_pool.py writes them, and how a page's bytes are found. Layouts of pages:
+// page_formats.py.
 #pragma once
 #include "halves.cuh"
 

@@ -1,4 +1,5 @@
-// Pages as halves in shared memory, for products with many rows of queries: keys [channel][32 tokens], values [32 tokens][channel], pieces of 16 bytes
+// Pages as halves in shared memory, for products with many rows of queries: keys [channel][32 tokens], values [32 tokens][channel],
+// pieces of 16 bytes
 // exchanged so that ldmatrix meets no bank twice.
 #pragma once
 #include "page_values.cuh"

@@ -100,7 +100,7 @@ class PagedCache:
                  for name, x in tensors.items()}
         extra, attributes = self.extra() | (extra or {}), {"interleaved": 0, "window": 0} | attributes
         size = kernel.workspace_bytes(given, attributes, max(self.bucket()["tokens"], 1), 1)
-        scratch = self._held[f"workspace {kernel.__name__}"] = device.cupy().full(size, 0xff, np.uint8)  # nothing may rely on zeros
+        scratch = self._held.setdefault(f"{size} bytes", device.cupy().full(size, 0xff, np.uint8))  # nothing may rely on zeros
         extra["workspace"] = scratch.data.ptr
         a = {name: resolve_one(name, given, attributes, COUNTS, extra) for name in kernel.ARGS}
         return kernel.launches(a, self.bucket())

@@ -47,7 +47,8 @@ __device__ __forceinline__ int code_of(const Sealing& s, int r, int i, int group
     return (int)fminf(fmaxf(rintf((s.x[r * 32 + i] - s.low[group]) * s.inverse[group]), 0.0f), (float)levels);
 }
 
-// Codes of `rows` rows from row `first` on -> bytes at `to`. The group of a row is row / `per`, or where groups go by column column + 32 * (row / per).
+// Codes of `rows` rows from row `first` on -> bytes at `to`. The group of a row is row / `per`, or where groups go by column column + 32
+// * (row / per).
 __device__ __forceinline__ void pack(const Sealing& s, int kind, int first, int rows, bool by_column, int per, u8* to)
 {
     const int levels = (1 << kind) - 1;
@@ -79,7 +80,8 @@ __device__ __forceinline__ void pack(const Sealing& s, int kind, int first, int 
     }
 }
 
-// A block of channels is written where one of them is further than Theta from what was written last. Sums in the order of every other device.
+// A block of channels is written where one of them is further than Theta from what was written last. Sums in the order of every other
+// device.
 __device__ __forceinline__ void seal_deltas(Sealing& s, const Page& page, int depth)
 {
     const int gate = page.kind(K_GAP), blocks = depth / gate, head = (4 + 4 * blocks + 63) / 64 * 64;

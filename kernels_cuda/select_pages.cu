@@ -1,7 +1,9 @@
 // Which pages a decode step reads of each KV head: scores of its pages, and the best of them as a list.
-// A block scores a part of a head's pages; the last one of a head to end chooses, or the last one of a sequence where heads choose together.
+// A block scores a part of a head's pages; the last one of a head to end chooses, or the last one of a sequence where heads choose
+// together.
 //   grid (kv_heads * parts, sequences), block 512 threads
-//   bound    q's product with the middle of each channel's range, and `reach` times the most that the range can add (Quest, arXiv 2406.10774): of
+//   bound    q's product with the middle of each channel's range, and `reach` times the most that the range can add (Quest, arXiv
+// 2406.10774): of
 //            the parameters of quantised keys alone, or of rows of an index, which are made here when they are first needed
 //   peak     the largest product of a token's key with the sum of the group's queries (TidalDecode, arXiv 2410.05076)
 //   mass     the softmax weight of the page's tokens, over the group
@@ -12,6 +14,7 @@
 #define MOST_DEPTH 256
 
 struct Scoring {
+    i64 pools[POOLS * FIELDS];
     float q[HEADS][MOST_DEPTH];
     float tops[SELECT_THREADS / 32], sums[SELECT_THREADS / 32];
 };
@@ -34,7 +37,8 @@ __device__ __forceinline__ void make_row(const Page& page, int depth, u16* row, 
     }
 }
 
-// Lanes take eight neighbouring minima or steps each, CHUNKS times, SPAN lanes a page; a warp has AT_ONCE pages for each SPAN lanes under way.
+// Lanes take eight neighbouring minima or steps each, CHUNKS times, SPAN lanes a page; a warp has AT_ONCE pages for each SPAN lanes
+// under way.
 template <int SPAN, int CHUNKS, int AT_ONCE>
 __device__ __forceinline__ void bound_scores(const Selection& a, const Scoring& shared, int s, int head, int begin, int end, float* scores)
 {
@@ -42,63 +46,72 @@ __device__ __forceinline__ void bound_scores(const Selection& a, const Scoring& 
     const int depth = (int)call.head_dim, lane = threadIdx.x % 32, warp = threadIdx.x / 32, group = call.group(), part = lane % SPAN;
     const float reach = __int_as_float((int)a.reach);
     const int* table = call.table(s, head);
-    for (int first = 0; first < group; first += 4) {
-        float w[4][8 * CHUNKS];
+    constexpr int TOGETHER_HEADS = CHUNKS == 1 ? 4 : 2;  // as many as registers hold
+    for (int first = 0; first < group; first += TOGETHER_HEADS) {
+        float w[TOGETHER_HEADS][8 * CHUNKS];
 #pragma unroll
-        for (int h = 0; h < 4; h++)
+        for (int h = 0; h < TOGETHER_HEADS; h++)
 #pragma unroll
             for (int i = 0; i < 8 * CHUNKS; i++) {
                 const int c = 8 * (part + SPAN * (i / 8)) + i % 8;  // of 2 * depth
                 const float x = c < 2 * depth ? shared.q[min(first + h, group - 1)][c < depth ? c : c - depth] : 0;
                 w[h][i] = c < depth ? x : 0.5f * fmaf(fabsf(x), reach, x);
             }
-        const int stride = SELECT_THREADS / SPAN;  // pages of the block at once
-        for (int page0 = begin + warp * (32 / SPAN) + lane / SPAN; page0 - lane / SPAN < end; page0 += AT_ONCE * stride) {
-            uint4 x[AT_ONCE][CHUNKS];
-            float levels[AT_ONCE];
+        // pages of the block at once, and which of them is this lane's
+        const int stride = SELECT_THREADS / SPAN, own = warp * (32 / SPAN) + lane / SPAN;
+        for (int from_page = begin; from_page < end; from_page += SPAN * stride) {
+            // each lane of SPAN looks a page up: the one of its SPAN lanes' turn number `part`
+            const int sought = from_page + own + part * stride;
+            const int known = sought < min(end, from_page + SPAN * stride) ? table[sought] : -1;
+            for (int turn = 0; turn < SPAN && from_page + turn * stride < end; turn += AT_ONCE) {
+                const int page0 = from_page + own + turn * stride;
+                uint4 x[AT_ONCE][CHUNKS];
+                float levels[AT_ONCE];
 #pragma unroll
-            for (int k = 0; k < AT_ONCE; k++) {
-                const int number = page0 + k * stride, entry = number < end ? table[number] : -1;
-                levels[k] = -1;  // released, or none
-                i64 from = 0;
-                if (entry >= 0) {
-                    const Page page(call.pools, entry);
-                    from = a.index_width >= 2 * depth ? (i64)a.index_row(s, head, number) : page.place(K_PARAMS);
-                    levels[k] = a.index_width >= 2 * depth ? 1.0f : (float)page.pool[K_LEVELS];
-                }
+                for (int k = 0; k < AT_ONCE; k++) {
+                    const int number = page0 + k * stride, entry = __shfl_sync(FULL_WARP, known, lane - part + turn + k);
+                    levels[k] = -1;  // released, or none
+                    i64 from = 0;
+                    if (entry >= 0) {
+                        const Page page(shared.pools, entry);
+                        from = a.index_width >= 2 * depth ? (i64)a.index_row(s, head, number) : page.place(K_PARAMS);
+                        levels[k] = a.index_width >= 2 * depth ? 1.0f : (float)page.pool[K_LEVELS];
+                    }
 #pragma unroll
-                for (int i = 0; i < CHUNKS; i++) {
-                    const int c = 8 * (part + SPAN * i);
-                    x[k][i] = from && c < 2 * depth ? *at<uint4>(from + 2 * c) : make_uint4(0, 0, 0, 0);
-                }
-            }
-#pragma unroll
-            for (int k = 0; k < AT_ONCE; k++) {
-                float total[4] = {};
-#pragma unroll
-                for (int i = 0; i < CHUNKS; i++) {
-                    const float factor = 8 * (part + SPAN * i) < depth ? 1.0f : levels[k];
-                    const u32 words[4] = {x[k][i].x, x[k][i].y, x[k][i].z, x[k][i].w};
-#pragma unroll
-                    for (int n = 0; n < 4; n++) {
-                        float2 y = halves_to_floats(words[n]);
-                        y.x *= factor, y.y *= factor;
-#pragma unroll
-                        for (int h = 0; h < 4; h++) total[h] = fmaf(y.x, w[h][8 * i + 2 * n], fmaf(y.y, w[h][8 * i + 2 * n + 1], total[h]));
+                    for (int i = 0; i < CHUNKS; i++) {
+                        const int c = 8 * (part + SPAN * i);
+                        x[k][i] = from && c < 2 * depth ? *at<uint4>(from + 2 * c) : make_uint4(0, 0, 0, 0);
                     }
                 }
-                // four sums over SPAN lanes: two steps leave each lane with one head's, which the others complete
-                const bool upper = lane & 1, second = lane & 2;
-                const float give0 = upper ? total[0] : total[2], give1 = upper ? total[1] : total[3];
-                const float a0 = (upper ? total[2] : total[0]) + __shfl_xor_sync(FULL_WARP, give0, 1);
-                const float a1 = (upper ? total[3] : total[1]) + __shfl_xor_sync(FULL_WARP, give1, 1);
-                float sum = (second ? a1 : a0) + __shfl_xor_sync(FULL_WARP, second ? a0 : a1, 2);
 #pragma unroll
-                for (int step = 4; step < SPAN; step *= 2) sum += __shfl_xor_sync(FULL_WARP, sum, step);
-                sum = fmaxf(sum, __shfl_xor_sync(FULL_WARP, sum, 1));
-                sum = fmaxf(sum, __shfl_xor_sync(FULL_WARP, sum, 2));
-                const int number = page0 + k * stride;
-                if (part == 0 && number < end) scores[number] = levels[k] < 0 ? -infinity() : first ? fmaxf(scores[number], sum) : sum;
+                for (int k = 0; k < AT_ONCE; k++) {
+                    float total[4] = {};
+#pragma unroll
+                    for (int i = 0; i < CHUNKS; i++) {
+                        const float factor = 8 * (part + SPAN * i) < depth ? 1.0f : levels[k];
+                        const u32 words[4] = {x[k][i].x, x[k][i].y, x[k][i].z, x[k][i].w};
+#pragma unroll
+                        for (int n = 0; n < 4; n++) {
+                            float2 y = halves_to_floats(words[n]);
+                            y.x *= factor, y.y *= factor;
+#pragma unroll
+                            for (int h = 0; h < TOGETHER_HEADS; h++) total[h] = fmaf(y.x, w[h][8 * i + 2 * n], fmaf(y.y, w[h][8 * i + 2 * n + 1], total[h]));
+                        }
+                    }
+                    if (TOGETHER_HEADS == 2) total[2] = total[0], total[3] = total[1];
+                    // four sums over SPAN lanes: two steps leave each lane with one head's, which the others complete
+                    const bool upper = lane & 1, second = lane & 2;
+                    const float give0 = upper ? total[0] : total[2], give1 = upper ? total[1] : total[3];
+                    const float a0 = (upper ? total[2] : total[0]) + __shfl_xor_sync(FULL_WARP, give0, 1);
+                    const float a1 = (upper ? total[3] : total[1]) + __shfl_xor_sync(FULL_WARP, give1, 1);
+                    float sum = (second ? a1 : a0) + __shfl_xor_sync(FULL_WARP, second ? a0 : a1, 2);
+#pragma unroll
+                    for (int step = 4; step < SPAN; step *= 2) sum += __shfl_xor_sync(FULL_WARP, sum, step);
+                    sum = fmaxf(sum, __shfl_xor_sync(FULL_WARP, sum, 1));
+                    sum = fmaxf(sum, __shfl_xor_sync(FULL_WARP, sum, 2));
+                    const int number = page0 + k * stride;
+                    if (part == 0 && number < end) scores[number] = levels[k] < 0 ? -infinity() : first ? fmaxf(scores[number], sum) : sum;
+                }
             }
         }
     }
@@ -178,12 +191,16 @@ extern "C" __global__ void __launch_bounds__(SELECT_THREADS) select_pages(CALL_P
     extern __shared__ float4 memory[];
     Scoring& scoring = *reinterpret_cast<Scoring*>(memory);
     Choosing& choosing = *reinterpret_cast<Choosing*>(memory);
-    wait_previous();
     const Selection a{MAKE_CALL, SELECTION_ARGS(AS_VALUE)};
     const Call& call = a.call;
+    // nothing of this changes within a step
     const int s = blockIdx.y, head = blockIdx.x % (int)call.kv_heads, part = blockIdx.x / (int)call.kv_heads, depth = (int)call.head_dim;
-    if (s >= call.sequences() || at<i64>(call.selections)[s] == 0) return;
-    const int slots = call.slots(s, head), total = a.total(slots), row = call.first_row(s), group = call.group();
+    const bool runs = s < call.sequences() && at<i64>(call.selections)[s] != 0;
+    const int row = call.first_row(s), group = call.group(), slots = runs ? call.slots(s, head) : 0, total = a.total(slots);
+    for (int i = threadIdx.x; i < POOLS * FIELDS; i += SELECT_THREADS) scoring.pools[i] = at<i64>(call.pools)[i];
+    release_next();
+    wait_previous();
+    if (!runs) return;
     int2 range = a.candidates(s, head, total);
     if (a.score == MASS) range = make_int2(0, total);
     const int size = (max(range.y - range.x, 0) + (int)parts - 1) / (int)parts, begin = range.x + part * size, end = min(range.y, begin + size);
@@ -217,7 +234,6 @@ extern "C" __global__ void __launch_bounds__(SELECT_THREADS) select_pages(CALL_P
             exact_scores(a, scoring, s, head, begin, end, slots - 1, found);
         }
     }
-    release_next();
     const bool alone = a.combine == ALONE;
     if (!last_to_arrive(s * (int)call.kv_heads + (alone ? head : 0), (int)(alone ? parts : parts * call.kv_heads))) return;
     const int first = alone ? head : 0, last = alone ? head + 1 : (int)call.kv_heads;

@@ -12,7 +12,8 @@ SELECTION = ("batch.sealed", "batch.index", "batch.indexed", "selection.width", 
              "combine", "budget", "fraction", "recent", "reach", "reuse", "block", "workspace.softmax")  # in the order of SELECTION_ARGS
 ARGS = (*CALL, *(name for name in SELECTION if not name.startswith("workspace")), "selection.components")
 SCORES = "bound", "mass", "recency", "random", "peak"
-THREADS, SHARED = 512, 4 * (8192 + 3 + 16)  # select_pages.cu, selection.cuh: Choosing
+THREADS, SHARED = 512, 4 * (2048 + 1024 + 64 + 16 + 64 + 7)  # select_pages.cu, selection.cuh: Choosing
+MOST_PAGES = 32768
 
 
 def select_pages(q, cos, sin, past_key, positions, components=None, *, num_heads, kv_heads, head_dim, rotary_dim, interleaved=0, scale, layer=0,
@@ -50,6 +51,8 @@ def launches(a: dict[str, int], most: dict) -> list[Launch]:
         raise ValueError(f"CUDA selection scores pages by {', '.join(SCORES)}; choose a policy that does, or run with --device cpu")
     if a["num_heads"] // a["kv_heads"] > HEADS or a["head_dim"] > 256 or a["cache.keys_rotated"] and a["selection.width"]:
         raise ValueError(f"CUDA selection takes {HEADS} query heads a KV head and 256 channels at most, and no rotated keys; run with --device cpu")
+    if a["cache.max_pages"] > MOST_PAGES:
+        raise ValueError(f"CUDA selection chooses among {MOST_PAGES} pages at most, the cache may hold {a['cache.max_pages']}; choose a smaller --ctx-size")
     if a["selection.group"] < 0:
         return []
     sequences, places = most[a["batch.sequences"]], most[a["batch.sequences"]] * a["kv_heads"]
