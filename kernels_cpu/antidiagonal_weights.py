@@ -139,7 +139,7 @@ def _round_range(a, head, first, last, scratch):
     x, word, size, out, sizes, quads = at(float32, page), at(int32, words), at(float32, steps), at(int32, codes), at(float32, code_steps), depth // 4
     for p in range(first, last):
         expand_page(a[POOLS], a[ENTRIES], a[PAGES], a[REST], a[TOKENS], depth, head, p, scratch, params, page)
-        round_page(x, at(float32, a[MEAN]), head * depth, depth, np.float32(127), word, size)
+        round_page(x, at(float32, a[MEAN]), head * depth, depth, np.float32(127), word, 0, PAGE, size, 0)
         for j in range(PAGE):
             vector = (p - first) // 16 * (PAGE // stride) + j // stride
             to, lane = vector // COLUMNS * stride + j % stride, vector % COLUMNS * 16 + (p - first) % 16

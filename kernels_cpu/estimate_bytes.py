@@ -32,25 +32,27 @@ def round_query(q, source, mean, first, factor, depth, levels, codes, words, to,
 
 
 @njit(nogil=True, error_model="numpy")
-def round_page(page, mean, first, depth, levels, words, steps):
-    """A page's keys, float32 [depth][32], lose the mean where they lie; their codes go to words [quad of channels][32 tokens]."""
+def round_page(page, mean, first, depth, levels, words, to, gap, steps, steps_to):
+    """A page's keys, float32 [depth][32], lose the mean where they lie; their codes, four channels to a word, go to words from `to` on: a vector of
+    16 tokens each, a quad of channels `gap` words behind the one before, the second half of the tokens behind the first where there is room."""
     for half in range(0, PAGE, 16):
         top = splat(F, TINY)
         for c in range(depth):
             x = load(F, page, c * PAGE + half) - splat(F, mean[first + c])
             store(page, c * PAGE + half, x)
             top = vmax(top, vabs(x))
-        store(steps, half, top / splat(F, levels))
+        behind = half if gap == PAGE else half // 16 * depth // 4 * gap
+        store(steps, steps_to + half, top / splat(F, levels))
         inverse = divide(splat(F, levels), top)
         for s in range(depth // 4):
             word = zeros(I, 1)[0]
             for j in range(4):
                 code = nearest(load(F, page, (4 * s + j) * PAGE + half) * inverse)[0] + MIDDLE
                 word = word | (code & 255) << 8 * j
-            store(words, s * PAGE + half, word)
+            store(words, to + behind + s * gap, word)
 
 
 @njit(nogil=True, error_model="numpy")
 def address(place, bytes_):
-    """-> (where the next thing begins, on a 64-byte boundary, behind one of so many bytes at `place`)"""
+    """Where the next thing begins, on a 64-byte boundary, behind one of so many bytes."""
     return (place + bytes_ + 63) // 64 * 64
