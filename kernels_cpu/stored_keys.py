@@ -29,7 +29,7 @@ class StoredKeys:
     @staticmethod
     def of(k) -> "StoredKeys":
         """Of arrays, [kv_heads, tokens, head_dim]."""
-        k = np.ascontiguousarray(np.stack(list(k)), np.float32)
+        k = np.ascontiguousarray(k if isinstance(k, np.ndarray) else np.stack(list(k)), np.float32)
         return StoredKeys(np.zeros((1, 1), np.int64), np.zeros((len(k), 0), np.int32), k)
 
     def __len__(self) -> int:
@@ -47,6 +47,10 @@ class StoredKeys:
         part = self.pages(first, last)
         k, _ = read_pages.run(self.table, self.rest.shape[2], part.entries[head])
         return np.concatenate([k.transpose(0, 2, 1).reshape(-1, self.rest.shape[2]), part.rest[head]])
+
+    def mean(self, newest: int) -> np.ndarray:
+        """[kv_heads, head_dim]: of the first 64 of the newest tokens, which `rest` must hold; no query block's plan hangs on what comes after it."""
+        return self.rest[:, -newest:][:, :64].mean(1)
 
     def tensors(self) -> dict[str, np.ndarray]:
         return {"pools": self.table, "entries": self.entries, "rest": self.rest}

@@ -18,22 +18,29 @@ def antidiagonal_weights(q, k, mean, *, scale, stride):
     keys the mean over the pairs (last - t, first + t), times scale; the last row repeats the last query where tokens lack. Where the causal
     mask leaves a part of the pairs, those alone count, and the product is of floats.
     """
-    (heads, n, depth), (kv_heads, m, _) = q.shape, k.shape
+    scores = antidiagonals(q, k, mean, stride)
+    weights = np.exp((scores - scores.max(2, keepdims=True)) * scale)
+    weights /= weights.sum(2, keepdims=True)
+    pages = np.add.reduceat(weights, np.arange(0, weights.shape[2], PAGE // stride), 2)
+    return np.add.reduceat(pages, np.arange(0, weights.shape[1], QUERIES // stride), 1).astype(np.float32)
+
+
+def antidiagonals(q, k, mean, stride):
+    """[heads, strides of queries, strides of keys] float64: the mean scores, -inf where the mask leaves no pair; all of a row too small by what the
+    row's queries score with the mean key."""
+    (heads, n, depth), m = q.shape, k.shape[1]
     rows = np.minimum(np.arange(-(-n // stride) * stride), n - 1).reshape(-1, stride)[:, ::-1]
     last, first = rows.max(1) + m - n, rows.min(1) + m - n
-    k, mean = (np.repeat(x, heads // kv_heads, 0) for x in (k, mean))
+    k, mean = (np.repeat(x, heads // len(k), 0) for x in (k, mean))
     padded = np.zeros((heads, -(-m // stride) * stride, depth), np.float32)
     padded[:, :m] = k
     strides = (rounded(padded - mean[:, None], 127).astype(np.float64)).reshape(heads, -1, stride * depth)
     scores = rounded(q, 127).astype(np.float64)[:, rows].reshape(heads, len(rows), -1) @ strides.swapaxes(1, 2) / stride
     scores[:, np.arange(strides.shape[1]) * stride > last[:, None]] = -np.inf
-    edge = np.minimum(first[:, None] // stride + np.arange(2), strides.shape[1] - 1)
+    edge = np.minimum(first[:, None] // stride + np.arange(2), strides.shape[1] - 1)  # strides of keys that a row may see in part
     seen = edge[..., None] * stride + np.arange(stride) <= (rows + m - n)[:, None]
     exact = np.einsum("hrtd,hretd->hret", q[:, rows].astype(np.float64), padded.reshape(heads, -1, stride, depth)[:, edge])
-    shift = np.einsum("hrtd,hd->hr", q[:, rows].astype(np.float64), mean) / stride  # what the mean takes from all other scores of a row
-    exact = np.where(seen, exact, 0).sum(3) / np.maximum(seen.sum(2), 1) - shift[..., None]
+    exact = np.where(seen, exact, 0).sum(3) / np.maximum(seen.sum(2), 1)
+    exact -= np.einsum("hrtd,hd->hr", q[:, rows].astype(np.float64), mean)[..., None] / stride
     np.put_along_axis(scores, np.broadcast_to(edge, exact.shape), np.where(seen.any(2), exact, -np.inf), 2)
-    weights = np.exp((scores - scores.max(2, keepdims=True)) * scale)
-    weights /= weights.sum(2, keepdims=True)
-    pages = np.add.reduceat(weights, np.arange(0, weights.shape[2], PAGE // stride), 2)
-    return np.add.reduceat(pages, np.arange(0, len(rows), QUERIES // stride), 1).astype(np.float32)
+    return scores
