@@ -14,7 +14,7 @@ from edgeattn.kernels_cpu import read_pages
 from edgeattn.kernels_cpu.page_pool import POOLS
 from edgeattn.page_formats import BITS, PAGE
 from edgeattn.policies import load_policy, policy_names
-from edgeattn.prefill_lists import write_lists
+from edgeattn.prefill_lists import CORRECTIONS, write_lists
 from edgeattn.prefill_plan import QUERIES, causal, middles
 from edgeattn.reference.cached_attention import rotate
 
@@ -28,11 +28,13 @@ class PrefillOptions:
     method   "off", or a file of policies/prefill; "auto" is what a user gets, and gives way where it does not go with the cache
     options  its fields, where they are not to be the defaults
     min_len  tokens in the context from which a chunk is sparse; None: the policy's own
+    correction  what makes good what is not read, a function of prefill_corrections.py; None: the policy's own
     ValueError: an unknown method or field, or a number out of range.
     """
     method: str = "auto"
     options: dict = field(default_factory=dict)
     min_len: int | None = None
+    correction: str | None = None
 
     def __post_init__(self):
         known = ("off", *policy_names("prefill"))
@@ -40,6 +42,8 @@ class PrefillOptions:
             raise ValueError(f"sparse prefill must be one of {', '.join(known)}, got {self.method!r}")
         if self.min_len is not None and self.min_len < 0:
             raise ValueError(f"sparse prefill begins at 0 tokens or more, got {self.min_len}")
+        if self.correction not in (None, *CORRECTIONS):
+            raise ValueError(f"a correction must be one of {', '.join(CORRECTIONS)}, got {self.correction!r}")
         self.policy()
 
     def policy(self):
@@ -103,6 +107,19 @@ class Keys:
         rest = np.concatenate([past.transpose(0, 2, 1).reshape(-1, head_dim)[:count - len(self._new) - whole * PAGE], self._new[:, head]])
         return np.concatenate([found, middles(rest)])
 
+    def means(self, values: np.ndarray) -> np.ndarray:
+        """[kv_heads, max_pages, head_dim + width] float32: mean key and mean value of each full page, the chunk's own among them. values: the
+        chunk's [tokens, kv_heads, head_dim], which like its keys are not in the cache yet."""
+        found, head_dim = self._cache.page_means(self._sequence, self._layer), self._cache.head_dim
+        for head, count in enumerate(self._sequence.counts[self._layer].tolist()):
+            past = count - len(self._new)
+            first, open_tokens = divmod(past, PAGE)
+            k, v = read_pages.run(self._cache.table, head_dim, self._sequence.tables[self._layer, head, first:first + 1])
+            pair = (np.concatenate([old[:open_tokens], new[:, head]]) for old, new in ((k[0].T, self._new), (v[0], values)))
+            for x, part in zip(pair, (slice(head_dim), slice(head_dim, 2 * head_dim))):
+                found[head, first:count // PAGE, part] = x[:len(x) // PAGE * PAGE].reshape(-1, PAGE, head_dim).mean(1)
+        return found
+
 
 class PrefillScheduler:
     """
@@ -114,9 +131,10 @@ class PrefillScheduler:
     def __init__(self, options: PrefillOptions, layers: int):
         self.options, self.policy = options, options.policy()
         self.min_len = self.policy.min_len if options.min_len is None else options.min_len
+        self.correction = options.correction or self.policy.correction
         self.assets, self.chunks = None, [0, 0]
         self.kept, self.seconds = np.zeros((layers, 2)), np.zeros(layers)  # densities: of query heads, of what is read; summed over chunks
-        self._lists = []
+        self._lists, self._means = [], []  # what kernels read until the next layer
 
     def load(self, folder, config: dict) -> None:
         """What the policy needs of the model's calibration. ValueError: it is not there, or another model's."""
@@ -131,19 +149,22 @@ class PrefillScheduler:
     def choose(self, layer: int, kv_cache, batch, sparse: list, tensors: dict, attributes: dict) -> None:
         """Write the lists of one layer. sparse: (place in the batch, sequence, first row, tokens, whether the prompt ends with them) of each
         sequence that is to have some; a prompt's end, where the question is, reads everything. tensors: the layer's q, k, cos and sin as attention gets them."""
-        began, self._lists = perf_counter(), []
+        began, self._lists, self._means = perf_counter(), [], []
         for place, sequence, first, count, last in sparse:
             rows, head_dim = slice(first, first + count), attributes["head_dim"]
             cos, sin = (tensors[name][batch.positions[rows]] for name in ("cos", "sin"))
             q, k = (rotate(tensors[name][rows].reshape(count, -1, head_dim), cos, sin, attributes.get("interleaved", 0)) for name in "qk")
             if kv_cache.arguments(layer)["cache.keys_rotated"]:
                 q, k = (x @ _hadamard(head_dim) for x in (q, k))
-            plans = self._plans(layer, np.ascontiguousarray(q.swapaxes(0, 1)), Keys(kv_cache, sequence, layer, k), attributes["scale"])
+            keys = Keys(kv_cache, sequence, layer, k)
+            plans = self._plans(layer, np.ascontiguousarray(q.swapaxes(0, 1)), keys, attributes["scale"])
             for plan in plans if last else ():
                 plan.blocks[:, -LAST:] = causal(plan.queries, plan.keys)[-LAST:]
             joined = [plan.union(k.shape[1] // len(plans)) for plan in plans]
             self.kept[layer] += [np.mean([plan.density() for plan in some]) for some in (plans, joined)]
-            self._lists.append(write_lists(joined))
+            if self.correction == "tail":
+                self._means.append(keys.means(tensors["v"][rows].reshape(k.shape)))
+            self._lists.append(write_lists(joined, self.correction, self._means[-1] if self._means else None, self.policy.skip))
             batch.prefill_lists[place] = self._lists[-1].ctypes.data
         self.seconds[layer] += perf_counter() - began
 
