@@ -124,6 +124,7 @@ class Keys:
 class PrefillScheduler:
     """
     policy    what chooses; min_len: tokens in the context from which chunks are sparse
+    times     what the crossover was taken from, where it was measured (prefill_crossover.py)
     chunks    how many were [dense, sparse]
     figures() what sparse chunks read, and how long choosing took
     """
@@ -132,7 +133,7 @@ class PrefillScheduler:
         self.options, self.policy = options, options.policy()
         self.min_len = self.policy.min_len if options.min_len is None else options.min_len
         self.correction = options.correction or self.policy.correction
-        self.assets, self.chunks = None, [0, 0]
+        self.assets, self.times, self.chunks = None, None, [0, 0]
         self.kept, self.seconds = np.zeros((layers, 2)), np.zeros(layers)  # densities: of query heads, of what is read; summed over chunks
         self._lists, self._means = [], []  # what kernels read until the next layer
 

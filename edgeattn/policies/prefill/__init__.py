@@ -54,5 +54,8 @@ class PrefillPolicy:
         blocks = blocks & causal(n, m) | forced(n, m, self.sink, self.recent)
         return PrefillPlan(blocks, None if columns is None else columns & ~spread(blocks, m) & (np.arange(m) < ends(n, m)[:, None]), n, m)
 
+    def tokens(self, seen: int) -> int | None:
+        """How many tokens a block of queries reads of `seen`; None where that depends on what they are."""
+
     def load(self, folder, config: dict):
         """What the method needs of the model's calibration, or None. ValueError: the model lacks it."""
