@@ -129,6 +129,10 @@ class PrefillScheduler:
         """What the policy needs of the model's calibration. ValueError: it is not there, or another model's."""
         self.assets = self.policy.load(folder, config)
 
+    def never_sparse(self, ctx_size: int) -> bool:
+        """Whether auto would find no prompt long enough in a context."""
+        return self.options.method == "auto" and ctx_size <= self.min_len
+
     def wants(self, sequence, tokens: int, last: bool) -> bool:
         """Whether a chunk of the newest `tokens` of a sequence is to be sparse; counts it. last: the prompt ends with it."""
         sparse = tokens >= (LAST * QUERIES + 1 if last else FEWEST) and sequence.length >= self.min_len and sequence.length > tokens

@@ -75,6 +75,9 @@ class Model:
         self.prefill = self._prefill(prefill or PrefillOptions(), options, about)
         self.cache = KVCache(*shape, options, self.ubatch, classes, selection)
         self.ubatch, self.ctx_size = self.cache.plan.chunk, self.cache.capacity
+        if self.prefill and self.prefill.never_sparse(self.ctx_size):  # a kernel more would be compiled for nothing
+            self.whole_because = f"it begins at {self.prefill.min_len:,} tokens, and the context holds {self.ctx_size:,}"
+            self.prefill = None
         self._max_rows = max(1, min(self.ubatch, LOGITS_BYTES // (4 * self.vocab_size)))
         self._batch = Batch(self.ubatch, self._max_rows, MAX_SEQUENCES)
         if self.scheduler:
