@@ -4,16 +4,17 @@ A chunk has hundreds of tokens, so unlike decode's policies (scheduler.py) these
 attention takes. A chunk stays dense below `min_len` tokens, and where it has few tokens, which see everything.
 """
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cache
 from time import perf_counter
+from typing import ClassVar
 
 import numpy as np
 
 from edgeattn.kernels_cpu import read_pages
 from edgeattn.kernels_cpu.page_pool import POOLS
 from edgeattn.page_formats import BITS, PAGE
-from edgeattn.policies import load_policy, policy_names
+from edgeattn.policies import MethodOptions
 from edgeattn.prefill_lists import CORRECTIONS, write_lists
 from edgeattn.prefill_plan import QUERIES, causal, middles
 from edgeattn.reference.cached_attention import rotate
@@ -23,32 +24,20 @@ LAST = 2     # query blocks at the end of a prompt that read everything
 
 
 @dataclass(frozen=True)
-class PrefillOptions:
-    """
-    method   "off", or a file of policies/prefill; "auto" is what a user gets, and gives way where it does not go with the cache
-    options  its fields, where they are not to be the defaults
-    min_len  tokens in the context from which a chunk is sparse; None: the policy's own
+class PrefillOptions(MethodOptions):
+    """What prompts read. min_len None: the policy's own.
+
     correction  what makes good what is not read, a function of prefill_corrections.py; None: the policy's own
-    ValueError: an unknown method or field, or a number out of range.
     """
-    method: str = "auto"
-    options: dict = field(default_factory=dict)
-    min_len: int | None = None
     correction: str | None = None
 
+    kind: ClassVar[str] = "prefill"
+    what: ClassVar[str] = "sparse prefill"
+
     def __post_init__(self):
-        known = ("off", *policy_names("prefill"))
-        if self.method not in known:
-            raise ValueError(f"sparse prefill must be one of {', '.join(known)}, got {self.method!r}")
-        if self.min_len is not None and self.min_len < 0:
-            raise ValueError(f"sparse prefill begins at 0 tokens or more, got {self.min_len}")
+        super().__post_init__()
         if self.correction not in (None, *CORRECTIONS):
             raise ValueError(f"a correction must be one of {', '.join(CORRECTIONS)}, got {self.correction!r}")
-        self.policy()
-
-    def policy(self):
-        """None where everything is read."""
-        return None if self.method == "off" else load_policy("prefill", self.method, self.options)
 
 
 def refusal(cache_options, window: int) -> str:
@@ -140,6 +129,10 @@ class PrefillScheduler:
     def load(self, folder, config: dict) -> None:
         """What the policy needs of the model's calibration. ValueError: it is not there, or another model's."""
         self.assets = self.policy.load(folder, config)
+
+    def never_sparse(self, ctx_size: int) -> bool:
+        """Whether auto would find no prompt long enough in a context."""
+        return self.options.method == "auto" and ctx_size <= self.min_len
 
     def wants(self, sequence, tokens: int, last: bool) -> bool:
         """Whether a chunk of the newest `tokens` of a sequence is to be sparse; counts it. last: the prompt ends with it."""
