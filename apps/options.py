@@ -84,8 +84,10 @@ def add_sparse(parser: argparse.ArgumentParser) -> None:
                        "of the context, whichever is more)")
     group.add_argument("--sparse-prefill", metavar="METHOD", default="auto", help="what a prompt reads of a long context before it: off "
                        "(everything), auto (the default), xattention, sale ... (the same list)")
-    group.add_argument("--sparse-min-len", type=whole(0), metavar="N", help="tokens in the context from which both are sparse (what was "
-                       "measured on this machine)")
+    group.add_argument("--prefill-correction", choices=("none", "tail", "delta"), help="what makes good what a prompt does not read: tail, pages as "
+                       "their mean key and value; delta, what reading everything would change of each 64th token (the method's own)")
+    group.add_argument("--sparse-min-len", type=whole(0), metavar="N", help="tokens in the context from which both are sparse (decode: what "
+                       "was measured on this machine; prompts: 2048, and 1024 with other methods than auto)")
     group.add_argument("--explain", action="store_true", help="say at the end what sparse attention decided, and why")
 
 
@@ -102,7 +104,9 @@ def sparse_options(args: argparse.Namespace):
 
 def prefill_options(args: argparse.Namespace):
     from edgeattn.prefill_scheduler import PrefillOptions
-    return PrefillOptions(args.sparse_prefill, {}, args.sparse_min_len)
+    if args.sparse_prefill == "off" and args.prefill_correction:
+        raise ValueError("--prefill-correction needs --sparse-prefill")
+    return PrefillOptions(args.sparse_prefill, {}, args.sparse_min_len, args.prefill_correction)
 
 
 def size(text: str) -> int:

@@ -4,8 +4,9 @@
 
 A setting is a name and fields of CacheOptions; --settings takes a file, {"int4": {"k_type": "int4", "v_type": "int4"}, ...}. Its field
 `sparse` is a method of --sparse-attention, `sparse_NAME` that method's option NAME; sparse settings are sparse from the first token on.
-`prefill` and `prefill_NAME` are the same for --sparse-prefill: chunks are sparse then from their first token on. Of `sparse` only decode steps
-are: --decode has the last tokens of each window computed one at a time, and only those counted.
+`prefill` and `prefill_NAME` are the same for --sparse-prefill, and `prefill_correction` is --prefill-correction: chunks are sparse then from
+their first token on. Of `sparse` only decode steps are: --decode has the last tokens of each window computed one at a time, and only those
+counted.
 Perplexity, KL (base against setting, natural log) and top-1 agreement of the next token are over windows of the text. Look-ups plant
 one or eight facts in the text and ask for each once all of it is in the cache, so that nothing can be kept with the question
 in view. Chunks are small (--ubatch): a chunk sees its own tokens before they are stored, and only earlier ones as the cache gives
@@ -43,9 +44,11 @@ def load(folder, fields, args):
     """The model with the cache of a setting."""
     tokens = max(args.window + args.generate, max(args.depths) + (GROUP * (2 * ANSWER_TOKENS) if args.turns else ANSWER_TOKENS))
     cache = {name: value for name, value in fields.items() if not name.startswith(("sparse", "prefill"))}
-    sparse, prefill = (made(fields.get(kind, "off"), {name.removeprefix(f"{kind}_"): value for name, value in fields.items()
-                                                      if name.startswith(f"{kind}_")}, 0)
-                       for kind, made in (("sparse", SparseOptions), ("prefill", PrefillOptions)))
+    own = {kind: {name.removeprefix(f"{kind}_"): value for name, value in fields.items() if name.startswith(f"{kind}_")}
+           for kind in ("sparse", "prefill")}
+    correction = own["prefill"].pop("correction", None)
+    sparse = SparseOptions(fields.get("sparse", "off"), own["sparse"], 0)
+    prefill = PrefillOptions(fields.get("prefill", "off"), own["prefill"], 0, correction)
     model = Model.load(folder, cache=CacheOptions(**cache), ctx_size=tokens + SLACK, ubatch=args.ubatch, sparse=sparse, prefill=prefill)
     if model.cache.options.budget:
         widen(model.cache)

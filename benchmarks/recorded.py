@@ -7,10 +7,9 @@ import numpy as np
 
 from edgeattn.cache.options import CacheOptions
 from edgeattn.graph import attributes
-from edgeattn.kernels_cpu import steps
 from edgeattn.page_formats import PAGE
-from edgeattn.reference.cached_attention import rotate
 from edgeattn.prefill_scheduler import PrefillOptions
+from edgeattn.recording import record_queries
 from edgeattn.runtime import Model
 from edgeattn.scheduler import SparseOptions
 from edgeattn.tokenizer import Tokenizer
@@ -54,25 +53,6 @@ class Recorded:
         source = h // group % self.keys.shape[1] * own + h % group % own
         q = self.queries[step % len(self.queries)][np.arange(layers) % self.queries.shape[1]][:, source]
         return np.ascontiguousarray(q.reshape(layers, 1, heads * head_dim))
-
-
-def record_queries(model, sequence, ids) -> np.ndarray:
-    """[layers, heads, tokens, head_dim] float32: the rotated queries of tokens that are appended and computed, at most model.ubatch of them."""
-    found, batch, graph = [], model._batch, model.plan.graph
-    nodes = iter([node for node in graph.proto.graph.node if node.op_type == "cached_attention"])
-    model.cache.append(sequence, len(ids))
-    batch.clear()
-    batch.add(sequence, np.asarray(ids), np.array([0]))
-    for step in model.plan.steps:
-        if step.operator == "cached_attention":
-            node = next(nodes)
-            about, places = attributes(node), batch.positions[:len(ids)]
-            cos, sin = (graph.initializers[name][places, :about["rotary_dim"] // 2] for name in node.input[3:5])
-            q = model.plan.view(node.input[0], batch.state).reshape(len(ids), about["num_heads"], about["head_dim"])
-            found.append(rotate(q, cos, sin, about["interleaved"]).swapaxes(0, 1))
-        steps.run(step.row.reshape(1, -1), batch.state)
-    model.cache.settle(sequence, len(ids))
-    return np.stack(found)
 
 
 def record_chunks(folder, text: str, depths, size: int = 512, threads: int | None = None):

@@ -4,9 +4,10 @@ A chunk has hundreds of tokens, so unlike decode's policies (scheduler.py) these
 attention takes. A chunk stays dense below `min_len` tokens, and where it has few tokens, which see everything.
 """
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cache
 from time import perf_counter
+from typing import ClassVar
 
 import numpy as np
 
@@ -14,8 +15,8 @@ from edgeattn.kernels_cpu import read_pages
 from edgeattn.kernels_cpu.page_pool import POOLS
 from edgeattn.kernels_cpu.stored_keys import StoredKeys
 from edgeattn.page_formats import BITS, PAGE
-from edgeattn.policies import load_policy, policy_names
-from edgeattn.prefill_lists import write_lists
+from edgeattn.policies import MethodOptions
+from edgeattn.prefill_lists import CORRECTIONS, write_lists
 from edgeattn.prefill_plan import QUERIES, causal, middles
 from edgeattn.reference.cached_attention import rotate
 
@@ -24,28 +25,20 @@ LAST = 2     # query blocks at the end of a prompt that read everything
 
 
 @dataclass(frozen=True)
-class PrefillOptions:
+class PrefillOptions(MethodOptions):
+    """What prompts read. min_len None: the policy's own.
+
+    correction  what makes good what is not read, a function of prefill_corrections.py; None: the policy's own
     """
-    method   "off", or a file of policies/prefill; "auto" is what a user gets, and gives way where it does not go with the cache
-    options  its fields, where they are not to be the defaults
-    min_len  tokens in the context from which a chunk is sparse; None: the policy's own
-    ValueError: an unknown method or field, or a number out of range.
-    """
-    method: str = "auto"
-    options: dict = field(default_factory=dict)
-    min_len: int | None = None
+    correction: str | None = None
+
+    kind: ClassVar[str] = "prefill"
+    what: ClassVar[str] = "sparse prefill"
 
     def __post_init__(self):
-        known = ("off", *policy_names("prefill"))
-        if self.method not in known:
-            raise ValueError(f"sparse prefill must be one of {', '.join(known)}, got {self.method!r}")
-        if self.min_len is not None and self.min_len < 0:
-            raise ValueError(f"sparse prefill begins at 0 tokens or more, got {self.min_len}")
-        self.policy()
-
-    def policy(self):
-        """None where everything is read."""
-        return None if self.method == "off" else load_policy("prefill", self.method, self.options)
+        super().__post_init__()
+        if self.correction not in (None, *CORRECTIONS):
+            raise ValueError(f"a correction must be one of {', '.join(CORRECTIONS)}, got {self.correction!r}")
 
 
 def refusal(cache_options, window: int) -> str:
@@ -114,10 +107,24 @@ class Keys:
         rest = np.concatenate([past.transpose(0, 2, 1).reshape(-1, head_dim)[:count - len(self._new) - whole * PAGE], self._new[:, head]])
         return np.concatenate([found, middles(rest)])
 
+    def means(self, values: np.ndarray) -> np.ndarray:
+        """[kv_heads, max_pages, head_dim + width] float32: mean key and mean value of each full page, the chunk's own among them. values: the
+        chunk's [tokens, kv_heads, head_dim], which like its keys are not in the cache yet."""
+        found, head_dim = self._cache.page_means(self._sequence, self._layer), self._cache.head_dim
+        for head, count in enumerate(self._sequence.counts[self._layer].tolist()):
+            past = count - len(self._new)
+            first, open_tokens = divmod(past, PAGE)
+            k, v = read_pages.run(self._cache.table, head_dim, self._sequence.tables[self._layer, head, first:first + 1])
+            pair = (np.concatenate([old[:open_tokens], new[:, head]]) for old, new in ((k[0].T, self._new), (v[0], values)))
+            for x, part in zip(pair, (slice(head_dim), slice(head_dim, 2 * head_dim))):
+                found[head, first:count // PAGE, part] = x[:len(x) // PAGE * PAGE].reshape(-1, PAGE, head_dim).mean(1)
+        return found
+
 
 class PrefillScheduler:
     """
     policy    what chooses; min_len: tokens in the context from which chunks are sparse
+    times     what the crossover was taken from, where it was measured (prefill_crossover.py)
     chunks    how many were [dense, sparse]
     figures() what sparse chunks read, and how long choosing took
     """
@@ -125,13 +132,18 @@ class PrefillScheduler:
     def __init__(self, options: PrefillOptions, layers: int):
         self.options, self.policy = options, options.policy()
         self.min_len = self.policy.min_len if options.min_len is None else options.min_len
-        self.assets, self.chunks = None, [0, 0]
+        self.correction = options.correction or self.policy.correction
+        self.assets, self.times, self.chunks = None, None, [0, 0]
         self.kept, self.seconds = np.zeros((layers, 2)), np.zeros(layers)  # densities: of query heads, of what is read; summed over chunks
-        self._lists = []
+        self._lists, self._means = [], []  # what kernels read until the next layer
 
     def load(self, folder, config: dict) -> None:
         """What the policy needs of the model's calibration. ValueError: it is not there, or another model's."""
         self.assets = self.policy.load(folder, config)
+
+    def never_sparse(self, ctx_size: int) -> bool:
+        """Whether auto would find no prompt long enough in a context."""
+        return self.options.method == "auto" and ctx_size <= self.min_len
 
     def wants(self, sequence, tokens: int, last: bool) -> bool:
         """Whether a chunk of the newest `tokens` of a sequence is to be sparse; counts it. last: the prompt ends with it."""
@@ -142,19 +154,22 @@ class PrefillScheduler:
     def choose(self, layer: int, kv_cache, batch, sparse: list, tensors: dict, attributes: dict) -> None:
         """Write the lists of one layer. sparse: (place in the batch, sequence, first row, tokens, whether the prompt ends with them) of each
         sequence that is to have some; a prompt's end, where the question is, reads everything. tensors: the layer's q, k, cos and sin as attention gets them."""
-        began, self._lists = perf_counter(), []
+        began, self._lists, self._means = perf_counter(), [], []
         for place, sequence, first, count, last in sparse:
             rows, head_dim = slice(first, first + count), attributes["head_dim"]
             cos, sin = (tensors[name][batch.positions[rows]] for name in ("cos", "sin"))
             q, k = (rotate(tensors[name][rows].reshape(count, -1, head_dim), cos, sin, attributes.get("interleaved", 0)) for name in "qk")
             if kv_cache.arguments(layer)["cache.keys_rotated"]:
                 q, k = (x @ _hadamard(head_dim) for x in (q, k))
-            plans = self._plans(layer, np.ascontiguousarray(q.swapaxes(0, 1)), Keys(kv_cache, sequence, layer, k), attributes["scale"])
+            keys = Keys(kv_cache, sequence, layer, k)
+            plans = self._plans(layer, np.ascontiguousarray(q.swapaxes(0, 1)), keys, attributes["scale"])
             for plan in plans if last else ():
                 plan.blocks[:, -LAST:] = causal(plan.queries, plan.keys)[-LAST:]
             joined = [plan.union(k.shape[1] // len(plans)) for plan in plans]
             self.kept[layer] += [np.mean([plan.density() for plan in some]) for some in (plans, joined)]
-            self._lists.append(write_lists(joined))
+            if self.correction == "tail":
+                self._means.append(keys.means(tensors["v"][rows].reshape(k.shape)))
+            self._lists.append(write_lists(joined, self.correction, self._means[-1] if self._means else None, self.policy.skip))
             batch.prefill_lists[place] = self._lists[-1].ctypes.data
         self.seconds[layer] += perf_counter() - began
 

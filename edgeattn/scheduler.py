@@ -6,8 +6,9 @@ what they did is read from counters afterwards.
 """
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 
@@ -16,7 +17,7 @@ from edgeattn.cache.budget import SelectionPlan
 from edgeattn.cache.options import CacheOptions
 from edgeattn.kernels_cpu.selections import DENSE, HELD, READ, REUSED, SPARSE, STATS_FIELDS
 from edgeattn.page_formats import PAGE
-from edgeattn.policies import load_policy, policy_names
+from edgeattn.policies import MethodOptions
 
 ALL = -1.0      # a share: read everything
 RETRIEVAL = 4.0  # the share of heads that look things up, and the part of all looking up that they stand for together
@@ -25,28 +26,10 @@ NEVER = 1 << 40  # tokens
 
 
 @dataclass(frozen=True)
-class SparseOptions:
-    """
-    method   "off", or a file of policies/decode; "auto" is what a user gets, and gives way where it does not go with the cache
-    options  its fields, where they are not to be the defaults
-    min_len  tokens in the context from which a step is sparse; None: what was measured on this machine (crossover.py)
-    ValueError: an unknown method or field, or a number out of range.
-    """
-    method: str = "auto"
-    options: dict = field(default_factory=dict)
-    min_len: int | None = None
-
-    def __post_init__(self):
-        known = ("off", *policy_names("decode"))
-        if self.method not in known:
-            raise ValueError(f"sparse attention must be one of {', '.join(known)}, got {self.method!r}")
-        if self.min_len is not None and self.min_len < 0:
-            raise ValueError(f"sparse attention begins at 0 tokens or more, got {self.min_len}")
-        self.policy()
-
-    def policy(self):
-        """None where everything is read."""
-        return None if self.method == "off" else load_policy("decode", self.method, self.options)
+class SparseOptions(MethodOptions):
+    """What decode steps read. min_len None: what was measured on this machine (crossover.py)."""
+    kind: ClassVar[str] = "decode"
+    what: ClassVar[str] = "sparse attention"
 
 
 def refusal(policy, cache: CacheOptions, window: int) -> str:

@@ -3,6 +3,7 @@ import numpy as np
 import pytest
 
 from edgeattn.cache.options import CacheOptions
+from edgeattn.kernels_cpu.cached_attention import ARGS
 from edgeattn.prefill_scheduler import PrefillOptions
 from edgeattn.runtime import Model
 from edgeattn.scheduler import SparseOptions
@@ -114,6 +115,23 @@ def test_a_failed_call_leaves_nothing_behind(nano_int4, monkeypatch):
     assert sequence.length == 0
     monkeypatch.undo()
     np.testing.assert_array_equal(read(model, ids)[0], expected)
+
+
+@pytest.mark.parametrize("cache", ["f16", "int4"])
+def test_auto_gives_way_where_no_prompt_is_long_enough(nano_int4, cache):
+    """Then caches of floats need no kernel that reads lists in 8 bits."""
+    def loaded(ctx_size, method="auto", min_len=None):
+        model = Model.load(nano_int4, cache=CacheOptions(**CACHES[cache]), ctx_size=ctx_size, sparse=SparseOptions("off"),
+                           prefill=PrefillOptions(method, {}, min_len))
+        rows = [step.row for step in model.plan.steps if step.operator == "cached_attention"]
+        assert {bool(row[1 + ARGS.index("prefill.attend_listed")]) for row in rows} == {model.prefill is not None}
+        return model
+    small = loaded(2048)
+    assert small.prefill is None and small.whole_because == "it begins at 2,048 tokens, and the context holds 2,048"
+    assert loaded(1024, "auto", 1024).prefill is None and loaded(512, "dhsa").prefill.min_len == 1024
+    model = loaded(1056, "auto", 1024)
+    read(model, tokens(1056))
+    assert model.prefill.chunks[1] and not model.whole_because
 
 
 def test_mistakes_are_refused_in_a_line(nano_int4):

@@ -11,7 +11,7 @@ from edgeattn.cache.pages import CacheFull, PagePool
 from edgeattn.cache.release import make_room
 from edgeattn.cache.sealing import seal
 from edgeattn.cache.sequence import Sequence
-from edgeattn.kernels_cpu import read_pages
+from edgeattn.kernels_cpu import page_means, read_pages
 from edgeattn.kernels_cpu.page_pool import FIELDS, POOLS, RELEASED
 from edgeattn.kernels_cpu.selections import HEADER
 from edgeattn.page_formats import PAGE
@@ -244,6 +244,13 @@ class KVCache:
             if sequence.compensation is not None:
                 sequence.compensation[:] = 0
         return length
+
+    def page_means(self, sequence: Sequence, layer: int) -> np.ndarray:
+        """[kv_heads, max_pages, head_dim + width] float32: mean key and mean value of each full page; of others anything."""
+        width = self.pools[0].format.width
+        found = np.empty((self.shape[1], self.plan.max_pages, self.head_dim + width), np.float32)
+        page_means.run(self.table, self.head_dim, sequence.tables[layer].ravel(), found)
+        return found
 
     def read(self, sequence: Sequence, layer: int, head: int) -> tuple[np.ndarray, np.ndarray]:
         """Keys (rotated where the storage does that) and values [slots, head_dim] float32 of one KV head."""

@@ -23,6 +23,8 @@ class PrefillPolicy:
 
     reference: ClassVar[bool] = False  # an end of the scale, not a method
     min_len: ClassVar[int] = 1024      # tokens in the context below which chunks are read whole
+    correction: ClassVar[str] = "none"  # a function of prefill_corrections.py, where the user asks for no other
+    skip: ClassVar[float] = 1e30        # powers of 2 below a row's largest weight so far at which a page's largest is left out
 
     def __post_init__(self):
         if self.sink < 1 or self.recent < 0:
@@ -52,6 +54,9 @@ class PrefillPolicy:
         """With the forced pages and without what nobody sees. [heads, query blocks, pages], [heads, query blocks, m]"""
         blocks = blocks & causal(n, m) | forced(n, m, self.sink, self.recent)
         return PrefillPlan(blocks, None if columns is None else columns & ~spread(blocks, m) & (np.arange(m) < ends(n, m)[:, None]), n, m)
+
+    def tokens(self, seen: int) -> int | None:
+        """How many tokens a block of queries reads of `seen`; None where that depends on what they are."""
 
     def load(self, folder, config: dict):
         """What the method needs of the model's calibration, or None. ValueError: the model lacks it."""

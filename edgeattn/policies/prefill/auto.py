@@ -31,6 +31,9 @@ class Auto(PrefillPolicy):
         if self.budget < 0 or not 0 <= self.fraction <= 1:
             raise ValueError(f"need budget >= 0 and fraction from 0 to 1, got {self.budget=} {self.fraction=}")
 
+    def tokens(self, seen):
+        return min(seen, max(self.budget, int(self.fraction * seen)))
+
     def select(self, q, k, scale, layer=0, assets=None):
         group, n = len(q) // len(k), q.shape[1]
         found = [k.middles(head) if hasattr(k, "middles") else middles(k[head]) for head in range(len(k))]
