@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from edgeattn.kernels_cpu.stored_keys import StoredKeys
 from edgeattn.page_formats import PAGE
 
 QUERIES = 64  # tokens of a block of queries
@@ -113,6 +114,10 @@ class LayerKeys:
 
     def middles(self, head: int) -> np.ndarray:
         return middles(self[head])
+
+    def stored(self) -> StoredKeys:
+        """As operators that estimate take them."""
+        return StoredKeys.of(self._keys)
 
 
 def softmax(scores: np.ndarray) -> np.ndarray:

@@ -79,7 +79,7 @@ class Keys(LayerKeys):
         return np.concatenate([past[:len(past) - len(self._new)], self._new[:, head]])
 
     def stored(self) -> StoredKeys:
-        """All heads' keys as operators read them, pages where they lie. Heads must hold as many (`alike`)."""
+        """Pages where they lie. Heads must hold as many (`alike`)."""
         past, head_dim = self.tokens - len(self._new), self._cache.head_dim
         whole, left = past // PAGE, past % PAGE
         tables, rest = self._sequence.tables[self._layer], self._new.swapaxes(0, 1)

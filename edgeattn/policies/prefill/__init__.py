@@ -5,7 +5,6 @@ from typing import ClassVar
 
 import numpy as np
 
-from edgeattn.kernels_cpu.stored_keys import StoredKeys
 from edgeattn.prefill_plan import PrefillPlan, causal, ends, forced, spread
 
 
@@ -60,8 +59,3 @@ class PrefillPolicy:
 
     def load(self, folder, config: dict):
         """What the method needs of the model's calibration, or None. ValueError: the model lacks it."""
-
-
-def stored(k: Sequence[np.ndarray]) -> StoredKeys:
-    """The keys of a layer as operators that estimate take them: where they lie in a cache, or arrays."""
-    return k.stored() if hasattr(k, "stored") else StoredKeys.of(k)

@@ -7,17 +7,17 @@ score). That sum is known before the scan, so the order of the scan does not mat
 Before they are rounded, queries lose their mean and keys theirs: what the queries' mean scores with a key is added again, unrounded; what
 the keys' mean scores is the same for all keys of a row and cancels. Four bits are integers from -7 to 7 with one step for each token: the
 paper's finer groups follow the registers of its GPU kernel. Means are those of a chunk's queries and of its first keys, for the whole
-prompt is not there yet. The scan is an operator of all queries with all keys
-(edgeattn/reference/score_excess.py), in bytes: 8 bits take no longer than 4 there. The paper's exact window of 128 tokens is our query block with two pages before it; it has segments of four pages to suit its kernel, we none.
-Prompts of 1,024 tokens and less, which it reads whole, are for the caller to leave alone.
+prompt is not there yet. The scan is an operator of all queries with all keys (edgeattn/reference/score_excess.py), in bytes: 8 bits take no
+longer than 4 there. The paper's exact window of 128 tokens is our query block with two pages before it; it has segments of four pages to
+suit its kernel, we none. Prompts of 1,024 tokens and less, which it reads whole, are for the caller to leave alone.
 """
 from dataclasses import dataclass
 
 import numpy as np
 
 from edgeattn.kernels_cpu import score_excess
-from edgeattn.policies.prefill import PrefillPolicy, stored
-from edgeattn.prefill_plan import PrefillPlan, attend, causal, forced, partial_softmax, shape_of
+from edgeattn.policies.prefill import PrefillPolicy
+from edgeattn.prefill_plan import LayerKeys, PrefillPlan, attend, causal, forced, partial_softmax, shape_of
 
 DENSE = 1e-5  # a head whose threshold lies below reads everything
 
@@ -38,7 +38,7 @@ class Sale(PrefillPolicy):
             raise ValueError(f"bits must be 4 or 8, got {self.bits}")
 
     def select(self, q, k, scale, layer=0, assets=None):
-        keys, (heads, n, _) = stored(k), q.shape
+        keys, (heads, n, _) = LayerKeys.of(k).stored(), q.shape
         threshold = np.full(heads, self.threshold) if assets is None else assets["sale_thresholds"][layer][:heads]
         m, dense = len(keys), threshold < DENSE
         always, mean = forced(n, m, self.sink, self.recent), keys.mean(n)

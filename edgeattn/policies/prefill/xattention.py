@@ -12,8 +12,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from edgeattn.kernels_cpu import antidiagonal_weights
-from edgeattn.policies.prefill import PrefillPolicy, stored
-from edgeattn.prefill_plan import PAGE, causal, cover, forced
+from edgeattn.policies.prefill import PrefillPolicy
+from edgeattn.prefill_plan import PAGE, LayerKeys, causal, cover, forced
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,7 @@ class Xattention(PrefillPolicy):
             raise ValueError(f"stride must be a power of two up to {PAGE}, got {self.stride}")
 
     def select(self, q, k, scale, layer=0, assets=None):
-        keys, n = stored(k), q.shape[1]
+        keys, n = LayerKeys.of(k).stored(), q.shape[1]
         weights = antidiagonal_weights.run(q, keys, keys.mean(n), scale, self.stride)
         kept = np.broadcast_to(forced(n, len(keys), self.sink, self.recent), weights.shape)
         return self.plan(cover(weights, causal(n, len(keys)), self.tau, kept), None, n, len(keys))
