@@ -2,8 +2,8 @@
 
     python benchmarks/prefill_choosing.py --depths 4096 16384 32768 -t 1
 
-One layer of a model's shape (Llama-3.2-1B's by default), a chunk of 512 tokens that ends at each depth, random keys and values: methods here read
-and estimate as much whatever the numbers are. All by KV head, in turns within a round, medians over rounds:
+One layer of a model's shape (Llama-3.2-1B's by default), a chunk of 512 tokens that ends at each depth, random keys and values: what these
+methods take to choose does not hang on the numbers. All by KV head, in turns within a round, medians over rounds:
 
     dense     attention that reads everything, as the cache's types make it
     estimate  the operator that scores alone, from the pages where they lie
@@ -41,7 +41,8 @@ def measure(depth, args):
     shape = (1, *args.shape)
     case = AttentionCase(CacheOptions(args.type, args.type), shape, depth - CHUNK, args.threads, tokens=CHUNK)
     schedulers = [PrefillScheduler(PrefillOptions(method, options, 0), 1) for method, options in SETTINGS]
-    q, new = (np.random.default_rng(0).standard_normal(size, np.float32) for size in ((shape[1], CHUNK, shape[3]), (CHUNK, shape[2], shape[3])))
+    rng = np.random.default_rng(0)
+    q, new = (rng.standard_normal(size, np.float32) for size in ((shape[1], CHUNK, shape[3]), (CHUNK, shape[2], shape[3])))
     keys, dense, times = Keys(case.cache, case.sequence, 0, new), [], [([], []) for _ in schedulers]
     for _ in range(args.rounds + 1):
         dense.append(case.step()[1])

@@ -183,3 +183,20 @@ def test_operators_that_estimate_read_the_same_from_pages_as_from_arrays(types, 
         q, x.pages(first, last + 1), q.mean(1), x.mean(len(new)), np.zeros((4, len(new))), 0.125, 4)) for x in (here, arrays)))
     np.testing.assert_array_equal(*weights)
     np.testing.assert_array_equal(*excess)
+
+
+def test_threads_and_neighbours_do_not_change_an_estimate():
+    rng, results = np.random.default_rng(), []
+    q, k = rng.standard_normal((8, 200, 64)).astype(np.float32), rng.standard_normal((2, 5000, 64)).astype(np.float32)
+    limits = np.zeros((8, 200), np.float32)
+
+    def run(heads):
+        rows, keys = q[:4 * heads], StoredKeys.of(k[:heads])
+        mean = keys.mean(200)
+        results.append((antidiagonal_weights.run(rows, keys, mean, 0.125, 8)[:4],
+                        score_excess.run(rows, keys, rows.mean(1), mean, limits[:4 * heads], 0.125, 4)[:4]))
+    for threads, heads in ((1, 2), (2, 2), (2, 1)):
+        with_threads(threads, lambda: run(heads))
+    for other in results[1:]:
+        np.testing.assert_array_equal(results[0][0], other[0])
+        np.testing.assert_array_equal(results[0][1], other[1])
