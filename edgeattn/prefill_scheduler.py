@@ -131,8 +131,8 @@ class PrefillScheduler:
         self.assets = self.policy.load(folder, config)
 
     def never_sparse(self, ctx_size: int) -> bool:
-        """Whether auto would find no prompt long enough in a context."""
-        return self.options.method == "auto" and ctx_size <= self.min_len
+        """Whether auto would find no prompt long enough in a context, or read all of it."""
+        return self.options.method == "auto" and (ctx_size <= self.min_len or self.policy.tokens(ctx_size) >= ctx_size)
 
     def wants(self, sequence, tokens: int, last: bool) -> bool:
         """Whether a chunk of the newest `tokens` of a sequence is to be sparse; counts it. last: the prompt ends with it."""
@@ -181,6 +181,10 @@ class PrefillScheduler:
         """What was decided, line by line; counters go on."""
         fields = ", ".join(f"{name} {value}" for name, value in vars(self.policy).items())
         yield f"sparse prefill {self.options.method} ({fields})"
+        if self.times:
+            yield "one layer's attention of a chunk on this machine, in microseconds: " + "; ".join(
+                f"{tokens:,} tokens: dense {1e6 * self.times['dense'][i]:.0f}, choosing {1e6 * self.times['choose'][i]:.0f}, what is chosen "
+                f"{1e6 * self.times['attend'][i]:.0f}" for i, tokens in enumerate(self.times["depths"]))
         yield (f"chunks with {self.min_len:,} tokens in the context and more are sparse; so far: {self.chunks[0]} dense, {self.chunks[1]} sparse")
         for layer, (kept, read) in enumerate(self.kept / max(1, self.chunks[1])):
             if self.chunks[1]:

@@ -72,9 +72,13 @@ class Model:
         if options.moves_slots and self.scheduler and self.scheduler.policy.shared:
             raise ValueError(f"{sparse.method} selects pages for several layers and heads at once, which eviction, head classes and sorted pages "
                              "would tell apart: use --kv-eviction none, --kv-heads none and --kv-storage kivi")
-        self.prefill = self._prefill(prefill or PrefillOptions(), options, about)
+        prefill = prefill or PrefillOptions()
+        self.prefill = self._prefill(prefill, options, about)
         self.cache = KVCache(*shape, options, self.ubatch, classes, selection)
         self.ubatch, self.ctx_size = self.cache.plan.chunk, self.cache.capacity
+        if self.prefill and not self.prefill.never_sparse(self.ctx_size) and prefill.min_len is None:
+            from edgeattn.prefill_crossover import settle as begin_prefill  # loads the kernels of lists
+            begin_prefill(self.prefill, options, about["num_heads"], about["kv_heads"], about["head_dim"], self.threads)
         if self.prefill and self.prefill.never_sparse(self.ctx_size):  # a kernel more would be compiled for nothing
             self.whole_because = f"it begins at {self.prefill.min_len:,} tokens, and the context holds {self.ctx_size:,}"
             self.prefill = None

@@ -15,7 +15,7 @@ LAYERS = [  # a file may import only from its own row or the rows above
     ["edgeattn.kernels_cpu", "edgeattn.kernels_cuda"],
     ["edgeattn.cache", "edgeattn.policies", "edgeattn.batch", "edgeattn.arena", "edgeattn.graph", "edgeattn.segments", "edgeattn.plan",
      "edgeattn.tokenizer", "edgeattn.bandwidth", "edgeattn.calibration", "edgeattn.calibrate_thresholds", "edgeattn.principal_components",
-     "edgeattn.scheduler", "edgeattn.prefill_plan", "edgeattn.prefill_lists", "edgeattn.prefill_scheduler", "edgeattn.prefill_corrections",
+     "edgeattn.scheduler", "edgeattn.prefill_plan", "edgeattn.prefill_lists", "edgeattn.prefill_scheduler", "edgeattn.prefill_corrections", "edgeattn.prefill_crossover",
      "edgeattn.attention_case", "edgeattn.crossover", "edgeattn.recording"],
     ["edgeattn.runtime", "edgeattn.rebuild", "edgeattn.context_shift", "edgeattn.generation", "edgeattn.conversation"],
     ["edgeattn.exporters"],
