@@ -92,6 +92,29 @@ def middles(keys: np.ndarray) -> np.ndarray:
     return (np.maximum.reduceat(keys, starts, 0) + np.minimum.reduceat(keys, starts, 0)) * np.float32(0.5)
 
 
+class LayerKeys:
+    """The keys of a layer's KV heads, [tokens, head_dim] float32 of a head when it is asked for: of plain arrays here; a cache has its own
+    (prefill_scheduler.py)."""
+
+    def __init__(self, keys):
+        self._keys = keys
+        self.tokens = len(keys[0])
+
+    @classmethod
+    def of(cls, keys) -> "LayerKeys":
+        """keys: [kv_heads, tokens, head_dim], an array of each head, or already what is wanted."""
+        return keys if isinstance(keys, cls) else cls(keys)
+
+    def __len__(self):
+        return len(self._keys)
+
+    def __getitem__(self, head: int) -> np.ndarray:
+        return self._keys[head]
+
+    def middles(self, head: int) -> np.ndarray:
+        return middles(self[head])
+
+
 def softmax(scores: np.ndarray) -> np.ndarray:
     """Over the last axis; a row of nothing but -inf becomes zeros."""
     top = scores.max(-1, keepdims=True)

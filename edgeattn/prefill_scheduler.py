@@ -16,7 +16,7 @@ from edgeattn.kernels_cpu.page_pool import POOLS
 from edgeattn.page_formats import BITS, PAGE
 from edgeattn.policies import MethodOptions
 from edgeattn.prefill_lists import CORRECTIONS, write_lists
-from edgeattn.prefill_plan import QUERIES, causal, middles
+from edgeattn.prefill_plan import QUERIES, LayerKeys, causal, middles
 from edgeattn.reference.cached_attention import rotate
 
 FEWEST = 32  # tokens of a chunk that make a plan worth while
@@ -59,8 +59,8 @@ def _hadamard(head_dim: int) -> np.ndarray:
     return turn
 
 
-class Keys:
-    """The keys of a layer, [tokens, head_dim] float32 of a KV head when it is asked for: those of the cache, then a chunk's own."""
+class Keys(LayerKeys):
+    """Those of the cache, then a chunk's own."""
 
     def __init__(self, cache, sequence, layer: int, new: np.ndarray):
         self._cache, self._sequence, self._layer, self._new = cache, sequence, layer, new

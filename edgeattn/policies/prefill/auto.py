@@ -10,7 +10,7 @@ from typing import ClassVar
 import numpy as np
 
 from edgeattn.policies.prefill import PrefillPolicy
-from edgeattn.prefill_plan import PAGE, QUERIES, best, causal, forced, middles, pool, softmax
+from edgeattn.prefill_plan import PAGE, QUERIES, LayerKeys, best, causal, forced, pool, softmax
 
 
 @dataclass(frozen=True)
@@ -35,9 +35,8 @@ class Auto(PrefillPolicy):
         return min(seen, max(self.budget, int(self.fraction * seen)))
 
     def select(self, q, k, scale, layer=0, assets=None):
-        group, n = len(q) // len(k), q.shape[1]
-        found = [k.middles(head) if hasattr(k, "middles") else middles(k[head]) for head in range(len(k))]
-        m = k.tokens if hasattr(k, "tokens") else len(k[0])
+        k, group, n = LayerKeys.of(k), len(q) // len(k), q.shape[1]
+        found, m = [k.middles(head) for head in range(len(k))], k.tokens
         seen, kept = causal(n, m), forced(n, m, self.sink, self.recent)
         count = np.maximum(np.ceil(self.fraction * seen.sum(1)), -(-self.budget // PAGE))
         blocks = []
