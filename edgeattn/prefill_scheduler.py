@@ -13,6 +13,7 @@ import numpy as np
 
 from edgeattn.kernels_cpu import read_pages
 from edgeattn.kernels_cpu.page_pool import POOLS
+from edgeattn.kernels_cpu.stored_keys import StoredKeys
 from edgeattn.page_formats import BITS, PAGE
 from edgeattn.policies import MethodOptions
 from edgeattn.prefill_lists import CORRECTIONS, write_lists
@@ -76,6 +77,16 @@ class Keys(LayerKeys):
             raise IndexError(head)
         past, _ = self._cache.read(self._sequence, self._layer, head)
         return np.concatenate([past[:len(past) - len(self._new)], self._new[:, head]])
+
+    def stored(self) -> StoredKeys:
+        """Pages where they lie. Heads must hold as many (`alike`)."""
+        past, head_dim = self.tokens - len(self._new), self._cache.head_dim
+        whole, left = past // PAGE, past % PAGE
+        tables, rest = self._sequence.tables[self._layer], self._new.swapaxes(0, 1)
+        if left:
+            part, _ = read_pages.run(self._cache.table, head_dim, tables[:, whole])
+            rest = np.concatenate([part.transpose(0, 2, 1)[:, :left], rest], 1)
+        return StoredKeys(self._cache.table, np.ascontiguousarray(tables[:, :whole]), np.ascontiguousarray(rest, np.float32))
 
     def middles(self, head: int) -> np.ndarray:
         """What prefill_plan.middles gives for the keys, of quantised pages without reading them."""

@@ -2,6 +2,8 @@
 import numpy as np
 import pytest
 
+from edgeattn.kernels_cpu import antidiagonal_weights, score_excess
+from edgeattn.kernels_cpu.stored_keys import StoredKeys
 from edgeattn.prefill_lists import write_lists
 from edgeattn.prefill_corrections import delta, tail
 from edgeattn.prefill_plan import PAGE, QUERIES, PrefillPlan, attend, forced, middles, shape_of, spread
@@ -160,3 +162,24 @@ def test_pages_tell_the_middle_of_their_keys(types, options):
     for head in range(2):
         assert len(keys[head]) == keys.tokens
         np.testing.assert_allclose(keys.middles(head), middles(keys[head]), atol=2e-3)
+
+
+@pytest.mark.parametrize("types, options", [("int4", {}), ("f16", {}), ("f32", {}), ("int4", {"storage": "hadamard"}), ("int8/int2", {}),
+                                            ("int3", {"storage": "zipcache"}), ("delta/int4", {"storage": "delta"})])
+def test_operators_that_estimate_read_the_same_from_pages_as_from_arrays(types, options):
+    cache, rng = cache_of(types, tokens=4096, layers=2, **options), np.random.default_rng()
+    driver, sequence = Driver(cache, 2), cache.new_sequence()
+    driver.fill(sequence, int(rng.integers(100, 3000)), check=False)
+    new = rng.standard_normal((int(rng.integers(1, 300)), 2, 64)).astype(np.float32)
+    cache.append(sequence, len(new))
+    keys, q = Keys(cache, sequence, 1, new), rng.standard_normal((4, len(new), 64)).astype(np.float32)
+    here, arrays = keys.stored(), StoredKeys.of([keys[head] for head in range(2)])
+    assert len(here) == len(arrays) == keys.tokens and here.entries.shape[1] == (keys.tokens - len(new)) // PAGE
+    np.testing.assert_array_equal(here.mean(len(new)), arrays.mean(len(new)))
+    first, last = sorted(rng.integers(0, -(-keys.tokens // PAGE), 2).tolist())
+    for head in range(2):
+        np.testing.assert_array_equal(here.floats(head, first, last), keys[head][first * PAGE:last * PAGE])
+    weights, excess = zip(*((antidiagonal_weights.run(q, x, x.mean(len(new)), 0.125, 8), score_excess.run(
+        q, x.pages(first, last + 1), q.mean(1), x.mean(len(new)), np.zeros((4, len(new))), 0.125, 4)) for x in (here, arrays)))
+    np.testing.assert_array_equal(*weights)
+    np.testing.assert_array_equal(*excess)
