@@ -24,7 +24,7 @@ LAYERS = [  # a file may import only from its own row or the rows above
 HELPERS = {"__init__", "steps", "parallel", "simd", "simd_emit", "simd_pairs", "floats", "float_tiles", "quantise", "gemm_nbits", "estimate_bytes", "stored_keys",
            "gemv_nbits", "attention_bytes", "attention_call", "attention_write", "attention_decode", "attention_prefill", "attention_prefill_int8",
            "attention_scores_int8", "attention_softmax",
-           "attention_thresholds", "attention_compensation", "attention_fold", "attention_mass", "hadamard", "page_expand", "page_index", "page_means",
+           "attention_thresholds", "attention_compensation", "attention_fold", "attention_mass", "hadamard", "page_expand", "key_means", "page_index", "page_means",
            "page_pool", "page_rows", "page_scores", "page_scores_exact", "page_scores_index", "selection_call", "selection_choice",
            "selections", "top_pages",
            *(f"page_{kind}" for kind in BITS)}
