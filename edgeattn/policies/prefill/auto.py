@@ -11,7 +11,7 @@ from typing import ClassVar
 import numpy as np
 
 from edgeattn.policies.prefill import PrefillPolicy
-from edgeattn.prefill_plan import PAGE, QUERIES, LayerKeys, best, causal, forced, pool, softmax
+from edgeattn.prefill_plan import PAGE, QUERIES, LayerKeys, causal, forced, pool, softmax
 
 
 @dataclass(frozen=True)
@@ -46,9 +46,10 @@ class Auto(PrefillPolicy):
         scores = pool(q, QUERIES).reshape(len(k), -1, *seen.shape[:1], q.shape[2]) @ (scale * k.means[:, None].swapaxes(2, 3))
         weights = softmax(np.where(seen, scores, -np.inf)).mean(1)                 # [kv_heads, query blocks, pages]
         free = np.where(seen & ~kept, weights, 0)
-        covered = np.cumsum(-np.sort(-free, -1), -1) + (weights - free).sum(-1, keepdims=True)
-        wanted = np.clip((covered < self.part).sum(-1) + 1, -(-self.least // PAGE), np.maximum(most - kept.sum(1), 0))
-        if self.part == 1:  # whatever rounding makes of the sum
-            wanted = np.maximum(most - kept.sum(1), 0)
-        chosen = best(weights, seen & ~kept, np.broadcast_to(wanted, weights.shape[:2]))
+        order = np.argsort(-free, -1, kind="stable")
+        covered = np.cumsum(np.take_along_axis(free, order, -1), -1) + (weights - free).sum(-1, keepdims=True)
+        wanted = seen.shape[1] if self.part == 1 else (covered < self.part).sum(-1) + 1  # whatever rounding makes of the sum
+        wanted = np.clip(wanted, -(-self.least // PAGE), np.maximum(most - kept.sum(1), 0))
+        chosen = np.zeros(weights.shape, bool)
+        np.put_along_axis(chosen, order, np.arange(seen.shape[1]) < np.broadcast_to(wanted, weights.shape[:2])[..., None], -1)
         return self.plan(np.repeat(chosen, len(q) // len(k), 0), None, n, k.tokens)
