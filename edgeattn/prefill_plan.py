@@ -4,6 +4,7 @@ Queries stand in blocks of QUERIES tokens, keys in pages of PAGE. The queries ar
 of m. A plan is made of bool arrays over [query heads, query blocks, ...], so that methods compose by `|` and `&`.
 """
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 
@@ -87,12 +88,6 @@ def pool(x: np.ndarray, size: int) -> np.ndarray:
     return np.add.reduceat(x, starts, axis=-2) / counts[:, None]
 
 
-def middles(keys: np.ndarray) -> np.ndarray:
-    """Of each page the middle of its keys' range, channel by channel: [m, d] -> [pages, d]."""
-    starts = np.arange(0, len(keys), PAGE)
-    return (np.maximum.reduceat(keys, starts, 0) + np.minimum.reduceat(keys, starts, 0)) * np.float32(0.5)
-
-
 class LayerKeys:
     """The keys of a layer's KV heads, [tokens, head_dim] float32 of a head when it is asked for: of plain arrays here; a cache has its own
     (prefill_scheduler.py)."""
@@ -112,8 +107,10 @@ class LayerKeys:
     def __getitem__(self, head: int) -> np.ndarray:
         return self._keys[head]
 
-    def middles(self, head: int) -> np.ndarray:
-        return middles(self[head])
+    @cached_property
+    def means(self) -> np.ndarray:
+        """[kv_heads, pages, head_dim]: of each page."""
+        return np.stack([pool(keys, PAGE) for keys in self._keys])
 
     def stored(self) -> StoredKeys:
         """As operators that estimate take them."""

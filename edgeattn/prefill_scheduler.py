@@ -5,19 +5,18 @@ attention takes. A chunk stays dense below `min_len` tokens, and where it has fe
 """
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, cached_property
 from time import perf_counter
 from typing import ClassVar
 
 import numpy as np
 
 from edgeattn.kernels_cpu import read_pages
-from edgeattn.kernels_cpu.page_pool import POOLS
 from edgeattn.kernels_cpu.stored_keys import StoredKeys
-from edgeattn.page_formats import BITS, PAGE
+from edgeattn.page_formats import PAGE
 from edgeattn.policies import MethodOptions
 from edgeattn.prefill_lists import CORRECTIONS, write_lists
-from edgeattn.prefill_plan import QUERIES, LayerKeys, causal, middles
+from edgeattn.prefill_plan import QUERIES, LayerKeys, causal
 from edgeattn.reference.cached_attention import rotate
 
 FEWEST = 32  # tokens of a chunk that make a plan worth while
@@ -88,26 +87,12 @@ class Keys(LayerKeys):
             rest = np.concatenate([part.transpose(0, 2, 1)[:, :left], rest], 1)
         return StoredKeys(self._cache.table, np.ascontiguousarray(tables[:, :whole]), np.ascontiguousarray(rest, np.float32))
 
-    def middles(self, head: int) -> np.ndarray:
-        """What prefill_plan.middles gives for the keys, of quantised pages without reading them."""
-        count = int(self._sequence.counts[self._layer, head])
-        whole = (count - len(self._new)) // PAGE
-        entries, head_dim = self._sequence.tables[self._layer, head, :-(-count // PAGE)], self._cache.head_dim
-        found, known = np.empty((whole, head_dim), np.float32), np.zeros(whole, bool)
-        for i, pool in enumerate(self._cache.pools):
-            form = pool.format
-            if form.k_params and form.k_axis == "channel":
-                known |= (here := entries[:whole] % POOLS == i)
-                params = pool.pages.k_params.view(np.float16).reshape(-1, 2, head_dim)
-                low, step = params[entries[:whole][here] // POOLS].astype(np.float32).swapaxes(0, 1)
-                found[here] = low + step * np.float32(((1 << BITS[form.k_type]) - 1) / 2)
-        k, _ = read_pages.run(self._cache.table, head_dim, entries[:whole][~known])
-        found[~known] = (k.max(2) + k.min(2)) * np.float32(0.5)
-        past, _ = read_pages.run(self._cache.table, head_dim, entries[whole:whole + 1])
-        rest = np.concatenate([past.transpose(0, 2, 1).reshape(-1, head_dim)[:count - len(self._new) - whole * PAGE], self._new[:, head]])
-        return np.concatenate([found, middles(rest)])
+    @cached_property
+    def means(self) -> np.ndarray:
+        from edgeattn.kernels_cpu import key_means  # compiled only where a policy asks for it
+        return key_means.run(self.stored())
 
-    def means(self, values: np.ndarray) -> np.ndarray:
+    def page_means(self, values: np.ndarray) -> np.ndarray:
         """[kv_heads, max_pages, head_dim + width] float32: mean key and mean value of each full page, the chunk's own among them. values: the
         chunk's [tokens, kv_heads, head_dim], which like its keys are not in the cache yet."""
         found, head_dim = self._cache.page_means(self._sequence, self._layer), self._cache.head_dim
@@ -141,9 +126,9 @@ class PrefillScheduler:
         """What the policy needs of the model's calibration. ValueError: it is not there, or another model's."""
         self.assets = self.policy.load(folder, config)
 
-    def never_sparse(self, ctx_size: int) -> bool:
-        """Whether auto would find no prompt long enough in a context."""
-        return self.options.method == "auto" and ctx_size <= self.min_len
+    def reads_all(self, tokens: int) -> bool:
+        """Whether the policy says that so many tokens are read whole."""
+        return (self.policy.tokens(tokens) or 0) >= tokens
 
     def wants(self, sequence, tokens: int, last: bool) -> bool:
         """Whether a chunk of the newest `tokens` of a sequence is to be sparse; counts it. last: the prompt ends with it."""
@@ -168,7 +153,7 @@ class PrefillScheduler:
             joined = [plan.union(k.shape[1] // len(plans)) for plan in plans]
             self.kept[layer] += [np.mean([plan.density() for plan in some]) for some in (plans, joined)]
             if self.correction == "tail":
-                self._means.append(keys.means(tensors["v"][rows].reshape(k.shape)))
+                self._means.append(keys.page_means(tensors["v"][rows].reshape(k.shape)))
             self._lists.append(write_lists(joined, self.correction, self._means[-1] if self._means else None, self.policy.skip))
             batch.prefill_lists[place] = self._lists[-1].ctypes.data
         self.seconds[layer] += perf_counter() - began
@@ -192,6 +177,10 @@ class PrefillScheduler:
         """What was decided, line by line; counters go on."""
         fields = ", ".join(f"{name} {value}" for name, value in vars(self.policy).items())
         yield f"sparse prefill {self.options.method} ({fields})"
+        if self.times:
+            yield "one layer's attention of a chunk on this machine, in microseconds: " + "; ".join(
+                f"{tokens:,} tokens: dense {1e6 * self.times['dense'][i]:.0f}, choosing {1e6 * self.times['choose'][i]:.0f}, what is chosen "
+                f"{1e6 * self.times['attend'][i]:.0f}" for i, tokens in enumerate(self.times["depths"]))
         yield (f"chunks with {self.min_len:,} tokens in the context and more are sparse; so far: {self.chunks[0]} dense, {self.chunks[1]} sparse")
         for layer, (kept, read) in enumerate(self.kept / max(1, self.chunks[1])):
             if self.chunks[1]:

@@ -72,12 +72,16 @@ class Model:
         if options.moves_slots and self.scheduler and self.scheduler.policy.shared:
             raise ValueError(f"{sparse.method} selects pages for several layers and heads at once, which eviction, head classes and sorted pages "
                              "would tell apart: use --kv-eviction none, --kv-heads none and --kv-storage kivi")
-        self.prefill = self._prefill(prefill or PrefillOptions(), options, about)
+        prefill = prefill or PrefillOptions()
+        self.prefill = self._prefill(prefill, options, about)
         self.cache = KVCache(*shape, options, self.ubatch, classes, selection)
         self.ubatch, self.ctx_size = self.cache.plan.chunk, self.cache.capacity
-        if self.prefill and self.prefill.never_sparse(self.ctx_size):  # a kernel more would be compiled for nothing
-            self.whole_because = f"it begins at {self.prefill.min_len:,} tokens, and the context holds {self.ctx_size:,}"
-            self.prefill = None
+        if self.prefill and prefill.min_len is None and not self.prefill.reads_all(self.ctx_size):
+            from edgeattn.prefill_crossover import settle as begin_prefill  # loads the kernels of lists
+            begin_prefill(self.prefill, options, about["num_heads"], about["kv_heads"], about["head_dim"], self.threads)
+        if self.prefill and prefill.method == "auto" and (self.ctx_size <= self.prefill.min_len or self.prefill.reads_all(self.ctx_size)):
+            self.whole_because = f"no prompt in a context of {self.ctx_size:,} tokens is long enough for it"
+            self.prefill = None  # a kernel more would be compiled for nothing
         self._max_rows = max(1, min(self.ubatch, LOGITS_BYTES // (4 * self.vocab_size)))
         self._batch = Batch(self.ubatch, self._max_rows, MAX_SEQUENCES)
         if self.scheduler:

@@ -15,7 +15,7 @@ LAYERS = [  # a file may import only from its own row or the rows above
     ["edgeattn.kernels_cpu", "edgeattn.kernels_cuda"],
     ["edgeattn.cache", "edgeattn.policies", "edgeattn.batch", "edgeattn.arena", "edgeattn.graph", "edgeattn.segments", "edgeattn.plan",
      "edgeattn.tokenizer", "edgeattn.bandwidth", "edgeattn.calibration", "edgeattn.calibrate_thresholds", "edgeattn.principal_components",
-     "edgeattn.scheduler", "edgeattn.prefill_plan", "edgeattn.prefill_lists", "edgeattn.prefill_scheduler", "edgeattn.prefill_corrections",
+     "edgeattn.scheduler", "edgeattn.prefill_plan", "edgeattn.prefill_lists", "edgeattn.prefill_scheduler", "edgeattn.prefill_corrections", "edgeattn.prefill_crossover",
      "edgeattn.attention_case", "edgeattn.crossover", "edgeattn.recording"],
     ["edgeattn.runtime", "edgeattn.rebuild", "edgeattn.context_shift", "edgeattn.generation", "edgeattn.conversation"],
     ["edgeattn.exporters"],
@@ -24,7 +24,7 @@ LAYERS = [  # a file may import only from its own row or the rows above
 HELPERS = {"__init__", "steps", "parallel", "simd", "simd_emit", "simd_pairs", "floats", "float_tiles", "quantise", "gemm_nbits", "estimate_bytes", "stored_keys",
            "gemv_nbits", "attention_bytes", "attention_call", "attention_write", "attention_decode", "attention_prefill", "attention_prefill_int8",
            "attention_scores_int8", "attention_softmax",
-           "attention_thresholds", "attention_compensation", "attention_fold", "attention_mass", "hadamard", "page_expand", "page_index", "page_means",
+           "attention_thresholds", "attention_compensation", "attention_fold", "attention_mass", "hadamard", "page_expand", "key_means", "page_index", "page_means",
            "page_pool", "page_rows", "page_scores", "page_scores_exact", "page_scores_index", "selection_call", "selection_choice",
            "selections", "top_pages",
            *(f"page_{kind}" for kind in BITS)}

@@ -6,7 +6,7 @@ from edgeattn.kernels_cpu import antidiagonal_weights, score_excess
 from edgeattn.kernels_cpu.stored_keys import StoredKeys
 from edgeattn.prefill_lists import write_lists
 from edgeattn.prefill_corrections import delta, tail
-from edgeattn.prefill_plan import PAGE, QUERIES, PrefillPlan, attend, forced, middles, shape_of, spread
+from edgeattn.prefill_plan import PAGE, QUERIES, PrefillPlan, attend, forced, pool, shape_of, spread
 from edgeattn.prefill_scheduler import Keys
 from kv_driver import Driver, dequantise
 from test_kv_attention import cache_of, with_threads
@@ -79,7 +79,7 @@ def test_what_is_not_read_is_made_good_as_the_contract_says(types, options, grou
     parts, plan = driver.random(n), random_plan(rng, 2, n, past + n, 0.2, columns, 0.01)
     q, k, v = (x[0] for x in parts)
     cache.append(sequence, n)
-    means = Keys(cache, sequence, 0, driver.rotated(k, sequence)).means(v) if correction == "tail" else None
+    means = Keys(cache, sequence, 0, driver.rotated(k, sequence)).page_means(v) if correction == "tail" else None
     cache.truncate(sequence, past)
     if sequence.length != past:  # the cut went through a sealed page
         pytest.fail("the test's own cache lost tokens")
@@ -152,7 +152,7 @@ def test_threads_and_neighbours_change_nothing():
 
 @pytest.mark.parametrize("types, options", [("int4", {}), ("f16", {}), ("int4", {"storage": "hadamard"}), ("int4", {"storage": "zipcache"}),
                                             ("int8/int2", {})])
-def test_pages_tell_the_middle_of_their_keys(types, options):
+def test_pages_tell_the_mean_of_their_keys(types, options):
     cache, rng = cache_of(types, tokens=1024, layers=2, **options), np.random.default_rng()
     driver, sequence = Driver(cache, 4), cache.new_sequence()
     driver.fill(sequence, int(rng.integers(100, 400)), check=False)
@@ -161,7 +161,7 @@ def test_pages_tell_the_middle_of_their_keys(types, options):
     keys = Keys(cache, sequence, 1, new)
     for head in range(2):
         assert len(keys[head]) == keys.tokens
-        np.testing.assert_allclose(keys.middles(head), middles(keys[head]), atol=2e-3)
+        np.testing.assert_allclose(keys.means[head], pool(keys[head], PAGE), atol=1e-5)
 
 
 @pytest.mark.parametrize("types, options", [("int4", {}), ("f16", {}), ("f32", {}), ("int4", {"storage": "hadamard"}), ("int8/int2", {}),

@@ -10,7 +10,8 @@ RNG = np.random.default_rng()
 # For each method: options with which it reads everything, and a tight and a loose setting, of which the second reads all that the first does.
 CASES = {
     "anchor": ({"theta": float("inf")}, {"theta": 1.0, "step": 2}, {"theta": 3.0, "step": 2}),
-    "auto": ({"fraction": 1.0}, {"fraction": 0.15, "budget": 0, "recent": 2}, {"fraction": 0.3, "budget": 0, "recent": 2}),
+    "auto": ({"part": 1.0, "fraction": 1.0}, {"part": 0.3, "least": 64, "fraction": 0.3, "budget": 0, "recent": 2},
+             {"part": 0.8, "least": 64, "fraction": 0.5, "budget": 0, "recent": 2}),
     "dhsa": ({"density": 1.0}, {"density": 0.1}, {"density": 0.3}),
     "dhsa_chunks": ({"budget": 10 ** 6}, {"budget": 300}, {"budget": 800}),
     "flex_prefill": ({"gamma": 1.0}, {"gamma": 0.3, "budget": 32}, {"gamma": 0.7, "budget": 64}),

@@ -100,7 +100,8 @@ def test_a_batch_may_hold_dense_and_sparse_sequences(nano_int4):
     model.forward([(s, ids[:-1]) for s, ids in zip(sequences, prompts)], "none")
     together = model.forward([(s, ids[-1:]) for s, ids in zip(sequences, prompts)])
     alone = np.concatenate(alone)
-    assert np.abs(together - alone).max() < 0.5 * alone.std()  # pages may change places where sums are rounded in another order
+    error = np.abs(together - alone).mean(1) / alone.std()
+    assert error.max() < 0.15, error  # pages may change places where sums are rounded in another order
     assert model.scheduler.steps == [4, 4]
 
 

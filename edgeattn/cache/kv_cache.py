@@ -11,7 +11,7 @@ from edgeattn.cache.pages import CacheFull, PagePool
 from edgeattn.cache.release import make_room
 from edgeattn.cache.sealing import seal
 from edgeattn.cache.sequence import Sequence
-from edgeattn.kernels_cpu import page_means, read_pages
+from edgeattn.kernels_cpu import read_pages
 from edgeattn.kernels_cpu.page_pool import FIELDS, POOLS, RELEASED
 from edgeattn.kernels_cpu.selections import HEADER
 from edgeattn.page_formats import PAGE
@@ -247,6 +247,7 @@ class KVCache:
 
     def page_means(self, sequence: Sequence, layer: int) -> np.ndarray:
         """[kv_heads, max_pages, head_dim + width] float32: mean key and mean value of each full page; of others anything."""
+        from edgeattn.kernels_cpu import page_means  # compiled only where a prompt is corrected
         width = self.pools[0].format.width
         found = np.empty((self.shape[1], self.plan.max_pages, self.head_dim + width), np.float32)
         page_means.run(self.table, self.head_dim, sequence.tables[layer].ravel(), found)

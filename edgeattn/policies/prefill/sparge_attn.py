@@ -1,12 +1,13 @@
-"""SpargeAttn (arXiv 2502.18137), its first stage: pages by the mean of their keys, where a mean speaks for them.
+"""SpargeAttn (arXiv 2502.18137): pages by the mean of their keys, where a mean speaks for them.
 
 Keys lose their mean over the text. A query block and a page are stood for by their means, if their tokens are alike: if the average cosine
 of all pairs within passes `similarity`. Pages of unlike keys are always read, and blocks of unlike queries read everything. Of the other
 pages a block reads the best, by number or until a part of the softmax over these is covered.
 
+In a second stage the kernel leaves out the values of keys whose scores lie far below a row's maximum so far.
+
 Calibrated heads cover a part, each with a similarity and a part of its own. The paper's blocks are of 128 queries and 64 keys, and its
-calibration smooths what it compares, and tunes a threshold of its second stage too. That stage, which leaves out the values of a page whose
-scores lie far below the maximum so far, belongs to the kernel; at the paper's default, a factor of 2^-50, it does nothing.
+calibration smooths what it compares, and tunes the threshold of the second stage too.
 """
 from dataclasses import dataclass
 
@@ -23,12 +24,14 @@ class SpargeAttn(PrefillPolicy):
     fraction    topk: of the pages that a query block sees
     cdf         cdf: part of the estimated weight that is covered; the paper has 0.98 with a similarity of 0.6
     similarity  least average cosine of tokens that are stood for by their mean; below 0 a mean is always trusted, at 1 never
+    skip        powers of 2 below the maximum, from which on 128 keys are left out of a row; 50, as the paper has it, leaves out next to none
     Assets: sparge_attn [layers, heads, 2], similarity and cdf
     """
     mode: str = "topk"
     fraction: float = 0.5
     cdf: float = 0.98
     similarity: float = -0.1
+    skip: float = 50.0
 
     def __post_init__(self):
         super().__post_init__()
