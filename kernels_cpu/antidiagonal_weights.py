@@ -214,8 +214,8 @@ def weigh_range(args, rows, first, task, thread):
             row = (head * tiles + tile) * ROWS + r
             if member >= group:
                 continue
-            final = (past + min(u * stride + stride, a[N]) - 1) // stride  # the newest stride that the row sees
-            if last * each > final:
+            if last * each > (past + u * stride) // stride:  # the first stride of which the row may see a part
+                final = (past + min(u * stride + stride, a[N]) - 1) // stride
                 _hide(scores, r * row_gap, final, begin, vectors, each)
                 for e in range(2):
                     w = min((past + u * stride) // stride + e, (past + a[N] - 1) // stride)

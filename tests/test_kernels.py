@@ -116,7 +116,7 @@ def estimate_case(rng, heads, kv_heads, tokens, keys, head_dim, stride=0, bits=0
 
 
 ESTIMATES = [(4, 1, 512, 4096, 64), (4, 2, 64, 96, 16), (2, 1, 70, 133, 32), (7, 1, 5, 77, 128), (2, 2, 1, 9, 64), (6, 2, 200, 3003, 80),
-             (1, 1, 100, 2100, 256), (3, 3, 33, 40, 48)]  # heads, KV heads, queries, keys, head_dim
+             (1, 1, 100, 2100, 256), (3, 3, 33, 40, 48), (2, 1, 300, 2201, 32)]  # heads, KV heads, queries, keys, head_dim
 
 CASES = {
     "add": [
@@ -183,7 +183,8 @@ CASES = {
         (2000, "collisions", 500, dict(tables=4, bits=8), "layer"), (230, "collisions", 160, dict(tables=4, bits=2)))],
     "antidiagonal_weights": [  # float32 sums of weights, up to 64 of them
         ("-".join(map(str, (*c, stride))), lambda rng, c=c, s=stride: estimate_case(rng, *c, stride=s), 2e-5)
-        for c, strides in zip(ESTIMATES, ((8, 16), (8, 1), (16, 2), (8, 32), (8, 4), (32, 16), (2, 8), (4, 8))) for stride in strides],
+        for c, strides in zip(ESTIMATES, ((8, 16), (8, 1), (16, 2), (8, 32), (8, 4), (32, 16), (2, 8), (4, 8), (8, 32)), strict=True)
+        for stride in strides],
     "score_excess": [  # scores up to 60
         ("-".join(map(str, (*c, bits))), lambda rng, c=c, b=bits: estimate_case(rng, *c, bits=b), 3e-5)
         for c in ESTIMATES for bits in (4, 8)],
