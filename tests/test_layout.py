@@ -25,7 +25,7 @@ HELPERS = {"__init__", "steps", "parallel", "simd", "simd_emit", "simd_pairs", "
            "gemv_nbits", "attention_bytes", "attention_call", "attention_write", "attention_decode", "attention_prefill", "attention_prefill_int8",
            "attention_scores_int8", "attention_softmax",
            "attention_thresholds", "attention_compensation", "attention_fold", "attention_mass", "hadamard", "page_expand", "key_means", "page_index", "page_means",
-           "page_pool", "page_rows", "page_scores", "page_scores_exact", "page_scores_index", "selection_call", "selection_choice",
+           "page_pool", "page_rows", "rotate_heads", "page_scores", "page_scores_exact", "page_scores_index", "selection_call", "selection_choice",
            "selections", "top_pages",
            *(f"page_{kind}" for kind in BITS)}
 LONG = {"simd.py": 600}                                                # files that may pass 300 lines, and how far
