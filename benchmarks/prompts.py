@@ -70,7 +70,7 @@ def table(found, lengths) -> str:
     return "\n".join(lines)
 
 
-def draw(found, lengths, machine, path):
+def draw(found, lengths, shape, machine, path):
     import matplotlib
     matplotlib.use("Agg")
     from matplotlib import pyplot
@@ -81,7 +81,7 @@ def draw(found, lengths, machine, path):
         upper.annotate(f"{last:.0f} s", (lengths[-1], last), xytext=(6, 0), textcoords="offset points", va="center")
         lower.plot(lengths, [100 * row["read"] for row in rows], marker=marker, color=line.get_color())
     upper.set(xscale="log", yscale="log", ylabel="time to first token, s",
-              title=f"Llama-3.2-1B's shape, {machine['threads']} threads of\n{machine['cpu']}")
+              title=f"{shape}, random weights, {machine['threads']} threads of\n{machine['cpu']}")
     upper.legend()
     lower.set(xlabel="tokens of the prompt", ylabel="pairs read, %", ylim=(0, 105), xticks=lengths, xticklabels=[f"{n:,}" for n in lengths])
     lower.minorticks_off()
@@ -104,7 +104,7 @@ def main():
     if args.json:
         args.json.write_text(json.dumps({"machine": machine, "shape": args.shape, "lengths": args.lengths, "engines": found}, indent=1))
     if args.plot:
-        draw(found, args.lengths, machine, args.plot)
+        draw(found, args.lengths, args.shape, machine, args.plot)
 
 
 if __name__ == "__main__":
