@@ -176,7 +176,7 @@ class PrefillScheduler:
     def explain(self) -> Iterator[str]:
         """What was decided, line by line; counters go on."""
         fields = ", ".join(f"{name} {value}" for name, value in vars(self.policy).items())
-        yield f"sparse prefill {self.options.method} ({fields})"
+        yield f"sparse prefill {self.options.method} ({fields})" + ("" if self.assets is None else ", fitted to this model")
         if self.times:
             yield "one layer's attention of a chunk on this machine, in microseconds: " + "; ".join(
                 f"{tokens:,} tokens: dense {1e6 * self.times['dense'][i]:.0f}, choosing {1e6 * self.times['choose'][i]:.0f}, what is chosen "
