@@ -163,7 +163,8 @@ class PrefillScheduler:
         if keys.alike:
             return [self.policy.select(q, keys, scale, layer, self.assets)]
         group = len(q) // len(keys)
-        return [self.policy.select(q[head * group:(head + 1) * group], [keys[head]], scale, layer, self.assets) for head in range(len(keys))]
+        return [self.policy.select(q[head * group:(head + 1) * group], [keys[head]], scale, layer, self.policy.of_head(self.assets, head, group))
+                for head in range(len(keys))]
 
     def figures(self) -> dict[str, float]:
         """Since the last call, over sparse chunks: density of the plans and of what is read (pairs of all that a causal mask leaves), and

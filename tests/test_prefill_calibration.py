@@ -11,8 +11,8 @@ from edgeattn.calibrate_prefill import DENSITY, fit_prefill
 from edgeattn.page_sums import PageSums
 from edgeattn.policies import load_policy
 from edgeattn.policies.prefill.moa import band
-from edgeattn.prefill_plan import PrefillPlan, attend, causal, forced
-from edgeattn.prefill_scheduler import PrefillOptions
+from edgeattn.prefill_plan import LayerKeys, PrefillPlan, attend, causal, forced
+from edgeattn.prefill_scheduler import PrefillOptions, PrefillScheduler
 from edgeattn.recording import record_chunk
 from edgeattn.runtime import Model, read_config
 from edgeattn.scheduler import SparseOptions
@@ -166,6 +166,28 @@ def test_a_calibrated_model_reads_what_the_file_says(method, tight, loose, calib
     model.forward([(model.new_sequence(), prompts[1][:768])], "none")
     (little, _), (everything, _) = model.prefill.kept / model.prefill.chunks[1]
     assert little < 0.6 and everything == pytest.approx(1)
+
+
+@pytest.mark.parametrize("method", [*NAMES, "seer_attention"])
+def test_heads_that_are_asked_alone_keep_what_was_fitted_to_them(method):
+    """As they are where KV heads hold different tokens."""
+    q, k, _ = structured(RNG, 6, 2, 1000, 64)
+    scheduler, keys = PrefillScheduler(PrefillOptions(method), 2), LayerKeys(k)
+    each = {"sale": {"sale_thresholds": RNG.uniform(0, 2, (2, 6))},
+            "minference": {"patterns": RNG.integers((0, 32, 32), (3, 400, 400), (2, 6, 3))},
+            "sparge_attn": {"sparge_attn": RNG.uniform((-1, 0.1), (0.1, 0.9), (2, 6, 2))},
+            "moa": {"alpha": RNG.uniform(0, 300, (2, 6)), "beta": RNG.uniform(0, 0.5, (2, 6))}}
+    scheduler.assets = each.get(method) or {name: np.repeat(x, 2, 0) if "gate" in name else x for name, x in
+                                            scheduler.policy.example_assets(6, 2, 64).items()}
+    if method == "seer_attention":
+        scheduler.assets |= {name: RNG.standard_normal(scheduler.assets[name].shape, np.float32) / 8 for name in ("gate_q", "gate_k")}
+        scheduler.policy = load_policy("prefill", method, {"fraction": 0.2})
+    keys.alike = True
+    (whole,) = scheduler._plans(1, q[:, -300:], keys, 0.125)
+    keys.alike = False
+    apart = np.concatenate([plan.blocks for plan in scheduler._plans(1, q[:, -300:], keys, 0.125)])
+    np.testing.assert_array_equal(apart, whole.blocks)
+    assert 0.05 < apart.mean() < 0.95 and (apart[:3] != apart[3:]).any()
 
 
 def test_calibrate(edgeattn, folder):
