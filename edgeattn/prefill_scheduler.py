@@ -151,7 +151,8 @@ class PrefillScheduler:
         if keys.alike:
             return [self.policy.select(q, keys, scale, layer, self.assets)]
         group = len(q) // len(keys)
-        return [self.policy.select(q[head * group:(head + 1) * group], [keys[head]], scale, layer, self.assets) for head in range(len(keys))]
+        return [self.policy.select(q[head * group:(head + 1) * group], [keys[head]], scale, layer, self.policy.of_head(self.assets, head, group))
+                for head in range(len(keys))]
 
     def figures(self) -> dict[str, float]:
         """Since the last call, over sparse chunks: density of the plans and of what is read (pairs of all that a causal mask leaves), and
@@ -164,7 +165,7 @@ class PrefillScheduler:
     def explain(self) -> Iterator[str]:
         """What was decided, line by line; counters go on."""
         fields = ", ".join(f"{name} {value}" for name, value in vars(self.policy).items())
-        yield f"sparse prefill {self.options.method} ({fields})"
+        yield f"sparse prefill {self.options.method} ({fields})" + ("" if self.assets is None else ", fitted to this model")
         if self.times:
             yield "one layer's attention of a chunk on this machine, in microseconds: " + "; ".join(
                 f"{tokens:,} tokens: dense {1e6 * self.times['dense'][i]:.0f}, choosing {1e6 * self.times['choose'][i]:.0f}, what is chosen "
