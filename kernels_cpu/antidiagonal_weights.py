@@ -1,8 +1,8 @@
 """Softmax weights of pages for blocks of queries, estimated from antidiagonals in 8 bits: one product of width stride * head_dim.
 
-Keys are taken a range of pages at a time, each by one task, rounded into scratch that stays in the cache, and multiplied with all rows of their KV
-head's queries. A range's softmax is relative to its own largest score; what the ranges found is put together at the end. Columns, strides of
-keys, stand so that lane p of a vector belongs to page p of 16: sums over a page are then sums of vectors.
+Keys are taken a range of pages at a time, each by one task, rounded into scratch that stays in the cache, and multiplied with all rows of
+their KV head's queries. A range's softmax is relative to its own largest score; what the ranges found is put together at the end. Columns,
+strides of keys, stand so that lane p of a vector belongs to page p of 16: sums over a page are then sums of vectors.
 """
 import numpy as np
 from numba import carray, cfunc, float32, get_num_threads, int32, int8, njit, uint8
@@ -11,14 +11,14 @@ from edgeattn.kernels_cpu.estimate_bytes import BLOCK, address, round_page, roun
 from edgeattn.kernels_cpu.float_tiles import COLUMNS
 from edgeattn.kernels_cpu.floats import F, I, exp_low, lane_numbers, where_less
 from edgeattn.kernels_cpu.parallel import parallel, worker
-from edgeattn.kernels_cpu.simd import (at, broadcast_rows, fma, hmax, hsum, load, load_tile, outer_dot8, outer_fma, splat, store, store_tile, u8,
-                                       vmax, zeros)
+from edgeattn.kernels_cpu.simd import (at, broadcast_rows, fma, hmax, hsum, load, load_tile, outer_dot8, outer_fma, splat, store,
+                                       store_tile, u8, vmax, zeros)
 from edgeattn.kernels_cpu.steps import STEP, aligned, as_f32, call
 from edgeattn.kernels_cpu.stored_keys import ARGS as KEYS, StoredKeys, expand_page
 from edgeattn.page_formats import PAGE
 
-ARGS = ("q", "q.0", "q.1", "q.2", "mean", "mean.0", "out", "scale", "stride", *KEYS, "codes", "codes.1", "steps", "starts", "edges", "weights",
-        "tops", "tops.2", "totals", "scratch", "scratch.1")
+ARGS = ("q", "q.0", "q.1", "q.2", "mean", "mean.0", "out", "scale", "stride", *KEYS, "codes", "codes.1", "steps", "starts", "edges",
+        "weights", "tops", "tops.2", "totals", "scratch", "scratch.1")
 (Q, HEADS, N, DEPTH, MEAN, KV_HEADS, OUT, SCALE, STRIDE, POOLS, ENTRIES, PAGES, REST, TOKENS, CODES, TILES, STEPS, STARTS, EDGES, WEIGHTS,
  TOPS, RANGES, TOTALS, SCRATCH, SCRATCH_BYTES) = range(len(ARGS))
 
@@ -28,7 +28,6 @@ TILE = ROWS * COLUMNS
 QUERIES = 64          # tokens of a block of queries
 U = u8(64)
 LOWEST = np.float32(-1e30)
-LOG2E = np.float32(1.4426950408889634)
 
 
 def antidiagonal_weights(q, k, mean, *, scale, stride):
@@ -54,17 +53,15 @@ def run(q: np.ndarray, keys: StoredKeys, mean: np.ndarray, scale: float, stride:
 
 
 @njit(nogil=True, error_model="numpy")
-def _scratch(first, depth, stride):
-    """Of a thread: a task of page_rows, its parameters, a page, its codes, its steps, the range's codes, their steps, scores -> addresses, end."""
-    columns = RANGE * PAGE // stride
+def _scratch(first, depth):
+    """Addresses, after a task of page_rows: its parameters, a page, its codes, its steps, the range's codes, their steps, scores."""
     params = address(first, 128)
     page = address(params, 8 * depth)
     words = address(page, 4 * PAGE * depth)
     steps = address(words, PAGE * depth)
     codes = address(steps, 4 * PAGE)
     code_steps = address(codes, RANGE * PAGE * depth)
-    scores = address(code_steps, 4 * RANGE * PAGE)
-    return params, page, words, steps, codes, code_steps, scores, address(scores, 4 * ROWS * columns)
+    return params, page, words, steps, codes, code_steps, address(code_steps, 4 * RANGE * PAGE)
 
 
 @njit(nogil=True, error_model="numpy")
@@ -84,7 +81,8 @@ def _dot(a, x, b, y, depth):
 
 @njit(nogil=True, error_model="numpy")
 def _edges(a, head, member, u, to):
-    """The two strides of keys of which a row may see a part: exact means of the pairs that it sees, less what the mean key took from others."""
+    """The two strides of keys of which a row may see a part: exact means of the pairs that it sees, less what the mean key takes from all
+    other scores of the row."""
     n, depth, stride, past = a[N], a[DEPTH], a[STRIDE], a[PAGES] * PAGE + a[TOKENS] - a[N]
     q, rest, mean = at(float32, a[Q]), at(float32, a[REST]), at(float32, a[MEAN])
     first, shift = (head * (a[HEADS] // a[KV_HEADS]) + member) * n, np.float32(0)
@@ -110,7 +108,7 @@ def round_rows(args, rows, first, task, thread):
     head, tile = task // tiles, task % tiles
     codes, steps, starts = at(int32, a[CODES]), at(float32, a[STEPS]), at(int32, a[STARTS])
     scratch = a[SCRATCH] + thread * a[SCRATCH_BYTES]
-    _, page, words, _, _, _, _, _ = _scratch(scratch, depth, stride)
+    _, page, words, _, _, _, _ = _scratch(scratch, depth)
     nothing = at(float32, page)
     for c in range(depth):
         nothing[c] = 0
@@ -133,10 +131,12 @@ def round_rows(args, rows, first, task, thread):
 
 @njit(nogil=True, error_model="numpy")
 def _round_range(a, head, first, last, scratch):
-    """Keys of the pages first ... last to the scratch: codes [BLOCK strides][token of a stride][quad of channels][stride], and their steps."""
+    """Keys of the pages first ... last to the scratch: codes [block of BLOCK strides][token of a stride][quad of channels][stride], and a
+    step for each token."""
     depth, stride = a[DEPTH], a[STRIDE]
-    params, page, words, steps, codes, code_steps, _, _ = _scratch(scratch, depth, stride)
-    x, word, size, out, sizes, quads = at(float32, page), at(int32, words), at(float32, steps), at(int32, codes), at(float32, code_steps), depth // 4
+    params, page, words, steps, codes, code_steps, _ = _scratch(scratch, depth)
+    x, word, size, quads = at(float32, page), at(int32, words), at(float32, steps), depth // 4
+    out, sizes = at(int32, codes), at(float32, code_steps)
     for p in range(first, last):
         expand_page(a[POOLS], a[ENTRIES], a[PAGES], a[REST], a[TOKENS], depth, head, p, scratch, params, page)
         round_page(x, at(float32, a[MEAN]), head * depth, depth, np.float32(127), word, 0, PAGE, size, 0)
@@ -151,7 +151,7 @@ def _round_range(a, head, first, last, scratch):
 @njit(nogil=True, error_model="numpy")
 def _score(a, task, scratch, depth, stride, columns):
     """Scores of a tile of rows with `columns` strides of keys."""
-    _, _, _, _, codes, code_steps, scores, _ = _scratch(scratch, depth, stride)
+    _, _, _, _, codes, code_steps, scores = _scratch(scratch, depth)
     keys, key_steps, out, quads = at(uint8, codes), at(float32, code_steps), at(float32, scores), depth // 4
     rows, row_steps, starts = at(int8, a[CODES]), at(float32, a[STEPS]), at(int32, a[STARTS])
     for i in range(0, columns, BLOCK):
@@ -205,8 +205,7 @@ def weigh_range(args, rows, first, task, thread):
     _round_range(a, head, begin, last, scratch)
     vectors = (last - begin + 15) // 16 * each
     columns, row_gap = (vectors + COLUMNS - 1) // COLUMNS * BLOCK, RANGE * PAGE // stride
-    _, _, _, _, _, _, scores_at, _ = _scratch(scratch, depth, stride)
-    scores, edges, weights = at(float32, scores_at), at(float32, a[EDGES]), at(float32, a[WEIGHTS])
+    scores, edges, weights = at(float32, _scratch(scratch, depth)[6]), at(float32, a[EDGES]), at(float32, a[WEIGHTS])
     tops, totals = at(float32, a[TOPS]), at(float32, a[TOTALS])
     for tile in range(tiles):
         _score(a, head * tiles + tile, scratch, depth, stride, columns)

@@ -1,4 +1,7 @@
-"""Queries and keys as signed bytes for estimated scores: one step for each token, as many levels to either side as are asked for."""
+"""Queries and keys as signed bytes for estimated scores: one step for each token, as many levels to either side as are asked for.
+
+head_dim is at most 256: sums of as many products of bytes are exact floats (simd.outer_fma).
+"""
 import numpy as np
 from numba import float32, int8, int32, njit
 
@@ -33,8 +36,8 @@ def round_query(q, source, mean, first, factor, depth, levels, codes, words, to,
 
 @njit(nogil=True, error_model="numpy")
 def round_page(page, mean, first, depth, levels, words, to, gap, steps, steps_to):
-    """A page's keys, float32 [depth][32], lose the mean where they lie; their codes, four channels to a word, go to words from `to` on: a vector of
-    16 tokens each, a quad of channels `gap` words behind the one before, the second half of the tokens behind the first where there is room."""
+    """A page's keys, float32 [depth][32], lose the mean where they lie. Their codes, four channels to a word, go to words[to] and on, quads
+    of channels `gap` words apart: 32 tokens each, or, where the gap is 16, all quads of the first 16 tokens and then those of the others."""
     for half in range(0, PAGE, 16):
         top = splat(F, TINY)
         for c in range(depth):

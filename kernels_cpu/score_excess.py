@@ -1,4 +1,4 @@
-"""By how much scores estimated in few bits pass a limit: all queries with all keys, of which a block of queries and a page leave one number.
+"""By how much scores estimated in few bits pass a limit: all queries with all keys, of which a block of queries and a page leave a number.
 
 Codes of 4 and of 8 bits are bytes here, so that both take the same time: 4 bits are for what a method says, not for speed.
 """
@@ -17,10 +17,10 @@ from edgeattn.kernels_cpu.steps import STEP, aligned, as_f32, call
 from edgeattn.kernels_cpu.stored_keys import ARGS as KEYS, StoredKeys, expand_page
 from edgeattn.page_formats import PAGE
 
-ARGS = ("q", "q.0", "q.1", "q.2", "q_mean", "k_mean", "k_mean.0", "limits", "out", "scale", "levels", *KEYS, "codes", "steps", "starts", "floors",
-        "scratch", "scratch.1")
-(Q, HEADS, N, DEPTH, Q_MEAN, K_MEAN, KV_HEADS, LIMITS, OUT, SCALE, LEVELS, POOLS, ENTRIES, PAGES, REST, TOKENS, CODES, STEPS, STARTS, FLOORS,
- SCRATCH, SCRATCH_BYTES) = range(len(ARGS))
+ARGS = ("q", "q.0", "q.1", "q.2", "q_mean", "k_mean", "k_mean.0", "limits", "out", "scale", "levels", *KEYS, "codes", "steps", "starts",
+        "floors", "scratch", "scratch.1")
+(Q, HEADS, N, DEPTH, Q_MEAN, K_MEAN, KV_HEADS, LIMITS, OUT, SCALE, LEVELS, POOLS, ENTRIES, PAGES, REST, TOKENS, CODES, STEPS, STARTS,
+ FLOORS, SCRATCH, SCRATCH_BYTES) = range(len(ARGS))
 
 ROWS = {2: 8, 1: 4}[COLUMNS]  # of a register tile
 TILE = ROWS * COLUMNS
@@ -37,9 +37,11 @@ def score_excess(q, k, q_mean, k_mean, limits, *, scale, bits):
 def run(q: np.ndarray, keys: StoredKeys, q_mean: np.ndarray, k_mean: np.ndarray, limits: np.ndarray, scale: float, bits: int) -> np.ndarray:
     """-> [heads, query blocks, pages]"""
     (heads, n, depth), pages, blocks = q.shape, -(-len(keys) // PAGE), -(-q.shape[1] // QUERIES)
-    arrays = {name: np.ascontiguousarray(x, np.float32) for name, x in {"q": q, "q_mean": q_mean, "k_mean": k_mean, "limits": limits}.items()}
+    given = {"q": q, "q_mean": q_mean, "k_mean": k_mean, "limits": limits}
+    arrays = {name: np.ascontiguousarray(x, np.float32) for name, x in given.items()}
     arrays |= {"out": np.empty((heads, blocks, pages), np.float32), "codes": aligned((heads, blocks, QUERIES * depth), np.int8)}
-    arrays |= {name: aligned((heads, blocks * QUERIES), kind) for name, kind in (("steps", np.float32), ("starts", np.int32), ("floors", np.float32))}
+    kinds = {"steps": np.float32, "starts": np.int32, "floors": np.float32}
+    arrays |= {name: aligned((heads, blocks * QUERIES), kind) for name, kind in kinds.items()}
     size = 1024 + depth * (8 + 4 * PAGE + RANGE * PAGE) + 4 * RANGE * PAGE * (1 + heads // len(k_mean))
     arrays["scratch"] = aligned((get_num_threads(), -(-size // 64) * 64), np.uint8)
     call(step, ARGS, arrays | keys.tensors(), {"scale": float(scale), "levels": float({4: 7, 8: 127}[bits])})
@@ -48,7 +50,7 @@ def run(q: np.ndarray, keys: StoredKeys, q_mean: np.ndarray, k_mean: np.ndarray,
 
 @intrinsic
 def row_maxima(typingctx, best, acc, column_scale, scales, floors, first):
-    """best[c] = the largest of best[c] and value(acc[r, c]) * column_scale[c] * scales[first + r] + floors[first + r] of all rows r, where an
+    """best[c] = the largest of best[c] and, of all rows r, value(acc[r, c]) * column_scale[c] * scales[first + r] + floors[first + r]; an
     accumulator's value is float(acc - BIAS)."""
     def codegen(context, builder, sig, args):
         n, vec = best.count, best.dtype.ir
@@ -74,7 +76,8 @@ def _scratch(first, depth):
 
 @worker
 def round_block(args, rows, first, task, thread):
-    """A block of one head's queries: codes [tile of ROWS rows][quad of channels][row], a step for each row; no limit behind the last one."""
+    """A block of one head's queries: codes [tile of ROWS rows][quad of channels][row], a step for each row; rows behind the last never
+    pass."""
     a = carray(args, SCRATCH_BYTES + 1)
     n, depth, blocks = a[N], a[DEPTH], (a[N] + QUERIES - 1) // QUERIES
     head, block = task // blocks, task % blocks
@@ -83,16 +86,16 @@ def round_block(args, rows, first, task, thread):
     for r in range(QUERIES):
         row = block * QUERIES + r
         source, to = head * n + min(row, n - 1), ((task * QUERIES + r) // ROWS * (depth // 4)) * ROWS + r % ROWS
-        size, start = round_query(at(float32, a[Q]), source * depth, at(float32, a[Q_MEAN]), head * depth, as_f32(a[SCALE]), depth, levels, words,
-                                  codes, to, ROWS)
+        size, start = round_query(at(float32, a[Q]), source * depth, at(float32, a[Q_MEAN]), head * depth, as_f32(a[SCALE]), depth, levels,
+                                  words, codes, to, ROWS)
         steps[task * QUERIES + r], starts[task * QUERIES + r] = size, start
         floors[task * QUERIES + r] = -at(float32, a[LIMITS])[source] if row < n else -NEVER
 
 
 @njit(nogil=True, error_model="numpy")
 def _round_range(a, head, first, last, scratch):
-    """Keys of the pages first ... last to the scratch: codes [BLOCK tokens][quad of channels][token], their steps, and what the mean query of
-    each head of the group scores with them, [head][token]."""
+    """Keys of the pages first ... last to the scratch: codes [block of BLOCK tokens][quad of channels][token], a step for each token, and
+    what the mean query of each head of the group scores with it, [head][token]."""
     depth, group = a[DEPTH], a[HEADS] // a[KV_HEADS]
     params, page, codes, steps, shared = _scratch(scratch, depth)
     x, means, scores = at(float32, page), at(float32, a[Q_MEAN]), at(float32, shared)

@@ -49,7 +49,8 @@ class StoredKeys:
         return np.concatenate([k.transpose(0, 2, 1).reshape(-1, self.rest.shape[2]), part.rest[head]])
 
     def mean(self, newest: int) -> np.ndarray:
-        """[kv_heads, head_dim]: of the first 64 of the newest tokens, which `rest` must hold; no query block's plan hangs on what comes after it."""
+        """[kv_heads, head_dim]: of the first 64 of the newest tokens, which `rest` must hold: later ones would make the plans of a chunk's
+        first queries hang on what comes after them."""
         return self.rest[:, -newest:][:, :64].mean(1)
 
     def tensors(self) -> dict[str, np.ndarray]:

@@ -185,7 +185,8 @@ CASES = {
         ("-".join(map(str, (*c, stride))), lambda rng, c=c, s=stride: estimate_case(rng, *c, stride=s), 2e-5)
         for c, strides in zip(ESTIMATES, ((8, 16), (8, 1), (16, 2), (8, 32), (8, 4), (32, 16), (2, 8), (4, 8))) for stride in strides],
     "score_excess": [  # scores up to 60
-        ("-".join(map(str, (*c, bits))), lambda rng, c=c, b=bits: estimate_case(rng, *c, bits=b), 3e-5) for c in ESTIMATES for bits in (4, 8)],
+        ("-".join(map(str, (*c, bits))), lambda rng, c=c, b=bits: estimate_case(rng, *c, bits=b), 3e-5)
+        for c in ESTIMATES for bits in (4, 8)],
     "seal_pages": [("-".join(map(str, c)), lambda rng, c=c: (pages_case(rng, c[0]), formats(*c[1:])), 0) for c in PAGE_FORMATS]
     + [("-".join(map(str, ("delta", *c))), lambda rng, c=c: deltas_case(rng, *c), 0) for c in DELTAS],
     "read_pages": [("-".join(map(str, c)), lambda rng, c=c: read_pages_case(rng, *c), 2e-5) for c in PAGE_FORMATS]  # values up to 40

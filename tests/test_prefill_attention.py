@@ -195,6 +195,24 @@ def test_heads_are_rotated_as_attention_rotates_them(head_dim, half, interleaved
     fused = rng.standard_normal((50, 7 * head_dim)).astype(np.float32)
     x, positions = fused[:, head_dim:4 * head_dim], rng.integers(0, 300, 50)
     cos, sin = rng.standard_normal((2, 300, half)).astype(np.float32)
-    expected = rotate(x.reshape(50, 3, head_dim), cos[positions], sin[positions], interleaved) @ (hadamard(head_dim) if turned else np.eye(head_dim))
+    turn = hadamard(head_dim) if turned else np.eye(head_dim)
+    expected = rotate(x.reshape(50, 3, head_dim), cos[positions], sin[positions], interleaved) @ turn
     got = rotate_heads.run(x, cos, sin, positions, head_dim, interleaved, turned)
     np.testing.assert_allclose(got, expected.swapaxes(0, 1), atol=1e-5)
+
+
+def test_threads_and_neighbours_do_not_change_an_estimate():
+    rng, results = np.random.default_rng(), []
+    q, k = rng.standard_normal((8, 200, 64)).astype(np.float32), rng.standard_normal((2, 5000, 64)).astype(np.float32)
+    limits = np.zeros((8, 200), np.float32)
+
+    def run(heads):
+        rows, keys = q[:4 * heads], StoredKeys.of(k[:heads])
+        mean = keys.mean(200)
+        results.append((antidiagonal_weights.run(rows, keys, mean, 0.125, 8)[:4],
+                        score_excess.run(rows, keys, rows.mean(1), mean, limits[:4 * heads], 0.125, 4)[:4]))
+    for threads, heads in ((1, 2), (2, 2), (2, 1)):
+        with_threads(threads, lambda: run(heads))
+    for other in results[1:]:
+        np.testing.assert_array_equal(results[0][0], other[0])
+        np.testing.assert_array_equal(results[0][1], other[1])

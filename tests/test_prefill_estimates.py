@@ -59,7 +59,8 @@ def relative(q, k, scores, policy):
 def less_mean(q, k):
     """As SALE rounds them: queries less their mean, keys less that of the chunk's first. -> q, k, the two means"""
     mean = k[-q.shape[1]:][:64].mean(0)
-    return (q - q.mean(1, keepdims=True)) * np.float32(SCALE), k - mean, q.mean(1, keepdims=True).astype(np.float64), mean.astype(np.float64)
+    q_mean = q.mean(1, keepdims=True)
+    return (q - q_mean) * np.float32(SCALE), k - mean, q_mean.astype(np.float64), mean.astype(np.float64)
 
 
 def estimate(q, k, levels):
@@ -281,7 +282,8 @@ def test_anchor_finds_a_single_key_and_reads_it_alone():
 
 # ---- options ---------------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize("name, options", [("xattention", {"stride": 12}), ("sparge_attn", {"mode": "best"}), ("dhsa", {"mode": "top"}),
-                                           ("anchor", {"step": 0}), ("dhsa_chunks", {"budget": 0}), ("dhsa_chunks", {"chunk": 0}), ("sale", {"bits": 5})])
+                                           ("anchor", {"step": 0}), ("dhsa_chunks", {"budget": 0}), ("dhsa_chunks", {"chunk": 0}),
+                                           ("sale", {"bits": 5})])
 def test_options_out_of_range_are_refused(name, options):
     with pytest.raises(ValueError, match=next(iter(options))):
         load_policy("prefill", name, options)

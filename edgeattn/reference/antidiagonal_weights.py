@@ -14,9 +14,9 @@ def antidiagonal_weights(q, k, mean, *, scale, stride):
     mean  [kv_heads, head_dim]        float32, taken from keys before they are rounded: any will do, the softmax does not see it
     ->    [heads, query blocks, pages] float32, sums over a block's rows and a page's strides; they add up to the block's rows
 
-    Queries and keys are integers from -127 to 127 with one step for each token. A row is a stride of queries, and its score with a stride of
-    keys the mean over the pairs (last - t, first + t), times scale; the last row repeats the last query where tokens lack. Where the causal
-    mask leaves a part of the pairs, those alone count, and the product is of floats.
+    Queries and keys are integers from -127 to 127 with one step for each token. A row is a stride of queries, and its score with a stride
+    of keys the mean over the pairs (last - t, first + t), times scale; the last row repeats the last query where tokens lack. Where the
+    causal mask leaves a part of the pairs, those alone count, and the product is of floats.
     """
     scores = antidiagonals(q, k, mean, stride)
     weights = np.exp((scores - scores.max(2, keepdims=True)) * scale)
@@ -26,8 +26,8 @@ def antidiagonal_weights(q, k, mean, *, scale, stride):
 
 
 def antidiagonals(q, k, mean, stride):
-    """[heads, strides of queries, strides of keys] float64: the mean scores, -inf where the mask leaves no pair; all of a row too small by what the
-    row's queries score with the mean key."""
+    """[heads, strides of queries, strides of keys] float64: the mean scores, -inf where the mask leaves no pair; all of a row too small by
+    what the row's queries score with the mean key."""
     (heads, n, depth), m = q.shape, k.shape[1]
     rows = np.minimum(np.arange(-(-n // stride) * stride), n - 1).reshape(-1, stride)[:, ::-1]
     last, first = rows.max(1) + m - n, rows.min(1) + m - n

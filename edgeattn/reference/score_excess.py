@@ -14,8 +14,8 @@ def score_excess(q, k, q_mean, k_mean, limits, *, scale, bits):
     limits  [heads, n]                 float32
     ->      [heads, query blocks, pages] float32: the largest of (estimate - limit) over the block's rows and the page's keys
 
-    The estimate of scale * q . (k - k_mean): (q - q_mean) * scale and k - k_mean are rounded to integers up to 7 (bits 4) or 127 (bits 8) to
-    either side, one step for each token; what q_mean scores with k - k_mean is added unrounded.
+    The estimate of scale * q . (k - k_mean): (q - q_mean) * scale and k - k_mean are rounded to integers up to 7 (bits 4) or 127 (bits 8)
+    to either side, one step for each token; what q_mean scores with k - k_mean is added unrounded.
     """
     (heads, n, _), (kv_heads, m, _), levels = q.shape, k.shape, {4: 7, 8: 127}[bits]
     keys = np.repeat(k - k_mean[:, None], heads // kv_heads, 0)

@@ -5,7 +5,8 @@ either side takes part, and lines of strong scores, down or across, are met. All
 rows and m / S columns. Their means pass through a softmax by row, whose weights are summed over a query block and a page.
 
 The paper's blocks are of 128 tokens, and it counts a stride's whole antidiagonal with itself; here pairs whose key comes after the query
-are left out of the mean, which also serves chunks that begin within a stride. The product is of 8 bits (edgeattn/reference/antidiagonal_weights.py).
+are left out of the mean, which also serves chunks that begin within a stride. The product is of 8 bits
+(edgeattn/reference/antidiagonal_weights.py).
 """
 from dataclasses import dataclass
 
