@@ -86,8 +86,8 @@ def add_sparse(parser: argparse.ArgumentParser) -> None:
                        "(everything), auto (the default), xattention, sale ... (the same list)")
     group.add_argument("--prefill-correction", choices=("none", "tail", "delta"), help="what makes good what a prompt does not read: tail, pages as "
                        "their mean key and value; delta, what reading everything would change of each 64th token (the method's own)")
-    group.add_argument("--sparse-min-len", type=whole(0), metavar="N", help="tokens in the context from which both are sparse (decode: what "
-                       "was measured on this machine; prompts: 2048, and 1024 with other methods than auto)")
+    group.add_argument("--sparse-min-len", type=whole(0), metavar="N", help="tokens in the context from which both are sparse (what was "
+                       "measured on this machine; prompts with other methods than auto: 1024)")
     group.add_argument("--explain", action="store_true", help="say at the end what sparse attention decided, and why")
 
 

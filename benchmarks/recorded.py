@@ -9,7 +9,7 @@ from edgeattn.cache.options import CacheOptions
 from edgeattn.graph import attributes
 from edgeattn.page_formats import PAGE
 from edgeattn.prefill_scheduler import PrefillOptions
-from edgeattn.recording import record_queries
+from edgeattn.recording import held, record_queries
 from edgeattn.runtime import Model
 from edgeattn.scheduler import SparseOptions
 from edgeattn.tokenizer import Tokenizer
@@ -31,8 +31,7 @@ class Recorded:
         sequence = model.new_sequence()
         model.forward([(sequence, ids[:tokens])], "none")
         layers, kv_heads = model.cache.shape
-        pairs = [[model.cache.read(sequence, layer, head) for head in range(kv_heads)] for layer in range(layers)]
-        k, v = (np.array([[pair[i] for pair in row] for row in pairs]).astype(np.float16) for i in range(2))
+        k, v = (x.astype(np.float16) for x in held(model, sequence))
         shape = (layers, kv_heads, tokens // PAGE, PAGE, -1)
         self.keys, self.values = np.ascontiguousarray(k.reshape(shape).swapaxes(-1, -2)), v.reshape(shape)
         self.queries = np.stack([record_queries(model, sequence, ids[tokens + i:tokens + i + 1])[:, :, 0] for i in range(count)])
@@ -69,10 +68,8 @@ def record_chunks(folder, text: str, depths, size: int = 512, threads: int | Non
     nodes = [attributes(node) for node in model.plan.graph.proto.graph.node if node.op_type == "cached_attention"]
     if any(node["window"] for node in nodes):
         raise SystemExit(f"{folder}: this model has sliding windows, beside which nothing is measured here")
-    sequence, (layers, kv_heads) = model.new_sequence(), model.cache.shape
+    sequence = model.new_sequence()
     for depth in depths:
         if depth - size > sequence.length:
             model.forward([(sequence, ids[sequence.length:depth - size])], "none")
-        q = record_queries(model, sequence, ids[depth - size:depth])
-        pairs = [[model.cache.read(sequence, layer, head) for head in range(kv_heads)] for layer in range(layers)]
-        yield q, *(np.array([[pair[i] for pair in row] for row in pairs], np.float32) for i in range(2)), nodes[0]["scale"]
+        yield record_queries(model, sequence, ids[depth - size:depth]), *held(model, sequence), nodes[0]["scale"]

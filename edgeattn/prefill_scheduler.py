@@ -5,19 +5,18 @@ attention takes. A chunk stays dense below `min_len` tokens, and where it has fe
 """
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import cache, cached_property
+from functools import cached_property
 from time import perf_counter
 from typing import ClassVar
 
 import numpy as np
 
-from edgeattn.kernels_cpu import read_pages
+from edgeattn.kernels_cpu import read_pages, rotate_heads
 from edgeattn.kernels_cpu.stored_keys import StoredKeys
 from edgeattn.page_formats import PAGE
 from edgeattn.policies import MethodOptions
 from edgeattn.prefill_lists import CORRECTIONS, write_lists
 from edgeattn.prefill_plan import QUERIES, LayerKeys, causal
-from edgeattn.reference.cached_attention import rotate
 
 FEWEST = 32  # tokens of a chunk that make a plan worth while
 LAST = 2     # query blocks at the end of a prompt that read everything
@@ -47,16 +46,6 @@ def refusal(cache_options, window: int) -> str:
     if cache_options.releases:
         return f"--kv-eviction {cache_options.method} drops and rebuilds pages that a plan may name"
     return ""
-
-
-@cache
-def _hadamard(head_dim: int) -> np.ndarray:
-    """[head_dim, head_dim]: what storages that rotate keys multiply them with."""
-    from edgeattn.kernels_cpu.hadamard import hadamard
-    turn = np.eye(head_dim, dtype=np.float32)
-    for row in range(head_dim):
-        hadamard(turn.ravel(), row * head_dim, head_dim)
-    return turn
 
 
 class Keys(LayerKeys):
@@ -142,18 +131,17 @@ class PrefillScheduler:
         began, self._lists, self._means = perf_counter(), [], []
         for place, sequence, first, count, last in sparse:
             rows, head_dim = slice(first, first + count), attributes["head_dim"]
-            cos, sin = (tensors[name][batch.positions[rows]] for name in ("cos", "sin"))
-            q, k = (rotate(tensors[name][rows].reshape(count, -1, head_dim), cos, sin, attributes.get("interleaved", 0)) for name in "qk")
-            if kv_cache.arguments(layer)["cache.keys_rotated"]:
-                q, k = (x @ _hadamard(head_dim) for x in (q, k))
-            keys = Keys(kv_cache, sequence, layer, k)
-            plans = self._plans(layer, np.ascontiguousarray(q.swapaxes(0, 1)), keys, attributes["scale"])
+            about = head_dim, attributes.get("interleaved", 0), kv_cache.arguments(layer)["cache.keys_rotated"]
+            q, k = (rotate_heads.run(tensors[name][rows].reshape(count, -1), tensors["cos"], tensors["sin"], batch.positions[rows], *about)
+                    for name in "qk")
+            keys = Keys(kv_cache, sequence, layer, k.swapaxes(0, 1))
+            plans = self._plans(layer, q, keys, attributes["scale"])
             for plan in plans if last else ():
                 plan.blocks[:, -LAST:] = causal(plan.queries, plan.keys)[-LAST:]
-            joined = [plan.union(k.shape[1] // len(plans)) for plan in plans]
+            joined = [plan.union(len(k) // len(plans)) for plan in plans]
             self.kept[layer] += [np.mean([plan.density() for plan in some]) for some in (plans, joined)]
             if self.correction == "tail":
-                self._means.append(keys.page_means(tensors["v"][rows].reshape(k.shape)))
+                self._means.append(keys.page_means(tensors["v"][rows].reshape(count, len(k), head_dim)))
             self._lists.append(write_lists(joined, self.correction, self._means[-1] if self._means else None, self.policy.skip))
             batch.prefill_lists[place] = self._lists[-1].ctypes.data
         self.seconds[layer] += perf_counter() - began
@@ -163,7 +151,8 @@ class PrefillScheduler:
         if keys.alike:
             return [self.policy.select(q, keys, scale, layer, self.assets)]
         group = len(q) // len(keys)
-        return [self.policy.select(q[head * group:(head + 1) * group], [keys[head]], scale, layer, self.assets) for head in range(len(keys))]
+        return [self.policy.select(q[head * group:(head + 1) * group], [keys[head]], scale, layer, self.policy.of_head(self.assets, head, group))
+                for head in range(len(keys))]
 
     def figures(self) -> dict[str, float]:
         """Since the last call, over sparse chunks: density of the plans and of what is read (pairs of all that a causal mask leaves), and
@@ -176,7 +165,7 @@ class PrefillScheduler:
     def explain(self) -> Iterator[str]:
         """What was decided, line by line; counters go on."""
         fields = ", ".join(f"{name} {value}" for name, value in vars(self.policy).items())
-        yield f"sparse prefill {self.options.method} ({fields})"
+        yield f"sparse prefill {self.options.method} ({fields})" + ("" if self.assets is None else ", fitted to this model")
         if self.times:
             yield "one layer's attention of a chunk on this machine, in microseconds: " + "; ".join(
                 f"{tokens:,} tokens: dense {1e6 * self.times['dense'][i]:.0f}, choosing {1e6 * self.times['choose'][i]:.0f}, what is chosen "

@@ -15,8 +15,9 @@ LAYERS = [  # a file may import only from its own row or the rows above
     ["edgeattn.kernels_cpu", "edgeattn.kernels_cuda"],
     ["edgeattn.cache", "edgeattn.policies", "edgeattn.batch", "edgeattn.arena", "edgeattn.graph", "edgeattn.segments", "edgeattn.plan",
      "edgeattn.tokenizer", "edgeattn.bandwidth", "edgeattn.calibration", "edgeattn.calibrate_thresholds", "edgeattn.principal_components",
-     "edgeattn.scheduler", "edgeattn.prefill_plan", "edgeattn.prefill_lists", "edgeattn.prefill_scheduler", "edgeattn.prefill_corrections", "edgeattn.prefill_crossover",
-     "edgeattn.attention_case", "edgeattn.crossover", "edgeattn.recording"],
+     "edgeattn.scheduler", "edgeattn.prefill_plan", "edgeattn.prefill_lists", "edgeattn.prefill_scheduler", "edgeattn.prefill_corrections",
+     "edgeattn.prefill_crossover", "edgeattn.attention_case", "edgeattn.crossover", "edgeattn.recording", "edgeattn.page_sums",
+     "edgeattn.calibrate_prefill"],
     ["edgeattn.runtime", "edgeattn.rebuild", "edgeattn.context_shift", "edgeattn.generation", "edgeattn.conversation"],
     ["edgeattn.exporters"],
     ["edgeattn.apps"],
@@ -25,7 +26,7 @@ HELPERS = {"__init__", "steps", "parallel", "simd", "simd_emit", "simd_pairs", "
            "gemv_nbits", "attention_bytes", "attention_call", "attention_write", "attention_decode", "attention_prefill", "attention_prefill_int8",
            "attention_scores_int8", "attention_softmax",
            "attention_thresholds", "attention_compensation", "attention_fold", "attention_mass", "hadamard", "page_expand", "key_means", "page_index", "page_means",
-           "page_pool", "page_rows", "page_scores", "page_scores_exact", "page_scores_index", "selection_call", "selection_choice",
+           "page_pool", "page_rows", "rotate_heads", "page_scores", "page_scores_exact", "page_scores_index", "selection_call", "selection_choice",
            "selections", "top_pages",
            *(f"page_{kind}" for kind in BITS)}
 LONG = {"simd.py": 600}                                                # files that may pass 300 lines, and how far

@@ -4,11 +4,13 @@ import pytest
 
 from edgeattn.kernels_cpu import antidiagonal_weights, score_excess
 from edgeattn.kernels_cpu.stored_keys import StoredKeys
+from edgeattn.kernels_cpu import rotate_heads
 from edgeattn.prefill_lists import write_lists
 from edgeattn.prefill_corrections import delta, tail
 from edgeattn.prefill_plan import PAGE, QUERIES, PrefillPlan, attend, forced, pool, shape_of, spread
 from edgeattn.prefill_scheduler import Keys
-from kv_driver import Driver, dequantise
+from edgeattn.reference.cached_attention import rotate
+from kv_driver import Driver, dequantise, hadamard
 from test_kv_attention import cache_of, with_threads
 
 
@@ -183,6 +185,20 @@ def test_operators_that_estimate_read_the_same_from_pages_as_from_arrays(types, 
         q, x.pages(first, last + 1), q.mean(1), x.mean(len(new)), np.zeros((4, len(new))), 0.125, 4)) for x in (here, arrays)))
     np.testing.assert_array_equal(*weights)
     np.testing.assert_array_equal(*excess)
+
+
+@pytest.mark.parametrize("interleaved", [0, 1])
+@pytest.mark.parametrize("turned", [0, 1])
+@pytest.mark.parametrize("head_dim, half", [(64, 32), (64, 12), (128, 64), (96, 48)])
+def test_heads_are_rotated_as_attention_rotates_them(head_dim, half, interleaved, turned):
+    rng = np.random.default_rng()
+    fused = rng.standard_normal((50, 7 * head_dim)).astype(np.float32)
+    x, positions = fused[:, head_dim:4 * head_dim], rng.integers(0, 300, 50)
+    cos, sin = rng.standard_normal((2, 300, half)).astype(np.float32)
+    turn = hadamard(head_dim) if turned else np.eye(head_dim)
+    expected = rotate(x.reshape(50, 3, head_dim), cos[positions], sin[positions], interleaved) @ turn
+    got = rotate_heads.run(x, cos, sin, positions, head_dim, interleaved, turned)
+    np.testing.assert_allclose(got, expected.swapaxes(0, 1), atol=1e-5)
 
 
 def test_threads_and_neighbours_do_not_change_an_estimate():

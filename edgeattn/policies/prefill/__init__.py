@@ -58,4 +58,8 @@ class PrefillPolicy:
         """How many tokens a block of queries reads of `seen`; None where that depends on what they are."""
 
     def load(self, folder, config: dict):
-        """What the method needs of the model's calibration, or None. ValueError: the model lacks it."""
+        """What the method needs of the model's calibration, by name, or None. ValueError: the model lacks it."""
+
+    def of_head(self, assets, head: int, group: int):
+        """What `load` gave, as `select` takes it for the query heads of one KV head alone."""
+        return assets and {name: x[:, head * group:(head + 1) * group] for name, x in assets.items()}

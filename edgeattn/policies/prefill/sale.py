@@ -15,18 +15,22 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from edgeattn.calibration import load_heads
 from edgeattn.kernels_cpu import score_excess
+from edgeattn.page_sums import PageSums
 from edgeattn.policies.prefill import PrefillPolicy
-from edgeattn.prefill_plan import LayerKeys, PrefillPlan, attend, causal, forced, partial_softmax, shape_of
+from edgeattn.prefill_plan import LayerKeys, causal, forced, partial_softmax
 
+NAME = "sale_thresholds"  # [layers, heads] float32 of calibration.safetensors
 DENSE = 1e-5  # a head whose threshold lies below reads everything
 
 
 @dataclass(frozen=True)
 class Sale(PrefillPolicy):
     """
-    threshold  of all heads, where there is no calibration
+    threshold  of all heads, where there is no calibration or it is not the default
     bits       4 or 8, of the scan's queries and keys
+    A calibrated threshold is relative to the pages that are always read by default (`sink`, `recent`).
     Assets: sale_thresholds [layers, heads]. ValueError: other bits.
     """
     threshold: float = 0.004
@@ -39,7 +43,7 @@ class Sale(PrefillPolicy):
 
     def select(self, q, k, scale, layer=0, assets=None):
         keys, (heads, n, _) = LayerKeys.of(k).stored(), q.shape
-        threshold = np.full(heads, self.threshold) if assets is None else assets["sale_thresholds"][layer][:heads]
+        threshold = np.full(heads, self.threshold) if assets is None else assets[NAME][layer][:heads]
         m, dense = len(keys), threshold < DENSE
         always, mean = forced(n, m, self.sink, self.recent), keys.mean(n)
         found = np.zeros((heads, *always.shape), bool)
@@ -52,6 +56,10 @@ class Sale(PrefillPolicy):
             found[..., first:last] = excess > 0
         return self.plan(found | dense[:, None, None], None, n, m)
 
+    def load(self, folder, config):
+        found = None if self.threshold != Sale.threshold else load_heads(folder, config, NAME)
+        return None if found is None else {NAME: found}
+
     @classmethod
     def calibrate(cls, q: list, k: list, v: list, scale: float, start: float = 0.008, error: float = 0.4,
                   **options) -> dict[str, np.ndarray]:
@@ -60,16 +68,14 @@ class Sale(PrefillPolicy):
         Of each prompt q [heads, n, d], k, v [kv_heads, m, d] -> {"sale_thresholds": [heads]}"""
         thresholds, policy = np.full(len(q[0]), start, np.float32), cls(**options)
         for queries, keys, values in zip(q, k, v, strict=True):
-            n, m = queries.shape[1], keys.shape[1]
-            whole = PrefillPlan(np.ones((len(queries), *shape_of(n, m)), bool), None, n, m)
-            exact, wrong = attend(queries, keys, values, whole, scale)[0], True
+            sums, wrong = PageSums(queries, keys, values, scale), True
             while np.any(wrong):
-                plan = policy.select(queries, keys, scale, 0, {"sale_thresholds": thresholds[None]})
-                wrong = np.abs(attend(queries, keys, values, plan, scale)[0] - exact).sum(2).mean(1) >= error
+                plan = policy.select(queries, keys, scale, 0, {NAME: thresholds[None]})
+                wrong = np.abs(sums.outputs(plan.blocks) - sums.dense).sum(2).mean(1) >= error
                 wrong &= thresholds > 0
                 thresholds[wrong] /= 2
                 thresholds[thresholds <= 1e-4] = 0
-        return {"sale_thresholds": thresholds}
+        return {NAME: thresholds}
 
 
 def reference(q: np.ndarray, keys, mean: np.ndarray, scale: float, always: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
