@@ -18,8 +18,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--prompts", type=options.whole(1), default=3, metavar="N", help="prompts of each length, with 4 passkeys each (3; "
                         "for prefill one)")
     parser.add_argument("--parts", type=_parts, default=USUAL, metavar="PART,...", help="what to measure: heads (which look things up: for "
-                        "--sparse-attention and --kv-heads), components (of keys: loki), thresholds (of scores: top_theta), and, where it is "
-                        "asked for, prefill (what sale, minference, sparge_attn and moa need: --sparse-prefill); all but prefill")
+                        "--sparse-attention and --kv-heads), components (of keys: loki), thresholds (of scores: top_theta), and, where it "
+                        "is asked for, prefill (what sale, minference, sparge_attn and moa need: --sparse-prefill); all but prefill")
     parser.add_argument("-s", "--seed", type=options.whole(0), default=0, metavar="N", help="of the prompts' text (0)")
     parser.add_argument("-t", "--threads", type=options.whole(1), metavar="N", help="threads (one for each core)")
 
@@ -59,7 +59,7 @@ def main(args: argparse.Namespace) -> int:
 
 
 def lengths(args: argparse.Namespace, folder, ctx_size: int) -> tuple[list[int], list[int]]:
-    """Of the prompts for the usual parts, and for prefill; none where no such part is wanted. ValueError: the context has no room for one."""
+    """Of the prompts for the usual parts, and for prefill; none where no such part is wanted. ValueError: too long for the context."""
     from edgeattn import calibrate_prefill, calibration
     most = ctx_size - 128  # a short context leaves room for fewer branches
     usual, prefill = ([n for n in known if n <= most] for known in (calibration.LENGTHS, calibrate_prefill.LENGTHS))

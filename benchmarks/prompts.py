@@ -98,8 +98,8 @@ def main():
     except RuntimeError as error:
         raise SystemExit(str(error)) from None
     machine = environment(args.t)
-    print(f"{machine['cpu']}, {machine['cores']} cores ({' '.join(machine['features'])}), {machine['threads']} threads; {args.shape}, random "
-          "weights.\n")
+    print(f"{machine['cpu']}, {machine['cores']} cores ({' '.join(machine['features'])}), {machine['threads']} threads; {args.shape}, "
+          "random weights.\n")
     print(table(found, args.lengths))
     if args.json:
         args.json.write_text(json.dumps({"machine": machine, "shape": args.shape, "lengths": args.lengths, "engines": found}, indent=1))

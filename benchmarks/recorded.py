@@ -55,8 +55,8 @@ class Recorded:
 
 
 def record_chunks(folder, text: str, depths, size: int = 512, threads: int | None = None):
-    """(q [layers, heads, size, head_dim], k, v [layers, kv_heads, depth, head_dim], scale) of the chunk of a prompt that ends at each depth,
-    float32, keys and values as a 16-bit cache holds them; the model reads everything."""
+    """(q [layers, heads, size, head_dim], k, v [layers, kv_heads, depth, head_dim], scale) of the chunk of a prompt that ends at each
+    depth, float32, keys and values as a 16-bit cache holds them; the model reads everything."""
     depths = sorted(depths)
     if any(b - a < size for a, b in zip([0, *depths], depths)):
         raise SystemExit(f"depths must be at least {size} apart, and the first {size} or more, got {depths}")

@@ -38,8 +38,8 @@ def random_source(rng, head_dim: int, width: int):
 
 
 class AttentionCase:
-    """A model's attention, and its page selection where there is a scheduler: `layers` of one token with `depth` others before it, or of a chunk
-    of `tokens` of a prompt.
+    """A model's attention, and its page selection where there is a scheduler: `layers` of one token with `depth` others before it, or of a
+    chunk of `tokens` of a prompt.
 
     shape  (layers, heads, kv_heads, head_dim)
     step() times all layers once; the tokens stay the same, and the cache does not grow, but lists take each step for the next token's.
@@ -74,14 +74,15 @@ class AttentionCase:
         tensors = {name: steps.Tensor(x.ctypes.data, ("tokens", *x.shape[1:]), self._fused.shape[1] if name in "qkv" else x.shape[1])
                    for name, x in parts.items()}
         for name in ("cos", "sin"):  # one row, which is that of position 0
-            tensors[name] = steps.Tensor(parts[name].ctypes.data, (self.cache.plan.max_pages * PAGE, parts[name].shape[1]), parts[name].shape[1])
+            x = parts[name]
+            tensors[name] = steps.Tensor(x.ctypes.data, (self.cache.plan.max_pages * PAGE, x.shape[1]), x.shape[1])
         self._inputs = {name: parts[name] for name in ("q", "k", "v", "cos", "sin")}
         size = select_pages.workspace_bytes(tensors, self.attributes | {"score": "rank"}, self.tokens, threads)
         self._workspace = steps.aligned(size, np.uint8)
         self.rows, self.attention = [], []
         for layer in range(layers):
-            extra = self.batch.arguments() | {"selection.group": -1} | self.cache.arguments(layer) | {"workspace": self._workspace.ctypes.data}
-            extra["prefill.sparse"] = int(self.tokens > 1)
+            extra = self.batch.arguments() | {"selection.group": -1} | self.cache.arguments(layer)
+            extra |= {"workspace": self._workspace.ctypes.data, "prefill.sparse": int(self.tokens > 1)}
             extra |= self.scheduler.arguments(layer) if self.scheduler else {}
             found = [(select_pages, about) for _, about in (self.scheduler.operators(layer) if self.scheduler else ())]
             for kernel, about in [*found, (cached_attention, {})]:
@@ -89,8 +90,8 @@ class AttentionCase:
                 self.rows.append((layer, kernel is cached_attention, row.reshape(1, -1)))
 
     def step(self, queries=None, prefill=None) -> tuple[float, float]:
-        """(seconds of selections, seconds of attention) over all layers. queries: [layers, tokens, heads * head_dim], the same again if None.
-        prefill: a PrefillScheduler that chooses what a chunk reads."""
+        """(seconds of selections, seconds of attention) over all layers. queries: [layers, tokens, heads * head_dim], the same again if
+        None. prefill: a PrefillScheduler that chooses what a chunk reads."""
         self.batch.clear()
         self.batch.add(self.sequence, np.zeros(self.tokens, np.int64), np.zeros(1, np.int64), sparse=self.scheduler is not None)
         self.batch.positions[:] = 0

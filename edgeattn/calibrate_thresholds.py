@@ -3,8 +3,9 @@
     thresholds   [layers, num_heads, 2] float32 in calibration.safetensors: alpha and beta; of n tokens those pages are kept that hold a
                  score (q . k times the softmax scale) of alpha + beta * ln n at least
 
-A row of scores tells what its threshold should have been: the one that a wanted part of the pages pass, a page being worth its best token. At
-each length the mean over rows is taken and, as in the paper, a tenth of their standard deviation more; a line in ln n is fitted to these.
+A row of scores tells what its threshold should have been: the one that a wanted part of the pages pass, a page being worth its best token.
+At each length the mean over rows is taken and, as in the paper, a tenth of their standard deviation more; a line in ln n is fitted to
+these.
 """
 from pathlib import Path
 
@@ -26,7 +27,8 @@ def load_thresholds(folder, config: dict) -> np.ndarray:
     if found is None:
         raise ValueError(f"{Path(folder) / FILE}: no thresholds in it: {again}")
     if found.shape != shape or found.dtype != np.float32 or np.isnan(found).any():
-        raise ValueError(f"{Path(folder) / FILE}: thresholds must be {list(shape)} float32 without NaN, got {list(found.shape)} {found.dtype}: {again}")
+        raise ValueError(f"{Path(folder) / FILE}: thresholds must be {list(shape)} float32 without NaN, got {list(found.shape)} "
+                         f"{found.dtype}: {again}")
     return np.ascontiguousarray(found)
 
 

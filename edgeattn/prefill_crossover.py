@@ -11,8 +11,8 @@ ROUNDS = 3           # of which the fastest counts: others disturb, nothing hurr
 
 
 def settle(scheduler: PrefillScheduler, options: CacheOptions, heads: int, kv_heads: int, head_dim: int, threads: int) -> None:
-    """Set the scheduler's `min_len`, where its policy says how much it reads and the machine is not too busy to tell. options: with its types
-    settled."""
+    """Set the scheduler's `min_len`, where its policy says how much it reads and the machine is not too busy to tell. options: with its
+    types settled."""
     policy = scheduler.policy
     if policy.tokens(0) is None:
         return
@@ -37,12 +37,13 @@ def measure(scheduler, options, heads, kv_heads, head_dim, threads) -> dict[str,
 
 
 def begin(times: dict, policy) -> int:
-    """The first length at which choosing and reading what was chosen takes less than GAIN of the dense time. Reading takes a dense chunk's time
-    of so many tokens, by the factor that was measured at the greater depth: corrections and lists cost something too."""
+    """The first length at which choosing and reading what was chosen takes less than GAIN of the dense time. Reading takes a dense chunk's
+    time of so many tokens, by the factor that was measured at the greater depth: corrections and lists cost something too."""
     longest = times["depths"][1]
     factor = times["attend"][1] / line(times, "dense", policy.tokens(longest))
     for tokens in range(STEP, 1 << 17, STEP):
         read = policy.tokens(tokens)
-        if read < tokens and factor * line(times, "dense", read) + max(line(times, "choose", tokens), 0) <= GAIN * line(times, "dense", tokens):
+        sparse = factor * line(times, "dense", read) + max(line(times, "choose", tokens), 0)
+        if read < tokens and sparse <= GAIN * line(times, "dense", tokens):
             return tokens
     return NEVER

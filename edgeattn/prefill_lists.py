@@ -8,11 +8,11 @@ CORRECTIONS = {"none": NONE, "tail": TAIL, "delta": DELTA}
 
 
 def write_lists(plans: list[PrefillPlan], correction: str = "none", means: np.ndarray | None = None, skip: float = 1e30) -> np.ndarray:
-    """int32: a header (kernels_cpu/attention_call.py); for each KV head and query block where its pages begin, where its single keys do, and
-    last where these end; then all of them, ascending. The plans are of KV heads (PrefillPlan.union), one after the other.
+    """int32: a header (kernels_cpu/attention_call.py); for each KV head and query block where its pages begin, where its single keys do,
+    and last where these end; then all of them, ascending. The plans are of KV heads (PrefillPlan.union), one after the other.
 
-    correction  a function of prefill_corrections.py, or "none"; means: for "tail", [kv_heads, max_pages, head_dim + width] float32, kept by the
-                caller while the list is used
+    correction  a function of prefill_corrections.py, or "none"; means: for "tail", [kv_heads, max_pages, head_dim + width] float32, kept by
+                the caller while the list is used
     skip        pages whose largest weight is 2**-skip of a row's largest so far, or less, are left out of that row
     """
     pages = _join([plan.blocks for plan in plans])

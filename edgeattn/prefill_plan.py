@@ -150,8 +150,8 @@ def cover(weights: np.ndarray, allowed: np.ndarray, part, kept: np.ndarray | Non
 
 
 def partial_softmax(q: np.ndarray, k: np.ndarray, scale: float, blocks: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """What each row's softmax over the pages of `blocks` [query blocks, pages] stands on: the greatest score, and the sum of the exponentials
-    of all less that one. Every row must see a key there. q [group, n, d], k [m, d] -> two of [group, n]"""
+    """What each row's softmax over the pages of `blocks` [query blocks, pages] stands on: the greatest score, and the sum of the
+    exponentials of all less that one. Every row must see a key there. q [group, n, d], k [m, d] -> two of [group, n]"""
     (group, n, depth), m = q.shape, len(k)
     top, total = np.empty((2, group, n), np.float32)
     for block, pages in enumerate(blocks):
@@ -195,8 +195,8 @@ def slash_pages(slashes: np.ndarray, queries: int, keys: int) -> np.ndarray:
 
 
 def attend(q: np.ndarray, k: np.ndarray, v: np.ndarray, plan: PrefillPlan, scale: float) -> tuple[np.ndarray, np.ndarray]:
-    """Attention over what a plan keeps, in float64: the contract of the kernels. q [heads, n, d], k, v [kv_heads, m, d]; the plan's blocks may be
-    of query heads or of KV heads. -> (out [heads, n, d], log of the sum of exponentials [heads, n])"""
+    """Attention over what a plan keeps, in float64: the contract of the kernels. q [heads, n, d], k, v [kv_heads, m, d]; the plan's blocks
+    may be of query heads or of KV heads. -> (out [heads, n, d], log of the sum of exponentials [heads, n])"""
     heads, kv_heads = len(q), len(k)
     mask = plan.mask()
     mask = np.repeat(mask, heads // len(mask), 0)

@@ -70,8 +70,8 @@ class Model:
             raise ValueError("this model has sliding windows, whose positions eviction, head classes and sorted pages would lose: use "
                              "--kv-eviction none, --kv-heads none and --kv-storage kivi")
         if options.moves_slots and self.scheduler and self.scheduler.policy.shared:
-            raise ValueError(f"{sparse.method} selects pages for several layers and heads at once, which eviction, head classes and sorted pages "
-                             "would tell apart: use --kv-eviction none, --kv-heads none and --kv-storage kivi")
+            raise ValueError(f"{sparse.method} selects pages for several layers and heads at once, which eviction, head classes and sorted "
+                             "pages would tell apart: use --kv-eviction none, --kv-heads none and --kv-storage kivi")
         prefill = prefill or PrefillOptions()
         self.prefill = self._prefill(prefill, options, about)
         self.cache = KVCache(*shape, options, self.ubatch, classes, selection)

@@ -1,8 +1,8 @@
 """The delta-sparsity scheduler: what each layer of a decode step reads, and when that pays.
 
-A policy (policies/decode) says how pages are scored; the scheduler which layers and heads choose at all, how much each may read, and from how
-many tokens on. Nothing of it runs between operators: lists are made by the operators of a layer, by shares that lie in fixed memory, and
-what they did is read from counters afterwards.
+A policy (policies/decode) says how pages are scored; the scheduler which layers and heads choose at all, how much each may read, and from
+how many tokens on. Nothing of it runs between operators: lists are made by the operators of a layer, by shares that lie in fixed memory,
+and what they did is read from counters afterwards.
 """
 import math
 from collections.abc import Iterator
@@ -107,9 +107,10 @@ class Scheduler:
     def arguments(self, layer: int) -> dict[str, int]:
         """What kernels need to reach the selection, under the names used in ARGS."""
         source = self.sources[layer]
+        dense = self.thresholds is None or layer < self.policy.dense_layers
         return {"selection.group": -1 if source is None else self.groups.index(source), "selection.shares": self.shares.ctypes.data,
                 "selection.components": 0 if self.components is None else self.components.ctypes.data,
-                "selection.thresholds": 0 if self.thresholds is None or layer < self.policy.dense_layers else self.thresholds[layer].ctypes.data,
+                "selection.thresholds": 0 if dense else self.thresholds[layer].ctypes.data,
                 "selection.stats": self.stats.ctypes.data, "selection.scores": self.scores.ctypes.data}
 
     def wants(self, tokens: int) -> bool:
@@ -136,8 +137,8 @@ class Scheduler:
         if self.times:
             depths = self.times["depths"]
             yield "measured here, one layer's attention in us at " + ", ".join(
-                f"{tokens:,} tokens: dense {1e6 * self.times['dense'][i]:.0f}, selection {1e6 * self.times['select'][i]:.0f}, selected pages "
-                f"{1e6 * self.times['attend'][i]:.0f}" for i, tokens in enumerate(depths))
+                f"{tokens:,} tokens: dense {1e6 * self.times['dense'][i]:.0f}, selection {1e6 * self.times['select'][i]:.0f}, selected "
+                f"pages {1e6 * self.times['attend'][i]:.0f}" for i, tokens in enumerate(depths))
         most = np.argwhere(self.shares > 1)
         heads = ", ".join(f"layer {layer} head {head}" for layer, head in most)
         yield f"heads that look things up read {self.shares.max():g} times as much: {heads}" if len(most) else self.uncalibrated

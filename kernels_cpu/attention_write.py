@@ -56,7 +56,8 @@ def rotate_queries(call, row, as_keys):
     cos, sin, angle = at(float32, call[COS]), at(float32, call[SIN]), at(int64, call[POSITIONS])[row] * call[COS_STRIDE]
     for head in range(call[NUM_HEADS]):
         to = (row * call[NUM_HEADS] + head) * depth
-        rotate_head(q, row * call[Q_STRIDE] + head * depth, cos, sin, angle, half, call[INTERLEAVED], depth, as_f32(call[SCALE]), rotated, to)
+        rotate_head(q, row * call[Q_STRIDE] + head * depth, cos, sin, angle, half, call[INTERLEAVED], depth,
+                    as_f32(call[SCALE]), rotated, to)
         if as_keys:
             hadamard(rotated, to, depth)
 

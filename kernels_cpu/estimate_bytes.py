@@ -36,8 +36,9 @@ def round_query(q, source, mean, first, factor, depth, levels, codes, words, to,
 
 @njit(nogil=True, error_model="numpy")
 def round_page(page, mean, first, depth, levels, words, to, gap, steps, steps_to):
-    """A page's keys, float32 [depth][32], lose the mean where they lie. Their codes, four channels to a word, go to words[to] and on, quads
-    of channels `gap` words apart: 32 tokens each, or, where the gap is 16, all quads of the first 16 tokens and then those of the others."""
+    """A page's keys, float32 [depth][32], lose the mean where they lie. Their codes, four channels to a word, go to words[to] and on,
+    quads of channels `gap` words apart: 32 tokens each, or, where the gap is 16, all quads of the first 16 tokens and then those of the
+    others."""
     for half in range(0, PAGE, 16):
         top = splat(F, TINY)
         for c in range(depth):

@@ -1,4 +1,4 @@
-"""The mean key and the mean value of whole pages: what attention takes for pages that it does not read (edgeattn/prefill_corrections.py)."""
+"""The mean key and the mean value of whole pages: what attention takes for those it does not read (edgeattn/prefill_corrections.py)."""
 import numpy as np
 from numba import carray, cfunc, float32, int32, int64
 

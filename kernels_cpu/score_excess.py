@@ -34,7 +34,8 @@ def score_excess(q, k, q_mean, k_mean, limits, *, scale, bits):
     return run(q, StoredKeys.of(k), q_mean, k_mean, limits, scale, bits)
 
 
-def run(q: np.ndarray, keys: StoredKeys, q_mean: np.ndarray, k_mean: np.ndarray, limits: np.ndarray, scale: float, bits: int) -> np.ndarray:
+def run(q: np.ndarray, keys: StoredKeys, q_mean: np.ndarray, k_mean: np.ndarray, limits: np.ndarray, scale: float,
+        bits: int) -> np.ndarray:
     """-> [heads, query blocks, pages]"""
     (heads, n, depth), pages, blocks = q.shape, -(-len(keys) // PAGE), -(-q.shape[1] // QUERIES)
     given = {"q": q, "q_mean": q_mean, "k_mean": k_mean, "limits": limits}

@@ -40,7 +40,8 @@ def folder(tmp_path_factory, nano_checkpoint):
 
 @pytest.fixture(scope="module")
 def model(folder):
-    return Model.load(folder, cache=CacheOptions("f16", "f16"), ubatch=256, threads=1, sparse=SparseOptions("off"), prefill=PrefillOptions("off"))
+    return Model.load(folder, cache=CacheOptions("f16", "f16"), ubatch=256, threads=1, sparse=SparseOptions("off"),
+                      prefill=PrefillOptions("off"))
 
 
 @pytest.fixture(scope="module")

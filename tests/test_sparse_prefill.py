@@ -183,7 +183,8 @@ def test_mistakes_are_refused_in_a_line(nano_int4):
 def test_explain_tells_choices_and_numbers(nano_int4, edgeattn, tmp_path):
     text = tmp_path / "text"
     text.write_text("The old house stood on a hill and nobody had lived there for years. " * 90)
-    done = edgeattn("generate", "-m", nano_int4, "-f", text, "-n", "2", "--kv-bits", "4", "--sparse-prefill", "dhsa", "--sparse-min-len", "0", "--explain")
+    done = edgeattn("generate", "-m", nano_int4, "-f", text, "-n", "2", "--kv-bits", "4", "--sparse-prefill", "dhsa",
+                    "--sparse-min-len", "0", "--explain")
     assert "sparse prefill dhsa (" in done.stderr and "layer 0: plans hold " in done.stderr
     done = edgeattn("generate", "-m", nano_int4, "-p", "x", "-n", "1", "--sparse-prefill", "off", "--explain")
     assert "sparse prefill is off" in done.stderr

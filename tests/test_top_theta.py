@@ -24,7 +24,8 @@ class Theta(Driver):
     """Decode steps by thresholds alpha + beta ln n, the same for all heads; without `means` nothing is given back."""
 
     def __init__(self, kind="f16", alpha=-np.inf, beta=0.0, means=True, tokens=2048):
-        super().__init__(KVCache(LAYERS, KV_HEADS, DEPTH, tokens, CacheOptions(kind, kind), 256, selection=SelectionPlan(1, 4, value_sums=means)), GROUP)
+        plan = SelectionPlan(1, 4, value_sums=means)
+        super().__init__(KVCache(LAYERS, KV_HEADS, DEPTH, tokens, CacheOptions(kind, kind), 256, selection=plan), GROUP)
         self.sequence = self.cache.new_sequence()
         self.curves = np.full((KV_HEADS * GROUP, 2), [alpha, beta], np.float32)
         self.chosen = np.array([self.sequence.selection.ctypes.data], np.int64)
@@ -170,7 +171,8 @@ def test_a_model_runs_by_its_thresholds(model, fitted, folder):
     ids = text(model, 1000)
 
     def logits(**options):
-        sparse = Model.load(folder, cache=CacheOptions("f32", "f32"), ctx_size=1100, ubatch=128, sparse=SparseOptions("top_theta", options, 0))
+        sparse = Model.load(folder, cache=CacheOptions("f32", "f32"), ctx_size=1100, ubatch=128,
+                            sparse=SparseOptions("top_theta", options, 0))
         sequence = sparse.new_sequence()
         sparse.forward([(sequence, ids[:-1])], "none")
         return sparse.forward([(sequence, ids[-1:])])

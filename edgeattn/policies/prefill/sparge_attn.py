@@ -30,7 +30,7 @@ class SpargeAttn(PrefillPolicy):
     similarity  least average cosine of tokens that are stood for by their mean; below 0 a mean is always trusted, at 1 never
     skip        powers of 2 below the maximum, from which on 128 keys are left out of a row; 50, as the paper has it, leaves out next to
                 none
-    All but `skip` are for heads that are not calibrated, and for all heads where one of them is not the default.
+    `mode` to `similarity` are for heads that are not calibrated, and for all heads where one of them is not the default.
     Assets: sparge_attn [layers, heads, 2], similarity and cdf
     """
     mode: str = "topk"
@@ -104,8 +104,8 @@ def estimate(q: np.ndarray, k: np.ndarray, scale: float) -> tuple[np.ndarray, np
 
 
 def trust(rows, pages, scores, allowed, similarity) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """(softmax over the pages that their means stand for, which these are, what is always read), three of [..., group, query blocks, pages].
-    The first three: what `estimate` gave; similarity [..., group]"""
+    """(softmax over the pages that their means stand for, which these are, what is always read), three of [..., group, query blocks,
+    pages]. The first three: what `estimate` gave; similarity [..., group]"""
     unlike = (pages <= similarity[..., None])[..., None, :]
     trusted = allowed & ~unlike
     return softmax(np.where(trusted, scores, -np.inf)), trusted, unlike | (rows <= similarity[..., None])[..., None]
