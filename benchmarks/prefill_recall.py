@@ -11,8 +11,8 @@ method plans that chunk with the options of --settings, {"method": [{"option": v
     mass, least     softmax weight on what a query head's plan reads: mean over queries, heads and layers, and the least of all queries
     error           relative error of a query's output, mean over queries, heads and layers: of the plan alone, with Delta Attention's
                     correction and with mean pages for what is not read (edgeattn/prefill_corrections.py)
-    choosing        time of the plan, of the time of a dense attention of the same chunk in NumPy (float32, all keys, masked): both by NumPy,
-                    so that kernels, several times as fast at attention, make the share that much larger
+    choosing        time of the plan, of the time of a dense attention of the same chunk in NumPy (float32, all keys, masked), which kernels
+                    do several times as fast: benchmarks/prefill_choosing.py has the share that counts
 
 --union takes mass and errors of what the kernels read. --calibration TEXT calibrates methods that can be on the same depths of another
 text. --out keeps results, one line a method, setting and depth; what it holds is not run again.
@@ -76,7 +76,8 @@ def evaluate(chunk, policy, assets, union) -> dict:
         dense, lse, mass, out, seconds = chunk.attend(layer, taken)
         dense_s += seconds
         pair = out, lse + np.log(np.maximum(mass, 1e-300))
-        outs = {"error": out, "error_delta": delta(*pair, q, k, v, chunk.scale)[0], "error_tail": tail(*pair, q, k, v, taken, chunk.scale)[0]}
+        outs = {"error": out, "error_delta": delta(*pair, q, k, v, chunk.scale)[0],
+                "error_tail": tail(*pair, q, k, v, taken, chunk.scale)[0]}
         norms = np.maximum(np.linalg.norm(dense, axis=-1), 1e-30)
         row = {"density": plan.density(), "union": joined.density(), "mass": mass.mean(), "least": mass.min()}
         row |= {name: (np.linalg.norm(x - dense, axis=-1) / norms).mean() for name, x in outs.items()}
@@ -126,13 +127,14 @@ def measure(args, wanted, rows):
             rows.append(row)
             with args.out.open("a") as file:
                 file.write(json.dumps(row) + "\n")
-            print(f"{depth:6,} {name}: density {row['density']:.3f}, mass {row['mass']:.4f}, {row['choosing_ms']:.0f} ms of {row['dense_ms']:.0f}",
-                  file=sys.stderr, flush=True)
+            print(f"{depth:6,} {name}: density {row['density']:.3f}, mass {row['mass']:.4f}, {row['choosing_ms']:.0f} ms of "
+                  f"{row['dense_ms']:.0f}", file=sys.stderr, flush=True)
 
 
 def of(args) -> str:
     """What results of one file must have in common to stand beside each other."""
-    names = [args.folder.resolve().name, args.text.name, args.chunk, *["union"] * args.union, *[path.name for path in [args.calibration] if path]]
+    names = [args.folder.resolve().name, args.text.name, args.chunk, *["union"] * args.union]
+    names += [args.calibration.name] if args.calibration else []
     return " ".join(map(str, names))
 
 
@@ -151,7 +153,8 @@ def table(rows) -> str:
         shares = [f"{100 * row[name]:.1f} %" for name in ("density", "union")] + [f"{row[name]:.4f}" for name in ("mass", "least")]
         shares += [f"{row[name]:.3f}" for name in ("error", "error_delta", "error_tail")] + [f"{100 * row['choosing']:.1f} %"]
         setting = ", ".join(f"{name} {value}" for name, value in row["options"].items()) or "default"
-        lines.append(f"| {row['method']} | {setting + ', calibrated' * row['calibrated']} | {row['depth']:,} | " + " | ".join(shares) + " |")
+        setting += ", calibrated" * row["calibrated"]
+        lines.append(f"| {row['method']} | {setting} | {row['depth']:,} | " + " | ".join(shares) + " |")
     return "\n".join(lines)
 
 
@@ -159,7 +162,8 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("folder", type=Path, help="an export")
     parser.add_argument("--text", type=Path, required=True, help="at least as many tokens as the greatest depth")
-    parser.add_argument("--settings", type=Path, help='JSON: {"streaming": [{"recent": 16}, {}], ...}; methods that it lacks run with their defaults')
+    parser.add_argument("--settings", type=Path,
+                        help='JSON: {"streaming": [{"recent": 16}, {}], ...}; methods that it lacks run with their defaults')
     parser.add_argument("--methods", nargs="+", default=policy_names("prefill"), choices=policy_names("prefill"), metavar="NAME",
                         help=f"of {', '.join(policy_names('prefill'))} (all)")
     parser.add_argument("--depths", type=int, nargs="+", default=[2048, 4096, 7168], help="tokens up to the end of a chunk")

@@ -45,8 +45,8 @@ def attend_rows(q: np.ndarray, k: np.ndarray, v: np.ndarray, rows: np.ndarray, s
 def tail(out: np.ndarray, lse: np.ndarray, q: np.ndarray, k: np.ndarray, v: np.ndarray, plan: PrefillPlan,
          scale: float) -> tuple[np.ndarray, np.ndarray]:
     """The zeroth-order term of PISA, here made causal: a page that is not read counts as 32 keys, each the page's mean key with its mean
-    value, for queries that see all of it. A page of which some keys are read alone (the plan's columns) does not count. Costs 1 / 32 of dense
-    attention. By convexity the counted weight is never above the true one.
+    value, for queries that see all of it. A page of which some keys are read alone (the plan's columns) does not count. Costs 1 / 32 of
+    dense attention. By convexity the counted weight is never above the true one.
     """
     heads, kv_heads, n, m = len(q), len(k), q.shape[1], k.shape[1]
     blocks, full = shape_of(n, m)[0], m // PAGE

@@ -82,8 +82,8 @@ class Keys(LayerKeys):
         return key_means.run(self.stored())
 
     def page_means(self, values: np.ndarray) -> np.ndarray:
-        """[kv_heads, max_pages, head_dim + width] float32: mean key and mean value of each full page, the chunk's own among them. values: the
-        chunk's [tokens, kv_heads, head_dim], which like its keys are not in the cache yet."""
+        """[kv_heads, max_pages, head_dim + width] float32: mean key and mean value of each full page, the chunk's own among them. values:
+        the chunk's [tokens, kv_heads, head_dim], which like its keys are not in the cache yet."""
         found, head_dim = self._cache.page_means(self._sequence, self._layer), self._cache.head_dim
         for head, count in enumerate(self._sequence.counts[self._layer].tolist()):
             past = count - len(self._new)
@@ -126,8 +126,9 @@ class PrefillScheduler:
         return sparse
 
     def choose(self, layer: int, kv_cache, batch, sparse: list, tensors: dict, attributes: dict) -> None:
-        """Write the lists of one layer. sparse: (place in the batch, sequence, first row, tokens, whether the prompt ends with them) of each
-        sequence that is to have some; a prompt's end, where the question is, reads everything. tensors: the layer's q, k, cos and sin as attention gets them."""
+        """Write the lists of one layer. sparse: (place in the batch, sequence, first row, tokens, whether the prompt ends with them) of
+        each sequence that is to have some; a prompt's end, where the question is, reads everything. tensors: the layer's q, k, v, cos and
+        sin as attention gets them."""
         began, self._lists, self._means = perf_counter(), [], []
         for place, sequence, first, count, last in sparse:
             rows, head_dim = slice(first, first + count), attributes["head_dim"]
@@ -151,7 +152,8 @@ class PrefillScheduler:
         if keys.alike:
             return [self.policy.select(q, keys, scale, layer, self.assets)]
         group = len(q) // len(keys)
-        return [self.policy.select(q[head * group:(head + 1) * group], [keys[head]], scale, layer, self.policy.of_head(self.assets, head, group))
+        return [self.policy.select(q[head * group:(head + 1) * group], [keys[head]], scale, layer,
+                                   self.policy.of_head(self.assets, head, group))
                 for head in range(len(keys))]
 
     def figures(self) -> dict[str, float]:
@@ -168,9 +170,10 @@ class PrefillScheduler:
         yield f"sparse prefill {self.options.method} ({fields})" + ("" if self.assets is None else ", fitted to this model")
         if self.times:
             yield "one layer's attention of a chunk on this machine, in microseconds: " + "; ".join(
-                f"{tokens:,} tokens: dense {1e6 * self.times['dense'][i]:.0f}, choosing {1e6 * self.times['choose'][i]:.0f}, what is chosen "
-                f"{1e6 * self.times['attend'][i]:.0f}" for i, tokens in enumerate(self.times["depths"]))
-        yield (f"chunks with {self.min_len:,} tokens in the context and more are sparse; so far: {self.chunks[0]} dense, {self.chunks[1]} sparse")
+                f"{tokens:,} tokens: dense {1e6 * self.times['dense'][i]:.0f}, choosing {1e6 * self.times['choose'][i]:.0f}, what is "
+                f"chosen {1e6 * self.times['attend'][i]:.0f}" for i, tokens in enumerate(self.times["depths"]))
+        yield (f"chunks with {self.min_len:,} tokens in the context and more are sparse; so far: {self.chunks[0]} dense, "
+               f"{self.chunks[1]} sparse")
         for layer, (kept, read) in enumerate(self.kept / max(1, self.chunks[1])):
             if self.chunks[1]:
                 yield f"layer {layer}: plans hold {100 * kept:.1f} % of the pairs, heads of a group together {100 * read:.1f} %"

@@ -29,7 +29,8 @@ STEP = types.void(types.CPointer(types.int64), types.CPointer(types.int64))
 WIDTH = 80  # int64 arguments of one step, the function's address first
 CODES = {"silu": 0, "gelu_tanh": 1, "relu2": 2,
          "bound": 0, "mass": 1, "recency": 2, "random": 3,
-         "hierarchy": 10, "representatives": 11, "landmarks": 12, "components": 13, "collisions": 14, "peak": 20, "rank": 21, "max_mass": 22,
+         "hierarchy": 10, "representatives": 11, "landmarks": 12, "components": 13, "collisions": 14,
+         "peak": 20, "rank": 21, "max_mass": 22,
          "head": 0, "layer": 1, "best": 2}
 
 
@@ -54,8 +55,8 @@ def resolve(args: tuple[str, ...], tensors: dict, attributes: dict, counts: tupl
 
 
 def make_row(kernel, tensors: dict, attributes: dict, counts: tuple[str, ...], extra: dict) -> np.ndarray:
-    """A kernel module's step as `run` takes it: [WIDTH] int64. links(attributes, extra) of the module, if it has one, gives what else is to be
-    loaded for these attributes; attribute `group` says which lists of a selection are meant."""
+    """A kernel module's step as `run` takes it: [WIDTH] int64. links(attributes, extra) of the module, if it has one, gives what else is to
+    be loaded for these attributes; attribute `group` says which lists of a selection are meant."""
     extra = extra | ({"selection.group": attributes["group"]} if "group" in attributes else {})
     extra |= kernel.links(attributes, extra) if hasattr(kernel, "links") else {}
     row = np.zeros(WIDTH, np.int64)

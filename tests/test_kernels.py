@@ -169,13 +169,15 @@ CASES = {
         ("x".join(map(str, c[:5])) + ("-zeros" if c[5] else ""), lambda rng, c=c: embedding_nbits_case(rng, *c), 1e-6)
         for c in ((1, 16, 64, 4, 32, False), (300, 90, 100, 8, 32, False), (9, 33, 77, 4, 16, True), (5, 40, 600, 8, 256, True))],
     "select_pages": [("-".join(map(str, c)), lambda rng, c=c: selection_case(rng, *c), 0) for c in (
-        (2000, "bound", "head", 500, 1.0), (2000, "bound", "layer", 500, 0.5), (777, "mass", "head", 300, 1.0), (777, "mass", "layer", 300, 1.0),
-        (1999, "recency", "head", 100, 1.0), (2015, "bound", "head", 3000, 1.0), (40, "bound", "head", 32, 1.0), (1, "bound", "head", 32, 1.0),
-        (991, "bound", "head", 200, 0.4, 128, 12, 2), (1000, "bound", "head", 300, 0.7, 80, 4, 4), (640, "mass", "head", 200, 1.0, 16, 10, 2),
+        (2000, "bound", "head", 500, 1.0), (2000, "bound", "layer", 500, 0.5), (777, "mass", "head", 300, 1.0),
+        (777, "mass", "layer", 300, 1.0), (1999, "recency", "head", 100, 1.0), (2015, "bound", "head", 3000, 1.0),
+        (40, "bound", "head", 32, 1.0), (1, "bound", "head", 32, 1.0), (991, "bound", "head", 200, 0.4, 128, 12, 2),
+        (1000, "bound", "head", 300, 0.7, 80, 4, 4), (640, "mass", "head", 200, 1.0, 16, 10, 2),
         *((past, score, combine, budget, 1.0, *shape) for score, combine in (("peak", "head"), ("rank", "best"), ("max_mass", "layer"))
           for past, budget, *shape in ((2000, 500), (1279, 300, 128, 12, 2), (640, 200, 16, 10, 2), (1500, 300, 80, 4, 4), (40, 32))))]
     + [("-".join(map(str, c)), lambda rng, c=c: index_case(rng, *c), 0) for c in (
-        (2000, "hierarchy", 500, dict(blocks=7)), (2000, "hierarchy", 900, dict(blocks=4)), (1333, "hierarchy", 300, dict(blocks=99), "layer", 80),
+        (2000, "hierarchy", 500, dict(blocks=7)), (2000, "hierarchy", 900, dict(blocks=4)),
+        (1333, "hierarchy", 300, dict(blocks=99), "layer", 80),
         (2047, "representatives", 700, dict(block=4), "layer"), (1999, "representatives", 300, dict(block=4), "head", 16, 6, 3),
         (2000, "landmarks", 500, dict(block=2)), (1500, "landmarks", 400, dict(block=3), "layer", 128, 4, 4),
         (2000, "components", 500, dict(rank=16)), (1200, "components", 300, dict(rank=80), "layer", 80, 12, 2),

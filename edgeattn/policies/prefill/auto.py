@@ -1,9 +1,9 @@
-"""What a user gets: the pages whose mean keys score highest with a block's mean queries, as many as a KV head's softmax over pages asks for.
+"""What a user gets: the pages whose mean keys score highest with a block's mean queries, as many as their softmax asks for.
 
-Mean pooling as DHSA and SpargeAttn have it (arXiv 2510.24606, 2502.18137) and XAttention's covered part (2503.16428), chosen for the query heads
-of a KV head together: their softmax weights over pages are summed, for the kernel reads for all of them what any asks for. A head that looks
-at few pages reads few, one that looks everywhere reads up to a limit. On the bundled model that loses as little as XAttention at the same
-density, for a tenth of its products, and less than a fixed number of pages for every head (docs/sparse-prefill.md).
+Mean pooling as DHSA and SpargeAttn have it (arXiv 2510.24606, 2502.18137) and XAttention's covered part (2503.16428), chosen for the query
+heads of a KV head together: their softmax weights over pages are averaged, for the kernel reads for all of them what any asks for. A head
+that looks at few pages reads few, one that looks everywhere reads up to a limit. On the bundled model that loses as little as XAttention at
+the same density, and less than a fixed number of pages for every head (docs/sparse-prefill.md).
 """
 from dataclasses import dataclass
 from typing import ClassVar
