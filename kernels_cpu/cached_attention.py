@@ -9,9 +9,9 @@ import numpy as np
 from numba import cfunc, int64, njit
 
 from edgeattn.kernels_cpu.attention_call import (ARGS, CALL, COUNTER, HEAD_DIM, KV_HEADS, MASS_MODE, NUM_HEADS, PAGE, PREFILL,
-                                                 PREFILL_LISTED, PREFILL_LISTS, PREFILL_TASKS, PROBES, PROBES_INDEX, RANGE_PAGES, ROWS_INDEX,
-                                                 SEQUENCES, SEQUENCES_INDEX, SPLITS, STARTS, TASKS, THREADS, WORKSPACE, make_call,
-                                                 query_blocks, rows_of, slots_of, workspace_bytes)
+                                                 PREFILL_LISTED, PREFILL_LISTS, PREFILL_TASKS, PROBES, PROBES_INDEX, RANGE_PAGES,
+                                                 ROWS_INDEX, SEQUENCES, SEQUENCES_INDEX, SPLITS, STARTS, TASKS, THREADS, WORKSPACE,
+                                                 make_call, query_blocks, rows_of, slots_of, workspace_bytes)
 from edgeattn.kernels_cpu.attention_decode import attend_range, merge_ranges, visible_pages
 from edgeattn.kernels_cpu.attention_mass import probe_head
 from edgeattn.kernels_cpu.attention_write import write_tokens
