@@ -92,7 +92,8 @@ def measure(args, wanted, rows):
     config = read_config(args.folder)
     policies = {name: load_policy("prefill", method, options) for name, method, options, _ in wanted}
     assets = {name: policy.load(args.folder, config) for name, policy in policies.items()}
-    for chunk in (Chunk(*x) for x in record_chunks(args.folder, args.text.read_text(encoding="utf-8"), args.depths, args.chunk, args.threads)):
+    text = args.text.read_text(encoding="utf-8")
+    for chunk in (Chunk(*x) for x in record_chunks(args.folder, text, args.depths, args.chunk, args.threads)):
         for name, method, options, depth in wanted:
             if depth != chunk.depth:
                 continue
