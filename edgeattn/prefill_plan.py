@@ -8,7 +8,6 @@ from functools import cached_property
 
 import numpy as np
 
-from edgeattn.kernels_cpu.stored_keys import StoredKeys
 from edgeattn.page_formats import PAGE
 
 QUERIES = 64  # tokens of a block of queries
@@ -112,8 +111,9 @@ class LayerKeys:
         """[kv_heads, pages, head_dim]: of each page."""
         return np.stack([pool(keys, PAGE) for keys in self._keys])
 
-    def stored(self) -> StoredKeys:
-        """As operators that estimate take them."""
+    def stored(self):
+        """StoredKeys, as operators that estimate take them."""
+        from edgeattn.kernels_cpu.stored_keys import StoredKeys
         return StoredKeys.of(self._keys)
 
 

@@ -11,8 +11,7 @@ from typing import ClassVar
 
 import numpy as np
 
-from edgeattn.kernels_cpu import read_pages, rotate_heads
-from edgeattn.kernels_cpu.stored_keys import StoredKeys
+from edgeattn.kernels_cpu import read_pages
 from edgeattn.page_formats import PAGE
 from edgeattn.policies import MethodOptions
 from edgeattn.prefill_lists import CORRECTIONS, write_lists
@@ -66,8 +65,9 @@ class Keys(LayerKeys):
         past, _ = self._cache.read(self._sequence, self._layer, head)
         return np.concatenate([past[:len(past) - len(self._new)], self._new[:, head]])
 
-    def stored(self) -> StoredKeys:
+    def stored(self):
         """Pages where they lie. Heads must hold as many (`alike`)."""
+        from edgeattn.kernels_cpu.stored_keys import StoredKeys  # compiled only where a policy asks for it
         past, head_dim = self.tokens - len(self._new), self._cache.head_dim
         whole, left = past // PAGE, past % PAGE
         tables, rest = self._sequence.tables[self._layer], self._new.swapaxes(0, 1)
@@ -78,7 +78,7 @@ class Keys(LayerKeys):
 
     @cached_property
     def means(self) -> np.ndarray:
-        from edgeattn.kernels_cpu import key_means  # compiled only where a policy asks for it
+        from edgeattn.kernels_cpu import key_means
         return key_means.run(self.stored())
 
     def page_means(self, values: np.ndarray) -> np.ndarray:
@@ -129,6 +129,7 @@ class PrefillScheduler:
         """Write the lists of one layer. sparse: (place in the batch, sequence, first row, tokens, whether the prompt ends with them) of
         each sequence that is to have some; a prompt's end, where the question is, reads everything. tensors: the layer's q, k, v, cos and
         sin as attention gets them."""
+        from edgeattn.kernels_cpu import rotate_heads  # compiled only where a prompt is sparse
         began, self._lists, self._means = perf_counter(), [], []
         for place, sequence, first, count, last in sparse:
             rows, head_dim = slice(first, first + count), attributes["head_dim"]
