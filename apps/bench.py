@@ -59,11 +59,12 @@ class Bench:
         import numpy as np
         from edgeattn.apps.weights import Weights
         from edgeattn.bandwidth import measured_apart
+        from edgeattn.generation import Sampler, SamplerOptions
         self._model, self._repetitions = model, repetitions
         self._random = np.random.default_rng(SEED)
-        self._weights = Weights(model.folder)
+        self._weights, self._first = Weights(model.folder), Sampler(SamplerOptions(temperature=0))
         note("measuring the memory bandwidth")
-        self._bandwidth = measured_apart(model.threads)
+        self._bandwidth = measured_apart(model.threads) if model.device == "cpu" else model.backend.bandwidth()
         note("")
 
     def rows(self, depth: int, tests: list[tuple[str, int]]):
@@ -99,14 +100,16 @@ class Bench:
     def _prompt(self, sequence, n):
         """A prompt up to its first token."""
         ids, start = self._tokens(n), time.perf_counter()
-        int(self._model.forward([(sequence, ids)])[-1].argmax())
+        row = self._model.forward([(sequence, ids)], fetch=False)[-1]
+        self._first(row, [])
         return Run(time.perf_counter() - start, [], self._model.kv_bytes())
 
     def _generate(self, sequence, n):
         ids, token_s, begin = self._tokens(n), [], time.perf_counter()
         for i in range(n):
             start = time.perf_counter()
-            self._model.forward([(sequence, ids[i:i + 1])])
+            self._model.forward([(sequence, ids[i:i + 1])], fetch=False)
+            self._model.wait()
             token_s.append(time.perf_counter() - start)
         return Run(time.perf_counter() - begin, token_s, self._model.kv_bytes())
 
@@ -114,7 +117,7 @@ class Bench:
         model, weights = self._model, self._weights
         rates = [n / run.seconds for run in runs]
         row = Row(model=f"{model.config['architecture']} {model.config['precision']}", size_bytes=weights.bytes, params=weights.params,
-                  threads=model.threads, kv_type=model.cache.options.name, ubatch=model.ubatch, test=_name(kind, n, depth),
+                  device=model.device, threads=model.threads, kv_type=model.cache.options.name, ubatch=model.ubatch, test=_name(kind, n, depth),
                   repetitions=len(runs),
                   tokens_per_second=statistics.mean(rates), deviation=statistics.stdev(rates) if len(rates) > 1 else 0.0,
                   peak_rss_bytes=_peak_rss(), kv_bytes=max(run.kv_bytes for run in runs), weight_bytes_per_token=weights.token_bytes,

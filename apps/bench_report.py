@@ -22,13 +22,14 @@ class Row:
     peak_rss_bytes: int
     kv_bytes: int                # pages in use at the end of a repetition
     weight_bytes_per_token: int
-    read_bandwidth: float        # bytes per second that plain reads reach on this machine
+    read_bandwidth: float        # bytes per second that plain reads reach on this machine; on a GPU, reads and writes of a copy
     ttft_ms: float | None = None
     p50_ms: float | None = None
     p95_ms: float | None = None
     kv_bytes_per_token: int | None = None
     bandwidth: float | None = None        # bytes per second of weights and cache that decode reads
     bandwidth_share: float | None = None  # of read_bandwidth
+    device: str = "cpu"
 
 
 def _maybe(text, value):
@@ -39,7 +40,7 @@ COLUMNS = {  # heading -> width, text
     "model": (14, lambda r: r.model),
     "size": (9, lambda r: size(r.size_bytes)),
     "params": (7, lambda r: count(r.params)),
-    "threads": (7, lambda r: str(r.threads)),
+    "threads": (7, lambda r: str(r.threads) if r.device == "cpu" else r.device),
     "test": (13, lambda r: r.test),
     "t/s": (15, lambda r: f"{r.tokens_per_second:.2f} ± {r.deviation:.2f}"),
     "TTFT ms": (7, lambda r: _maybe("{:.1f}", r.ttft_ms)),

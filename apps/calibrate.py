@@ -21,6 +21,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
                         "--sparse-attention and --kv-heads), components (of keys: loki), thresholds (of scores: top_theta), and, where it "
                         "is asked for, prefill (what sale, minference, sparge_attn and moa need: --sparse-prefill); all but prefill")
     parser.add_argument("-s", "--seed", type=options.whole(0), default=0, metavar="N", help="of the prompts' text (0)")
+    options.add_device(parser)
     parser.add_argument("-t", "--threads", type=options.whole(1), metavar="N", help="threads (one for each core)")
 
 
@@ -34,6 +35,8 @@ def _parts(text):
 def main(args: argparse.Namespace) -> int:
     from edgeattn.apps import models
     from edgeattn.apps.progress import Progress
+    if args.device == "cuda":
+        raise ValueError("what calibrate measures it measures on the CPU: leave out --device cuda; the result serves both")
     folder = models.exported(args.model, args.precision)
     from edgeattn import calibration
     from edgeattn.cache.options import CacheOptions

@@ -20,6 +20,7 @@ def main(args: argparse.Namespace) -> int:
         missing += _machine()
     if not {"numpy", "numba", "llvmlite"} & set(missing):
         missing += _kernels()
+        _gpu()
     print("\neverything needed is there" if not missing else f"\nmissing: {', '.join(missing)}")
     return 1 if missing else 0
 
@@ -95,6 +96,22 @@ def _kernels():
         _line("", advice)
     _line("kernel cache", f"{kernels_cpu.CACHE_FOLDER}: {kernels_cpu.cached_kernels()} kernels compiled")
     return ([] if layer else ["a threading layer"]) + _writable(kernels_cpu.CACHE_FOLDER)
+
+
+def _gpu():
+    """The GPU, or the one thing that is missing for --device cuda; no reason to fail."""
+    from edgeattn.apps.terminal import size
+    from edgeattn.devices import cuda_missing
+    why = cuda_missing()
+    if why:
+        _line("GPU", f"none used: {why}")
+        return
+    from edgeattn.kernels_cuda.device import about
+    found = about()
+    memory = f"{size(found['memory_bytes'])}{' (shared with the CPU)' if found['integrated'] else ''}"
+    mode = f", power mode {found['power_mode']}" if "power_mode" in found else ""
+    _line("GPU", f"{found['name']}, compute capability {found['capability'] / 10:.1f}, {memory}, CUDA {found['driver_cuda']} driver, "
+          f"CuPy {found['cupy']}{mode}")
 
 
 def _threading_layer():

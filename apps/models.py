@@ -84,15 +84,20 @@ def load(args: argparse.Namespace, ctx_size: int | None = None, chat: bool = Fal
     """(model, tokenizer) for the flags of options.add_model; `chat` refuses a model without a working chat template."""
     # a mistake there should not wait for an export
     cache, sparse, prefill = cache_options(args), sparse_options(args), prefill_options(args)
+    if args.device == "cuda":
+        from edgeattn.cuda_limits import cache_refusal
+        from edgeattn.devices import cuda_missing
+        if why := cache_refusal(cache) or cuda_missing():
+            raise ValueError(why)
     folder = exported(args.model, args.precision)
     from edgeattn.runtime import Model
     from edgeattn.tokenizer import Tokenizer
     tokenizer, wanted = Tokenizer(folder), ctx_size or args.ctx_size or None
     if chat:
         tokenizer.encode_chat([{"role": "user", "content": "?"}])
-    with Progress("compiling kernels for this CPU (once)") as progress:
+    with Progress(f"compiling kernels for {'this CPU' if args.device == 'cpu' else 'this machine'} (once)") as progress:
         model = Model.load(folder, cache=cache, ctx_size=wanted, ubatch=args.ubatch_size, threads=args.threads, sparse=sparse,
-                           prefill=prefill, progress=progress)
+                           prefill=prefill, progress=progress, device=args.device)
     if wanted and wanted > model.ctx_size:
         why = "the KV budget holds" if model.ctx_size < model.config["model"]["ctx_size"] else "this export allows"
         print(f"context limited to {model.ctx_size} tokens, all that {why}", file=sys.stderr)

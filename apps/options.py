@@ -44,8 +44,14 @@ def add_model(parser: argparse.ArgumentParser) -> None:
     group.add_argument("-c", "--ctx-size", type=whole(0), metavar="N", help="tokens that the cache holds (0 or none: all the model allows)")
     group.add_argument("-t", "--threads", type=whole(1), metavar="N", help="threads (one for each core)")
     group.add_argument("-ub", "--ubatch-size", type=whole(1), metavar="N", help="prompt tokens computed at once (512)")
+    add_device(group)
     add_cache(parser)
     add_sparse(parser)
+
+
+def add_device(group) -> None:
+    group.add_argument("--device", choices=("cpu", "cuda", "auto"), default="cpu", help="where the model runs: cpu (the default), cuda: an "
+                       "NVIDIA GPU (edgeattn doctor says what that needs), auto: cuda where that can be")
 
 
 def add_cache(parser: argparse.ArgumentParser) -> None:

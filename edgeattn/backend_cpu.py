@@ -25,7 +25,12 @@ class Step:
 
 class CpuBackend:
     device = "cpu"
+    runs_segments = True  # nodes that no kernel knows run in onnxruntime, over the same memory
     open_sequences = 64  # that may be open at once where memory is not limited: it is touched only when used
+
+    def limits(self, options, sparse, prefill, about: dict) -> tuple:
+        """(the cache's options, why sparse decode steps and sparse prompts give way); everything runs here."""
+        return options, "", ""
 
     # ---- memory -----------------------------------------------------------------------------------------------------
     def allocate(self, size: int) -> np.ndarray:
@@ -40,7 +45,7 @@ class CpuBackend:
         """An initializer: the mapped file as it is."""
         return Tensor.of(array)
 
-    def batch(self, max_tokens: int, max_rows: int, max_sequences: int) -> Batch:
+    def batch(self, max_tokens: int, max_rows: int, max_sequences: int, cache) -> Batch:
         return Batch(max_tokens, max_rows, max_sequences)
 
     # ---- steps ------------------------------------------------------------------------------------------------------
@@ -61,8 +66,14 @@ class CpuBackend:
                 step.row[1 + args.index("workspace")] = workspace.ctypes.data
         return np.stack([step.row for step in made])
 
+    def ready(self, tables: list[np.ndarray], progress=None) -> None:
+        """All steps are made: what is left to do before the first call. Nothing here."""
+
     def run(self, table: np.ndarray, state: np.ndarray) -> None:
         steps.run(table, state)
+
+    def wait(self) -> None:
+        """Until all calls are done; here they are."""
 
     # ---- pages ------------------------------------------------------------------------------------------------------
     pages = HostPages
@@ -73,6 +84,10 @@ class CpuBackend:
         for i, pool in enumerate(pools):
             table[i] = pool.table_row()
         return table
+
+    def cache_arguments(self, formats) -> dict[str, int]:
+        """What kernels ask for besides KVCache.arguments."""
+        return {}
 
     def seal(self, table, head_dim: int, sources: np.ndarray, targets: np.ndarray) -> None:
         """Quantise the pages of entries `sources` into those of `targets`."""

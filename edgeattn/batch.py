@@ -24,19 +24,32 @@ class Batch:
     """
 
     def __init__(self, max_tokens: int, max_rows: int, max_sequences: int):
-        self.token_ids, self.positions = np.zeros(max_tokens, np.int64), np.zeros(max_tokens, np.int64)
-        self.row_starts = np.zeros(max_sequences + 1, np.int32)
-        self.held = {name: np.zeros(max_sequences, np.int64) for name in HELD}
-        self.selections, self.prefill_lists = np.zeros(max_sequences, np.int64), np.zeros(max_sequences, np.int64)
-        self.logit_rows = np.zeros(max_rows, np.int64)
-        self.state = np.zeros(len(COUNTS), np.int64)
+        new = self._array
+        self.token_ids, self.positions = new(max_tokens, np.int64), new(max_tokens, np.int64)
+        self.row_starts = new(max_sequences + 1, np.int32)
+        self.held = {name: new(max_sequences, np.int64) for name in HELD}
+        self.selections, self.prefill_lists = new(max_sequences, np.int64), new(max_sequences, np.int64)
+        self.logit_rows = new(max_rows, np.int64)
+        self.state = new(len(COUNTS), np.int64)
+
+    def _array(self, length, dtype):
+        return np.zeros(length, dtype)
+
+    def address(self, array: np.ndarray) -> int:
+        """Where kernels find an array of this batch."""
+        return array.ctypes.data
 
     def arguments(self) -> dict[str, int]:
         """Addresses under the names used in ARGS."""
         arrays = {"positions": self.positions, "row_starts": self.row_starts, "selections": self.selections,
                   "prefill_lists": self.prefill_lists} | self.held
         counts = {f"batch.{count}": COUNTS.index(count) for count in ("sequences", "probes")}
-        return {f"batch.{name}": array.ctypes.data for name, array in arrays.items()} | counts
+        return {f"batch.{name}": self.address(array) for name, array in arrays.items()} | counts
+
+    def _place(self, sequence, name, n) -> int:
+        """Where kernels find an array of the n-th sequence; 0: it has none."""
+        array = getattr(sequence, name)
+        return 0 if array is None else array.ctypes.data
 
     def clear(self) -> None:
         self.state[:] = 0
@@ -50,9 +63,8 @@ class Batch:
         self.positions[tokens:end] = np.arange(sequence.length - count, sequence.length)
         self.row_starts[n], self.row_starts[n + 1] = tokens, end
         for name, place in self.held.items():
-            array = getattr(sequence, HELD[name])
-            place[n] = 0 if array is None else array.ctypes.data
+            place[n] = self._place(sequence, HELD[name], n)
         self.prefill_lists[n] = 0
-        self.selections[n] = sequence.selection.ctypes.data if sparse else 0
+        self.selections[n] = self._place(sequence, "selection", n) if sparse else 0
         self.logit_rows[rows:rows + len(logit_rows)] = logit_rows + tokens
         self.state[:] = end, rows + len(logit_rows), n + 1, max(probed, probes)

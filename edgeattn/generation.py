@@ -63,13 +63,17 @@ class Sampler:
         return {"seed": self.seed, "random": self._random.bit_generator.state}
 
     def __call__(self, logits: np.ndarray, tokens: list[int]) -> int:
-        """logits [vocab] float32; tokens: all ids so far, the newest last -> the next id."""
-        if self._greedy:
+        """logits [vocab] float32, or a LogitsRow, which lies on a device and is sampled there; tokens: all ids so far, the newest last
+        -> the next id."""
+        here = isinstance(logits, np.ndarray)
+        if self._greedy and here:
             return int(logits.argmax())
         o = self.options
         history = [] if o.repeat_penalty == 1 or not o.repeat_last_n else tokens if o.repeat_last_n < 0 else tokens[-o.repeat_last_n:]
-        return int(self._kernel(logits, np.asarray(history, np.int64), temperature=o.temperature, top_k=o.top_k, top_p=o.top_p,
-                                min_p=o.min_p, repeat_penalty=o.repeat_penalty, uniform=self._random.random())[0])
+        history, settings = np.asarray(history, np.int64), {
+            "temperature": o.temperature, "top_k": o.top_k, "top_p": o.top_p, "min_p": o.min_p, "repeat_penalty": o.repeat_penalty,
+            "uniform": 0.0 if self._greedy else self._random.random()}
+        return int(self._kernel(logits, history, **settings)[0]) if here else logits.sample(settings, history)
 
 
 class StopStrings:
@@ -145,6 +149,7 @@ class Generation:
             raise ValueError(f"a context shift needs the ids of all {sequence.length} tokens in the cache, got {len(context_ids)}")
         self._model, self._sequence, self._prompt_ids, self._shift = model, sequence, list(prompt_ids), shift
         self.sampler = sampler or Sampler(options, kernel)
+        self._in_place = {} if getattr(model, "device", "cpu") == "cpu" else {"fetch": False}
         self._max_tokens, self._stops, self._end_tokens = max_tokens, StopStrings(stop), end_tokens
         self._stream = tokenizer.stream(continues_text)
         self._all = list(context_ids) + self._prompt_ids
@@ -236,7 +241,7 @@ class Generation:
 
     def _forward(self, ids, rows="last"):
         try:
-            logits = self._model.forward([(self._sequence, ids)], logit_rows=rows)
+            logits = self._model.forward([(self._sequence, ids)], logit_rows=rows, **self._in_place)
         except CacheFull:  # other sequences can fill the cache before this one reaches the context size
             self.finish_reason = "context"
             return None

@@ -61,6 +61,7 @@ class Plan:
         self.attentions = {i: (attributes(node)["layer"], node) for i, node in attends}
         self.workspace = self.backend.allocate(max((step.workspace_bytes for step in self.steps), default=0))  # only one step runs at a time
         self.items = [self._connect(g) if isinstance(g, Segment) else self.backend.table(g, self.workspace) for g in groups if g]
+        self.backend.ready([item for item in self.items if not isinstance(item, Segment)], progress)
 
     # ---- reading the graph --------------------------------------------------------------------------------------
     def _group(self):
@@ -70,6 +71,8 @@ class Plan:
 
         def close(upto):
             if unknown:
+                if not self.backend.runs_segments:
+                    raise ValueError(f"{self.graph.folder}: the GPU has no kernel for {unknown[0].op_type}: use --device cpu")
                 known = {name: (v.dtype, v.shape) for name, v in self.values.items()}
                 segment = Segment(self.graph, list(unknown), known, results.union(*(node.input for node in nodes[upto:])))
                 for name, dtype, shape in segment.outputs:
@@ -212,6 +215,12 @@ class Plan:
         start = self._address[value.root] - base.ctypes.data + value.offset * value.dtype.itemsize
         strides = [value.dtype.itemsize * int(np.prod(value.shape[i + 1:], dtype=np.int64)) for i in range(1, len(value.shape))]
         return np.ndarray((rows, *value.shape[1:]), value.dtype, base, start, (value.stride * value.dtype.itemsize, *strides))
+
+    def read(self, name: str, state: np.ndarray) -> np.ndarray:
+        """A copy of the value at the present counts, from wherever it lies."""
+        if self.backend.device == "cpu":
+            return self.view(name, state).copy()
+        return self.backend.fetch(self.tensor(name), int(state[COUNTS.index(self.values[name].shape[0])]))
 
     # ---- steps --------------------------------------------------------------------------------------------------
     def _before(self, node):

@@ -7,13 +7,13 @@ import numba
 import numpy as np
 import psutil
 
-from edgeattn.batch import Batch
 from edgeattn.cache.budget import choose_types
 from edgeattn.cache.kv_cache import KVCache
 from edgeattn.cache.options import CacheOptions
 from edgeattn.cache.pages import CacheFull
 from edgeattn.cache.sequence import Sequence
 from edgeattn.calibration import head_classes
+from edgeattn.devices import make_backend
 from edgeattn.graph import read_graph
 from edgeattn.plan import Plan
 from edgeattn.prefill_scheduler import PrefillOptions, PrefillScheduler, refusal as prefill_refusal
@@ -21,6 +21,7 @@ from edgeattn.rebuild import recall
 from edgeattn.scheduler import Scheduler, SparseOptions, refusal
 
 MAX_SEQUENCES = 64
+UNMEASURED = 4  # times a policy's budget, from which sparse decode begins on a GPU
 LOGITS_BYTES = 64 << 20  # rows of logits are limited to this much at a time
 
 
@@ -31,12 +32,14 @@ class Model:
     """
 
     def __init__(self, folder, cache: CacheOptions | None = None, ctx_size: int | None = None, ubatch: int | None = None,
-                 threads: int | None = None, sparse: SparseOptions | None = None, prefill: PrefillOptions | None = None, progress=None):
+                 threads: int | None = None, sparse: SparseOptions | None = None, prefill: PrefillOptions | None = None, progress=None,
+                 device: str = "cpu"):
         """cache: how keys and values are kept; the export's KV type by default, with room for ctx_size tokens.
         sparse: what decode steps read; prefill: what prompts read. By default "auto" chooses.
         progress(operator, done, total) is called while kernels are compiled or read from the kernel cache.
+        device: "cpu", "cuda", or "auto": cuda where a GPU can be used.
 
-        ValueError: the folder is not a complete export, or an option is out of range.
+        ValueError: the folder is not a complete export, an option is out of range, or the device cannot do what is asked.
         """
         self.folder = Path(folder)
         self.config = read_config(self.folder)
@@ -50,15 +53,18 @@ class Model:
             raise ValueError(f"threads must be 1 to {most} (this machine's cores), got {self.threads}")
         numba.set_num_threads(self.threads)  # kernels' scratch is sized for this many
         shape = about["num_layers"], about["kv_heads"], about["head_dim"], self.ctx_size
-        options = cache or CacheOptions()
+        sparse, prefill = sparse or SparseOptions(), prefill or PrefillOptions()
+        self.backend = make_backend(device)
+        self.device = self.backend.device
+        options, dense_because, whole_because = self.backend.limits(cache or CacheOptions(), sparse, prefill, about)
         classes = None if options.heads == "none" else head_classes(self.folder, self.config, options.retrieval)
-        sparse, selection = sparse or SparseOptions(), None
+        selection = None
         self.scheduler = None if sparse.method == "off" else Scheduler(sparse, *shape[:2])
         if self.scheduler:
             self.scheduler.load(self.folder, self.config)
             selection = self.scheduler.selection_plan(self.ctx_size)
         options = choose_types(options, defaults["kv_type"], *shape, self.ubatch, classes, selection)
-        why = self.scheduler and refusal(self.scheduler.policy, options, about["window"])
+        why = self.scheduler and (dense_because or refusal(self.scheduler.policy, options, about["window"]))
         if why and sparse.method != "auto":
             raise ValueError(f"--sparse-attention {sparse.method}: {why}: use --sparse-attention off")
         if not why and self.scheduler and self._never_sparse():
@@ -72,9 +78,8 @@ class Model:
         if options.moves_slots and self.scheduler and self.scheduler.policy.shared:
             raise ValueError(f"{sparse.method} selects pages for several layers and heads at once, which eviction, head classes and sorted "
                              "pages would tell apart: use --kv-eviction none, --kv-heads none and --kv-storage kivi")
-        prefill = prefill or PrefillOptions()
-        self.prefill = self._prefill(prefill, options, about)
-        self.cache = KVCache(*shape, options, self.ubatch, classes, selection)
+        self.prefill = self._prefill(prefill, whole_because or prefill_refusal(options, about["window"]), about)
+        self.cache = KVCache(*shape, options, self.ubatch, classes, selection, self.backend)
         self.ubatch, self.ctx_size = self.cache.plan.chunk, self.cache.capacity
         if self.prefill and prefill.min_len is None and not self.prefill.reads_all(self.ctx_size):
             from edgeattn.prefill_crossover import settle as begin_prefill  # loads the kernels of lists
@@ -83,17 +88,19 @@ class Model:
             self.whole_because = f"no prompt in a context of {self.ctx_size:,} tokens is long enough for it"
             self.prefill = None  # a kernel more would be compiled for nothing
         self._max_rows = max(1, min(self.ubatch, LOGITS_BYTES // (4 * self.vocab_size)))
-        self._batch = Batch(self.ubatch, self._max_rows, MAX_SEQUENCES)
+        self._batch, self._sampler = self.backend.batch(self.ubatch, self._max_rows, MAX_SEQUENCES, self.cache), None
         if self.scheduler:
-            self.scheduler.prepare(MAX_SEQUENCES, self.cache.plan.max_pages)
-            if sparse.min_len is None:
+            self.scheduler.prepare(MAX_SEQUENCES, self.cache.plan.max_pages, None if self.device == "cpu" else self.backend)
+            if sparse.min_len is None and self.device != "cpu":
+                self.scheduler.min_len = int(UNMEASURED * self.scheduler.policy.tokens(0))
+            elif sparse.min_len is None:
                 from edgeattn.crossover import settle  # loads the kernels of selections
                 settle(self.scheduler, options, about["num_heads"], about["head_dim"], self.threads)
         self.plan = self._plan(progress)
 
-    def _prefill(self, prefill, options, about):
+    def _prefill(self, prefill, refused, about):
         """The scheduler of prompts, or None; `whole_because` says why auto gave way."""
-        self.whole_because = "" if prefill.method == "off" else prefill_refusal(options, about["window"])
+        self.whole_because = "" if prefill.method == "off" else refused
         if prefill.method == "off" or self.whole_because and prefill.method == "auto":
             return None
         if self.whole_because:
@@ -115,10 +122,11 @@ class Model:
         inputs = {"token_ids": batch.token_ids, "positions": batch.positions, "logit_rows": batch.logit_rows}
         counts = {"tokens": self.ubatch, "rows": self._max_rows, "sequences": MAX_SEQUENCES, "probes": 0}
         before = self.scheduler.operators if self.scheduler else lambda layer: []
-        return Plan(read_graph(self.folder), before, batch.arguments(), self._layer_arguments, inputs, counts, self.threads, progress)
+        return Plan(read_graph(self.folder), before, batch.arguments(), self._layer_arguments, inputs, counts, self.threads, progress,
+                    self.backend)
 
     def _layer_arguments(self, layer):
-        return (self.cache.arguments(layer) | {"prefill.sparse": int(self.prefill is not None)}
+        return (self.cache.arguments(layer) | self.backend.cache_arguments(self.cache.plan.formats) | {"prefill.sparse": int(self.prefill is not None)}
                 | (self.scheduler.arguments(layer) if self.scheduler else {"selection.group": -1}))
 
     # ---- sequences ----------------------------------------------------------------------------------------------
@@ -138,12 +146,13 @@ class Model:
         self.cache.truncate(sequence, 0)
 
     # ---- running ------------------------------------------------------------------------------------------------
-    def forward(self, work: list[tuple[Sequence, np.ndarray]], logit_rows: str = "last") -> np.ndarray:
+    def forward(self, work: list[tuple[Sequence, np.ndarray]], logit_rows: str = "last", fetch: bool = True) -> np.ndarray:
         """Append tokens to sequences and compute them, in chunks of at most `ubatch` tokens.
 
         work        (sequence, token ids) pairs; a sequence at most once
         logit_rows  "last" (one row a sequence), "all" (every token) or "none"
-        ->          [rows, vocab] float32, in the order of `work`; a fresh array
+        fetch       False, for one sequence: logits stay on the device that made them, and nothing waits for them
+        ->          [rows, vocab] float32, in the order of `work`; a fresh array. Not fetched, a list of device_sampling.py's LogitsRow
         ValueError for nothing to compute or an unknown token id; CacheFull when the cache is full: then sequences are truncated to
         their former lengths (see `truncate`).
         """
@@ -154,13 +163,13 @@ class Model:
         try:
             if self.cache.options.releases:
                 self._note_tokens(work)
-            return self._run_chunks(work, logit_rows)
+            return self._run_chunks(work, logit_rows, fetch or self.device == "cpu")
         except BaseException:  # also Ctrl-C: a half-computed chunk must not stay in the cache
             for (sequence, _), length in zip(work, lengths):
                 self.cache.truncate(sequence, length)
             raise
 
-    def _run_chunks(self, work, logit_rows):
+    def _run_chunks(self, work, logit_rows, fetch):
         found = []
         for chunk in self._chunks(work, logit_rows):
             self._batch.clear()
@@ -175,8 +184,23 @@ class Model:
             self.plan.run(self._batch.state, partial(self._choose, listed) if listed else None)
             for i, start, end, _ in chunk:
                 self.cache.settle(work[i][0], end - start)
-            found.append(self.plan.view("logits", self._batch.state).copy())
+            if fetch:
+                found.append(self.plan.read("logits", self._batch.state))
+        if not fetch:
+            return self._logits_in_place()
         return found[0] if len(found) == 1 else np.concatenate(found)  # chunks follow the order of `work`
+
+    def _logits_in_place(self):
+        """The last chunk's rows of logits, on the device."""
+        from edgeattn.device_sampling import DeviceSampler, LogitsRow
+        logits = self.plan.tensor("logits")
+        if self._sampler is None:
+            self._sampler = DeviceSampler(self.vocab_size, self.config["model"]["ctx_size"] + 1, self.backend.stream)
+        return [LogitsRow(self._sampler, logits.address + 4 * logits.stride * row) for row in range(int(self._batch.state[1]))]
+
+    def wait(self) -> None:
+        """Until everything that was asked for is computed; a forward call that fetches its logits has waited."""
+        self.backend.wait()
 
     def _choose(self, listed, layer):
         self.prefill.choose(layer, self.cache, self._batch, listed, *self.attention_inputs(layer))
@@ -246,9 +270,14 @@ class Model:
         return self.cache.used_bytes
 
     def memory(self) -> dict[str, int]:
-        """Bytes by what they are for. `runtime` is the process's other private memory: Python, libraries, compiled code."""
+        """Bytes by what they are for. `runtime` is the process's other private memory: Python, libraries, compiled code. On a GPU all but
+        that is the device's memory, `device` being all that this process has of it; where both share one memory, `rss` counts it too."""
         rss = psutil.Process().memory_full_info()
         kv, workspace = self.kv_bytes(), self.plan.arena.nbytes + self.plan.workspace.nbytes
+        if self.device != "cpu":
+            taken, shared = self.backend.device_bytes()
+            return {"weights": self.backend.weight_bytes, "kv": kv, "workspace": workspace, "device": taken, "runtime": rss.uss,
+                    "rss": rss.rss + taken * shared}
         return {"weights_mapped": self.plan.graph.mapped_bytes, "kv": kv, "workspace": workspace,
                 "runtime": max(0, rss.uss - self.plan.graph.mapped_bytes - kv - workspace), "rss": rss.rss}
 

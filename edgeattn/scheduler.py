@@ -69,7 +69,7 @@ class Scheduler:
         self.groups = sorted({source for source in self.sources if source is not None})
         self.shares = np.ones(self.shape, np.float32) if shares is None else np.ascontiguousarray(shares, np.float32)
         self.stats = np.zeros((layers, STATS_FIELDS), np.int64)
-        self.components = self.thresholds = None
+        self.components = self.thresholds = self._backend = None
         self.uncalibrated = "no calibration: all heads read as much (edgeattn calibrate finds those that look things up)"
         self.min_len, self.times, self.steps = options.min_len or 0, None, [0, 0]
 
@@ -94,9 +94,13 @@ class Scheduler:
         pages = min(max(pages, self.policy.pages_always), -(-ctx_size // PAGE)) + 2
         return SelectionPlan(max(1, len(self.groups)), pages, self.policy.index, self.policy.index_size, self.policy.means)
 
-    def prepare(self, sequences: int, max_pages: int) -> None:
-        """Memory for the scores of one layer's pages."""
-        self.scores = np.zeros((sequences, self.shape[1], max_pages), np.float32)
+    def prepare(self, sequences: int, max_pages: int, backend=None) -> None:
+        """Memory for the scores of one layer's pages, and on a GPU for what is counted there. backend: a GPU's, None on the CPU."""
+        self._backend = backend
+        if backend:
+            self._counters = backend.counters(self.stats.shape)
+        else:
+            self.scores = np.zeros((sequences, self.shape[1], max_pages), np.float32)
 
     def operators(self, layer: int) -> list[tuple[str, dict]]:
         """What runs before a layer's attention."""
@@ -107,8 +111,12 @@ class Scheduler:
     def arguments(self, layer: int) -> dict[str, int]:
         """What kernels need to reach the selection, under the names used in ARGS."""
         source = self.sources[layer]
+        group = {"selection.group": -1 if source is None else self.groups.index(source)}
+        if self._backend:
+            return group | {"selection.shares": self._backend.address(self.shares), "selection.components": 0, "selection.thresholds": 0,
+                            "selection.stats": self._backend.address(self._counters)}
         dense = self.thresholds is None or layer < self.policy.dense_layers
-        return {"selection.group": -1 if source is None else self.groups.index(source), "selection.shares": self.shares.ctypes.data,
+        return group | {"selection.shares": self.shares.ctypes.data,
                 "selection.components": 0 if self.components is None else self.components.ctypes.data,
                 "selection.thresholds": 0 if dense else self.thresholds[layer].ctypes.data,
                 "selection.stats": self.stats.ctypes.data, "selection.scores": self.scores.ctypes.data}
@@ -119,9 +127,15 @@ class Scheduler:
         self.steps[sparse] += 1
         return sparse
 
+    def _collect(self):
+        """Counters of a GPU are read only when someone asks: no step waits for them."""
+        if self._backend:
+            self.stats += self._backend.take_counters(self._counters)
+
     def figures(self) -> dict[str, float]:
         """What decode steps read since the last call: share of the pages held, over all layers; share of (layer, head) pairs that read a
         list, and of the lists that served a second step."""
+        self._collect()
         total = self.stats.sum(0)
         dense = sum(source is None for source in self.sources) / len(self.sources)
         self.stats[:] = 0
@@ -131,6 +145,7 @@ class Scheduler:
 
     def explain(self) -> Iterator[str]:
         """What was decided and why, line by line; counters go on."""
+        self._collect()
         policy = self.policy
         fields = ", ".join(f"{name} {value}" for name, value in vars(policy).items())
         yield f"sparse attention {self.options.method} ({fields})"

@@ -27,13 +27,14 @@ MAPPED_BYTES = 200 << 20  # of an export's weights, on top of twice its largest 
 LIMITS = {"fp32": (1e-3, 1e-3), "fp16": (2e-2, 1e-2), "int8": (0.1, 0.1), "int4": (0.6, 0.4)}
 
 
-def check(folder: str | Path, source: Checkpoint, decoder: Decoder) -> dict:
+def check(folder: str | Path, source: Checkpoint, decoder: Decoder, device: str = "cpu") -> dict:
     """Compare an export with its checkpoint on a fixed prompt: the figures for edgeattn.json. ValueError names the layer at fault."""
     folder = Path(folder)
     config = read_config(folder)
     tokens = prompt_tokens(folder, config["model"])
     reference, logits = checkpoint_logits(source, decoder, tokens)
-    engine, got = exported_logits(folder, tokens, _largest_bytes(source))
+    on_cpu = device == "cpu"
+    engine, got = exported_logits(folder, tokens, _largest_bytes(source)) if on_cpu else (device, _runtime_logits(folder, tokens, device))
     report = {"checkpoint_in": reference, "export_in": engine, "tokens": len(tokens), **compare(got, logits)}
     limit, layer_limit = LIMITS[config["precision"]]
     if not report["rms_error"] <= limit:
@@ -44,7 +45,7 @@ def check(folder: str | Path, source: Checkpoint, decoder: Decoder) -> dict:
     return report
 
 
-def verify(folder: str | Path, checkpoint: str | Path | None = None) -> dict:
+def verify(folder: str | Path, checkpoint: str | Path | None = None, device: str = "cpu") -> dict:
     """The files against their recorded sha256, then the check against the checkpoint, or without one against stock onnxruntime."""
     folder = Path(folder)
     config = read_config(folder)
@@ -53,9 +54,9 @@ def verify(folder: str | Path, checkpoint: str | Path | None = None) -> dict:
             raise ValueError(f"{folder / name}: missing or changed since the export; export the model again")
     if checkpoint is not None:
         source = Checkpoint(checkpoint)
-        return check(folder, source, read_architecture(source))
+        return check(folder, source, read_architecture(source), device)
     tokens = prompt_tokens(folder, config["model"])
-    got, expected = _runtime_logits(folder, tokens), _onnxruntime_logits(folder, tokens)
+    got, expected = _runtime_logits(folder, tokens, device), _onnxruntime_logits(folder, tokens)
     return {"export_in": "edgeattn", "against": "onnxruntime", "tokens": len(tokens), **compare(got, expected)}
 
 
@@ -140,8 +141,8 @@ def _log_softmax(logits):
     return shifted - np.log(np.exp(shifted).sum(-1, keepdims=True))
 
 
-def _runtime_logits(folder, tokens):
-    model = Model.load(folder, ctx_size=len(tokens))
+def _runtime_logits(folder, tokens, device="cpu"):
+    model = Model.load(folder, ctx_size=len(tokens), device=device)
     return model.forward([(model.new_sequence(), tokens)], "all")
 
 

@@ -14,6 +14,7 @@ ARGS = (*CALL, *(name for name in SELECTION if not name.startswith("workspace"))
 SCORES = "bound", "mass", "recency", "random", "peak"
 THREADS, SHARED = 512, 4 * (2048 + 1024 + 64 + 16 + 64 + 7)  # select_pages.cu, selection.cuh: Choosing
 MOST_PAGES = 32768
+WORKSPACE_ROWS = "sequences"  # the count that `rows` of workspace_bytes is: only decode steps select
 
 
 def select_pages(q, cos, sin, past_key, positions, components=None, *, num_heads, kv_heads, head_dim, rotary_dim, interleaved=0, scale, layer=0,
@@ -43,7 +44,8 @@ def _score_bytes(places: int, pages: int) -> int:
 def workspace_bytes(tensors, attributes, rows, threads) -> int:
     """Scores of all pages and, for those by weight, each query head's part of the softmax in them."""
     pages = -(-tensors["cos"].shape[0] // PAGE) + 2  # as many as the rotary tables have positions for
-    return _score_bytes(rows * int(attributes["kv_heads"]), pages) + 8 * rows * int(attributes["num_heads"]) * pages
+    softmax = 8 * rows * int(attributes["num_heads"]) * pages if attributes.get("score", "mass") == "mass" else 0
+    return _score_bytes(rows * int(attributes["kv_heads"]), pages) + softmax
 
 
 def launches(a: dict[str, int], most: dict) -> list[Launch]:

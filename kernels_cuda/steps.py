@@ -3,6 +3,7 @@
 A kernel module has
     ARGS                      the meaning of its arguments, the names of kernels_cpu/steps.py; "state" is the address of the counts
     workspace_bytes(tensors, attributes, rows, threads)   scratch memory that it needs, if any: address a["workspace"]
+    WORKSPACE_ROWS            the count that `rows` of workspace_bytes is, where that is not the largest of all
     launches(a, most)         -> list[Launch]. a: {name of ARGS: int}, addresses being device addresses. most: the bucket, the largest
                               counts that the launches must serve: most[i] for count i of `state` (so most[a["x.rows"]]), and under names
                               ("tokens", "rows", "sequences", "slots": cached tokens).

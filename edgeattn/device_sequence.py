@@ -1,0 +1,60 @@
+"""What kernels on a GPU read of one sequence: a copy of its page lists, and what page selection keeps from step to step."""
+import numpy as np
+
+from edgeattn.kernels_cpu.selections import SLOTS
+from edgeattn.kernels_cuda import device
+
+NEVER = np.iinfo(np.int32).max
+
+
+class DeviceSequence:
+    """The host's page lists are the truth: upload() brings the device what has changed since. Selections and their index are made and kept on
+    the device alone; the host only says from which page on they are void. Counts travel with each call (device_batch.py)."""
+
+    def __init__(self, sequence, stream):
+        """sequence: a cache/sequence.py Sequence; only its arrays are held, so that it can be dropped."""
+        xp = device.cupy()
+        self._host, self._stream = sequence.tables, stream
+        with stream:
+            self._held = {"tables": xp.full(sequence.tables.shape, -1, np.int32)}
+            for name in ("selection", "index", "indexed"):
+                array = getattr(sequence, name)
+                if array is not None:
+                    self._held[name] = xp.zeros(array.shape, array.dtype)
+        self._good = np.full(sequence.counts.shape, NEVER, np.int32)  # pages whose index is not void
+        self._changed, self._void = (0, 0), False
+        if sequence.length:  # a fork: what was selected for the other one is made anew
+            self.relisted(0, sequence.tables.shape[-1])
+
+    @property
+    def nbytes(self) -> int:
+        return sum(array.nbytes for array in self._held.values())
+
+    def address(self, name: str) -> int:
+        """Of an array of the sequence on the device; 0: there is none."""
+        return self._held[name].data.ptr if name in self._held else 0
+
+    def relisted(self, first: int, last: int) -> None:
+        """Columns first ... last of the page lists have changed."""
+        if first < last:
+            low, high = self._changed
+            self._changed = (min(low, first), max(high, last)) if low < high else (first, last)
+
+    def void(self, head=..., page: int | np.ndarray = 0) -> None:
+        self._good[head] = np.minimum(self._good[head], page)
+        self._void = True
+
+    def upload(self, send) -> None:
+        """send(rows, first, last, address): copies columns of rows of int32 to an array of the same shape on the device."""
+        first, last = self._changed
+        if first < last:
+            send(self._host.reshape(-1, self._host.shape[-1]), first, last, self.address("tables"))
+            self._changed = 0, 0
+        if self._void:
+            xp = device.cupy()
+            with self._stream:
+                if "selection" in self._held:
+                    self._held["selection"][..., SLOTS] = 0
+                if "indexed" in self._held:
+                    xp.minimum(self._held["indexed"], xp.asarray(self._good), out=self._held["indexed"])
+            self._good[:], self._void = NEVER, False
