@@ -34,7 +34,7 @@ def check(folder: str | Path, source: Checkpoint, decoder: Decoder, device: str 
     tokens = prompt_tokens(folder, config["model"])
     reference, logits = checkpoint_logits(source, decoder, tokens)
     on_cpu = device == "cpu"
-    engine, got = exported_logits(folder, tokens, _largest_bytes(source)) if on_cpu else (device, _runtime_logits(folder, tokens, device))
+    engine, got = exported_logits(folder, tokens, _largest_bytes(source)) if on_cpu else (device, _device_logits(folder, tokens, device))
     report = {"checkpoint_in": reference, "export_in": engine, "tokens": len(tokens), **compare(got, logits)}
     limit, layer_limit = LIMITS[config["precision"]]
     if not report["rms_error"] <= limit:
@@ -56,7 +56,7 @@ def verify(folder: str | Path, checkpoint: str | Path | None = None, device: str
         source = Checkpoint(checkpoint)
         return check(folder, source, read_architecture(source), device)
     tokens = prompt_tokens(folder, config["model"])
-    got, expected = _runtime_logits(folder, tokens, device), _onnxruntime_logits(folder, tokens)
+    got, expected = _device_logits(folder, tokens, device), _onnxruntime_logits(folder, tokens)
     return {"export_in": "edgeattn", "against": "onnxruntime", "tokens": len(tokens), **compare(got, expected)}
 
 
@@ -141,7 +141,11 @@ def _log_softmax(logits):
     return shifted - np.log(np.exp(shifted).sum(-1, keepdims=True))
 
 
-def _runtime_logits(folder, tokens, device="cpu"):
+def _runtime_logits(folder, tokens):
+    return _device_logits(folder, tokens, "cpu")
+
+
+def _device_logits(folder, tokens, device):
     model = Model.load(folder, ctx_size=len(tokens), device=device)
     return model.forward([(model.new_sequence(), tokens)], "all")
 

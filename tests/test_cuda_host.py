@@ -1,0 +1,247 @@
+"""What the runtime does on the host for a GPU: copies, page lists, sessions, refusals. No GPU needed: imitated_gpu.py."""
+import numpy as np
+import pytest
+from imitated_gpu import make_backend
+
+from edgeattn import backend_cuda, devices, runtime
+from edgeattn.cache import session
+from edgeattn.cache.options import CacheOptions
+from edgeattn.cuda_limits import PREFILL, cache_refusal, check, decode_refusal
+from edgeattn.generation import Generation, SamplerOptions
+from edgeattn.policies import load_policy
+from edgeattn.prefill_scheduler import PrefillOptions
+from edgeattn.runtime import Model
+from edgeattn.scheduler import SparseOptions
+from edgeattn.tokenizer import Tokenizer
+
+RNG = np.random.default_rng()
+CACHES = ["f16", "int8", "int4", "int3/int2"]
+QUEST = SparseOptions("quest", {"budget": 128, "dense_layers": 1}, 0)
+
+
+def tokens(n):
+    return RNG.integers(4, 8000, n)
+
+
+@pytest.fixture
+def load(monkeypatch, nano_int4):
+    """load("cuda"), load("cpu"): the same model with the same options."""
+    def loaded(device, cache="f16", sparse=None, **more):
+        if device == "cuda":
+            monkeypatch.setattr(runtime, "make_backend", lambda name: make_backend(monkeypatch))
+        k, _, v = cache.partition("/")
+        options = dict(cache=CacheOptions(k, v or k), ctx_size=1024, ubatch=128, threads=1, sparse=sparse or SparseOptions("off"),
+                       prefill=PrefillOptions("off"))
+        model = Model.load(nano_int4, device=device, **options | more)
+        monkeypatch.setattr(runtime, "make_backend", devices.make_backend)
+        return model
+    return loaded
+
+
+@pytest.mark.parametrize("sparse", [None, QUEST], ids=["dense", "quest"])
+@pytest.mark.parametrize("cache", CACHES)
+def test_prompt_and_decode_are_the_cpu_s(load, cache, sparse):
+    """Two sequences with pages that seal, a fork that goes its own way, a truncation."""
+    ids, more, found = [tokens(300), tokens(77)], tokens(90), []
+    for model in (load("cpu", cache, sparse), load("cuda", cache, sparse)):
+        a, b = model.new_sequence(), model.new_sequence()
+        got = [model.forward([(a, ids[0]), (b, ids[1])], "all")]
+        for i in range(40):
+            got.append(model.forward([(a, more[i:i + 1]), (b, more[i + 1:i + 2])]))
+        c = model.fork(a)
+        got.append(model.forward([(a, more[:5]), (c, more[5:8]), (b, more[:1])]))
+        got.append(model.forward([(a, more[:1]), (c, more[1:2])]))
+        kept = model.truncate(a, 200)
+        got.append(model.forward([(a, ids[0][kept:250])], "all"))
+        got.append(model.forward([(c, more[:1])]))
+        model.free(c), model.free(b)
+        got.append(model.forward([(a, more[:70])]))
+        found.append(got)
+    for expected, got in zip(*found, strict=True):
+        np.testing.assert_array_equal(got, expected)
+
+
+def test_a_session_of_either_goes_on_with_the_other(load, tmp_path):
+    ids, more = tokens(290), tokens(3)
+    for first, second in (("cpu", "cuda"), ("cuda", "cpu")):
+        model, other = load(first, "int4"), load(second, "int4")
+        sequence = model.new_sequence()
+        model.forward([(sequence, ids)], "none")
+        session.save(tmp_path / "a", model.cache, sequence, ids.tolist(), model.config, {})
+        restored, known, _ = session.load(tmp_path / "a", other.cache, other.config)
+        assert known == ids.tolist()
+        session.save(tmp_path / "b", other.cache, restored, known, other.config, {})
+        for a, b in zip(pages(model, sequence), pages(other, restored), strict=True):
+            np.testing.assert_array_equal(a, b)
+        for token in more:
+            np.testing.assert_array_equal(other.forward([(restored, [token])]), model.forward([(sequence, [token])]))
+
+
+def pages(model, sequence):
+    entries = sequence.tables[sequence.tables >= 0]
+    for i, pool in enumerate(model.cache.pools):
+        for array in pool.pages.stored().values():
+            yield np.asarray(array[entries[entries % 4 == i] // 4])
+
+
+def test_a_decode_step_takes_one_copy_and_page_lists_only_where_pages_were_taken(load):
+    model = load("cuda")
+    a, copies = model.new_sequence(), model.backend.copies
+    model.forward([(a, tokens(33))])
+    sizes = []
+    for _ in range(40):
+        copies.clear()
+        model.forward([(a, tokens(1))], fetch=False)
+        sizes.append(list(copies))
+    assert [len(found) for found in sizes] == [2 if n % 32 == 0 else 1 for n in range(33, 73)]
+    assert max(found[0] for found in sizes) < 40_000
+    assert sizes[31][1] <= 4 * 2 * np.prod(model.cache.shape)  # the last column and the new one
+
+
+def test_a_bucket_serves_all_that_fit_it(load):
+    model = load("cuda")
+    a, buckets = model.new_sequence(), model.backend.buckets
+    model.forward([(a, tokens(250))])
+    buckets.clear()
+    for _ in range(10):
+        model.forward([(a, tokens(1))])
+    assert [bucket.slots for bucket in buckets] == [256] * 6 + [512] * 4
+    assert all((bucket.tokens, bucket.rows, bucket.sequences, bucket.sparse) == (1, 1, 1, False) for bucket in buckets)
+    assert len(set(buckets)) == 2 and all(bucket.decodes for bucket in buckets)
+
+
+@pytest.mark.parametrize("options", [SamplerOptions(temperature=0), SamplerOptions(seed=3), SamplerOptions(temperature=0, repeat_penalty=1.3)],
+                         ids=["greedy", "sampled", "penalty"])
+def test_tokens_chosen_in_place_are_those_chosen_here(load, options, nano_int4):
+    tokenizer, texts = Tokenizer(nano_int4), []
+    for device in ("cpu", "cuda"):
+        model = load(device)
+        ids = tokenizer.encode("The lighthouse on Gull Island was built in 1871 by the engineer Anna Petrov. Who built it?")
+        run = Generation(model, tokenizer, model.new_sequence(), ids, options, 12, context_ids=[])
+        list(run)
+        texts.append(run.tokens)
+    assert texts[0] == texts[1] and len(texts[0]) == 12
+
+
+def test_sparse_steps_count_what_they_read(load):
+    figures = []
+    for device in ("cpu", "cuda"):
+        model = load(device, "int4", QUEST)
+        a = model.new_sequence()
+        model.forward([(a, np.arange(4, 604))], "none")
+        for token in range(5):
+            model.forward([(a, [token + 4])])
+        figures.append((model.scheduler.figures(), list(model.scheduler.explain())[-1]))
+    assert figures[0] == figures[1] and figures[0][0]["read"] < 1
+
+
+def test_weights_are_copied_once(load, nano_int4):
+    model = load("cuda")
+    data = (nano_int4 / "model.onnx.data").stat().st_size
+    assert 0.95 * data < model.backend.weight_bytes < 1.05 * data + (1 << 16)
+
+
+def launches_of(monkeypatch, model):
+    """Every step's launches for several buckets, made by the CUDA kernels' own modules with no device."""
+    from types import SimpleNamespace
+    from edgeattn.kernels_cuda import attention_call, cached_attention, compile, device
+    monkeypatch.setattr(compile, "function", lambda name, kernel, shared=0: SimpleNamespace(ptr=1, name=kernel))
+    monkeypatch.setattr(device, "about", lambda: {"processors": 132, "shared_bytes": 227 << 10})
+    for module in (attention_call, cached_attention):
+        monkeypatch.setattr(module, "attribute", lambda name: {"MultiProcessorCount": 132}.get(name, 228 << 10))
+    return {bucket: [launch for step in model for launch in step.launches(bucket)] for bucket in (
+        backend_cuda.Bucket(1, 1, 1, 256, False), backend_cuda.Bucket(1, 1, 1, 1024, True), backend_cuda.Bucket(4, 4, 4, 512, True),
+        backend_cuda.Bucket(128, 1, 1, 1024, False), backend_cuda.Bucket(128, 0, 2, 1024, False), backend_cuda.Bucket(64, 64, 1, 256, False))}
+
+
+@pytest.mark.parametrize("cache", ["f16", "int8", "int4"])
+def test_launches_of_every_bucket(monkeypatch, nano_int4, cache):
+    kept = []
+
+    def make(name):
+        imitation = type(make_backend(monkeypatch))
+
+        class Recording(imitation):
+            load = backend_cuda.CudaBackend.load
+
+            def step(self, *given):
+                kept.append(backend_cuda.CudaBackend.step(self, *given))
+                return kept[-1]
+
+            def table(self, made, workspace):
+                return backend_cuda.CudaBackend.table(self, made, workspace)
+        return Recording()
+    monkeypatch.setattr(runtime, "make_backend", make)
+    model = Model.load(nano_int4, cache=CacheOptions(cache, cache), ctx_size=1024, ubatch=128, sparse=QUEST, prefill=PrefillOptions("off"),
+                       device="cuda")
+    made = launches_of(monkeypatch, kept)
+    for bucket, launches in made.items():
+        names = {launch.function.name for launch in launches}
+        assert all(min(launch.grid) > 0 for launch in launches)
+        assert ("select_pages" in names) == bucket.sparse
+        assert any(name.startswith("decode_") for name in names) and any(name.startswith("prefill_") for name in names) == (bucket.tokens > 1)
+    with_logits, without = (sum(bucket.rows == n for bucket in made) for n in (1, 0))
+    assert with_logits and without
+    first = {step.operator: step for step in kept}["cached_attention"]
+    held = model.backend._batch
+    assert first.arguments["batch.slot_counts"] == held.address(held.held["slot_counts"]) and first.arguments["state"] == held.address(held.state)
+    assert first.arguments["batch.compensation"] == first.arguments["batch.prefill_lists"] == 0
+
+
+# ---- what is refused -------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("options, said", [
+    (dict(storage="hadamard", k_type="int4", v_type="int4"), "--kv-storage hadamard"),
+    (dict(eviction="h2o", budget=1 << 24), "--kv-eviction h2o"), (dict(eviction="adore", budget=1 << 24), "--kv-eviction adore"),
+    (dict(heads="duo"), "--kv-heads duo"), (dict(k_type="int8", v_type="int8", progressive=0.5), "--kv-progressive")])
+def test_caches_that_only_the_cpu_keeps(options, said):
+    why = cache_refusal(CacheOptions(**options))
+    assert said in why and "--device cpu" in why and "\n" not in why
+
+
+@pytest.mark.parametrize("kind", ["f32", "f16", "int8", "int4", "int3", "int2"])
+def test_caches_that_a_gpu_keeps(kind):
+    assert not cache_refusal(CacheOptions(kind, kind)) and not cache_refusal(CacheOptions(budget=1 << 24))
+
+
+@pytest.mark.parametrize("name, works", [("auto", True), ("quest", True), ("tidal_decode", True), ("sink_window", True), ("oracle", True),
+                                         ("loki", False), ("top_theta", False), ("less_is_more", False), ("magic_pig", False)])
+def test_decode_policies(name, works):
+    assert (not decode_refusal(load_policy("decode", name), 32, 8)) == works
+    assert decode_refusal(load_policy("decode", name), 72, 8)
+
+
+def test_what_gives_way_and_what_does_not():
+    about = {"head_dim": 64, "num_heads": 32, "kv_heads": 8}
+    options, dense, whole = check(CacheOptions(budget=1 << 24), SparseOptions(), PrefillOptions(), about)
+    assert (options.method, dense, whole) == ("none", "", PREFILL)
+    assert check(CacheOptions(), SparseOptions("off"), PrefillOptions("off"), about)[1:] == ("", "")
+    with pytest.raises(ValueError, match="--device cpu"):
+        check(CacheOptions(), SparseOptions(), PrefillOptions(), about | {"head_dim": 512})
+    with pytest.raises(ValueError, match="--kv-heads razor"):
+        check(CacheOptions(heads="razor"), SparseOptions(), PrefillOptions(), about)
+
+
+def test_devices_by_name(monkeypatch):
+    monkeypatch.setattr(devices, "cuda_missing", lambda: "no driver")
+    assert devices.make_backend("auto").device == devices.make_backend("cpu").device == "cpu"
+    with pytest.raises(ValueError, match="cpu, cuda, auto"):
+        devices.make_backend("gpu")
+
+
+@pytest.mark.parametrize("line, said", [
+    (["generate", "-p", "x", "--device", "cuda", "--kv-heads", "duo"], "--kv-heads duo cannot run on the GPU"),
+    (["calibrate", "--device", "cuda"], "on the CPU"), (["chat", "--device", "tpu"], "invalid choice"),
+    (["generate", "-p", "x", "--device", "cuda"], "no NVIDIA driver"), (["verify", "FOLDER", "--device", "cuda"], "no NVIDIA driver")])
+def test_commands_say_it_in_one_line(edgeattn, monkeypatch, nano_int4, line, said):
+    from edgeattn.kernels_cuda import device
+
+    def missing():
+        raise ValueError("no NVIDIA driver was found (libcuda.so.1); install one, or run on the CPU with --device cpu")
+    monkeypatch.setattr(device, "cupy", missing)
+    done = edgeattn(*[str(nano_int4) if part == "FOLDER" else part for part in line])
+    assert done.returncode == 2 and said in done.stderr and len(done.stderr.strip().splitlines()) == 1
+
+
+def test_doctor_and_matrix_tell_of_the_gpu(edgeattn):
+    assert "GPU" in edgeattn("doctor").stdout
+    assert "--device cuda: --kv-storage kivi" in edgeattn("inspect", "--matrix").stdout
