@@ -8,6 +8,7 @@ torch   the same shape in transformers, float16, torch.compile, static cache, be
 Depths are filled with random pages, as benchmarks/worker.py does: what a step costs does not depend on what stands in them.
 """
 import argparse
+import gc
 import json
 import tempfile
 import time
@@ -71,6 +72,7 @@ def ours(folder, kind, sparse, depth, repeat):
                  kernels=len(table.launches[bucket]), in_kernels=profiled and profiled[0], each=profiled and profiled[1],
                  weights=model.backend.weight_bytes, kv=model.cache.stored_bytes(sequence))
     del model, sequence, table, row
+    gc.collect()
     device.cupy().get_default_memory_pool().free_all_blocks()
     return found
 
@@ -80,27 +82,27 @@ def theirs(shape, depths, repeat):
     import torch
     import transformers
     config = SHAPES[shape]
-    torch.set_default_device("cuda")
+    plain = {name: value for name, value in config.items() if name not in ("architectures", "torch_dtype", "rope_scaling", "rope_theta")}
+    made = transformers.AutoConfig.for_model(**plain, rope_parameters=config["rope_scaling"] | {"rope_theta": config["rope_theta"]})
     with torch.device("cuda"):
-        made = transformers.AutoConfig.for_model(**{k: v for k, v in config.items() if k not in ("architectures", "torch_dtype")})
         model = transformers.AutoModelForCausalLM.from_config(made, dtype=torch.float16).eval()
-    step = torch.compile(model.forward, mode="reduce-overhead", fullgraph=True)
+    step, token = torch.compile(model, mode="reduce-overhead", fullgraph=True), torch.ones((1, 1), dtype=torch.long, device="cuda")
     for depth in depths:
-        cache = transformers.StaticCache(config=made, max_cache_len=depth + 1024)
-        place = torch.tensor([depth], device="cuda")
-
-        def run(_):
-            return step(input_ids=torch.ones((1, 1), dtype=torch.long), position_ids=place[None], cache_position=place, past_key_values=cache,
-                        use_cache=True).logits[0, -1].argmax()
-        times = []
+        cache, times = transformers.StaticCache(config=made, max_cache_len=depth + 1024), []
         with torch.inference_mode():
+            model(input_ids=token, past_key_values=cache, use_cache=True)  # makes the cache's memory, outside of what is compiled
+            for layer in cache.layers:
+                layer.cumulative_length.fill_(max(depth, 1))
+
+            def run():
+                return step(input_ids=token, past_key_values=cache, use_cache=True).logits[0, -1].argmax()
             for _ in range(5):
-                run(0)
+                run()
             torch.cuda.synchronize()
             for _ in range(repeat):
                 start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
                 start.record()
-                run(0)
+                run()
                 end.record()
                 end.synchronize()
                 times.append(1e3 * start.elapsed_time(end))
@@ -112,14 +114,14 @@ def main():
     parser.add_argument("folder", nargs="?", help="an export of the 1B shape")
     parser.add_argument("--shape", default="llama-3.2-1b", choices=SHAPES)
     parser.add_argument("-r", "--repeat", type=int, default=50)
-    parser.add_argument("--no-torch", action="store_true")
+    parser.add_argument("--engines", nargs="+", choices=("ours", "torch"), default=["ours", "torch"])
     parser.add_argument("--json", help="also write the figures there")
     args = parser.parse_args()
     figures = {"device": device.about(), "copy_gbs": copy_bandwidth(20), "steps": [], "torch": {}}
     print(figures["device"], f"copy {figures['copy_gbs']:.0f} GB/s", flush=True)
     with tempfile.TemporaryDirectory() as made:
         folder = Path(args.folder) if args.folder else write_export(args.shape, Path(made) / "export")
-        for kind, sparse, depth in SETTINGS:
+        for kind, sparse, depth in SETTINGS if "ours" in args.engines else ():
             found = ours(folder, kind, sparse, depth, args.repeat)
             figures["steps"].append(found)
             rate = (found["weights"] + (found["kv"] if sparse == "off" else 0)) / found["graph_us"] / 1e3
@@ -128,7 +130,7 @@ def main():
                   f"kernels, one of which runs {share} of the time; {rate:.0f} GB/s", flush=True)
             print("    " + ", ".join(f"{name} {us:.0f}" for name, us in sorted((found["each"] or {}).items(), key=lambda x: -x[1])[:8]), flush=True)
     save(args.json, figures)
-    if not args.no_torch:
+    if "torch" in args.engines:
         for depth, us in theirs(args.shape, sorted({depth for _, _, depth in SETTINGS}), args.repeat):
             figures["torch"][depth] = us
             ratios = ", ".join(f"{s['cache']} {s['sparse']} {us / s['step_us']:.2f}x" for s in figures["steps"] if s["depth"] == depth)
