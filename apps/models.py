@@ -82,7 +82,8 @@ def _export(checkpoint, folder, precision, stem):
 
 def load(args: argparse.Namespace, ctx_size: int | None = None, chat: bool = False):
     """(model, tokenizer) for the flags of options.add_model; `chat` refuses a model without a working chat template."""
-    cache, sparse, prefill = cache_options(args), sparse_options(args), prefill_options(args)  # a mistake there should not wait for an export
+    # a mistake there should not wait for an export
+    cache, sparse, prefill = cache_options(args), sparse_options(args), prefill_options(args)
     folder = exported(args.model, args.precision)
     from edgeattn.runtime import Model
     from edgeattn.tokenizer import Tokenizer

@@ -54,8 +54,8 @@ def add_cache(parser: argparse.ArgumentParser) -> None:
         group.add_argument(flag, name, choices=KV_TYPES, metavar="TYPE",
                            help=f"how {what} are stored: {', '.join(KV_TYPES)} (f16; with --kv-budget what fits)")
     group.add_argument("--kv-bits", choices=(16, 8, 4, 3, 2), type=int, help="-ctk and -ctv in one: bits of keys and values")
-    group.add_argument("--kv-storage", metavar="METHOD", default="kivi", help="how codes are made: kivi, hadamard, zipcache, akvq, bitnet, or "
-                       "delta: keys as differences (kivi)")
+    group.add_argument("--kv-storage", metavar="METHOD", default="kivi", help="how codes are made: kivi, hadamard, zipcache, akvq, bitnet, "
+                       "or delta: keys as differences (kivi)")
     group.add_argument("--kv-budget", type=size, metavar="N", help="most memory of the cache, in bytes or as 512M: a hard limit")
     group.add_argument("--kv-eviction", metavar="METHOD", default="auto", help="which tokens go when the budget is full: key_diff (the "
                        "default), streaming_llm, snapkv, h2o ... (edgeattn inspect --matrix lists them); none: stop there")
@@ -68,10 +68,10 @@ def add_cache(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--kv-sink-tokens", type=whole(0), default=4, metavar="N", help="first tokens that are never evicted (4)")
     group.add_argument("--kv-window", type=whole(32), default=64, metavar="N", help="newest tokens that are neither evicted nor quantised, "
                        "a multiple of 32 (64)")
-    group.add_argument("--delta-threshold", type=float, default=1.3, metavar="X", help="with --kv-storage delta: a key's channels are stored "
-                       "where they changed by more than X times the page's mean size (1.3)")
-    group.add_argument("--delta-refresh", type=share, default=0.3, metavar="SHARE", help="with --kv-storage delta: pages of which less can be "
-                       "left out are kept whole (0.3)")
+    group.add_argument("--delta-threshold", type=float, default=1.3, metavar="X", help="with --kv-storage delta: a key's channels are "
+                       "stored where they changed by more than X times the page's mean size (1.3)")
+    group.add_argument("--delta-refresh", type=share, default=0.3, metavar="SHARE", help="with --kv-storage delta: pages of which less can "
+                       "be left out are kept whole (0.3)")
     group.add_argument("--kv-progressive", type=float, default=0.0, metavar="X", help="with -ctk int8: read four bits of keys where the "
                        "largest attention weight of the step before was at least X (0: off)")
 
@@ -80,12 +80,15 @@ def add_sparse(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("sparse attention")
     group.add_argument("--sparse-attention", metavar="METHOD", default="auto", help="what a decode step reads of a long context: off "
                        "(everything), auto (the default), quest, sink_window ... (edgeattn inspect --matrix lists them)")
-    group.add_argument("--sparse-budget", type=whole(1), metavar="N", help="tokens that a step reads of each KV head (auto: 2048 or an eighth "
-                       "of the context, whichever is more)")
+    group.add_argument("--sparse-budget", type=whole(1), metavar="N", help="tokens that a step reads of each KV head (auto: 2048 or an "
+                       "eighth of the context, whichever is more)")
     group.add_argument("--sparse-prefill", metavar="METHOD", default="auto", help="what a prompt reads of a long context before it: off "
                        "(everything), auto (the default), xattention, sale ... (the same list)")
+    group.add_argument("--prefill-correction", choices=("none", "tail", "delta"), help="what makes good what a prompt does not read: tail, "
+                       "pages as their mean key and value; delta, what reading everything would change of each 64th token (the method's "
+                       "own)")
     group.add_argument("--sparse-min-len", type=whole(0), metavar="N", help="tokens in the context from which both are sparse (what was "
-                       "measured on this machine)")
+                       "measured on this machine; prompts with other methods than auto: 1024)")
     group.add_argument("--explain", action="store_true", help="say at the end what sparse attention decided, and why")
 
 
@@ -102,7 +105,9 @@ def sparse_options(args: argparse.Namespace):
 
 def prefill_options(args: argparse.Namespace):
     from edgeattn.prefill_scheduler import PrefillOptions
-    return PrefillOptions(args.sparse_prefill, {}, args.sparse_min_len)
+    if args.sparse_prefill == "off" and args.prefill_correction:
+        raise ValueError("--prefill-correction needs --sparse-prefill")
+    return PrefillOptions(args.sparse_prefill, {}, args.sparse_min_len, args.prefill_correction)
 
 
 def size(text: str) -> int:

@@ -62,6 +62,10 @@ class Engine:
         cache = self.model.cache
         fill(cache, self.sequence, length, random_source(np.random.default_rng(0), cache.head_dim, cache.pools[0].format.width))
 
+    def reads(self) -> float:
+        """Part of the pairs that attention read of prompts, sparse chunks alone, since the last time that this was asked."""
+        return self.model.prefill.figures()["read"] or 1.0 if self.model.prefill else 1.0
+
     def memory_parts(self) -> dict[str, int]:
         """Bytes by purpose."""
         return self.model.memory()

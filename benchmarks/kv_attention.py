@@ -57,8 +57,8 @@ def main():
         for kind, case in cases.items():
             seconds, size = statistics.median(times[kind]), case.cache.touched_bytes(case.sequence)
             page = append_page(case) / PAGE
-            print(f"| {depth} | {kind} | {1e3 * seconds:.2f} | {size / 1e6:.1f} | {size / seconds / 1e9:.1f} | {100 * size / seconds / plain:.0f} % | "
-                  f"{base / seconds:.2f}x | {1e3 * page:.3f} |", flush=True)
+            print(f"| {depth} | {kind} | {1e3 * seconds:.2f} | {size / 1e6:.1f} | {size / seconds / 1e9:.1f} | "
+                  f"{100 * size / seconds / plain:.0f} % | {base / seconds:.2f}x | {1e3 * page:.3f} |", flush=True)
 
 
 if __name__ == "__main__":

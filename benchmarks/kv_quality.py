@@ -4,8 +4,9 @@
 
 A setting is a name and fields of CacheOptions; --settings takes a file, {"int4": {"k_type": "int4", "v_type": "int4"}, ...}. Its field
 `sparse` is a method of --sparse-attention, `sparse_NAME` that method's option NAME; sparse settings are sparse from the first token on.
-`prefill` and `prefill_NAME` are the same for --sparse-prefill: chunks are sparse then from their first token on. Of `sparse` only decode steps
-are: --decode has the last tokens of each window computed one at a time, and only those counted.
+`prefill` and `prefill_NAME` are the same for --sparse-prefill, and `prefill_correction` is --prefill-correction: chunks are sparse then
+from their first token on. Of `sparse` only decode steps are: --decode has the last tokens of each window computed one at a time, and only
+those counted.
 Perplexity, KL (base against setting, natural log) and top-1 agreement of the next token are over windows of the text. Look-ups plant
 one or eight facts in the text and ask for each once all of it is in the cache, so that nothing can be kept with the question
 in view. Chunks are small (--ubatch): a chunk sees its own tokens before they are stored, and only earlier ones as the cache gives
@@ -43,9 +44,11 @@ def load(folder, fields, args):
     """The model with the cache of a setting."""
     tokens = max(args.window + args.generate, max(args.depths) + (GROUP * (2 * ANSWER_TOKENS) if args.turns else ANSWER_TOKENS))
     cache = {name: value for name, value in fields.items() if not name.startswith(("sparse", "prefill"))}
-    sparse, prefill = (made(fields.get(kind, "off"), {name.removeprefix(f"{kind}_"): value for name, value in fields.items()
-                                                      if name.startswith(f"{kind}_")}, 0)
-                       for kind, made in (("sparse", SparseOptions), ("prefill", PrefillOptions)))
+    own = {kind: {name.removeprefix(f"{kind}_"): value for name, value in fields.items() if name.startswith(f"{kind}_")}
+           for kind in ("sparse", "prefill")}
+    correction = own["prefill"].pop("correction", None)
+    sparse = SparseOptions(fields.get("sparse", "off"), own["sparse"], 0)
+    prefill = PrefillOptions(fields.get("prefill", "off"), own["prefill"], 0, correction)
     model = Model.load(folder, cache=CacheOptions(**cache), ctx_size=tokens + SLACK, ubatch=args.ubatch, sparse=sparse, prefill=prefill)
     if model.cache.options.budget:
         widen(model.cache)
@@ -104,7 +107,8 @@ def measure(name, fields, base, args, tokenizer, ids) -> dict:
     read = float(model.scheduler.figures()["read"]) if model.scheduler else 1.0
     read = model.prefill.figures()["read"] if model.prefill else read
     text |= generate(model, base or model, ids[:args.window], args.generate) if args.generate else {}
-    return {"name": name, "fields": fields, **text, "read": read, "lookups": lookups, "seconds": {k: round(v, 1) for k, v in seconds.items()}}
+    seconds = {kind: round(value, 1) for kind, value in seconds.items()}
+    return {"name": name, "fields": fields, **text, "read": read, "lookups": lookups, "seconds": seconds}
 
 
 def generate(model, base, ids, count) -> dict:
@@ -157,7 +161,8 @@ def compared(record, base, args) -> dict:
 def table(records, args) -> str:
     deepest = max(args.depths)
     head = ["method", "read", f"KV at {deepest:,}, MB (bytes a token)", "perplexity", "KL", "top-1",
-            *(f"{TITLES[kind]}, {depth:,}" for kind, depth in kinds(args)), "look-ups, points", *(["generated: loss, repeated"] * bool(args.generate))]
+            *(f"{TITLES[kind]}, {depth:,}" for kind, depth in kinds(args)), "look-ups, points",
+            *(["generated: loss, repeated"] * bool(args.generate))]
     lines = ["| " + " | ".join(head) + " |", "|---|" + "---:|" * (len(head) - 1)]
     for record in records:
         kv = record["lookups"][cell(GROUP, deepest)]
@@ -196,7 +201,8 @@ def _field(part):
 def conditions(args) -> dict:
     """What results must share to stand in one table; a file may hold those of several."""
     return {"model": _digest(args.folder / "edgeattn.json"), "text": _digest(args.text), "base": args.base[1], "window": args.window,
-            "windows": args.windows, "decode": args.decode, "ubatch": args.ubatch, "questions": args.questions, "one_fact": args.one_fact, "many": args.many, "turns": args.turns,
+            "windows": args.windows, "decode": args.decode, "ubatch": args.ubatch, "questions": args.questions, "one_fact": args.one_fact,
+            "many": args.many, "turns": args.turns,
             "generate": args.generate, "depths": args.depths}
 
 
@@ -239,8 +245,8 @@ def parse():
     parser.add_argument("--out", type=Path, metavar="FILE.jsonl", help="results are added here; settings already there are not run again")
     parser.add_argument("--window", type=int, default=4096)
     parser.add_argument("--windows", type=int, default=4)
-    parser.add_argument("--decode", type=int, default=0, metavar="TOKENS", help="of each window, at its end, one at a time; 0: whole windows "
-                        "in chunks")
+    parser.add_argument("--decode", type=int, default=0, metavar="TOKENS",
+                        help="of each window, at its end, one at a time; 0: whole windows in chunks")
     parser.add_argument("--ubatch", type=int, default=128, help="tokens computed at once")
     parser.add_argument("--depths", type=int, nargs="+", default=[4000, 7700], help="tokens of a look-up, question included")
     parser.add_argument("--questions", type=int, default=40, help=f"look-ups of each kind and depth, in whole groups of {GROUP}")

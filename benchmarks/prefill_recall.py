@@ -1,21 +1,20 @@
 """What methods of sparse prefill find on a model's own attention, and what their choosing takes.
 
-    python benchmarks/prefill_recall.py FOLDER --text book.txt --settings settings.json --out prefill_recall.jsonl
+    python benchmarks/prefill_recall.py FOLDER --text book.txt --settings benchmarks/prefill_settings.json --out prefill_recall.jsonl
 
 A model reads a text, dense; of the chunk of 512 tokens that ends at each depth, queries, keys and values of all layers are recorded. Each
-method plans that chunk with the options of --settings, {"method": [{"option": value}, ...], ...}, or with its own defaults. Among them,
-"calibrate": {...} are settings of its calibration. Figures:
+setting of --settings, which is a file of kv_quality.py's, plans that chunk; what it says of the cache and of corrections counts for nothing
+here. Methods that need a calibration take the folder's. Figures:
 
     density         pairs that a plan reads, of those that a causal mask leaves: by query head, and as kernels read them, pages of all query
                     heads of a KV head together (union)
     mass, least     softmax weight on what a query head's plan reads: mean over queries, heads and layers, and the least of all queries
     error           relative error of a query's output, mean over queries, heads and layers: of the plan alone, with Delta Attention's
                     correction and with mean pages for what is not read (edgeattn/prefill_corrections.py)
-    choosing        time of the plan, of the time of a dense attention of the same chunk in NumPy (float32, all keys, masked): both by NumPy,
-                    so that kernels, several times as fast at attention, make the share that much larger
+    choosing        time of the plan, of the time of a dense attention of the same chunk in NumPy (float32, all keys, masked), which kernels
+                    do several times as fast: benchmarks/prefill_choosing.py has the share that counts
 
---union takes mass and errors of what the kernels read. --calibration TEXT calibrates methods that can be on the same depths of another
-text. --out keeps results, one line a method, setting and depth; what it holds is not run again.
+--union takes mass and errors of what the kernels read. --out keeps results, one line a setting and depth; what it holds is not run again.
 """
 import argparse
 import json
@@ -26,7 +25,7 @@ from pathlib import Path
 import numpy as np
 from recorded import record_chunks
 
-from edgeattn.policies import load_policy, policy_names
+from edgeattn.policies import load_policy
 from edgeattn.prefill_corrections import delta, tail
 from edgeattn.prefill_plan import QUERIES
 from edgeattn.runtime import read_config
@@ -76,7 +75,8 @@ def evaluate(chunk, policy, assets, union) -> dict:
         dense, lse, mass, out, seconds = chunk.attend(layer, taken)
         dense_s += seconds
         pair = out, lse + np.log(np.maximum(mass, 1e-300))
-        outs = {"error": out, "error_delta": delta(*pair, q, k, v, chunk.scale)[0], "error_tail": tail(*pair, q, k, v, taken, chunk.scale)[0]}
+        outs = {"error": out, "error_delta": delta(*pair, q, k, v, chunk.scale)[0],
+                "error_tail": tail(*pair, q, k, v, taken, chunk.scale)[0]}
         norms = np.maximum(np.linalg.norm(dense, axis=-1), 1e-30)
         row = {"density": plan.density(), "union": joined.density(), "mass": mass.mean(), "least": mass.min()}
         row |= {name: (np.linalg.norm(x - dense, axis=-1) / norms).mean() for name, x in outs.items()}
@@ -87,57 +87,39 @@ def evaluate(chunk, policy, assets, union) -> dict:
                     "layers": {name: np.round(found[name], 4).tolist() for name in ("density", "mass")}}
 
 
-def assets_of(policy, how, args, config, calibration):
-    """What the method is given: its calibration on recorded attention where it has one, else what the folder holds. ValueError: nothing."""
-    calibrate = getattr(type(policy), "calibrate", None)
-    if how and not (calibrate and calibration):
-        raise ValueError("it cannot be calibrated" if calibration else "give --calibration TEXT")
-    if calibrate is None or not calibration:
-        return policy.load(args.folder, config)
-    scale, layers = calibration[0].scale, range(len(calibration[0].q))
-    layers = [calibrate(*([getattr(chunk, name)[layer] for chunk in calibration] for name in "qkv"), scale, **how) for layer in layers]
-    return {name: np.stack([layer[name] for layer in layers]) for name in layers[0]}
-
-
-def record(args, text) -> list[Chunk]:
-    return [Chunk(*x) for x in record_chunks(args.folder, text.read_text(encoding="utf-8"), args.depths, args.chunk, args.threads)]
-
-
 def measure(args, wanted, rows):
-    """Rows for what is wanted, [(method, options, depth)], added to `rows` and to the file."""
-    config, assets, failed = read_config(args.folder), {}, set()
-    calibration = record(args, args.calibration) if args.calibration else None
-    for chunk in record(args, args.text):
-        for method, options, depth in wanted:
-            name = name_of(method, options)
-            if depth != chunk.depth or name in failed:
+    """Rows for what is wanted, [(name, method, options, depth)], added to `rows` and to the file."""
+    config = read_config(args.folder)
+    policies = {name: load_policy("prefill", method, options) for name, method, options, _ in wanted}
+    assets = {name: policy.load(args.folder, config) for name, policy in policies.items()}
+    text = args.text.read_text(encoding="utf-8")
+    for chunk in (Chunk(*x) for x in record_chunks(args.folder, text, args.depths, args.chunk, args.threads)):
+        for name, method, options, depth in wanted:
+            if depth != chunk.depth:
                 continue
-            try:
-                policy = load_policy("prefill", method, {option: value for option, value in options.items() if option != "calibrate"})
-                if name not in assets:
-                    assets[name] = assets_of(policy, options.get("calibrate", {}), args, config, calibration)
-            except ValueError as error:
-                print(f"{name}: left out: {error}", file=sys.stderr, flush=True)
-                failed.add(name)
-                continue
-            calibrated = bool(calibration) and hasattr(type(policy), "calibrate")
-            row = {"method": method, "options": options, "depth": depth, "of": of(args), "calibrated": calibrated,
-                   **evaluate(chunk, policy, assets[name], args.union)}
+            row = {"name": name, "method": method, "options": options, "depth": depth, "of": of(args),
+                   **evaluate(chunk, policies[name], assets[name], args.union)}
             rows.append(row)
             with args.out.open("a") as file:
                 file.write(json.dumps(row) + "\n")
-            print(f"{depth:6,} {name}: density {row['density']:.3f}, mass {row['mass']:.4f}, {row['choosing_ms']:.0f} ms of {row['dense_ms']:.0f}",
-                  file=sys.stderr, flush=True)
+            print(f"{depth:6,} {name}: density {row['density']:.3f}, mass {row['mass']:.4f}, {row['choosing_ms']:.0f} ms of "
+                  f"{row['dense_ms']:.0f}", file=sys.stderr, flush=True)
+
+
+def settings(path) -> list[tuple[str, str, dict]]:
+    """(name, method, its options) of a file of kv_quality.py's, each method and options once."""
+    found = {}
+    for name, fields in json.loads(path.read_text(encoding="utf-8")).items():
+        options = {field.removeprefix("prefill_"): value for field, value in fields.items() if field.startswith("prefill_")}
+        options.pop("correction", None)
+        if "prefill" in fields:
+            found.setdefault(key(fields["prefill"], options, 0), (name, fields["prefill"], options))
+    return list(found.values())
 
 
 def of(args) -> str:
     """What results of one file must have in common to stand beside each other."""
-    names = [args.folder.resolve().name, args.text.name, args.chunk, *["union"] * args.union, *[path.name for path in [args.calibration] if path]]
-    return " ".join(map(str, names))
-
-
-def name_of(method, options) -> str:
-    return method + "".join(f" {name}={value}" for name, value in options.items())
+    return " ".join(map(str, [args.folder.resolve().name, args.text.name, args.chunk, *["union"] * args.union]))
 
 
 def key(method, options, depth) -> str:
@@ -145,13 +127,12 @@ def key(method, options, depth) -> str:
 
 
 def table(rows) -> str:
-    heads = "method", "setting", "tokens", "density", "union", "mass", "least", "error", "delta", "tail", "choosing"
-    lines = ["| " + " | ".join(heads) + " |", "|---|---|" + "---:|" * (len(heads) - 2)]
+    heads = "setting", "tokens", "density", "union", "mass", "least", "error", "delta", "tail", "choosing"
+    lines = ["| " + " | ".join(heads) + " |", "|---|" + "---:|" * (len(heads) - 1)]
     for row in rows:
         shares = [f"{100 * row[name]:.1f} %" for name in ("density", "union")] + [f"{row[name]:.4f}" for name in ("mass", "least")]
         shares += [f"{row[name]:.3f}" for name in ("error", "error_delta", "error_tail")] + [f"{100 * row['choosing']:.1f} %"]
-        setting = ", ".join(f"{name} {value}" for name, value in row["options"].items()) or "default"
-        lines.append(f"| {row['method']} | {setting + ', calibrated' * row['calibrated']} | {row['depth']:,} | " + " | ".join(shares) + " |")
+        lines.append(f"| {row['name']} | {row['depth']:,} | " + " | ".join(shares) + " |")
     return "\n".join(lines)
 
 
@@ -159,27 +140,21 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("folder", type=Path, help="an export")
     parser.add_argument("--text", type=Path, required=True, help="at least as many tokens as the greatest depth")
-    parser.add_argument("--settings", type=Path, help='JSON: {"streaming": [{"recent": 16}, {}], ...}; methods that it lacks run with their defaults')
-    parser.add_argument("--methods", nargs="+", default=policy_names("prefill"), choices=policy_names("prefill"), metavar="NAME",
-                        help=f"of {', '.join(policy_names('prefill'))} (all)")
+    parser.add_argument("--settings", type=Path, required=True, help='JSON: {NAME: {"prefill": METHOD, "prefill_OPTION": value, ...}, ...}')
     parser.add_argument("--depths", type=int, nargs="+", default=[2048, 4096, 7168], help="tokens up to the end of a chunk")
     parser.add_argument("--chunk", type=int, default=512, help=f"tokens; a multiple of {QUERIES}")
     parser.add_argument("--union", action="store_true", help="mass and errors of the pages that any query head of a KV head asks for")
-    parser.add_argument("--calibration", type=Path, metavar="TEXT", help="another text, to calibrate on")
     parser.add_argument("-t", "--threads", type=int, help="of the model that is recorded; NumPy's are OPENBLAS_NUM_THREADS")
     parser.add_argument("--out", type=Path, default=Path("prefill_recall.jsonl"))
     args = parser.parse_args()
-    settings = json.loads(args.settings.read_text()) if args.settings else {}
-    if set(settings) - set(policy_names("prefill")):
-        parser.error(f"{args.settings}: no method is named {sorted(set(settings) - set(policy_names('prefill')))[0]}")
-    wanted = [(method, options, depth) for depth in args.depths for method in args.methods for options in settings.get(method, [{}])]
+    wanted = [(*setting, depth) for depth in args.depths for setting in settings(args.settings)]
     rows = [json.loads(line) for line in args.out.read_text().splitlines()] if args.out.is_file() else []
     rows = [row for row in rows if row["of"] == of(args)]
     held = {key(row["method"], row["options"], row["depth"]) for row in rows}
-    missing = [x for x in wanted if key(*x) not in held]
+    missing = [x for x in wanted if key(*x[1:]) not in held]
     if missing:
         measure(args, missing, rows)
-    order = {key(*x): place for place, x in enumerate(wanted)}
+    order = {key(*x[1:]): place for place, x in enumerate(wanted)}
     rows = sorted((row for row in rows if key(row["method"], row["options"], row["depth"]) in order),
                   key=lambda row: order[key(row["method"], row["options"], row["depth"])])
     print(table(rows))

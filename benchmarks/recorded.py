@@ -7,10 +7,9 @@ import numpy as np
 
 from edgeattn.cache.options import CacheOptions
 from edgeattn.graph import attributes
-from edgeattn.kernels_cpu import steps
 from edgeattn.page_formats import PAGE
-from edgeattn.reference.cached_attention import rotate
 from edgeattn.prefill_scheduler import PrefillOptions
+from edgeattn.recording import held, record_queries
 from edgeattn.runtime import Model
 from edgeattn.scheduler import SparseOptions
 from edgeattn.tokenizer import Tokenizer
@@ -32,8 +31,7 @@ class Recorded:
         sequence = model.new_sequence()
         model.forward([(sequence, ids[:tokens])], "none")
         layers, kv_heads = model.cache.shape
-        pairs = [[model.cache.read(sequence, layer, head) for head in range(kv_heads)] for layer in range(layers)]
-        k, v = (np.array([[pair[i] for pair in row] for row in pairs]).astype(np.float16) for i in range(2))
+        k, v = (x.astype(np.float16) for x in held(model, sequence))
         shape = (layers, kv_heads, tokens // PAGE, PAGE, -1)
         self.keys, self.values = np.ascontiguousarray(k.reshape(shape).swapaxes(-1, -2)), v.reshape(shape)
         self.queries = np.stack([record_queries(model, sequence, ids[tokens + i:tokens + i + 1])[:, :, 0] for i in range(count)])
@@ -56,28 +54,9 @@ class Recorded:
         return np.ascontiguousarray(q.reshape(layers, 1, heads * head_dim))
 
 
-def record_queries(model, sequence, ids) -> np.ndarray:
-    """[layers, heads, tokens, head_dim] float32: the rotated queries of tokens that are appended and computed, at most model.ubatch of them."""
-    found, batch, graph = [], model._batch, model.plan.graph
-    nodes = iter([node for node in graph.proto.graph.node if node.op_type == "cached_attention"])
-    model.cache.append(sequence, len(ids))
-    batch.clear()
-    batch.add(sequence, np.asarray(ids), np.array([0]))
-    for step in model.plan.steps:
-        if step.operator == "cached_attention":
-            node = next(nodes)
-            about, places = attributes(node), batch.positions[:len(ids)]
-            cos, sin = (graph.initializers[name][places, :about["rotary_dim"] // 2] for name in node.input[3:5])
-            q = model.plan.view(node.input[0], batch.state).reshape(len(ids), about["num_heads"], about["head_dim"])
-            found.append(rotate(q, cos, sin, about["interleaved"]).swapaxes(0, 1))
-        steps.run(step.row.reshape(1, -1), batch.state)
-    model.cache.settle(sequence, len(ids))
-    return np.stack(found)
-
-
 def record_chunks(folder, text: str, depths, size: int = 512, threads: int | None = None):
-    """(q [layers, heads, size, head_dim], k, v [layers, kv_heads, depth, head_dim], scale) of the chunk of a prompt that ends at each depth,
-    float32, keys and values as a 16-bit cache holds them; the model reads everything."""
+    """(q [layers, heads, size, head_dim], k, v [layers, kv_heads, depth, head_dim], scale) of the chunk of a prompt that ends at each
+    depth, float32, keys and values as a 16-bit cache holds them; the model reads everything."""
     depths = sorted(depths)
     if any(b - a < size for a, b in zip([0, *depths], depths)):
         raise SystemExit(f"depths must be at least {size} apart, and the first {size} or more, got {depths}")
@@ -89,10 +68,8 @@ def record_chunks(folder, text: str, depths, size: int = 512, threads: int | Non
     nodes = [attributes(node) for node in model.plan.graph.proto.graph.node if node.op_type == "cached_attention"]
     if any(node["window"] for node in nodes):
         raise SystemExit(f"{folder}: this model has sliding windows, beside which nothing is measured here")
-    sequence, (layers, kv_heads) = model.new_sequence(), model.cache.shape
+    sequence = model.new_sequence()
     for depth in depths:
         if depth - size > sequence.length:
             model.forward([(sequence, ids[sequence.length:depth - size])], "none")
-        q = record_queries(model, sequence, ids[depth - size:depth])
-        pairs = [[model.cache.read(sequence, layer, head) for head in range(kv_heads)] for layer in range(layers)]
-        yield q, *(np.array([[pair[i] for pair in row] for row in pairs], np.float32) for i in range(2)), nodes[0]["scale"]
+        yield record_queries(model, sequence, ids[depth - size:depth]), *held(model, sequence), nodes[0]["scale"]

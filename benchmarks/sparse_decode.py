@@ -48,7 +48,8 @@ def touched(case, figures) -> tuple[float, float]:
 
 
 def attention_rows(args, recorded):
-    """{"depth", "method", "select_ms", "attend_ms", "read", "page_bytes", "index_bytes", "mass"} of attention alone; mass: of each layer."""
+    """{"depth", "method", "select_ms", "attend_ms", "read", "page_bytes", "index_bytes", "mass"} of attention alone;
+    mass: of each layer."""
     rows = []
     for depth in args.depths:
         cases = {method: AttentionCase(CacheOptions(args.type, args.type), args.shape, depth, args.threads,
@@ -131,7 +132,8 @@ def plot(attention, whole, path):
     for axis, (rows, value, label) in zip(axes[0], sides):
         for i, method in enumerate(dict.fromkeys(row["method"] for row in rows)):
             points = [(row["depth"], value(row)) for row in rows if row["method"] == method]
-            axis.plot(*zip(*points), marker="o", markersize=3, linestyle="-" if i < 10 else ":", label="dense" if method == "off" else method)
+            axis.plot(*zip(*points), marker="o", markersize=3, linestyle="-" if i < 10 else ":",
+                      label="dense" if method == "off" else method)
         axis.set_xscale("log", base=2)
         depths = sorted({row["depth"] for row in rows})
         axis.set_xticks(depths, [f"{depth / 1024:g}K" if depth % 512 == 0 else f"{depth:,}" for depth in depths])
@@ -158,7 +160,8 @@ def mass_table(rows) -> str:
     layers = range(len(rows[0]["mass"]))
     lines = ["| method | read | mean | " + " | ".join(map(str, layers)) + " |", "|---|" + "---:|" * (2 + len(layers))]
     for row in rows:
-        lines.append(f"| {row['method']} | {100 * row['read']:.1f} % | {np.mean(row['mass']):.3f} | " + " | ".join(f"{x:.2f}" for x in row["mass"]) + " |")
+        each = " | ".join(f"{x:.2f}" for x in row["mass"])
+        lines.append(f"| {row['method']} | {100 * row['read']:.1f} % | {np.mean(row['mass']):.3f} | {each} |")
     return "\n".join(lines)
 
 
@@ -170,8 +173,8 @@ def main():
     parser.add_argument("--depths", type=int, nargs="+", default=[512, 2048, 4096, 8192, 16384, 32768, 65536])
     parser.add_argument("--methods", nargs="+", default=["off", "auto", "quest", "sink_window", "oracle", "random"])
     parser.add_argument("--whole", nargs="+", default=["off", "auto"], help="methods of whole steps")
-    parser.add_argument("--own", action="store_true", help="attention of NANO's own shape, with all of its calibration; tells softmax weights too, "
-                        "which at 7168 tokens are those of the recorded text")
+    parser.add_argument("--own", action="store_true", help="attention of NANO's own shape, with all of its calibration; tells softmax "
+                        "weights too, which at 7168 tokens are those of the recorded text")
     parser.add_argument("--budget", type=int, default=2048)
     parser.add_argument("--fraction", type=float, help="of the context, where that is more (0)")
     parser.add_argument("--type", default="int4", help="of keys and values")

@@ -76,6 +76,24 @@ class Runner:
         self._set_length(depth)
         return [self._forward(tokens)]
 
+    def prompts(self, lengths: list[int]) -> list[dict]:
+        """Of prompts of each length, ascending: {"tokens", "seconds" until the last token's logits, "read": the part of the pairs that
+        attention read}. An engine with `reads` is given each of them in one call; of others the longest is read, in pieces, and timed at
+        each length."""
+        rows, spent = [], 0.0
+        self._set_length(0)
+        for tokens in lengths:
+            if hasattr(self.engine, "reads"):
+                self._set_length(0)
+                self.engine.reads()
+                spent = self._forward(tokens)
+                rows.append({"tokens": tokens, "seconds": spent, "read": self.engine.reads()})
+                continue
+            while self.length < tokens:
+                spent += self._forward(min(CHUNK, tokens - self.length))
+            rows.append({"tokens": tokens, "seconds": spent, "read": 1.0})
+        return rows
+
     def decode(self, depth: int, tokens: int) -> list[float]:
         """Seconds of each of `tokens` tokens, one at a time, the first of them after `depth` others."""
         self._set_length(depth)

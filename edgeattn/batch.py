@@ -3,8 +3,9 @@ import numpy as np
 
 from edgeattn.cache.sequence import Sequence
 
+# arrays of a Sequence, by the names in ARGS
 HELD = {"page_tables": "tables", "slot_counts": "counts", "sealed": "sealed", "attention_mass": "mass", "compensation": "compensation",
-        "confidence": "confidence", "index": "index", "indexed": "indexed", "value_sums": "value_sums"}  # arrays of a Sequence, by the names in ARGS
+        "confidence": "confidence", "index": "index", "indexed": "indexed", "value_sums": "value_sums"}
 COUNTS = ("tokens", "rows", "sequences", "probes")  # run-time counts, by their index in `state`
 
 
@@ -13,8 +14,8 @@ class Batch:
     token_ids    [tokens]                  int64
     positions    [tokens]                  int64, row of the rotary tables
     row_starts   [sequences + 1]           int32, rows of sequence s are row_starts[s] .. row_starts[s + 1]
-    page_tables, slot_counts, sealed, attention_mass, compensation, confidence, index, indexed, value_sums   [sequences] int64: addresses of the
-                 arrays of cache/sequence.py, 0 where there is none; the counts include the new tokens
+    page_tables, slot_counts, sealed, attention_mass, compensation, confidence, index, indexed, value_sums
+                 [sequences] int64: addresses of the arrays of cache/sequence.py, 0 where there is none; the counts include the new tokens
     selections   [sequences] int64, the same; 0: the sequence reads everything
     prefill_lists  [sequences] int64, the same for what a chunk of a prompt reads, which each layer writes anew (prefill_scheduler.py)
     logit_rows   [rows]                    int64, rows of the hidden state that need logits
@@ -34,7 +35,8 @@ class Batch:
         """Addresses under the names used in ARGS."""
         arrays = {"positions": self.positions, "row_starts": self.row_starts, "selections": self.selections,
                   "prefill_lists": self.prefill_lists} | self.held
-        return {f"batch.{name}": array.ctypes.data for name, array in arrays.items()} | {f"batch.{count}": COUNTS.index(count) for count in ("sequences", "probes")}
+        counts = {f"batch.{count}": COUNTS.index(count) for count in ("sequences", "probes")}
+        return {f"batch.{name}": array.ctypes.data for name, array in arrays.items()} | counts
 
     def clear(self) -> None:
         self.state[:] = 0

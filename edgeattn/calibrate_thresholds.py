@@ -3,17 +3,17 @@
     thresholds   [layers, num_heads, 2] float32 in calibration.safetensors: alpha and beta; of n tokens those pages are kept that hold a
                  score (q . k times the softmax scale) of alpha + beta * ln n at least
 
-A row of scores tells what its threshold should have been: the one that a wanted part of the pages pass, a page being worth its best token. At
-each length the mean over rows is taken and, as in the paper, a tenth of their standard deviation more; a line in ln n is fitted to these.
+A row of scores tells what its threshold should have been: the one that a wanted part of the pages pass, a page being worth its best token.
+At each length the mean over rows is taken and, as in the paper, a tenth of their standard deviation more; a line in ln n is fitted to
+these.
 """
 from pathlib import Path
 
 import numpy as np
 
 from edgeattn.calibration import FILE, load, save
-from edgeattn.kernels_cpu import cached_attention, steps
-from edgeattn.kernels_cpu.attention_call import CALL, ROTATED
 from edgeattn.page_formats import PAGE
+from edgeattn.recording import record_queries
 
 LENGTHS = (256, 512, 1024, 2048, 4096)  # tokens at which rows are sampled, as far as a prompt reaches
 ROWS = 16                               # the last ones before each length
@@ -27,7 +27,8 @@ def load_thresholds(folder, config: dict) -> np.ndarray:
     if found is None:
         raise ValueError(f"{Path(folder) / FILE}: no thresholds in it: {again}")
     if found.shape != shape or found.dtype != np.float32 or np.isnan(found).any():
-        raise ValueError(f"{Path(folder) / FILE}: thresholds must be {list(shape)} float32 without NaN, got {list(found.shape)} {found.dtype}: {again}")
+        raise ValueError(f"{Path(folder) / FILE}: thresholds must be {list(shape)} float32 without NaN, got {list(found.shape)} "
+                         f"{found.dtype}: {again}")
     return np.ascontiguousarray(found)
 
 
@@ -57,43 +58,22 @@ def _sample(model, ids, kept):
     sequence = model.new_sequence()
     try:
         model.compute(sequence, ids[:-ROWS])
-        queries = _queries(model, sequence, ids[-ROWS:])
+        queries = record_queries(model, sequence, ids[-ROWS:])
         return np.stack([_limits(model, sequence, layer, q, kept) for layer, q in enumerate(queries)])
     finally:
         model.free(sequence)
 
 
-def _queries(model, sequence, ids):
-    """[layers] of [rows, heads, head_dim]: queries of new tokens as attention leaves them in its workspace, rotated and scaled."""
-    about, found, batch = model.config["model"], [], model._batch
-    workspace = 1 + cached_attention.ARGS.index("workspace")
-    model.cache.append(sequence, len(ids))
-    batch.clear()
-    batch.add(sequence, ids, np.arange(0))
-    names = iter(model.plan.steps)
-    for item in model.plan.items:
-        if not isinstance(item, np.ndarray):
-            item.run(batch.state)
-            continue
-        for row in item:
-            steps.run(row.reshape(1, -1), batch.state)
-            if next(names).operator == "cached_attention":
-                call = int(row[workspace]) + CALL
-                at = int(steps.i64_at(call, ROTATED + 1)[ROTATED])
-                shape = len(ids), about["num_heads"], about["head_dim"]
-                found.append(steps.f32_at(at, int(np.prod(shape))).reshape(shape).copy())
-    return found
-
-
 def _limits(model, sequence, layer, q, kept):
-    """[heads, rows]: the smallest score with which a page is among the kept part of each row."""
-    heads, kv_heads, rows = q.shape[1], model.cache.shape[1], len(q)
+    """[heads, rows]: the smallest score with which a page is among the kept part of each row. q [heads, rows, head_dim]"""
+    (heads, rows), kv_heads = q.shape[:2], model.cache.shape[1]
+    q = q * np.float32(model.attention_inputs(layer)[1]["scale"])
     found = np.zeros((heads, rows))
     for head in range(kv_heads):
         keys, _ = model.cache.read(sequence, layer, head)
         for h in range(head * heads // kv_heads, (head + 1) * heads // kv_heads):
             for i in range(rows):
-                scores = keys[:len(keys) - rows + i + 1] @ q[i, h]
+                scores = keys[:len(keys) - rows + i + 1] @ q[h, i]
                 best = np.maximum.reduceat(scores, np.arange(0, len(scores), PAGE))
                 found[h, i] = np.sort(best)[-max(1, int(np.ceil(kept * len(best))))]
     return found

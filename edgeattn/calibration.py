@@ -3,7 +3,7 @@
 Tensors
     head_scores   [layers, kv_heads] float32: by how much the loss of a passkey's tokens rises (nats a token) when that KV head alone
                   is left with the first page and RECENT tokens
-    thresholds    [layers, num_heads, 2] float32: see calibrate_thresholds.py
+    key_components, thresholds, those of sparse prefill   see principal_components.py, calibrate_thresholds.py, calibrate_prefill.py
 Metadata: format and version (FORMAT, VERSION), key (the model's fingerprint, of edgeattn.json), and for each tensor, under its name, JSON
 that says how it was made. Tensors that this file does not know are kept when it is written again.
 """
@@ -50,6 +50,18 @@ def load(folder, config: dict) -> tuple[dict[str, np.ndarray], dict[str, str]]:
     if metadata.get("key") != fingerprint(config):
         raise ValueError(f"{path}: was made with another model than the one in this folder: {again}")
     return tensors, metadata
+
+
+def load_heads(folder, config: dict, name: str, *rest: int) -> np.ndarray | None:
+    """The tensor `name`, [layers, num_heads, *rest]; None where the folder has no calibration, or one without it.
+    ValueError: as `load`, or it is of another shape or not finite."""
+    if not (Path(folder) / FILE).is_file():
+        return None
+    found, shape = load(folder, config)[0].get(name), (config["model"]["num_layers"], config["model"]["num_heads"], *rest)
+    if found is not None and (found.shape != shape or not np.isfinite(found).all()):
+        raise ValueError(f"{Path(folder) / FILE}: {name} must be {list(shape)} finite numbers, got {list(found.shape)}: calibrate again: "
+                         f"edgeattn calibrate -m {folder} --parts prefill")
+    return found
 
 
 def save(path, config: dict, tensors: dict[str, np.ndarray], about: dict[str, dict]) -> None:

@@ -19,21 +19,30 @@ STEP = 256
 def settle(scheduler: Scheduler, options: CacheOptions, heads: int, head_dim: int, threads: int) -> None:
     """Set the scheduler's `min_len` and `times`. options: with its types settled."""
     kv_heads, policy = scheduler.shape[1], scheduler.policy
-    about = repr((CACHE_FOLDER.name, os.cpu_count(), threads, heads, kv_heads, head_dim, options.k_type, options.v_type, options.storage, policy))
+    about = threads, heads, kv_heads, head_dim, options.k_type, options.v_type, options.storage, policy
+    times = remembered(about, lambda: measure(scheduler, options, heads, head_dim, threads))
+    if times is None:
+        scheduler.min_len = int(UNMEASURED * policy.tokens(0))
+    else:
+        scheduler.times, scheduler.min_len = times, begin(times, policy)
+
+
+def remembered(about: tuple, measure) -> dict | None:
+    """What was measured before on this machine `about` these things, or is now; None where the machine was too busy to tell."""
+    about = repr((CACHE_FOLDER.name, os.cpu_count(), *about))
     path = CACHE_FOLDER.parent / "crossovers" / f"{hashlib.sha256(about.encode()).hexdigest()[:16]}.json"
     try:
-        times = json.loads(path.read_text())
+        return json.loads(path.read_text())
     except (OSError, ValueError):
-        times = measure(scheduler, options, heads, head_dim, threads)
-        if times["dense"][1] < GROWS * times["dense"][0]:
-            scheduler.min_len = int(UNMEASURED * policy.tokens(0))
-            return
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text(json.dumps(times))
-        except OSError:  # a cache that cannot be written is measured again
-            pass
-    scheduler.times, scheduler.min_len = times, begin(times, policy)
+        times = measure()
+    if times["dense"][1] < GROWS * times["dense"][0]:
+        return None
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(times))
+    except OSError:  # a cache that cannot be written is measured again
+        pass
+    return times
 
 
 def measure(scheduler, options, heads, head_dim, threads) -> dict[str, list[float]]:
@@ -53,13 +62,15 @@ def measure(scheduler, options, heads, head_dim, threads) -> dict[str, list[floa
 
 def begin(times: dict, policy) -> int:
     """The first length at which selecting and reading what was selected takes less than GAIN of the dense time."""
-    low, high = times["depths"]
-
-    def line(values, tokens):
-        return values[0] + (values[1] - values[0]) * (tokens - low) / (high - low)
     for tokens in range(STEP, 1 << 17, STEP):
-        dense = line(times["dense"], tokens)
-        read = line(times["dense"], policy.tokens(tokens)) if policy.tokens(tokens) < tokens else dense
-        if read + max(line(times["select"], tokens), 0) <= GAIN * dense:
+        dense = line(times, "dense", tokens)
+        read = line(times, "dense", policy.tokens(tokens)) if policy.tokens(tokens) < tokens else dense
+        if read + max(line(times, "select", tokens), 0) <= GAIN * dense:
             return tokens
     return NEVER
+
+
+def line(times: dict, name: str, tokens: int) -> float:
+    """Seconds at a length, on the straight line through what was measured."""
+    (low, high), (first, second) = times["depths"], times[name]
+    return first + (second - first) * (tokens - low) / (high - low)

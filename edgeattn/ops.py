@@ -34,6 +34,11 @@ def _seal_pages(s, a):
     return {"k_codes": (n, f.k_bytes), "k_params": (n, f.k_params), "v_codes": (n, f.v_bytes), "v_params": (n, f.v_params)}
 
 
+def _of_blocks(output):
+    """For each head, block of 64 queries and page."""
+    return lambda s, a: {output: (s["q"][0], -(-s["q"][1] // 64), -(-s["k"][1] // PAGE))}
+
+
 def _page_format(head_dim, a):
     return PageFormat(head_dim, a["k_type"], a["v_type"], a.get("k_axis", "channel"), bool(a.get("one_group")), bool(a.get("separated")),
                       gate=a.get("gate", 16))
@@ -57,12 +62,14 @@ OPS = {op.name: op for op in (
        ("out", "present_key", "present_value"),
        ("num_heads", "kv_heads", "head_dim", "rotary_dim", "interleaved", "scale", "window", "layer"), _cached_attention),
     Op("select_pages", ("q", "cos", "sin", "past_key", "positions", "components?"), ("pages", "counts"),
-       ("num_heads", "kv_heads", "head_dim", "rotary_dim", "interleaved", "scale", "layer", "capacity", "share", "score", "combine", "budget",
-        "fraction", "recent", "reach", "block", "blocks", "rank", "tables", "bits"),
+       ("num_heads", "kv_heads", "head_dim", "rotary_dim", "interleaved", "scale", "layer", "capacity", "share", "score", "combine",
+        "budget", "fraction", "recent", "reach", "block", "blocks", "rank", "tables", "bits"),
        lambda s, a: {"pages": (a["kv_heads"], a["capacity"]), "counts": (a["kv_heads"],)}),
     Op("seal_pages", ("k", "v"), ("k_codes", "k_params", "v_codes", "v_params"), (*_FORMAT, "threshold", "refresh"), _seal_pages),
     Op("read_pages", ("k_codes", "k_params", "v_codes", "v_params"), ("k", "v"), ("head_dim", *_FORMAT),
        lambda s, a: {"k": (s["k_codes"][0], a["head_dim"], PAGE), "v": (s["k_codes"][0], PAGE, a["head_dim"])}),
+    Op("antidiagonal_weights", ("q", "k", "mean"), ("weights",), ("scale", "stride"), _of_blocks("weights")),
+    Op("score_excess", ("q", "k", "q_mean", "k_mean", "limits"), ("excess",), ("scale", "bits"), _of_blocks("excess")),
     Op("sample", ("logits", "history"), ("token",),
        ("temperature", "top_k", "top_p", "min_p", "repeat_penalty", "uniform"), lambda s, a: {"token": (1,)}),
 )}

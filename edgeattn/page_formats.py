@@ -8,8 +8,8 @@ of the quad and to value i of the row, or to value i + 16, called the second hal
     int8       the high four bits as int4, all quads, then the low four bits: a reader may leave those out (SpAtten, arXiv 2012.09852)
     int2       64 bytes for two quads: from the low bits on first and second half of the first quad, then of the second
     int3       the low two bits as int2, all quads, then the top bits, 64 bytes for four quads: bit 2 * (quad % 4) + half
-Keys as deltas (after DeltaLLM, arXiv 2507.19608; no parameters): a block of channels is written for a token only where one of them is further
-than Theta from what was last written; else the block's last values stand. The chain starts anew in every page.
+Keys as deltas (after DeltaLLM, arXiv 2507.19608; no parameters): a block of channels is written for a token only where one of them is
+further than Theta from what was last written; else the block's last values stand. The chain starts anew in every page.
     delta      Theta, float32, no less than any |implied - given|; for each block 32 bits, bit t: written at token t (bit 0 always is);
                zeros up to a multiple of 64 bytes; then for each block [channel][tokens written] halves, one block after the other. There is
                room for all; the rest is zeros. A page with all bits set is, behind its first bytes, a page f16

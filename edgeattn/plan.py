@@ -281,9 +281,9 @@ class Plan:
             done += len(item)
 
     def attention_inputs(self, layer: int, state: np.ndarray) -> tuple[dict[str, np.ndarray], dict]:
-        """(q, k, cos, sin of a layer's attention by these names, its attributes)"""
+        """(q, k, v, cos, sin of a layer's attention by these names, its attributes)"""
         node = next(node for at, node in self.attentions.values() if at == layer)
-        names = {name: source for name, source in zip(OPS["cached_attention"].inputs, node.input) if name in ("q", "k", "cos", "sin")}
+        names = {name: source for name, source in zip(OPS["cached_attention"].inputs, node.input) if name in ("q", "k", "v", "cos", "sin")}
         weights = self.graph.initializers
         return {name: weights[x] if x in weights else self.view(x, state) for name, x in names.items()}, DEFAULTS | attributes(node)
 

@@ -5,7 +5,7 @@ Each takes the (out, lse) of prefill_plan.attend for a chunk's queries, with the
 import numpy as np
 
 from edgeattn.page_formats import PAGE
-from edgeattn.prefill_plan import QUERIES, PrefillPlan, shape_of, spread
+from edgeattn.prefill_plan import QUERIES, PrefillPlan, shape_of
 
 
 def delta(out: np.ndarray, lse: np.ndarray, q: np.ndarray, k: np.ndarray, v: np.ndarray, scale: float, stride: int = QUERIES,
@@ -45,33 +45,27 @@ def attend_rows(q: np.ndarray, k: np.ndarray, v: np.ndarray, rows: np.ndarray, s
 def tail(out: np.ndarray, lse: np.ndarray, q: np.ndarray, k: np.ndarray, v: np.ndarray, plan: PrefillPlan,
          scale: float) -> tuple[np.ndarray, np.ndarray]:
     """The zeroth-order term of PISA, here made causal: a page that is not read counts as 32 keys, each the page's mean key with its mean
-    value, for queries that see all of it. Keys of such a page that are read alone (the plan's columns) count as themselves, and the means
-    and the count are those of the others. Costs 1 / 32 of dense attention. By convexity the counted weight is never above the true one.
+    value, for queries that see all of it. A page of which some keys are read alone (the plan's columns) does not count. Costs 1 / 32 of
+    dense attention. By convexity the counted weight is never above the true one.
     """
     heads, kv_heads, n, m = len(q), len(k), q.shape[1], k.shape[1]
     blocks, full = shape_of(n, m)[0], m // PAGE
-    left = ~np.repeat(plan.blocks, heads // len(plan.blocks), 0)[..., :full]
-    keys, values = (np.repeat(x.astype(np.float64), heads // kv_heads, 0)[:, :full * PAGE].reshape(heads, full, PAGE, -1) for x in (k, v))
-    if plan.columns is None:
-        counts = np.full((heads, 1, full), float(PAGE))
-        key_sums, value_sums = (x.sum(2)[:, None] for x in (keys, values))
-    else:
-        alone = plan.columns & ~spread(plan.blocks, m)
-        rest = ~np.repeat(alone, heads // len(alone), 0)[..., :full * PAGE].reshape(heads, blocks, full, PAGE)
-        counts, rest = rest.sum(3).astype(np.float64), rest.swapaxes(1, 2).astype(np.float64)
-        key_sums, value_sums = ((rest @ x).swapaxes(1, 2) for x in (keys, values))
+    left = ~plan.blocks[..., :full]
+    if plan.columns is not None:
+        left &= ~plan.columns[..., :full * PAGE].reshape(*left.shape, PAGE).any(-1)
+    left = np.repeat(left, heads // len(left), 0)
+    keys, values = (np.repeat(x.astype(np.float64)[:, :full * PAGE].reshape(kv_heads, full, PAGE, -1).mean(2), heads // kv_heads, 0)
+                    for x in (k, v))
     found, sums = np.zeros(q.shape), np.full((heads, n), -np.inf)
     for block in range(blocks):
-        rows, part = slice(block * QUERIES, min((block + 1) * QUERIES, n)), min(block, counts.shape[1] - 1)
-        count = np.maximum(counts[:, part], 1)[..., None]
-        last = m - n + np.arange(rows.start, rows.stop)
-        seen = ((np.arange(full) + 1) * PAGE - 1 <= last[:, None]) & (left[:, block] & (counts[:, part] > 0))[:, None]
-        scores = q[:, rows].astype(np.float64) @ (key_sums[:, part] / count).swapaxes(1, 2) * scale + np.log(count).swapaxes(1, 2)
-        scores = np.where(seen, scores, -np.inf)
+        rows = slice(block * QUERIES, min((block + 1) * QUERIES, n))
+        seen = (np.arange(full) + 1) * PAGE - 1 <= (m - n + np.arange(rows.start, rows.stop))[:, None]
+        scores = q[:, rows].astype(np.float64) @ keys.swapaxes(1, 2) * scale + np.log(PAGE)
+        scores = np.where(seen & left[:, block, None], scores, -np.inf)
         top = scores.max(-1, keepdims=True, initial=-np.inf)
         weights = np.exp(scores - np.where(np.isfinite(top), top, 0))
         total = weights.sum(-1, keepdims=True)
-        found[:, rows] = weights / np.where(total > 0, total, 1) @ (value_sums[:, part] / count)
+        found[:, rows] = weights / np.where(total > 0, total, 1) @ values
         sums[:, rows] = (np.log(np.where(total > 0, total, 1)) + np.where(total > 0, top, -np.inf))[..., 0]
     return merge(out, lse, found, sums)
 

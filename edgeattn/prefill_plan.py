@@ -4,6 +4,7 @@ Queries stand in blocks of QUERIES tokens, keys in pages of PAGE. The queries ar
 of m. A plan is made of bool arrays over [query heads, query blocks, ...], so that methods compose by `|` and `&`.
 """
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 
@@ -86,10 +87,34 @@ def pool(x: np.ndarray, size: int) -> np.ndarray:
     return np.add.reduceat(x, starts, axis=-2) / counts[:, None]
 
 
-def middles(keys: np.ndarray) -> np.ndarray:
-    """Of each page the middle of its keys' range, channel by channel: [m, d] -> [pages, d]."""
-    starts = np.arange(0, len(keys), PAGE)
-    return (np.maximum.reduceat(keys, starts, 0) + np.minimum.reduceat(keys, starts, 0)) * np.float32(0.5)
+class LayerKeys:
+    """The keys of a layer's KV heads, [tokens, head_dim] float32 of a head when it is asked for: of plain arrays here; a cache has its own
+    (prefill_scheduler.py)."""
+
+    def __init__(self, keys):
+        self._keys = keys
+        self.tokens = len(keys[0])
+
+    @classmethod
+    def of(cls, keys) -> "LayerKeys":
+        """keys: [kv_heads, tokens, head_dim], an array of each head, or already what is wanted."""
+        return keys if isinstance(keys, cls) else cls(keys)
+
+    def __len__(self):
+        return len(self._keys)
+
+    def __getitem__(self, head: int) -> np.ndarray:
+        return self._keys[head]
+
+    @cached_property
+    def means(self) -> np.ndarray:
+        """[kv_heads, pages, head_dim]: of each page."""
+        return np.stack([pool(keys, PAGE) for keys in self._keys])
+
+    def stored(self):
+        """StoredKeys, as operators that estimate take them."""
+        from edgeattn.kernels_cpu.stored_keys import StoredKeys
+        return StoredKeys.of(self._keys)
 
 
 def softmax(scores: np.ndarray) -> np.ndarray:
@@ -111,28 +136,33 @@ def best(scores: np.ndarray, allowed: np.ndarray, count) -> np.ndarray:
 def cover(weights: np.ndarray, allowed: np.ndarray, part, kept: np.ndarray | None = None) -> np.ndarray:
     """The fewest allowed places of each row whose weights sum to `part` (from 0 to 1) of all allowed ones'; those in `kept` come first. All
     of them at part 1, whatever rounding makes of the sum."""
-    weights = np.where(allowed, weights, 0)
-    rank = weights if kept is None else weights + np.where(kept, weights.sum(-1, keepdims=True) + 1, 0)
-    order = np.argsort(np.where(allowed, -rank, np.inf), -1, kind="stable")
-    sorted_weights = np.take_along_axis(weights, order, -1)
-    before = np.cumsum(sorted_weights, -1) - sorted_weights
-    needed = before < np.asarray(part)[..., None] * weights.sum(-1, keepdims=True)
-    found = np.zeros(weights.shape, bool)
-    np.put_along_axis(found, order, needed | (np.asarray(part)[..., None] >= 1), -1)
-    return (found if kept is None else found | kept) & allowed
+    weights, part = np.where(allowed, weights, 0), np.asarray(part)[..., None]
+    first = np.zeros(weights.shape, bool) if kept is None else kept & allowed
+    rest = np.where(allowed & ~first, weights, -1)
+    ordered = -np.sort(-rest, -1)  # values alone: NumPy sorts them several times as fast as it sorts places
+    before = np.cumsum(np.maximum(ordered, 0), -1)
+    before = np.concatenate([np.zeros_like(before[..., :1]), before[..., :-1]], -1) + np.where(first, weights, 0).sum(-1, keepdims=True)
+    count = ((before < part * weights.sum(-1, keepdims=True)) & (ordered >= 0)).sum(-1, keepdims=True)
+    least = np.where(count > 0, np.take_along_axis(ordered, np.maximum(count - 1, 0), -1), np.inf)
+    found, equal = rest > least, rest == least
+    found |= equal & (np.cumsum(equal, -1) <= count - found.sum(-1, keepdims=True))
+    return (found | first | (part >= 1)) & allowed
 
 
 def partial_softmax(q: np.ndarray, k: np.ndarray, scale: float, blocks: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """What each row's softmax over the pages of `blocks` [query blocks, pages] stands on: the greatest score, and the sum of the exponentials
-    of all less that one. Every row must see a key there. q [group, n, d], k [m, d] -> two of [group, n]"""
-    (group, n, _), m = q.shape, len(k)
+    """What each row's softmax over the pages of `blocks` [query blocks, pages] stands on: the greatest score, and the sum of the
+    exponentials of all less that one. Every row must see a key there. q [group, n, d], k [m, d] -> two of [group, n]"""
+    (group, n, depth), m = q.shape, len(k)
     top, total = np.empty((2, group, n), np.float32)
     for block, pages in enumerate(blocks):
         rows = np.arange(block * QUERIES, min((block + 1) * QUERIES, n))
-        keys = np.flatnonzero(spread(pages, m))
-        scores = np.where(keys <= (rows + m - n)[:, None], q[:, rows] @ k[keys].T * scale, -np.inf)
+        keys, places = np.flatnonzero(spread(pages, m)), rows + m - n
+        scores = ((q[:, rows] * np.float32(scale)).reshape(-1, depth) @ k[keys].T).reshape(group, len(rows), -1)
+        later = np.searchsorted(keys, places[0] + 1)  # from there on some row does not see a key
+        scores[..., later:][:, keys[later:] > places[:, None]] = -np.inf
         top[:, rows] = scores.max(-1)
-        total[:, rows] = np.exp(scores - top[:, rows, None]).sum(-1)
+        scores -= top[:, rows, None]
+        total[:, rows] = np.exp(scores, out=scores).sum(-1)
     return top, total
 
 
@@ -165,8 +195,8 @@ def slash_pages(slashes: np.ndarray, queries: int, keys: int) -> np.ndarray:
 
 
 def attend(q: np.ndarray, k: np.ndarray, v: np.ndarray, plan: PrefillPlan, scale: float) -> tuple[np.ndarray, np.ndarray]:
-    """Attention over what a plan keeps, in float64: the contract of the kernels. q [heads, n, d], k, v [kv_heads, m, d]; the plan's blocks may be
-    of query heads or of KV heads. -> (out [heads, n, d], log of the sum of exponentials [heads, n])"""
+    """Attention over what a plan keeps, in float64: the contract of the kernels. q [heads, n, d], k, v [kv_heads, m, d]; the plan's blocks
+    may be of query heads or of KV heads. -> (out [heads, n, d], log of the sum of exponentials [heads, n])"""
     heads, kv_heads = len(q), len(k)
     mask = plan.mask()
     mask = np.repeat(mask, heads // len(mask), 0)

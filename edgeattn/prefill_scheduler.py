@@ -4,47 +4,38 @@ A chunk has hundreds of tokens, so unlike decode's policies (scheduler.py) these
 attention takes. A chunk stays dense below `min_len` tokens, and where it has few tokens, which see everything.
 """
 from collections.abc import Iterator
-from dataclasses import dataclass, field
-from functools import cache
+from dataclasses import dataclass
+from functools import cached_property
 from time import perf_counter
+from typing import ClassVar
 
 import numpy as np
 
 from edgeattn.kernels_cpu import read_pages
-from edgeattn.kernels_cpu.page_pool import POOLS
-from edgeattn.page_formats import BITS, PAGE
-from edgeattn.policies import load_policy, policy_names
-from edgeattn.prefill_lists import write_lists
-from edgeattn.prefill_plan import QUERIES, causal, middles
-from edgeattn.reference.cached_attention import rotate
+from edgeattn.page_formats import PAGE
+from edgeattn.policies import MethodOptions
+from edgeattn.prefill_lists import CORRECTIONS, write_lists
+from edgeattn.prefill_plan import QUERIES, LayerKeys, causal
 
 FEWEST = 32  # tokens of a chunk that make a plan worth while
 LAST = 2     # query blocks at the end of a prompt that read everything
 
 
 @dataclass(frozen=True)
-class PrefillOptions:
+class PrefillOptions(MethodOptions):
+    """What prompts read. min_len None: the policy's own.
+
+    correction  what makes good what is not read, a function of prefill_corrections.py; None: the policy's own
     """
-    method   "off", or a file of policies/prefill; "auto" is what a user gets, and gives way where it does not go with the cache
-    options  its fields, where they are not to be the defaults
-    min_len  tokens in the context from which a chunk is sparse; None: the policy's own
-    ValueError: an unknown method or field, or a number out of range.
-    """
-    method: str = "auto"
-    options: dict = field(default_factory=dict)
-    min_len: int | None = None
+    correction: str | None = None
+
+    kind: ClassVar[str] = "prefill"
+    what: ClassVar[str] = "sparse prefill"
 
     def __post_init__(self):
-        known = ("off", *policy_names("prefill"))
-        if self.method not in known:
-            raise ValueError(f"sparse prefill must be one of {', '.join(known)}, got {self.method!r}")
-        if self.min_len is not None and self.min_len < 0:
-            raise ValueError(f"sparse prefill begins at 0 tokens or more, got {self.min_len}")
-        self.policy()
-
-    def policy(self):
-        """None where everything is read."""
-        return None if self.method == "off" else load_policy("prefill", self.method, self.options)
+        super().__post_init__()
+        if self.correction not in (None, *CORRECTIONS):
+            raise ValueError(f"a correction must be one of {', '.join(CORRECTIONS)}, got {self.correction!r}")
 
 
 def refusal(cache_options, window: int) -> str:
@@ -56,18 +47,8 @@ def refusal(cache_options, window: int) -> str:
     return ""
 
 
-@cache
-def _hadamard(head_dim: int) -> np.ndarray:
-    """[head_dim, head_dim]: what storages that rotate keys multiply them with."""
-    from edgeattn.kernels_cpu.hadamard import hadamard
-    turn = np.eye(head_dim, dtype=np.float32)
-    for row in range(head_dim):
-        hadamard(turn.ravel(), row * head_dim, head_dim)
-    return turn
-
-
-class Keys:
-    """The keys of a layer, [tokens, head_dim] float32 of a KV head when it is asked for: those of the cache, then a chunk's own."""
+class Keys(LayerKeys):
+    """Those of the cache, then a chunk's own."""
 
     def __init__(self, cache, sequence, layer: int, new: np.ndarray):
         self._cache, self._sequence, self._layer, self._new = cache, sequence, layer, new
@@ -84,29 +65,40 @@ class Keys:
         past, _ = self._cache.read(self._sequence, self._layer, head)
         return np.concatenate([past[:len(past) - len(self._new)], self._new[:, head]])
 
-    def middles(self, head: int) -> np.ndarray:
-        """What prefill_plan.middles gives for the keys, of quantised pages without reading them."""
-        count = int(self._sequence.counts[self._layer, head])
-        whole = (count - len(self._new)) // PAGE
-        entries, head_dim = self._sequence.tables[self._layer, head, :-(-count // PAGE)], self._cache.head_dim
-        found, known = np.empty((whole, head_dim), np.float32), np.zeros(whole, bool)
-        for i, pool in enumerate(self._cache.pools):
-            form = pool.format
-            if form.k_params and form.k_axis == "channel":
-                known |= (here := entries[:whole] % POOLS == i)
-                params = pool.pages.k_params.view(np.float16).reshape(-1, 2, head_dim)
-                low, step = params[entries[:whole][here] // POOLS].astype(np.float32).swapaxes(0, 1)
-                found[here] = low + step * np.float32(((1 << BITS[form.k_type]) - 1) / 2)
-        k, _ = read_pages.run(self._cache.table, head_dim, entries[:whole][~known])
-        found[~known] = (k.max(2) + k.min(2)) * np.float32(0.5)
-        past, _ = read_pages.run(self._cache.table, head_dim, entries[whole:whole + 1])
-        rest = np.concatenate([past.transpose(0, 2, 1).reshape(-1, head_dim)[:count - len(self._new) - whole * PAGE], self._new[:, head]])
-        return np.concatenate([found, middles(rest)])
+    def stored(self):
+        """Pages where they lie. Heads must hold as many (`alike`)."""
+        from edgeattn.kernels_cpu.stored_keys import StoredKeys  # compiled only where a policy asks for it
+        past, head_dim = self.tokens - len(self._new), self._cache.head_dim
+        whole, left = past // PAGE, past % PAGE
+        tables, rest = self._sequence.tables[self._layer], self._new.swapaxes(0, 1)
+        if left:
+            part, _ = read_pages.run(self._cache.table, head_dim, tables[:, whole])
+            rest = np.concatenate([part.transpose(0, 2, 1)[:, :left], rest], 1)
+        return StoredKeys(self._cache.table, np.ascontiguousarray(tables[:, :whole]), np.ascontiguousarray(rest, np.float32))
+
+    @cached_property
+    def means(self) -> np.ndarray:
+        from edgeattn.kernels_cpu import key_means
+        return key_means.run(self.stored())
+
+    def page_means(self, values: np.ndarray) -> np.ndarray:
+        """[kv_heads, max_pages, head_dim + width] float32: mean key and mean value of each full page, the chunk's own among them. values:
+        the chunk's [tokens, kv_heads, head_dim], which like its keys are not in the cache yet."""
+        found, head_dim = self._cache.page_means(self._sequence, self._layer), self._cache.head_dim
+        for head, count in enumerate(self._sequence.counts[self._layer].tolist()):
+            past = count - len(self._new)
+            first, open_tokens = divmod(past, PAGE)
+            k, v = read_pages.run(self._cache.table, head_dim, self._sequence.tables[self._layer, head, first:first + 1])
+            pair = (np.concatenate([old[:open_tokens], new[:, head]]) for old, new in ((k[0].T, self._new), (v[0], values)))
+            for x, part in zip(pair, (slice(head_dim), slice(head_dim, 2 * head_dim))):
+                found[head, first:count // PAGE, part] = x[:len(x) // PAGE * PAGE].reshape(-1, PAGE, head_dim).mean(1)
+        return found
 
 
 class PrefillScheduler:
     """
     policy    what chooses; min_len: tokens in the context from which chunks are sparse
+    times     what the crossover was taken from, where it was measured (prefill_crossover.py)
     chunks    how many were [dense, sparse]
     figures() what sparse chunks read, and how long choosing took
     """
@@ -114,13 +106,18 @@ class PrefillScheduler:
     def __init__(self, options: PrefillOptions, layers: int):
         self.options, self.policy = options, options.policy()
         self.min_len = self.policy.min_len if options.min_len is None else options.min_len
-        self.assets, self.chunks = None, [0, 0]
+        self.correction = options.correction or self.policy.correction
+        self.assets, self.times, self.chunks = None, None, [0, 0]
         self.kept, self.seconds = np.zeros((layers, 2)), np.zeros(layers)  # densities: of query heads, of what is read; summed over chunks
-        self._lists = []
+        self._lists, self._means = [], []  # what kernels read until the next layer
 
     def load(self, folder, config: dict) -> None:
         """What the policy needs of the model's calibration. ValueError: it is not there, or another model's."""
         self.assets = self.policy.load(folder, config)
+
+    def reads_all(self, tokens: int) -> bool:
+        """Whether the policy says that so many tokens are read whole."""
+        return (self.policy.tokens(tokens) or 0) >= tokens
 
     def wants(self, sequence, tokens: int, last: bool) -> bool:
         """Whether a chunk of the newest `tokens` of a sequence is to be sparse; counts it. last: the prompt ends with it."""
@@ -129,21 +126,25 @@ class PrefillScheduler:
         return sparse
 
     def choose(self, layer: int, kv_cache, batch, sparse: list, tensors: dict, attributes: dict) -> None:
-        """Write the lists of one layer. sparse: (place in the batch, sequence, first row, tokens, whether the prompt ends with them) of each
-        sequence that is to have some; a prompt's end, where the question is, reads everything. tensors: the layer's q, k, cos and sin as attention gets them."""
-        began, self._lists = perf_counter(), []
+        """Write the lists of one layer. sparse: (place in the batch, sequence, first row, tokens, whether the prompt ends with them) of
+        each sequence that is to have some; a prompt's end, where the question is, reads everything. tensors: the layer's q, k, v, cos and
+        sin as attention gets them."""
+        from edgeattn.kernels_cpu import rotate_heads  # compiled only where a prompt is sparse
+        began, self._lists, self._means = perf_counter(), [], []
         for place, sequence, first, count, last in sparse:
             rows, head_dim = slice(first, first + count), attributes["head_dim"]
-            cos, sin = (tensors[name][batch.positions[rows]] for name in ("cos", "sin"))
-            q, k = (rotate(tensors[name][rows].reshape(count, -1, head_dim), cos, sin, attributes.get("interleaved", 0)) for name in "qk")
-            if kv_cache.arguments(layer)["cache.keys_rotated"]:
-                q, k = (x @ _hadamard(head_dim) for x in (q, k))
-            plans = self._plans(layer, np.ascontiguousarray(q.swapaxes(0, 1)), Keys(kv_cache, sequence, layer, k), attributes["scale"])
+            about = head_dim, attributes.get("interleaved", 0), kv_cache.arguments(layer)["cache.keys_rotated"]
+            q, k = (rotate_heads.run(tensors[name][rows].reshape(count, -1), tensors["cos"], tensors["sin"], batch.positions[rows], *about)
+                    for name in "qk")
+            keys = Keys(kv_cache, sequence, layer, k.swapaxes(0, 1))
+            plans = self._plans(layer, q, keys, attributes["scale"])
             for plan in plans if last else ():
                 plan.blocks[:, -LAST:] = causal(plan.queries, plan.keys)[-LAST:]
-            joined = [plan.union(k.shape[1] // len(plans)) for plan in plans]
+            joined = [plan.union(len(k) // len(plans)) for plan in plans]
             self.kept[layer] += [np.mean([plan.density() for plan in some]) for some in (plans, joined)]
-            self._lists.append(write_lists(joined))
+            if self.correction == "tail":
+                self._means.append(keys.page_means(tensors["v"][rows].reshape(count, len(k), head_dim)))
+            self._lists.append(write_lists(joined, self.correction, self._means[-1] if self._means else None, self.policy.skip))
             batch.prefill_lists[place] = self._lists[-1].ctypes.data
         self.seconds[layer] += perf_counter() - began
 
@@ -152,7 +153,9 @@ class PrefillScheduler:
         if keys.alike:
             return [self.policy.select(q, keys, scale, layer, self.assets)]
         group = len(q) // len(keys)
-        return [self.policy.select(q[head * group:(head + 1) * group], [keys[head]], scale, layer, self.assets) for head in range(len(keys))]
+        return [self.policy.select(q[head * group:(head + 1) * group], [keys[head]], scale, layer,
+                                   self.policy.of_head(self.assets, head, group))
+                for head in range(len(keys))]
 
     def figures(self) -> dict[str, float]:
         """Since the last call, over sparse chunks: density of the plans and of what is read (pairs of all that a causal mask leaves), and
@@ -165,8 +168,13 @@ class PrefillScheduler:
     def explain(self) -> Iterator[str]:
         """What was decided, line by line; counters go on."""
         fields = ", ".join(f"{name} {value}" for name, value in vars(self.policy).items())
-        yield f"sparse prefill {self.options.method} ({fields})"
-        yield (f"chunks with {self.min_len:,} tokens in the context and more are sparse; so far: {self.chunks[0]} dense, {self.chunks[1]} sparse")
+        yield f"sparse prefill {self.options.method} ({fields})" + ("" if self.assets is None else ", fitted to this model")
+        if self.times:
+            yield "one layer's attention of a chunk on this machine, in microseconds: " + "; ".join(
+                f"{tokens:,} tokens: dense {1e6 * self.times['dense'][i]:.0f}, choosing {1e6 * self.times['choose'][i]:.0f}, what is "
+                f"chosen {1e6 * self.times['attend'][i]:.0f}" for i, tokens in enumerate(self.times["depths"]))
+        yield (f"chunks with {self.min_len:,} tokens in the context and more are sparse; so far: {self.chunks[0]} dense, "
+               f"{self.chunks[1]} sparse")
         for layer, (kept, read) in enumerate(self.kept / max(1, self.chunks[1])):
             if self.chunks[1]:
                 yield f"layer {layer}: plans hold {100 * kept:.1f} % of the pairs, heads of a group together {100 * read:.1f} %"

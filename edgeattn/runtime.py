@@ -70,11 +70,18 @@ class Model:
             raise ValueError("this model has sliding windows, whose positions eviction, head classes and sorted pages would lose: use "
                              "--kv-eviction none, --kv-heads none and --kv-storage kivi")
         if options.moves_slots and self.scheduler and self.scheduler.policy.shared:
-            raise ValueError(f"{sparse.method} selects pages for several layers and heads at once, which eviction, head classes and sorted pages "
-                             "would tell apart: use --kv-eviction none, --kv-heads none and --kv-storage kivi")
-        self.prefill = self._prefill(prefill or PrefillOptions(), options, about)
+            raise ValueError(f"{sparse.method} selects pages for several layers and heads at once, which eviction, head classes and sorted "
+                             "pages would tell apart: use --kv-eviction none, --kv-heads none and --kv-storage kivi")
+        prefill = prefill or PrefillOptions()
+        self.prefill = self._prefill(prefill, options, about)
         self.cache = KVCache(*shape, options, self.ubatch, classes, selection)
         self.ubatch, self.ctx_size = self.cache.plan.chunk, self.cache.capacity
+        if self.prefill and prefill.min_len is None and not self.prefill.reads_all(self.ctx_size):
+            from edgeattn.prefill_crossover import settle as begin_prefill  # loads the kernels of lists
+            begin_prefill(self.prefill, options, about["num_heads"], about["kv_heads"], about["head_dim"], self.threads)
+        if self.prefill and prefill.method == "auto" and (self.ctx_size <= self.prefill.min_len or self.prefill.reads_all(self.ctx_size)):
+            self.whole_because = f"no prompt in a context of {self.ctx_size:,} tokens is long enough for it"
+            self.prefill = None  # a kernel more would be compiled for nothing
         self._max_rows = max(1, min(self.ubatch, LOGITS_BYTES // (4 * self.vocab_size)))
         self._batch = Batch(self.ubatch, self._max_rows, MAX_SEQUENCES)
         if self.scheduler:
@@ -172,7 +179,7 @@ class Model:
         return found[0] if len(found) == 1 else np.concatenate(found)  # chunks follow the order of `work`
 
     def _choose(self, listed, layer):
-        self.prefill.choose(layer, self.cache, self._batch, listed, *self.plan.attention_inputs(layer, self._batch.state))
+        self.prefill.choose(layer, self.cache, self._batch, listed, *self.attention_inputs(layer))
 
     def _note_tokens(self, work):
         """Keep the ids, from which released pages are rebuilt, and rebuild what a new prompt is about."""
@@ -182,14 +189,19 @@ class Model:
             sequence.token_ids[sequence.length:sequence.length + len(ids)] = ids
             sequence.answered = len(ids) == 1
 
-    def compute(self, sequence: Sequence, ids: np.ndarray) -> None:
-        """Append tokens and compute their keys and values, nothing else: the cache does not settle, so that truncate() undoes it."""
+    def compute(self, sequence: Sequence, ids: np.ndarray, before_attention=None) -> None:
+        """Append tokens and compute their keys and values, nothing else: the cache does not settle, so that truncate() undoes it.
+        before_attention: as in Plan.run."""
         for start in range(0, len(ids), self.ubatch):
             piece = ids[start:start + self.ubatch]
             self.cache.append(sequence, len(piece))
             self._batch.clear()
-            self._batch.add(sequence, piece, np.arange(0))
-            self.plan.run(self._batch.state)
+            self._batch.add(sequence, np.asarray(piece), np.arange(0))
+            self.plan.run(self._batch.state, before_attention)
+
+    def attention_inputs(self, layer: int) -> tuple[dict[str, np.ndarray], dict]:
+        """Plan.attention_inputs of the call that is running."""
+        return self.plan.attention_inputs(layer, self._batch.state)
 
     def _chunks(self, work, logit_rows):
         """Lists of (index into work, start, end, rows that need logits) that fit one batch."""

@@ -1,13 +1,14 @@
 """The delta-sparsity scheduler: what each layer of a decode step reads, and when that pays.
 
-A policy (policies/decode) says how pages are scored; the scheduler which layers and heads choose at all, how much each may read, and from how
-many tokens on. Nothing of it runs between operators: lists are made by the operators of a layer, by shares that lie in fixed memory, and
-what they did is read from counters afterwards.
+A policy (policies/decode) says how pages are scored; the scheduler which layers and heads choose at all, how much each may read, and from
+how many tokens on. Nothing of it runs between operators: lists are made by the operators of a layer, by shares that lie in fixed memory,
+and what they did is read from counters afterwards.
 """
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 
@@ -16,7 +17,7 @@ from edgeattn.cache.budget import SelectionPlan
 from edgeattn.cache.options import CacheOptions
 from edgeattn.kernels_cpu.selections import DENSE, HELD, READ, REUSED, SPARSE, STATS_FIELDS
 from edgeattn.page_formats import PAGE
-from edgeattn.policies import load_policy, policy_names
+from edgeattn.policies import MethodOptions
 
 ALL = -1.0      # a share: read everything
 RETRIEVAL = 4.0  # the share of heads that look things up, and the part of all looking up that they stand for together
@@ -25,28 +26,10 @@ NEVER = 1 << 40  # tokens
 
 
 @dataclass(frozen=True)
-class SparseOptions:
-    """
-    method   "off", or a file of policies/decode; "auto" is what a user gets, and gives way where it does not go with the cache
-    options  its fields, where they are not to be the defaults
-    min_len  tokens in the context from which a step is sparse; None: what was measured on this machine (crossover.py)
-    ValueError: an unknown method or field, or a number out of range.
-    """
-    method: str = "auto"
-    options: dict = field(default_factory=dict)
-    min_len: int | None = None
-
-    def __post_init__(self):
-        known = ("off", *policy_names("decode"))
-        if self.method not in known:
-            raise ValueError(f"sparse attention must be one of {', '.join(known)}, got {self.method!r}")
-        if self.min_len is not None and self.min_len < 0:
-            raise ValueError(f"sparse attention begins at 0 tokens or more, got {self.min_len}")
-        self.policy()
-
-    def policy(self):
-        """None where everything is read."""
-        return None if self.method == "off" else load_policy("decode", self.method, self.options)
+class SparseOptions(MethodOptions):
+    """What decode steps read. min_len None: what was measured on this machine (crossover.py)."""
+    kind: ClassVar[str] = "decode"
+    what: ClassVar[str] = "sparse attention"
 
 
 def refusal(policy, cache: CacheOptions, window: int) -> str:
@@ -124,9 +107,10 @@ class Scheduler:
     def arguments(self, layer: int) -> dict[str, int]:
         """What kernels need to reach the selection, under the names used in ARGS."""
         source = self.sources[layer]
+        dense = self.thresholds is None or layer < self.policy.dense_layers
         return {"selection.group": -1 if source is None else self.groups.index(source), "selection.shares": self.shares.ctypes.data,
                 "selection.components": 0 if self.components is None else self.components.ctypes.data,
-                "selection.thresholds": 0 if self.thresholds is None or layer < self.policy.dense_layers else self.thresholds[layer].ctypes.data,
+                "selection.thresholds": 0 if dense else self.thresholds[layer].ctypes.data,
                 "selection.stats": self.stats.ctypes.data, "selection.scores": self.scores.ctypes.data}
 
     def wants(self, tokens: int) -> bool:
@@ -153,8 +137,8 @@ class Scheduler:
         if self.times:
             depths = self.times["depths"]
             yield "measured here, one layer's attention in us at " + ", ".join(
-                f"{tokens:,} tokens: dense {1e6 * self.times['dense'][i]:.0f}, selection {1e6 * self.times['select'][i]:.0f}, selected pages "
-                f"{1e6 * self.times['attend'][i]:.0f}" for i, tokens in enumerate(depths))
+                f"{tokens:,} tokens: dense {1e6 * self.times['dense'][i]:.0f}, selection {1e6 * self.times['select'][i]:.0f}, selected "
+                f"pages {1e6 * self.times['attend'][i]:.0f}" for i, tokens in enumerate(depths))
         most = np.argwhere(self.shares > 1)
         heads = ", ".join(f"layer {layer} head {head}" for layer, head in most)
         yield f"heads that look things up read {self.shares.max():g} times as much: {heads}" if len(most) else self.uncalibrated

@@ -6,7 +6,7 @@ to as many as the machine's dot product takes, MIDDLE standing for 0.
 import numpy as np
 from numba import float32, int32, int64, njit
 
-from edgeattn.kernels_cpu.attention_call import (HEAD_DIM, KEYS, KEYS_ROTATED, KV_HEADS, PAGE, PLACE, POOLS, WIDTH, entry_of)
+from edgeattn.kernels_cpu.attention_call import (HEAD_DIM, KEYS, KEYS_ROTATED, KV_HEADS, MAX_PAGES, PAGE, PLACE, POOLS, WIDTH, entry_of)
 from edgeattn.kernels_cpu.float_tiles import BLOCK, COLUMNS, ROWS as FLOAT_ROWS
 from edgeattn.kernels_cpu.floats import F, I, divide
 from edgeattn.kernels_cpu.page_expand import expand_keys, expand_values
@@ -112,6 +112,30 @@ def take_page(call, task, sequence, head, page, high, lane, place):
         for t in range(PAGE):
             slots[lane + t] = page * PAGE + t if t < count else UNSEEN
     return count > 0
+
+
+@njit(nogil=True, error_model="numpy")
+def take_mean(call, head, page, means, taken, lane, place):
+    """A page's means, from address `means` on (page_means.py), as token `taken` of a page that is yet to be packed."""
+    depth, width, slots = call[HEAD_DIM], call[WIDTH], at(int32, place[SLOTS])
+    keys, values = at(float32, place[PAGE_KEYS]), at(float32, place[PAGE_VALUES])
+    held = at(float32, means + 4 * (head * call[MAX_PAGES] + page) * (depth + width))
+    for c in range(depth):
+        keys[c * PAGE + taken] = held[c]
+    for c in range(0, width, 16):
+        store(values, taken * width + c, load(F, held, depth + c))
+    slots[lane + taken] = page * PAGE
+
+
+@njit(nogil=True, error_model="numpy")
+def pack_means(call, taken, lane, place):
+    """The means taken so far to lanes `lane` ... lane + 32 -> 32"""
+    slots = at(int32, place[SLOTS])
+    for t in range(taken, PAGE):
+        slots[lane + t] = UNSEEN
+    _pack_keys(at(float32, place[PAGE_KEYS]), at(float32, place[MEAN]), call[HEAD_DIM], lane, place)
+    _pack_values(at(float32, place[PAGE_VALUES]), taken, call[HEAD_DIM], call[WIDTH], lane, place)
+    return PAGE
 
 
 @njit(nogil=True, error_model="numpy")

@@ -33,6 +33,11 @@ CHUNK = 512          # tokens that decode scores before it weighs their values
 KEYS = 128           # tokens that prefill scores at once
 QUERIES = 256        # rows (query tokens x heads of a group) that prefill works on at once
 LISTED = 64          # query tokens that do, where a list says what they read (edgeattn/prefill_plan.py, QUERIES)
+# Such a list begins with int32 words: what makes good what is not read; a float32, by how many powers of 2 the largest of KEYS weights must
+# lie below a row's largest so far for them to be left out; two for the address of mean keys and values [kv_heads, max_pages, head_dim +
+# width].
+CORRECTION, SKIP, MEANS, LIST_HEADER = 0, 1, 2, 4
+NONE, TAIL, DELTA = range(3)
 PLACE = TASK_FIELDS * 8 + 56  # bytes at the start of a thread's scratch: the task of page_rows
 
 

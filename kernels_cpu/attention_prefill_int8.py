@@ -2,164 +2,27 @@
 
 Rows are query tokens x heads of the group, so that K and V are shared. KEYS cached tokens at a time, in pages or one by one where a
 list says so, become bytes in a scratch that stays in the cache: keys less the mean of the block's own (which adds the same to all scores
-of a row: SageAttention, arXiv 2410.02367), a scale for each token; values, a scale for each token, which the weights of its scores
-take over before they become bytes too, a scale for each row. Sums of products are integers, all else is float32. Codes of
-keys (attention_bytes.py) have MIDDLE added, so their sums start at -MIDDLE times the sum of the query's.
+of a row: SageAttention, arXiv 2410.02367), a scale for each token; values, a scale for each token (attention_bytes.py,
+attention_scores_int8.py). What a list leaves out can be made good in part (edgeattn/prefill_corrections.py).
 """
 import numpy as np
-from numba import float32, int8, int32, int64, njit, uint8
+from numba import float32, int32, int64, njit
 
-from edgeattn.kernels_cpu.attention_bytes import (KEY_BYTES, KEY_SCALES, MEAN, MIDDLE, ONES, QUERY_BYTES, QUERY_SCALES, QUERY_STARTS, ROWS,
-                                                  SCORES, SLOTS, STRIDE, SUMS, TINY, TOPS, UNSEEN, VALUE_BYTES, VALUE_PARTS, VALUE_SCALES,
-                                                  WEIGHT_BYTES, WEIGHT_SCALES, WEIGHT_STARTS, WEIGHTED, mean_key, places, take_columns,
-                                                  take_page)
-from edgeattn.kernels_cpu.attention_call import (GROUP, HEAD_DIM, KEYS, NUM_HEADS, OUT, OUT_STRIDE, PAGE, PREFILL_LISTS, ROTATED, SCRATCH,
-                                                 SCRATCH_SIZE, WIDTH, WINDOW, block_tokens, first_visible, rows_of, slots_of)
+from edgeattn.kernels_cpu.attention_bytes import (MEAN, ONES, ROWS, SCORES, SUMS, TOPS, WEIGHT_STARTS, WEIGHTED, mean_key,
+                                                  pack_means, places, take_columns, take_mean, take_page)
+from edgeattn.kernels_cpu.attention_call import (CORRECTION, DELTA, GROUP, HEAD_DIM, KEYS, LIST_HEADER, MEANS, NUM_HEADS, OUT, OUT_STRIDE,
+                                                 PAGE, PREFILL_LISTS, ROTATED, SCRATCH, SCRATCH_SIZE, SKIP, TAIL, WIDTH, block_tokens,
+                                                 entry_of, first_visible, rows_of, slots_of)
 from edgeattn.kernels_cpu.attention_compensation import finish_row
-from edgeattn.kernels_cpu.attention_softmax import LOWEST_SCORE, SLACK
-from edgeattn.kernels_cpu.float_tiles import BLOCK, COLUMNS
-from edgeattn.kernels_cpu.floats import F, I, where_less
+from edgeattn.kernels_cpu.attention_scores_int8 import attend_lanes, pack_queries
+from edgeattn.kernels_cpu.attention_softmax import LOWEST_SCORE
+from edgeattn.kernels_cpu.float_tiles import BLOCK
+from edgeattn.kernels_cpu.floats import F
 from edgeattn.kernels_cpu.parallel import worker
-from edgeattn.kernels_cpu.simd import (BIAS, CODE_TOP, at, bitcast, broadcast_rows, convert, fma, hmax, hsum, i8, load, load_rows,
-                                       load_tile, nearest, outer_dot_codes, outer_dot_rows, outer_fma, splat, store,
-                                       store_tile, u8, vabs, vmax, zeros)
+from edgeattn.kernels_cpu.simd import BIAS, at, fma, hsum, load, splat, store
 
-TILE, WEIGHT_TOP = ROWS * COLUMNS, np.float32(CODE_TOP)
-LOG2E, LN2 = np.float32(1.4426950408889634), np.float32(0.6931471805599453)
-B, U = i8(16), u8(64)
-
-
-@njit(nogil=True, error_model="numpy")
-def _pack_queries(call, first_token, head, count, rows, place):
-    """Rows behind `count` are zeros."""
-    rotated, depth, group = at(float32, call[ROTATED]), call[HEAD_DIM], call[GROUP]
-    codes, scales, starts = at(int8, place[QUERY_BYTES]), at(float32, place[QUERY_SCALES]), at(int32, place[QUERY_STARTS])
-    for row in range(rows):
-        source = ((first_token + row // group) * call[NUM_HEADS] + head * group + row % group) * depth
-        top = splat(F, np.float32(0))
-        for c in range(0, depth if row < count else 0, 16):
-            top = vmax(top, vabs(load(F, rotated, source + c)))
-        scales[row] = hmax(top) * (LOG2E / np.float32(127))
-        inverse, total = splat(F, np.float32(127) / max(hmax(top), TINY)), zeros(I, 1)[0]
-        for c in range(0, depth, 16):
-            code = zeros(I, 1)[0]
-            if row < count:
-                code = nearest(load(F, rotated, source + c) * inverse)[0]
-            total += code
-            store(codes, row * depth + c, convert(B, code))
-        starts[row] = BIAS - MIDDLE * hsum(total)
-
-
-@njit(nogil=True, error_model="numpy")
-def _score(place, top, depth, lanes):
-    """Scores of ROWS rows from `top` on."""
-    keys, key_scales, scores = at(uint8, place[KEY_BYTES]), at(float32, place[KEY_SCALES]), at(float32, place[SCORES])
-    queries, scales, starts = at(int8, place[QUERY_BYTES]), at(float32, place[QUERY_SCALES]), at(int32, place[QUERY_STARTS])
-    steps = depth // 4
-    for i in range(0, lanes, BLOCK):
-        acc = broadcast_rows(I, ROWS, COLUMNS, starts, top)
-        for s in range(steps):
-            v = load_tile(U, COLUMNS, keys, (i // BLOCK * steps + s) * 64 * COLUMNS, 64)
-            acc = outer_dot_rows(acc, v, queries, top * depth + 4 * s, depth)
-        total = outer_fma(zeros(F, TILE), acc, load_tile(F, COLUMNS, key_scales, i, 16), scales, top)
-        store_tile(scores, i, STRIDE, 16, COLUMNS, total)
-
-
-@njit(nogil=True, error_model="numpy")
-def _hide(scores, first, lanes, slots, low, high):
-    """-inf for slots outside low ... high."""
-    hidden = splat(F, np.float32(-np.inf))
-    for i in range(0, lanes, 16):
-        slot = load(I, slots, i)
-        x = where_less(slot, splat(I, np.int32(high)), load(F, scores, first + i), hidden)
-        store(scores, first + i, where_less(slot, splat(I, np.int32(low)), hidden, x))
-
-
-@njit(nogil=True, error_model="numpy")
-def _power(x):
-    """2^x to 1e-4 relative, for x up to 100; what lies below -126 becomes next to nothing."""
-    x = vmax(splat(F, np.float32(-126)), x)  # in this order NaN stays
-    n = convert(I, x)
-    r = x - convert(F, n)
-    p = fma(r, splat(F, np.float32(0.05550411)), splat(F, np.float32(0.24022651)))
-    p = fma(p, r, splat(F, np.float32(0.69314718)))
-    p = fma(p, r, splat(F, np.float32(1)))
-    return bitcast(F, bitcast(I, p) + (n << 23))
-
-
-@njit(nogil=True, error_model="numpy")
-def _share_scales(place, lanes):
-    """Values' scales as parts of WEIGHT_TOP of the largest: times weights up to 1 they are codes -> the largest / WEIGHT_TOP."""
-    scales, parts, most = at(float32, place[VALUE_SCALES]), at(float32, place[VALUE_PARTS]), splat(F, TINY)
-    for i in range(0, lanes, 16):
-        most = vmax(most, load(F, scales, i))
-    factor = WEIGHT_TOP / hmax(most)
-    for i in range(0, lanes, 16):
-        store(parts, i, load(F, scales, i) * factor)
-    return hmax(most) / WEIGHT_TOP
-
-
-@njit(nogil=True, error_model="numpy")
-def _soften(place, row, r, lanes, width, unit):
-    """Row r of the scores, logarithms to base 2, to weights: 1 for the largest of these lanes, and times their values' scales to bytes.
-    tops[row] is near the largest score so far and moves as in attention_softmax.soften. unit: what _share_scales gave."""
-    scores, first, tops, sums = at(float32, place[SCORES]), r * STRIDE, at(float32, place[TOPS]), at(float32, place[SUMS])
-    parts, codes = at(float32, place[VALUE_PARTS]), at(int8, place[WEIGHT_BYTES])
-    best = splat(F, LOWEST_SCORE)
-    for i in range(0, lanes, 16):
-        best = vmax(best, load(F, scores, first + i))
-    top = hmax(best)
-    if top > tops[row] + SLACK:
-        out = at(float32, place[WEIGHTED])
-        factor = _power(splat(F, tops[row] - top))
-        tops[row] = top
-        store(sums, row * 16, load(F, sums, row * 16) * factor)
-        for c in range(row * width, (row + 1) * width, 16):
-            store(out, c, load(F, out, c) * factor)
-    shift, total = splat(F, top), splat(F, np.float32(0))
-    for i in range(0, lanes, 16):
-        weight = _power(load(F, scores, first + i) - shift)
-        total += weight
-        store(codes, r * KEYS + i, convert(B, nearest(weight * load(F, parts, i))[0]))
-    share = _power(splat(F, top - tops[row]))
-    store(sums, row * 16, fma(total, share, load(F, sums, row * 16)))
-    store(at(float32, place[WEIGHT_SCALES]), r, share * unit)  # all lanes: the next rows come later
-
-
-@njit(nogil=True, error_model="numpy")
-def _weigh(place, top, lanes, width):
-    """Add ROWS rows of weights times values to what lies from row `top` on."""
-    values, codes, out = at(uint8, place[VALUE_BYTES]), at(int8, place[WEIGHT_BYTES]), at(float32, place[WEIGHTED])
-    scales, starts = at(float32, place[WEIGHT_SCALES]), at(int32, place[WEIGHT_STARTS])
-    ones = load_tile(F, COLUMNS, at(float32, place[ONES]), 0, 16)
-    for c in range(0, width, BLOCK):
-        acc = broadcast_rows(I, ROWS, COLUMNS, starts, 0)
-        for quad in range(lanes // 4):
-            v = load_tile(U, COLUMNS, values, quad * 4 * width + 4 * c, 64)
-            acc = outer_dot_codes(acc, v, codes, 4 * quad, KEYS)
-        total = load_rows(F, ROWS, COLUMNS, out, top * width + c, width, 16)
-        store_tile(out, top * width + c, width, 16, COLUMNS, outer_fma(total, acc, ones, scales, 0))
-
-
-@njit(nogil=True, error_model="numpy")
-def _attend_lanes(call, place, count, tiles, slot, lanes):
-    """All rows against the tokens in the scratch; `slot` is the block's first token's."""
-    group, depth, width, slots, scores = call[GROUP], call[HEAD_DIM], call[WIDTH], at(int32, place[SLOTS]), at(float32, place[SCORES])
-    least, most = UNSEEN, np.int32(0)
-    for i in range(lanes):
-        least, most = min(least, slots[i]), max(most, slots[i])
-    unit = _share_scales(place, lanes)
-    for tile in range(tiles):
-        top, tail = tile * ROWS, min(tile * ROWS + ROWS, count) - 1
-        if least > slot + tail // group:
-            continue
-        _score(place, top, depth, lanes)
-        for row in range(top, tail + 1):
-            last = slot + row // group
-            if most > last or call[WINDOW] > 0:
-                _hide(scores, (row - top) * STRIDE, lanes, slots, first_visible(call, last), last + 1)
-            _soften(place, row, row - top, lanes, width, unit)
-        _weigh(place, top, lanes, width)
+LN2, LOG2_PAGE = np.float32(0.6931471805599453), np.float32(np.log2(PAGE))
+NEVER = np.float32(1e30)  # a skip that no score reaches
 
 
 @njit(nogil=True, error_model="numpy")
@@ -172,6 +35,71 @@ def _mean_score(call, token, head, member, mean):
     return hsum(total)
 
 
+@njit(nogil=True, error_model="numpy")
+def _attend_means(call, place, sequence, head, count, slot, table, start, pages, columns, skip):
+    """Pages that the list does not name, nor a key of, PAGE times as their mean key with their mean value: prefill_corrections.tail."""
+    means = at(int64, at(int64, call[PREFILL_LISTS])[sequence])[MEANS // 2]
+    end, lane, taken, named, alone = slot // PAGE, np.int64(0), np.int64(0), start, start + pages
+    for page in range(end):
+        while alone < start + pages + columns and table[alone] < page * PAGE:
+            alone += 1
+        if named < start + pages and table[named] == page:
+            named += 1
+        elif not (alone < start + pages + columns and table[alone] < (page + 1) * PAGE) and entry_of(call, sequence, head, page) >= 0:
+            take_mean(call, head, page, means, taken, lane, place)
+            taken += 1
+        if taken == PAGE or page == end - 1 and taken:
+            lane += pack_means(call, taken, lane, place)
+            taken = np.int64(0)
+        if lane == KEYS or page == end - 1 and lane:
+            attend_lanes(call, place, count, slot, lane, LOG2_PAGE, skip)
+            lane = np.int64(0)
+
+
+@njit(nogil=True, error_model="numpy")
+def _attend_all(call, task, place, sequence, head, slot, high):
+    """The block's first token against everything, from the start."""
+    group, lane = call[GROUP], np.int64(0)
+    _clear(place, group, call[WIDTH])
+    for page in range(slot // PAGE + 1):
+        lane += PAGE * take_page(call, task, sequence, head, page, high, lane, place)
+        if lane == KEYS or page == slot // PAGE and lane:
+            attend_lanes(call, place, group, slot, lane, np.float32(0), NEVER)
+            lane = np.int64(0)
+
+
+@njit(nogil=True, error_model="numpy")
+def _clear(place, rows, width):
+    out, sums, tops = at(float32, place[WEIGHTED]), at(float32, place[SUMS]), at(float32, place[TOPS])
+    for i in range(rows):
+        tops[i] = LOWEST_SCORE
+        store(sums, 16 * i, splat(F, np.float32(0)))
+    for i in range(rows * width):
+        out[i] = 0
+
+
+@njit(nogil=True, error_model="numpy")
+def _finish(call, place, sequence, head, token, i, result, to):
+    """The output of row i, a query of `token`, to result[to] and on."""
+    member = i % call[GROUP]
+    total = hsum(load(F, at(float32, place[SUMS]), i * 16))
+    best = at(float32, place[TOPS])[i] * LN2 + _mean_score(call, token, head, member, at(float32, place[MEAN]))
+    finish_row(call, sequence, head, token, member, total, best, at(float32, place[WEIGHTED]), i * call[WIDTH], result, to)
+
+
+@njit(nogil=True, error_model="numpy")
+def _shift(call, place, sequence, head, first, tokens):
+    """What reading everything changes of the first token's outputs is added to all tokens': prefill_corrections.delta."""
+    out, exact, depth = at(float32, call[OUT]), at(float32, place[SCORES]), call[HEAD_DIM]
+    for member in range(call[GROUP]):
+        _finish(call, place, sequence, head, first, member, exact, 0)
+        to = first * call[OUT_STRIDE] + (head * call[GROUP] + member) * depth
+        for c in range(0, depth, 16):
+            change = load(F, exact, c) - load(F, out, to + c)
+            for t in range(tokens):
+                store(out, to + t * call[OUT_STRIDE] + c, load(F, out, to + t * call[OUT_STRIDE] + c) + change)
+
+
 @worker
 def attend_block_int8(call, sequence, head, block, thread):
     """Query tokens of one block of a sequence, all heads of the group of one KV head."""
@@ -182,23 +110,19 @@ def attend_block_int8(call, sequence, head, block, thread):
     count, tiles = tokens * group, (tokens * group + ROWS - 1) // ROWS
     task = call[SCRATCH] + 4 * thread * call[SCRATCH_SIZE]
     place = places(call, task, tiles * ROWS)
-    out, sums, tops, ones = (at(float32, place[WEIGHTED]), at(float32, place[SUMS]), at(float32, place[TOPS]), at(float32, place[ONES]))
     mean_key(call, row + begin, tokens, head, at(float32, place[MEAN]))
-    _pack_queries(call, row + begin, head, count, tiles * ROWS, place)
-    for i in range(tiles * ROWS):
-        tops[i] = LOWEST_SCORE
-        store(sums, 16 * i, splat(F, np.float32(0)))
-    for i in range(tiles * ROWS * width):
-        out[i] = 0
+    pack_queries(call, row + begin, head, count, tiles * ROWS, place)
+    _clear(place, tiles * ROWS, width)
     for i in range(BLOCK):
-        ones[i] = 1
+        at(float32, place[ONES])[i] = 1
     for i in range(ROWS):
         at(int32, place[WEIGHT_STARTS])[i] = BIAS
     high, pages, columns, lists, start = slot + tokens, np.int64(0), np.int64(0), at(int64, call[PREFILL_LISTS])[sequence], np.int64(0)
-    first = first_visible(call, slot) // PAGE
+    first, skip, correction = first_visible(call, slot) // PAGE, NEVER, np.int64(0)
     table = at(int32, lists)
     if lists:
-        first_list = 2 * (head * ((rows + size - 1) // size) + block)
+        correction, skip = np.int64(table[CORRECTION]), at(float32, lists)[SKIP]
+        first_list = LIST_HEADER + 2 * (head * ((rows + size - 1) // size) + block)
         start, pages = np.int64(table[first_list]), np.int64(table[first_list + 1] - table[first_list])
         columns = np.int64(table[first_list + 2] - table[first_list + 1])
     else:
@@ -212,12 +136,16 @@ def attend_block_int8(call, sequence, head, block, thread):
             j = start + pages + (i - pages) * PAGE
             lane += PAGE * take_columns(call, task, sequence, head, table, j, min(j + PAGE, start + pages + columns), high, lane, place)
         if lane == KEYS:
-            _attend_lanes(call, place, count, tiles, slot, lane)
+            attend_lanes(call, place, count, slot, lane, np.float32(0), skip)
             lane = np.int64(0)
     if lane:
-        _attend_lanes(call, place, count, tiles, slot, lane)
+        attend_lanes(call, place, count, slot, lane, np.float32(0), skip)
+    if correction == TAIL:
+        _attend_means(call, place, sequence, head, count, slot, table, start, pages, columns, skip)
     for i in range(count):
         token = row + begin + i // group
         to = token * call[OUT_STRIDE] + (head * group + i % group) * call[HEAD_DIM]
-        total, best = hsum(load(F, sums, i * 16)), tops[i] * LN2 + _mean_score(call, token, head, i % group, at(float32, place[MEAN]))
-        finish_row(call, sequence, head, token, i % group, total, best, out, i * width, at(float32, call[OUT]), to)
+        _finish(call, place, sequence, head, token, i, at(float32, call[OUT]), to)
+    if correction == DELTA and tokens > 1:
+        _attend_all(call, task, place, sequence, head, slot, high)
+        _shift(call, place, sequence, head, row + begin, tokens)

@@ -16,7 +16,7 @@ SERIAL = 1 << 16  # fewer elements are not worth a parallel region
 
 
 @njit(nogil=True, error_model="numpy")
-def _rotate(x, at, cos, sin, angle, half, interleaved, head_dim, scale, out, to):
+def rotate_head(x, at, cos, sin, angle, half, interleaved, head_dim, scale, out, to):
     """One head: out = scale * rotated x. Channels behind 2 * half are only scaled."""
     done, factor = 0, splat(F, scale)
     if not interleaved:
@@ -56,7 +56,8 @@ def rotate_queries(call, row, as_keys):
     cos, sin, angle = at(float32, call[COS]), at(float32, call[SIN]), at(int64, call[POSITIONS])[row] * call[COS_STRIDE]
     for head in range(call[NUM_HEADS]):
         to = (row * call[NUM_HEADS] + head) * depth
-        _rotate(q, row * call[Q_STRIDE] + head * depth, cos, sin, angle, half, call[INTERLEAVED], depth, as_f32(call[SCALE]), rotated, to)
+        rotate_head(q, row * call[Q_STRIDE] + head * depth, cos, sin, angle, half, call[INTERLEAVED], depth,
+                    as_f32(call[SCALE]), rotated, to)
         if as_keys:
             hadamard(rotated, to, depth)
 
@@ -71,7 +72,7 @@ def write_token(call, tokens, first, row, thread):
     start, rows = rows_of(call, s)
     for head in range(call[KV_HEADS]):
         to = (row * call[KV_HEADS] + head) * depth
-        _rotate(k, row * call[K_STRIDE] + head * depth, cos, sin, angle, half, call[INTERLEAVED], depth, np.float32(1), rotated_k, to)
+        rotate_head(k, row * call[K_STRIDE] + head * depth, cos, sin, angle, half, call[INTERLEAVED], depth, np.float32(1), rotated_k, to)
         if call[KEYS_ROTATION]:
             hadamard(rotated_k, to, depth)
         slot = slots_of(call, s, head) - rows + row - start

@@ -8,9 +8,10 @@ from importlib import import_module
 import numpy as np
 from numba import cfunc, int64, njit
 
-from edgeattn.kernels_cpu.attention_call import (ARGS, CALL, COUNTER, HEAD_DIM, KV_HEADS, MASS_MODE, NUM_HEADS, PAGE, PREFILL, PREFILL_LISTED,
-                                                 PREFILL_LISTS, PREFILL_TASKS, PROBES, PROBES_INDEX, RANGE_PAGES, ROWS_INDEX, SEQUENCES, SEQUENCES_INDEX, SPLITS, STARTS,
-                                                 TASKS, THREADS, WORKSPACE, make_call, query_blocks, rows_of, slots_of, workspace_bytes)
+from edgeattn.kernels_cpu.attention_call import (ARGS, CALL, COUNTER, HEAD_DIM, KV_HEADS, MASS_MODE, NUM_HEADS, PAGE, PREFILL,
+                                                 PREFILL_LISTED, PREFILL_LISTS, PREFILL_TASKS, PROBES, PROBES_INDEX, RANGE_PAGES,
+                                                 ROWS_INDEX, SEQUENCES, SEQUENCES_INDEX, SPLITS, STARTS, TASKS, THREADS, WORKSPACE,
+                                                 make_call, query_blocks, rows_of, slots_of, workspace_bytes)
 from edgeattn.kernels_cpu.attention_decode import attend_range, merge_ranges, visible_pages
 from edgeattn.kernels_cpu.attention_mass import probe_head
 from edgeattn.kernels_cpu.attention_write import write_tokens
@@ -35,7 +36,7 @@ def cached_attention(q, k, v, cos, sin, past_key, past_value, positions, *,
 
 
 def links(attributes, extra) -> dict[str, int]:
-    """Addresses of the workers that read prompts, compiled only where they are used: quantised caches are read in 8 bits, and so are lists."""
+    """Addresses of the workers that read prompts, compiled only where they are used: quantised caches are read in 8 bits, and lists too."""
     int8 = extra.get("cache.quantised", 0)
 
     def address(as_bytes):
@@ -88,7 +89,8 @@ def attend(cache, q, k, v, cos, sin, positions, *, selection=None, probes=0, mas
     selection: (pages [sequences, kv_heads, capacity], counts [sequences, kv_heads]) int32, or None to read everything.
     """
     lists, capacity = lists_of(*selection) if selection else (None, 0)
-    tensors, attributes, extra, _kept = bind(cache, q, k, v, cos, sin, positions, attributes, lists, capacity, probes, mass_mode, keys_rotated)
+    tensors, attributes, extra, _kept = bind(cache, q, k, v, cos, sin, positions, attributes, lists, capacity, probes, mass_mode,
+                                             keys_rotated)
     call_step(step, ARGS, tensors, attributes, extra | links(attributes, extra), workspace_bytes)
     return tensors["out"]
 
@@ -103,10 +105,12 @@ def bind(cache, q, k, v, cos, sin, positions, attributes, lists=None, capacity=0
             for name, arrays in (("page_tables", cache.tables), ("slot_counts", cache.slot_counts), ("attention_mass", cache.mass))}
     addresses = {"batch.positions": np.ascontiguousarray(positions, np.int64),
                  "batch.row_starts": np.cumsum([0, *cache.new], dtype=np.int32),
-                 **{f"batch.{name}": array for name, array in each.items()}, "batch.compensation": None, "batch.confidence": None, "cache.pools": pools,
+                 **{f"batch.{name}": array for name, array in each.items()}, "batch.compensation": None, "batch.confidence": None,
+                 "cache.pools": pools,
                  "batch.selections": selections, "batch.prefill_lists": unlisted}
-    numbers = {"cache.max_pages": cache.tables.shape[2], "selection.group": -1 if lists is None else 0, "selection.capacity": capacity, "layer": 0,
-               "cache.mass_mode": mass_mode, "cache.mass_plane": cache.mass[0, 0].size, "cache.keys_rotated": keys_rotated, "cache.progressive": 0}
+    numbers = {"cache.max_pages": cache.tables.shape[2], "selection.group": -1 if lists is None else 0, "selection.capacity": capacity,
+               "layer": 0, "cache.mass_mode": mass_mode, "cache.mass_plane": cache.mass[0, 0].size, "cache.keys_rotated": keys_rotated,
+               "cache.progressive": 0}
     tensors["row_starts"] = addresses["batch.row_starts"][1:]  # its rows are the sequences
     tensors["probes"] = np.empty(probes)
     numbers |= {f"batch.{name}": list(tensors).index(tensor) for name, tensor in (("sequences", "row_starts"), ("probes", "probes"))}

@@ -6,8 +6,8 @@ Outputs are the lanes, so nothing is summed across a vector.
 import numpy as np
 
 from edgeattn.kernels_cpu.parallel import variant
-from edgeattn.kernels_cpu.simd import (MACHINE, broadcast_rows, byte_dots, f32, i32, load, load_half_tile, outer_add, outer_fma, packed_dots,
-                                       prefetch, store, store_tile, zero_scales, zeros)
+from edgeattn.kernels_cpu.simd import (MACHINE, broadcast_rows, byte_dots, f32, i32, load, load_half_tile, outer_add, outer_fma,
+                                       packed_dots, prefetch, store, store_tile, zero_scales, zeros)
 
 FEW = 4       # tokens of the wider variant
 AHEAD = 3072  # bytes prefetched ahead in each stream

@@ -9,7 +9,8 @@ from edgeattn.kernels_cpu.quantise import MAX_BLOCK, clear_row, quantise_row
 from edgeattn.kernels_cpu.simd import at
 from edgeattn.kernels_cpu.steps import STEP, aligned, call, thread_count
 
-ARGS = ("x", "x.rows", "x.stride", "codes", "scales", "zero_points", "bias", "out", "out.stride", "bits", "block_size", "K", "N", "workspace")
+ARGS = ("x", "x.rows", "x.stride", "codes", "scales", "zero_points", "bias", "out", "out.stride", "bits", "block_size", "K", "N",
+        "workspace")
 (X, TOKENS, X_STRIDE, CODES, SCALES, ZERO_POINTS, BIAS, OUT, OUT_STRIDE, BITS, BLOCK_SIZE, K, N, WORKSPACE) = range(len(ARGS))
 WIDE = 8192              # outputs from which the second slice of K costs more than it saves
 SERIAL_BYTES = 1 << 17  # weights that one thread reads sooner than a parallel region starts
@@ -81,7 +82,8 @@ def quantise(a, tokens, depth, group, thread):
         token = group * tile + row
         if token < tokens:
             quantise_row(at(float32, a[X]), token * a[X_STRIDE], k, size, a[BITS], at(int32, a[WORKSPACE]),
-                         scales, starts, sums, tile, together, group, groups, row, depth, at(float32, floats), at(int8, bytes_), at(int32, bytes_))
+                         scales, starts, sums, tile, together, group, groups, row, depth, at(float32, floats),
+                         at(int8, bytes_), at(int32, bytes_))
         else:
             clear_row(k, size, scales, sums, tile, group, groups, row, depth)
 

@@ -6,7 +6,7 @@ takes the room of all their rows.
     bounds           [pages][2][head_dim]: the smallest key of each channel, and how far the largest lies above it, rounded outward (Quest,
                      2406.10774)
     hierarchy        bounds, unless quantised pages know theirs, and behind those of all pages [blocks][head_dim]: mean keys of BLOCK pages
-    representatives  [blocks][head_dim]: the mean of the TELLING keys of a block that are least like all of it (KeyDiff's measure, 2504.15364)
+    representatives  [blocks][head_dim]: the mean of the TELLING keys of a block that are least like all of it (KeyDiff, 2504.15364)
     landmarks        [blocks][head_dim]: the key of the block's last token
     components       [pages][rank][32 tokens]: keys along the first principal components
     collisions       [pages][tables][32 tokens] bytes: on which side of random planes a key lies, centred by the mean key of the pages
@@ -32,7 +32,8 @@ CENTRE = (1, 5)  # pages
 
 
 def index_width(index: str, head_dim: int, size: int, known: bool = False) -> int:
-    """Halves for each page. size: pages of a block, components (0: a quarter of the channels) or tables; known: quantised pages have bounds themselves."""
+    """Halves for each page. size: pages of a block, components (0: a quarter of the channels) or tables;
+    known: quantised pages have bounds themselves."""
     bounds = 0 if known else 2 * head_dim
     return {"": 0, "bounds": bounds, "hierarchy": bounds + -(-head_dim // BLOCK), "representatives": -(-head_dim // max(size, 1)),
             "landmarks": -(-head_dim // max(size, 1)), "components": PAGE * (size or head_dim // 4), "collisions": PAGE // 2 * size}[index]
@@ -213,8 +214,8 @@ def index_pages(call, sequence, head, last, kind, rows, width, block, bits, comp
             elif kind == COMPONENT_SCORES:
                 _along(call, at(float32, keys_of(call, entry, thread)), at(float32, components), width // PAGE, thread, at(uint16, row))
             elif kind == COLLISIONS:
-                _signatures(at(float32, keys_of(call, entry, thread)), at(float32, centre), at(float32, components), 2 * width // PAGE, bits,
-                            depth, at(uint8, row))
+                _signatures(at(float32, keys_of(call, entry, thread)), at(float32, centre), at(float32, components), 2 * width // PAGE,
+                            bits, depth, at(uint8, row))
         if by_block and (page + 1) % block == 0:
             _index_block(call, sequence, head, page + 1, kind, block_at(call, kind, rows, width, block, page // block), block, thread)
     count[0] = last

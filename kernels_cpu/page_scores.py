@@ -101,7 +101,8 @@ def bound_scores(call, sequence, head, q, reach, rows, width, first, last, score
         if rows:
             step = 2 * width
             p0 = rows + page * step
-            p1, p2, p3 = (rows + min(page + 1, last - 1) * step, rows + min(page + 2, last - 1) * step, rows + min(page + 3, last - 1) * step)
+            p1, p2 = rows + min(page + 1, last - 1) * step, rows + min(page + 2, last - 1) * step
+            p3 = rows + min(page + 3, last - 1) * step
             m0 = m1 = m2 = m3 = np.float32(1)
             _prefetch(rows + (page + AHEAD) * step, 4 * step)
         else:

@@ -140,7 +140,8 @@ def score(a, begin, last, task, thread):
     lane, kind, block, vectors = call[LAYER] * call[KV_HEADS] + head, a[SCORE], max(a[BLOCK], np.int64(1)), _vectors(a, call, head)
     index = at(int64, a[INDEX])[sequence] + 2 * lane * call[MAX_PAGES] * width
     index_pages(call, sequence, head, last, kind, index, width, block, a[BITS], vectors, at(int64, a[INDEXED])[sequence] + 4 * lane, thread)
-    q_at, found, scratch = queries_at(call, sequence, head), scores_at(a, call, sequence, head), call[SCRATCH] + 4 * thread * call[SCRATCH_SIZE]
+    q_at, found = queries_at(call, sequence, head), scores_at(a, call, sequence, head)
+    scratch = call[SCRATCH] + 4 * thread * call[SCRATCH_SIZE]
     q, scores = at(float32, q_at), at(float32, found)
     if kind == BOUND or kind == HIERARCHY:
         bounds = index if width >= 2 * depth else np.int64(0)

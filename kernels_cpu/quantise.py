@@ -2,8 +2,8 @@
 import numpy as np
 from numba import njit
 
-from edgeattn.kernels_cpu.simd import (BIAS, SIGNED_BYTES, convert, evens_odds, f32, hmax, hsum, i8, i32, load, nearest, splat, store, vabs, vmax,
-                                       zeros)
+from edgeattn.kernels_cpu.simd import (BIAS, SIGNED_BYTES, convert, evens_odds, f32, hmax, hsum, i8, i32, load, nearest, splat, store, vabs,
+                                       vmax, zeros)
 
 F16, I16, B8, B16 = f32(16), i32(16), i8(8), i8(16)
 MAX_BLOCK = 256

@@ -5,7 +5,8 @@ from numba import carray, cfunc, float32, int32, int64, njit, uint16, uint8
 from edgeattn.kernels_cpu.floats import F, I, from_half, half_towards, sqrt, to_half, where_less
 from edgeattn.kernels_cpu.page_expand import expand_keys
 from edgeattn.kernels_cpu.page_pool import (BY_ROW, GROUPS, K, K_AXIS, K_BYTES, K_GAP, K_LEVELS, K_PACK, K_PARAMS, K_REFRESH, K_THRESHOLD,
-                                            POOLS, SEPARATED, SYMMETRIC, V, V_BLOCK, V_BYTES, V_EXPAND, V_GAP, V_LEVELS, V_PACK, V_PARAMS, Pages, field_at, pool_of)
+                                            POOLS, SEPARATED, SYMMETRIC, V, V_BLOCK, V_BYTES, V_EXPAND, V_GAP, V_LEVELS, V_PACK, V_PARAMS,
+                                            Pages, field_at, pool_of)
 from edgeattn.kernels_cpu.page_rows import GAP, HALF, LEVELS, OUT_STRIDE, ROWS
 from edgeattn.kernels_cpu.parallel import call_worker, parallel, worker
 from edgeattn.kernels_cpu.simd import Vec, at, convert, hmax, load, splat, store, u8, vabs, vmax, vmin

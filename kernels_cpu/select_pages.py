@@ -11,7 +11,8 @@ from edgeattn.kernels_cpu.attention_write import rotate_queries
 from edgeattn.kernels_cpu.cached_attention import PagedCache, bind
 from edgeattn.kernels_cpu.page_index import index_width
 from edgeattn.kernels_cpu.parallel import call_worker, parallel, worker
-from edgeattn.kernels_cpu.selection_call import ALONE, ARGS, COMBINE, FINISHER, HALF, MASS, PEAK, SCORE, SCORER, candidates, rank_floats, wanted_pages
+from edgeattn.kernels_cpu.selection_call import (ALONE, ARGS, COMBINE, FINISHER, HALF, MASS, PEAK, SCORE, SCORER, candidates, rank_floats,
+                                                  wanted_pages)
 from edgeattn.kernels_cpu.selection_choice import choose, choose_together, choosing_together, count_reads, still_good, use_again
 from edgeattn.kernels_cpu.selections import COUNT, HEADER, STATS_FIELDS
 from edgeattn.kernels_cpu.simd import at
@@ -19,7 +20,7 @@ from edgeattn.kernels_cpu.steps import STEP, call as call_step, thread_count
 from edgeattn.page_formats import PAGE
 
 EXACT = "mass", "peak", "rank", "max_mass"
-INDEXES = {"bound": "bounds", **{name: name for name in ("hierarchy", "representatives", "landmarks", "components", "collisions")}}  # by score
+INDEXES = {"bound": "bounds", **{x: x for x in ("hierarchy", "representatives", "landmarks", "components", "collisions")}}  # by score
 
 
 def workspace_bytes(tensors, attributes, rows, threads):
@@ -40,8 +41,8 @@ def links(attributes, extra) -> dict[str, int]:
             "selection.finisher": module.finish.compiled.address if score == "max_mass" else 0}
 
 
-def select_pages(q, cos, sin, past_key, positions, components=None, *, num_heads, kv_heads, head_dim, rotary_dim, interleaved=0, scale, layer=0,
-                 capacity, share=1.0, score, rank=0, tables=0, **options):
+def select_pages(q, cos, sin, past_key, positions, components=None, *, num_heads, kv_heads, head_dim, rotary_dim, interleaved=0, scale,
+                 layer=0, capacity, share=1.0, score, rank=0, tables=0, **options):
     width = index_width(INDEXES.get(score, ""), head_dim, rank or tables or options.get("block", 0))
     cache = PagedCache([past_key], [past_key], [1])
     lists = np.zeros((1, kv_heads, HEADER + capacity), np.int32)
@@ -52,10 +53,11 @@ def select_pages(q, cos, sin, past_key, positions, components=None, *, num_heads
     state = {"batch.sealed": np.ones((1, kv_heads), np.int32), "batch.indexed": np.zeros((1, kv_heads), np.int32),
              "batch.index": np.zeros((1, kv_heads, cache.tables.shape[2], width), np.uint16)}
     each = {name: np.array([array.ctypes.data], np.int64) for name, array in state.items()}
-    each |= {"selection.scores": np.zeros((1, kv_heads, cache.tables.shape[2]), np.float32), "selection.shares": np.full(kv_heads, share, np.float32),
-             "selection.stats": np.zeros(STATS_FIELDS, np.int64)}
+    each |= {"selection.scores": np.zeros((1, kv_heads, cache.tables.shape[2]), np.float32),
+             "selection.shares": np.full(kv_heads, share, np.float32), "selection.stats": np.zeros(STATS_FIELDS, np.int64)}
     vectors = np.ascontiguousarray(components, np.float32) if components is not None else np.zeros(1, np.float32)
-    extra |= {name: array.ctypes.data for name, array in each.items()} | {"selection.width": width, "selection.components": vectors.ctypes.data}
+    extra |= {name: array.ctypes.data for name, array in each.items()}
+    extra |= {"selection.width": width, "selection.components": vectors.ctypes.data}
     attributes |= {"reuse": 0.0}
     call_step(step, ARGS, tensors, attributes, extra | links(attributes, extra), workspace_bytes)
     return lists[0, :, HEADER:], lists[0, :, COUNT]

@@ -12,11 +12,12 @@ from edgeattn.kernels_cpu.steps import CODES, as_f32
 from edgeattn.page_formats import PAGE
 
 ARGS = (*attention_call.ARGS, "batch.sealed", "batch.index", "batch.indexed", "selection.width", "selection.scores", "selection.shares",
-        "selection.stats", "selection.scorer", "selection.finisher", "score", "combine", "budget", "fraction", "recent", "reach", "reuse", "selection.components", "block", "blocks",
-        "bits", "cos.0")
+        "selection.stats", "selection.scorer", "selection.finisher", "score", "combine", "budget", "fraction", "recent", "reach", "reuse",
+        "selection.components", "block", "blocks", "bits", "cos.0")
 (SEALED, INDEX, INDEXED, INDEX_WIDTH, PAGE_SCORES, SHARES, STATS, SCORER, FINISHER, SCORE, COMBINE, BUDGET, FRACTION, RECENT, REACH, REUSE,
  COMPONENTS, BLOCK, BLOCKS, BITS, COS_ROWS) = range(len(attention_call.ARGS), len(ARGS))
-BOUND, MASS, RECENCY, RANDOM, PEAK, RANK, MAX_MASS = (CODES[name] for name in ("bound", "mass", "recency", "random", "peak", "rank", "max_mass"))
+BOUND, MASS, RECENCY, RANDOM, PEAK, RANK, MAX_MASS = (
+    CODES[name] for name in ("bound", "mass", "recency", "random", "peak", "rank", "max_mass"))
 ALONE, BEST = CODES["head"], CODES["best"]
 HALF = CHUNK // 2  # tokens that a finisher takes at once: half a row of scores
 
@@ -29,8 +30,8 @@ def rank_floats(group: int, pages: int) -> int:
 @njit(nogil=True, error_model="numpy")
 def candidates(a, call, sequence, head, total):
     """(first, last) of the pages that scores decide about: those between the first page and the recent ones; where blocks are chosen,
-    whole ones between the first block and what is recent. An index is of pages that change no more, and without one of bounds only quantised
-    pages have them."""
+    whole ones between the first block and what is recent. An index is of pages that change no more, and without one of bounds only
+    quantised pages have them."""
     last, sealed = total - a[RECENT], np.int64(at(int32, at(int64, a[SEALED])[sequence])[call[LAYER] * call[KV_HEADS] + head])
     bounds = a[SCORE] == BOUND or a[SCORE] == HIERARCHY
     indexed = bounds or HIERARCHY <= a[SCORE] <= COLLISIONS

@@ -73,7 +73,8 @@ def _pmadd(builder, acc, u, s):
     words = ir.VectorType(I16, 2 * acc.type.count)
     ssse3 = acc.type.count == 4
     pairs = call(builder, "llvm.x86.ssse3.pmadd.ub.sw.128" if ssse3 else "llvm.x86.avx2.pmadd.ub.sw", words, u, s)
-    return builder.add(acc, call(builder, "llvm.x86.sse2.pmadd.wd" if ssse3 else "llvm.x86.avx2.pmadd.wd", acc.type, pairs, constant(words, 1)))
+    sums = call(builder, "llvm.x86.sse2.pmadd.wd" if ssse3 else "llvm.x86.avx2.pmadd.wd", acc.type, pairs, constant(words, 1))
+    return builder.add(acc, sums)
 
 
 def _pmadd_signed(builder, acc, w, s):

@@ -101,12 +101,14 @@ def _outer(value):
     def codegen(context, builder, sig, total, accs, column, array_type, array, first):
         columns, totals = _columns(builder, builder.extract_value(column, 0)), _unpack(builder, total, sig.return_type.count)
         rows = _row_pairs(context, builder, array_type, array, first, F32, len(totals) // len(columns))
-        out = [emit.fma(builder, value(builder, accs, i, columns[i % len(columns)]), rows[i // len(columns)], t) for i, t in enumerate(totals)]
+        out = [emit.fma(builder, value(builder, accs, i, columns[i % len(columns)]), rows[i // len(columns)], t)
+               for i, t in enumerate(totals)]
         return _pack(context, builder, sig.return_type, out)
     return codegen
 
 
-_scaled = _outer(lambda builder, accs, i, column: builder.fmul(emit.dot_float(builder, builder.extract_value(accs, i), column.type), column))
+_scaled = _outer(lambda builder, accs, i, column: builder.fmul(emit.dot_float(builder, builder.extract_value(accs, i), column.type),
+                                                               column))
 _plain = _outer(lambda builder, accs, i, column: column)
 
 

@@ -30,8 +30,8 @@ WIDTH = 80  # int64 arguments of one step, the function's address first
 
 
 def make_row(kernel, tensors: dict, attributes: dict, counts: tuple[str, ...], extra: dict) -> np.ndarray:
-    """A kernel module's step as `run` takes it: [WIDTH] int64. links(attributes, extra) of the module, if it has one, gives what else is to be
-    loaded for these attributes; attribute `group` says which lists of a selection are meant."""
+    """A kernel module's step as `run` takes it: [WIDTH] int64. links(attributes, extra) of the module, if it has one, gives what else is to
+    be loaded for these attributes; attribute `group` says which lists of a selection are meant."""
     extra = extra | ({"selection.group": attributes["group"]} if "group" in attributes else {})
     extra |= kernel.links(attributes, extra) if hasattr(kernel, "links") else {}
     row = np.zeros(WIDTH, np.int64)

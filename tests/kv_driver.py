@@ -11,7 +11,9 @@ from edgeattn.reference.read_pages import read_pages
 from edgeattn.reference.seal_pages import seal_pages
 
 EXACT = 3e-5    # float32 sums, in another order, of values of size 4 and of codes times steps around minima
-ROUNDED = 0.08  # of an output's norm: over quantised pages q, softmax weights and in prefill keys and values are rounded to 127 steps. A page left out of 40: 0.16
+# Of an output's norm: over quantised pages q, softmax weights and in prefill keys and values are rounded to 127 steps. A page left out of
+# 40: 0.16
+ROUNDED = 0.08
 
 
 def hadamard(depth):
@@ -43,7 +45,8 @@ def page_values(pool, numbers):
     other = seal_pages(other, other.transpose(0, 2, 1), k_type="int2", v_type="int2", **about)
     (keys, key_params), k_type = ((k, k_params), f.k_type) if BITS[f.k_type] < 16 or deltas else (other[:2], "int2")
     (values, value_params), v_type = ((v, v_params), f.v_type) if BITS[f.v_type] < 16 else (other[2:], "int2")
-    keys, values = read_pages(keys, key_params, values, value_params, head_dim=f.head_dim, k_type=k_type, v_type=v_type, gate=f.gate, **about)
+    keys, values = read_pages(keys, key_params, values, value_params, head_dim=f.head_dim, k_type=k_type, v_type=v_type, gate=f.gate,
+                              **about)
     if BITS[f.k_type] >= 16 and not deltas:
         keys = k.view(f"f{BITS[f.k_type] // 8}").reshape(-1, f.head_dim, PAGE)
     if BITS[f.v_type] >= 16:
@@ -78,8 +81,9 @@ class Driver:
         about = dict(num_heads=heads, kv_heads=self.kv_heads, head_dim=self.depth, rotary_dim=self.depth, interleaved=0, scale=self.scale,
                      window=window)
         self.workspace = aligned(kernel.workspace_bytes(tensors, about, max(chunk, 8), 2), np.uint8)
-        nothing = {"batch.selections": 0, "selection.group": -1, "selection.capacity": 0, "prefill.sparse": 1, "workspace": self.workspace.ctypes.data}
-        self.rows = np.array([steps.make_row(kernel, tensors, about | {"layer": layer}, COUNTS, self.batch.arguments() | cache.arguments(layer) | nothing)
+        extra = self.batch.arguments() | {"batch.selections": 0, "selection.group": -1, "selection.capacity": 0, "prefill.sparse": 1,
+                                          "workspace": self.workspace.ctypes.data}
+        self.rows = np.array([steps.make_row(kernel, tensors, about | {"layer": layer}, COUNTS, cache.arguments(layer) | extra)
                               for layer in range(self.layers)])
         self.turn = hadamard(self.depth) if cache.arguments(0)["cache.keys_rotated"] else np.eye(self.depth, dtype=np.float32)
 
@@ -89,8 +93,8 @@ class Driver:
                 for n in (self.kv_heads * self.group, self.kv_heads, self.kv_heads)]
 
     def forward(self, work, check=True, settle=True, probes=None, lists=None):
-        """work: [(sequence, (q, k, v))] -> outputs like q. One forward call; `probes`: as the cache asks; lists: an address for each sequence
-        of what its tokens read, 0 for everything."""
+        """work: [(sequence, (q, k, v))] -> outputs like q. One forward call; `probes`: as the cache asks; lists: an address for each
+        sequence of what its tokens read, 0 for everything."""
         self.batch.clear()
         for sequence, (q, _, _) in work:
             self.cache.append(sequence, q.shape[1])

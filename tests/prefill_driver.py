@@ -3,12 +3,13 @@ import numpy as np
 
 
 def structured(rng, heads, kv_heads, tokens, depth):
-    """q [heads, tokens, depth], k, v [kv_heads, ...] float32. Keys have a mean, the first is a sink, neighbours are alike, and some stretches of
-    keys are asked for by some later stretches of queries."""
+    """q [heads, tokens, depth], k, v [kv_heads, ...] float32. Keys have a mean, the first is a sink, neighbours are alike, and some
+    stretches of keys are asked for by some later stretches of queries."""
     group, smooth = heads // kv_heads, np.ones(8) / 8
     k = rng.standard_normal((kv_heads, tokens, depth), np.float32)
     q = 0.7 * rng.standard_normal((heads, tokens, depth), np.float32)
-    drift = np.apply_along_axis(lambda x: np.convolve(x, smooth, "same"), 1, rng.standard_normal((kv_heads, tokens, depth))).astype(np.float32)
+    drift = np.apply_along_axis(lambda x: np.convolve(x, smooth, "same"), 1, rng.standard_normal((kv_heads, tokens, depth)))
+    drift = drift.astype(np.float32)
     k += 2 * drift
     q += 2 * np.repeat(drift, group, 0)
     for head in range(heads):

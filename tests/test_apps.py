@@ -132,7 +132,8 @@ def test_flags_are_llama_cpp_s():
     args = cli.make_parser().parse_args(
         "chat -m x -p hi -n 5 -c 99 -t 2 --temp 0 --top-k 1 --top-p 0.5 --min-p 0.1 --repeat-penalty 1.1 --repeat-last-n 9 -s 3 -ub 64 "
         "-r A --reverse-prompt B\\n --stop C -sys S -ctk f32 -ctv f32".split())
-    assert args.stop == ["A", "B\n", "C"] and args.system_prompt == "S" and args.ubatch_size == 64 and options.cache_options(args).name == "f32"
+    assert args.stop == ["A", "B\n", "C"] and args.system_prompt == "S" and args.ubatch_size == 64
+    assert options.cache_options(args).name == "f32"
     sampler = options.sampler_options(args)
     assert (sampler.temperature, sampler.top_k, sampler.min_p, sampler.repeat_last_n, sampler.seed) == (0, 1, 0.1, 9, 3)
 

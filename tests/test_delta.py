@@ -174,7 +174,8 @@ def test_bytes(gate, head_dim):
     cache = cache_of(1.0, head_dim=head_dim, delta_gate=gate, kv_heads=1)
     driver, a = Driver(cache, rotary=False), cache.new_sequence()
     feed(driver, a, fed(driver, 320), [160, 160])
-    figures, keys = cache.delta_figures(a), cache.read(a, 0, 0)[0][PAGE:PAGE * int(a.sealed[0, 0])].reshape(-1, PAGE, head_dim // size, size)
+    figures, keys = cache.delta_figures(a), cache.read(a, 0, 0)[0][PAGE:PAGE * int(a.sealed[0, 0])]
+    keys = keys.reshape(-1, PAGE, head_dim // size, size)
     written = (keys[:, 1:] != keys[:, :-1]).any(3).sum()  # a block that is written differs, as Theta is not 0
     possible = keys[:, 1:, :, 0].size
     assert figures.skipped[0, 0] == pytest.approx(1 - written / possible)

@@ -213,7 +213,8 @@ def test_peak_memory(tmp_path, precision):
     """67 million parameters, 268 MB as float32: three times the largest tensor and what Python itself takes stay below that."""
     sizes = dict(vocab_size=8192, hidden_size=1024, intermediate_size=4096, num_hidden_layers=3, num_attention_heads=16, head_dim=64)
     tiny.tiny_model("llama", **sizes).to(torch.bfloat16).save_pretrained(tmp_path / "checkpoint")
-    done = subprocess.run([sys.executable, "-c", MEMORY, tmp_path / "checkpoint", tmp_path / "out", precision], capture_output=True, text=True)
+    command = [sys.executable, "-c", MEMORY, tmp_path / "checkpoint", tmp_path / "out", precision]
+    done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     largest = 4 * 8192 * 1024
     assert int(done.stdout) * 1024 < 3 * largest + (100 << 20)

@@ -16,7 +16,8 @@ def session(name, arrays, attributes, constants, bits):
     outputs = list(OPS[name].outputs)
     values = [helper.make_tensor_value_info(key, helper.np_dtype_to_tensor_dtype(value.dtype), value.shape)
               for key, value in arrays.items() if value is not None and key not in constants]
-    results = [helper.make_tensor_value_info(key, onnx.TensorProto.FLOAT, [None] * (3 if key.startswith("present") else 2)) for key in outputs]
+    results = [helper.make_tensor_value_info(key, onnx.TensorProto.FLOAT, [None] * (3 if key.startswith("present") else 2))
+               for key in outputs]
     graph = helper.make_graph([helper.make_node(name, inputs, outputs, domain=DOMAIN, **attributes)], "one", values, results,
                               [numpy_helper.from_array(arrays[key], key) for key in constants if arrays[key] is not None])
     model = helper.make_model(graph, functions=[function_body(name, bits)], ir_version=11, opset_imports=[

@@ -105,6 +105,19 @@ def read_pages_case(rng, head_dim, *kind):
     return load_kernel("seal_pages", "reference")(*pages_case(rng, head_dim), **formats(*kind)), dict(head_dim=head_dim, **formats(*kind))
 
 
+def estimate_case(rng, heads, kv_heads, tokens, keys, head_dim, stride=0, bits=0):
+    """Keys with a mean; a token of zeros, an outlier."""
+    q, k = normal(rng, heads, tokens, head_dim), normal(rng, kv_heads, keys, head_dim) + 2 * normal(rng, kv_heads, 1, head_dim)
+    q[:, tokens // 2], k[:, keys // 2], k[:, keys // 3] = 0, 0, k[:, keys // 3] * 8
+    about = dict(scale=head_dim ** -0.5)
+    if stride:
+        return (q, k, k.mean(1)), about | dict(stride=stride)
+    return (q, k, q.mean(1), k.mean(1), normal(rng, heads, tokens)), about | dict(bits=bits)
+
+
+ESTIMATES = [(4, 1, 512, 4096, 64), (4, 2, 64, 96, 16), (2, 1, 70, 133, 32), (7, 1, 5, 77, 128), (2, 2, 1, 9, 64), (6, 2, 200, 3003, 80),
+             (1, 1, 100, 2100, 256), (3, 3, 33, 40, 48), (2, 1, 300, 2201, 32)]  # heads, KV heads, queries, keys, head_dim
+
 CASES = {
     "add": [
         ("one", lambda rng: ((rng.standard_normal((1, 1), np.float32),) * 2, {}), 0),
@@ -156,18 +169,27 @@ CASES = {
         ("x".join(map(str, c[:5])) + ("-zeros" if c[5] else ""), lambda rng, c=c: embedding_nbits_case(rng, *c), 1e-6)
         for c in ((1, 16, 64, 4, 32, False), (300, 90, 100, 8, 32, False), (9, 33, 77, 4, 16, True), (5, 40, 600, 8, 256, True))],
     "select_pages": [("-".join(map(str, c)), lambda rng, c=c: selection_case(rng, *c), 0) for c in (
-        (2000, "bound", "head", 500, 1.0), (2000, "bound", "layer", 500, 0.5), (777, "mass", "head", 300, 1.0), (777, "mass", "layer", 300, 1.0),
-        (1999, "recency", "head", 100, 1.0), (2015, "bound", "head", 3000, 1.0), (40, "bound", "head", 32, 1.0), (1, "bound", "head", 32, 1.0),
-        (991, "bound", "head", 200, 0.4, 128, 12, 2), (1000, "bound", "head", 300, 0.7, 80, 4, 4), (640, "mass", "head", 200, 1.0, 16, 10, 2),
+        (2000, "bound", "head", 500, 1.0), (2000, "bound", "layer", 500, 0.5), (777, "mass", "head", 300, 1.0),
+        (777, "mass", "layer", 300, 1.0), (1999, "recency", "head", 100, 1.0), (2015, "bound", "head", 3000, 1.0),
+        (40, "bound", "head", 32, 1.0), (1, "bound", "head", 32, 1.0), (991, "bound", "head", 200, 0.4, 128, 12, 2),
+        (1000, "bound", "head", 300, 0.7, 80, 4, 4), (640, "mass", "head", 200, 1.0, 16, 10, 2),
         *((past, score, combine, budget, 1.0, *shape) for score, combine in (("peak", "head"), ("rank", "best"), ("max_mass", "layer"))
           for past, budget, *shape in ((2000, 500), (1279, 300, 128, 12, 2), (640, 200, 16, 10, 2), (1500, 300, 80, 4, 4), (40, 32))))]
     + [("-".join(map(str, c)), lambda rng, c=c: index_case(rng, *c), 0) for c in (
-        (2000, "hierarchy", 500, dict(blocks=7)), (2000, "hierarchy", 900, dict(blocks=4)), (1333, "hierarchy", 300, dict(blocks=99), "layer", 80),
+        (2000, "hierarchy", 500, dict(blocks=7)), (2000, "hierarchy", 900, dict(blocks=4)),
+        (1333, "hierarchy", 300, dict(blocks=99), "layer", 80),
         (2047, "representatives", 700, dict(block=4), "layer"), (1999, "representatives", 300, dict(block=4), "head", 16, 6, 3),
         (2000, "landmarks", 500, dict(block=2)), (1500, "landmarks", 400, dict(block=3), "layer", 128, 4, 4),
         (2000, "components", 500, dict(rank=16)), (1200, "components", 300, dict(rank=80), "layer", 80, 12, 2),
         (2000, "collisions", 1500, dict(tables=16, bits=8)), (1000, "collisions", 300, dict(tables=10, bits=5), "head", 48, 6, 2),
         (2000, "collisions", 500, dict(tables=4, bits=8), "layer"), (230, "collisions", 160, dict(tables=4, bits=2)))],
+    "antidiagonal_weights": [  # float32 sums of weights, up to 64 of them
+        ("-".join(map(str, (*c, stride))), lambda rng, c=c, s=stride: estimate_case(rng, *c, stride=s), 2e-5)
+        for c, strides in zip(ESTIMATES, ((8, 16), (8, 1), (16, 2), (8, 32), (8, 4), (32, 16), (2, 8), (4, 8), (8, 32)), strict=True)
+        for stride in strides],
+    "score_excess": [  # scores up to 60
+        ("-".join(map(str, (*c, bits))), lambda rng, c=c, b=bits: estimate_case(rng, *c, bits=b), 3e-5)
+        for c in ESTIMATES for bits in (4, 8)],
     "seal_pages": [("-".join(map(str, c)), lambda rng, c=c: (pages_case(rng, c[0]), formats(*c[1:])), 0) for c in PAGE_FORMATS]
     + [("-".join(map(str, ("delta", *c))), lambda rng, c=c: deltas_case(rng, *c), 0) for c in DELTAS],
     "read_pages": [("-".join(map(str, c)), lambda rng, c=c: read_pages_case(rng, *c), 2e-5) for c in PAGE_FORMATS]  # values up to 40

@@ -63,7 +63,8 @@ class Story:
 def some_cache(kind, storage, eviction, pages, window=32, sinks=4, ubatch=64, classes=None, *, heads="none", layers=1, tokens=4096):
     """With a budget of about `pages` pages of floats a head."""
     budget = int(pages * layers * KV_HEADS * DEPTH * PAGE * (8 if kind[0] == "f32" else 4))
-    options = CacheOptions(load_policy("storage", storage).keys or kind[0], kind[1], storage=storage, budget=budget, eviction=eviction, window=window, sink_tokens=sinks, heads=heads)
+    options = CacheOptions(load_policy("storage", storage).keys or kind[0], kind[1], storage=storage, budget=budget, eviction=eviction,
+                           window=window, sink_tokens=sinks, heads=heads)
     return KVCache(layers, KV_HEADS, DEPTH, tokens, options, ubatch, classes)
 
 
@@ -161,8 +162,8 @@ def test_a_large_budget_changes_nothing(kind, storage):
     # Policies that weigh tokens probe more often, which is seen by storage that weighs them, too.
     eviction = np.random.default_rng().choice(["random", "key_diff"] if storage in ("zipcache", "akvq") else evictions())
     print(eviction)  # pytest shows it when the test fails
-    tight, free = some_cache(kind, storage, str(eviction), 100, tokens=500), \
-        KVCache(1, KV_HEADS, DEPTH, 500, CacheOptions(load_policy("storage", storage).keys or kind[0], kind[1], storage=storage, window=32), 64)
+    options = CacheOptions(load_policy("storage", storage).keys or kind[0], kind[1], storage=storage, window=32)
+    tight, free = some_cache(kind, storage, str(eviction), 100, tokens=500), KVCache(1, KV_HEADS, DEPTH, 500, options, 64)
     assert (tight.plan.limits >= 500).all()
     pairs = [(Driver(cache), cache.new_sequence()) for cache in (free, tight)]
     for count in [64, 64, 30] + [1] * 40 + [64, 64, 50, 1, 64]:

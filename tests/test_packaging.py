@@ -34,6 +34,7 @@ def test_installed_command_runs(wheel, tmp_path):
         archive.extractall(tmp_path / "site")
     script = "import sys; sys.path.insert(0, sys.argv.pop(1)); import edgeattn.apps.cli as c; print(c.__file__); sys.exit(c.main())"
     for verb in ([], ["chat"], ["export"], ["bench"], ["doctor"]):
-        done = subprocess.run([sys.executable, "-c", script, tmp_path / "site", *verb, "--help"], cwd=tmp_path, capture_output=True, text=True)
+        command = [sys.executable, "-c", script, tmp_path / "site", *verb, "--help"]
+        done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
         assert str(tmp_path / "site") in done.stdout and "usage: edgeattn" in done.stdout

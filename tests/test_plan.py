@@ -107,7 +107,8 @@ def test_config_of_a_newer_version_is_refused(tmp_path):
 def test_nodes_that_only_look_native_run_in_onnxruntime(tmp_path):
     """Split by a number of parts, Reshape that moves rows, Add that broadcasts: not ours."""
     row = np.random.default_rng().standard_normal(8).astype(np.float32)
-    nodes = [helper.make_node("Split", ["x"], ["a", "b"], axis=1, num_outputs=2), helper.make_node("Concat", ["b", "a"], ["swapped"], axis=1),
+    nodes = [helper.make_node("Split", ["x"], ["a", "b"], axis=1, num_outputs=2),
+             helper.make_node("Concat", ["b", "a"], ["swapped"], axis=1),
              helper.make_node("Add", ["swapped", "row"], ["moved"]), helper.make_node("Reshape", ["moved", "shape"], ["flat"]),
              helper.make_node("Reshape", ["flat", "back"], ["again"]), helper.make_node("Add", ["again", "x"], ["out"])]
     shapes = [("shape", np.array([-1, 4], np.int64)), ("back", np.array([-1, 8], np.int64))]

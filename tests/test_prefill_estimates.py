@@ -3,8 +3,11 @@ import numpy as np
 import pytest
 
 from edgeattn.policies import load_policy
-from edgeattn.policies.prefill import sale, sparge_attn, xattention
+from edgeattn.kernels_cpu.antidiagonal_weights import antidiagonal_weights
+from edgeattn.policies.prefill import sale, sparge_attn
 from edgeattn.prefill_plan import PAGE, QUERIES, PrefillPlan, attend, causal, forced, partial_softmax, recall, softmax, spread
+from edgeattn.reference.antidiagonal_weights import antidiagonals
+from edgeattn.reference.score_excess import rounded
 from prefill_driver import structured
 
 RNG = np.random.default_rng()
@@ -53,49 +56,65 @@ def relative(q, k, scores, policy):
     return scores - top - np.log(np.exp(exact - top).sum(2, keepdims=True))
 
 
-def estimate(q, k):
-    """[heads, n, m] in float64: scores as 4-bit queries and keys give them, up to what all keys of a row share."""
-    levels, steps = zip(*(sale.quantise(x.astype(np.float32)) for x in ((q - q.mean(1, keepdims=True)) * SCALE, k - k.mean(0))))
-    product = levels[0].astype(np.int64) @ levels[1].astype(np.int64).T * steps[0].astype(np.float64) * steps[1].T
-    means = q.mean(1, keepdims=True).astype(np.float64), k.mean(0)
-    return product + means[0] @ (k - means[1]).T * SCALE + q.astype(np.float64) @ means[1][:, None] * SCALE
+def less_mean(q, k):
+    """As SALE rounds them: queries less their mean, keys less that of the chunk's first. -> q, k, the two means"""
+    mean = k[-q.shape[1]:][:64].mean(0)
+    q_mean = q.mean(1, keepdims=True)
+    return (q - q_mean) * np.float32(SCALE), k - mean, q_mean.astype(np.float64), mean.astype(np.float64)
 
 
-@pytest.mark.parametrize("bits", ["exact", "4"])
+def estimate(q, k, levels):
+    """[heads, n, m] in float64: scores as rounded queries and keys give them, up to what all keys of a row share."""
+    rows, columns, q_mean, k_mean = less_mean(q, k)
+    product = rounded(rows, levels).astype(np.float64) @ rounded(columns, levels).T
+    return product + q_mean @ columns.T * SCALE + q.astype(np.float64) @ k_mean[:, None] * SCALE
+
+
+def bound(q, k, levels):
+    """[..., n, m]: how far a product of rounded rows may be from that of the rows."""
+    steps = [np.abs(x).max(-1).astype(np.float64) / levels for x in (q, k)]
+    found = steps[0][..., None] / 2 * np.abs(k).sum(-1) + np.abs(q).sum(-1)[..., None] * steps[1] / 2
+    return (found + q.shape[-1] / 4 * steps[0][..., None] * steps[1]) * 1.0001
+
+
+@pytest.mark.parametrize("bits, levels", [(4, 7), (8, 127)])
 @pytest.mark.parametrize("n, m", SHAPES)
-def test_sale_keeps_the_pages_with_a_pair_above_the_threshold(n, m, bits, monkeypatch):
+def test_sale_keeps_the_pages_with_a_pair_above_the_threshold(n, m, bits, levels):
     q, k, _ = made(n, m)
-    if bits == "exact":
-        monkeypatch.setattr(sale, "rounded", lambda x: x)
-    policy = load_policy("prefill", "sale")
-    scores = estimate(q, k[0]) if bits == "4" else q.astype(np.float64) @ k[0].astype(np.float64).T * SCALE
-    found = tiles(relative(q, k[0], scores, policy))
+    policy, within = load_policy("prefill", "sale"), bound(*less_mean(q, k[0])[:2], levels)
+    found = tiles(relative(q, k[0], estimate(q, k[0], levels), policy))
+    exact = relative(q, k[0], q.astype(np.float64) @ k[0].astype(np.float64).T * SCALE, policy)
+    least, most = tiles(exact - within), tiles(exact + within)
     asked = (causal(n, m) & ~forced(n, m, 1, 2)) & np.isfinite(found)
     for threshold in np.exp(np.quantile(found[asked], (0.2, 0.6, 0.95)) if asked.any() else [0]):
-        plan = chosen("sale", q, k, threshold=float(max(threshold, sale.DENSE)))
-        clear = asked & (np.abs(found - np.log(max(threshold, sale.DENSE))) > 1e-3)
-        np.testing.assert_array_equal(plan.blocks[clear], (found > np.log(max(threshold, sale.DENSE)))[clear])
+        limit = np.log(max(threshold, sale.DENSE))
+        plan = chosen("sale", q, k, threshold=float(max(threshold, sale.DENSE)), bits=bits)
+        clear = asked & (np.abs(found - limit) > 1e-3)
+        np.testing.assert_array_equal(plan.blocks[clear], (found > limit)[clear])
+        assert plan.blocks[asked & (least > limit)].all() and not plan.blocks[asked & (most < limit)].any()
 
 
-def test_a_4_bit_score_is_within_its_bound():
+@pytest.mark.parametrize("levels", [7, 127])
+def test_a_score_of_few_bits_is_within_its_bound(levels):
     q, k, _ = made(300, 900, depth=128)
     q, k = q[0] - q[0].mean(0), k[0] - k[0].mean(0)
-    (q4, s_q), (k4, s_k) = sale.quantise(q), sale.quantise(k)
-    assert q4.dtype == np.int8 and (np.abs(q4).max(1) == 7).all() and s_q.shape == (300, 1)
-    wrong = np.abs((q4 * s_q).astype(np.float64) @ (k4 * s_k).T - q.astype(np.float64) @ k.T)
-    bound = s_q / 2 * np.abs(k).sum(1) + np.abs(q).sum(1)[:, None] * s_k.T / 2 + 128 / 4 * s_q * s_k.T
-    assert (wrong <= bound * 1.0001).all() and wrong.max() > bound.min() / 100
-    assert np.abs(q4 * s_q - q).max() <= s_q.max() / 2 * 1.0001
+    codes = rounded(q, levels) / (np.abs(q).max(1, keepdims=True) / levels)
+    np.testing.assert_allclose(codes, np.rint(codes), rtol=0, atol=1e-4)
+    assert np.abs(codes).max() < levels + 1e-3 and np.abs(rounded(q, levels) - q).max() <= np.abs(q).max() / levels / 2 * 1.0001
+    wrong, within = np.abs(rounded(q, levels).astype(np.float64) @ rounded(k, levels).T - q.astype(np.float64) @ k.T), bound(q, k, levels)
+    assert (wrong <= within).all() and wrong.max() > within.min() / 100
 
 
-def test_means_of_queries_and_keys_cost_no_accuracy(monkeypatch):
+def test_means_of_queries_and_keys_cost_no_accuracy():
     q, k, _ = made(512, 2048)
     shift = RNG.standard_normal((2, 64)).astype(np.float32) * 8
     plans = [chosen("sale", q + a * shift[0], k + b * shift[1], threshold=3.0).blocks for a, b in ((0, 0), (0, 1), (1, 0), (1, 1))]
     assert (plans[0] != plans[1]).mean() < 0.002 and (plans[2] != plans[3]).mean() < 0.002
-    monkeypatch.setattr(sale, "rounded", lambda x: x)
+    policy, asked = load_policy("prefill", "sale"), causal(512, 2048) & ~forced(512, 2048, 1, 2)
     for plan, a in ((plans[0], 0), (plans[3], 1)):
-        assert (plan != chosen("sale", q + a * shift[0], k, threshold=3.0).blocks).mean() < 0.2
+        moved = (q + a * shift[0]).astype(np.float64)
+        exact = tiles(relative(moved, k[0], moved @ k[0].astype(np.float64).T * SCALE, policy)) > np.log(3.0)
+        assert (plan != exact)[:, asked].mean() < 0.2
 
 
 def test_each_head_has_the_threshold_of_its_calibration():
@@ -131,23 +150,32 @@ def test_calibrated_thresholds_keep_the_error_below_what_is_asked():
 # ---- XAttention ------------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize("n, m, stride", [(64, 96, 8), (70, 133, 16), (33, 40, 4), (5, 77, 8), (1, 9, 8), (96, 96, 32), (20, 50, 1)])
 def test_antidiagonals_are_the_means_of_what_the_mask_leaves(n, m, stride):
-    q, k = RNG.standard_normal((2, n, 16)).astype(np.float32), RNG.standard_normal((m, 16)).astype(np.float32)
-    found = xattention.antidiagonals(q, k, stride)
+    q, k = (RNG.integers(-126, 127, (heads, tokens, 16)).astype(np.float32) for heads, tokens in ((2, n), (1, m)))
+    q[..., 3], k[..., 5], mean = 127, -127, RNG.integers(-9, 9, (1, 16)).astype(np.float32)  # nothing is left to round
+    k += mean[:, None]
+    found = antidiagonals(q, k, mean, stride)
     assert found.shape == (2, -(-n // stride), -(-m // stride))
     for u in range(found.shape[1]):
         rows = [min(u * stride + stride - 1 - t, n - 1) for t in range(stride)]
+        shift = np.mean([q[:, i] @ mean[0] for i in rows], 0)
         for w in range(found.shape[2]):
             pairs = [(i, w * stride + t) for t, i in enumerate(rows) if w * stride + t <= i + m - n]
-            exact = [q[:, i] @ k[j] for i, j in pairs]
-            np.testing.assert_allclose(found[:, u, w], np.mean(exact, 0) if pairs else -np.inf, rtol=1e-4, atol=1e-4)
+            exact = [q[:, i] @ k[0, j] for i, j in pairs]
+            np.testing.assert_allclose(found[:, u, w], np.mean(exact, 0) - shift if pairs else -np.inf, rtol=1e-4, atol=0.05)
 
 
-def test_xattention_with_strides_of_one_knows_the_exact_weights():
+def test_xattention_with_strides_of_one_knows_the_weights_to_8_bits():
     q, k, _ = made(200, 700)
-    exact = softmax(np.where(seen(200, 700), q @ k[0].T * SCALE, -np.inf))
-    np.testing.assert_allclose(softmax(xattention.antidiagonals(q, k[0], 1) * SCALE), exact, rtol=1e-3, atol=1e-5)
+    exact = softmax(np.where(seen(200, 700), q.astype(np.float64) @ k[0].astype(np.float64).T * SCALE, -np.inf))
+    exact = np.add.reduceat(np.add.reduceat(exact, np.arange(0, 700, PAGE), 2), np.arange(0, 200, QUERIES), 1)
+    mean = k[:, -200:].mean(1)
+    found = antidiagonal_weights(q, k, mean, scale=SCALE, stride=1)
+    within = 2 * bound(q * SCALE, k[0] - mean[0], 127).max()
+    allowed = np.broadcast_to(causal(200, 700), exact.shape)
+    assert np.abs(np.log(found[allowed]) - np.log(exact[allowed])).max() < min(within, 0.2)
+    assert not found[~allowed].any()
     plan = chosen("xattention", q, k, tau=0.8, stride=1)
-    assert all(recall(q, k, plan, SCALE)[:, i:i + QUERIES].mean() > 0.8 for i in range(0, 200, QUERIES))
+    assert all(recall(q, k, plan, SCALE)[:, i:i + QUERIES].mean() > 0.79 for i in range(0, 200, QUERIES))
 
 
 def test_xattention_does_not_look_at_later_keys():
@@ -254,7 +282,8 @@ def test_anchor_finds_a_single_key_and_reads_it_alone():
 
 # ---- options ---------------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize("name, options", [("xattention", {"stride": 12}), ("sparge_attn", {"mode": "best"}), ("dhsa", {"mode": "top"}),
-                                           ("anchor", {"step": 0}), ("dhsa_chunks", {"budget": 0}), ("dhsa_chunks", {"chunk": 0})])
+                                           ("anchor", {"step": 0}), ("dhsa_chunks", {"budget": 0}), ("dhsa_chunks", {"chunk": 0}),
+                                           ("sale", {"bits": 5})])
 def test_options_out_of_range_are_refused(name, options):
     with pytest.raises(ValueError, match=next(iter(options))):
         load_policy("prefill", name, options)

@@ -7,10 +7,11 @@ from edgeattn.prefill_plan import PAGE, QUERIES, attend, causal, forced, recall
 from prefill_driver import structured
 
 RNG = np.random.default_rng()
-# For each method: options with which it reads everything, and a tight and a loose setting, of which the second reads all that the first does.
+# For each method: options with which it reads everything, and a tight and a loose setting; the second reads all that the first does.
 CASES = {
     "anchor": ({"theta": float("inf")}, {"theta": 1.0, "step": 2}, {"theta": 3.0, "step": 2}),
-    "auto": ({"fraction": 1.0}, {"fraction": 0.15, "budget": 0, "recent": 2}, {"fraction": 0.3, "budget": 0, "recent": 2}),
+    "auto": ({"part": 1.0, "fraction": 1.0}, {"part": 0.3, "least": 64, "fraction": 0.3, "budget": 0, "recent": 2},
+             {"part": 0.8, "least": 64, "fraction": 0.5, "budget": 0, "recent": 2}),
     "dhsa": ({"density": 1.0}, {"density": 0.1}, {"density": 0.3}),
     "dhsa_chunks": ({"budget": 10 ** 6}, {"budget": 300}, {"budget": 800}),
     "flex_prefill": ({"gamma": 1.0}, {"gamma": 0.3, "budget": 32}, {"gamma": 0.7, "budget": 64}),
@@ -74,7 +75,8 @@ def test_plans_of_all_shapes_are_causal_and_hold_what_is_forced(method, heads, k
         assert not (plan.blocks & ~causal(n, m)).any() and plan.mask().any(2).all()
         assert (plan.blocks >= forced(n, m, policy.sink, policy.recent)).all()
         if plan.columns is not None:
-            assert plan.columns.shape == (heads, -(-n // QUERIES), m) and not (plan.columns & np.repeat(plan.blocks, PAGE, 2)[..., :m]).any()
+            assert plan.columns.shape == (heads, -(-n // QUERIES), m)
+            assert not (plan.columns & np.repeat(plan.blocks, PAGE, 2)[..., :m]).any()
         joined = plan.union(kv_heads)
         assert joined.density() >= plan.density() - 1e-9
         assert (np.repeat(joined.mask(), heads // kv_heads, 0) >= plan.mask()).all()

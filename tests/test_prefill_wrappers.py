@@ -87,16 +87,15 @@ def test_a_tail_of_no_pages_changes_nothing(n, m):
         np.testing.assert_allclose(got, wanted, atol=1e-12)
 
 
-@pytest.mark.parametrize("columns", [0.0, 0.2])
 @pytest.mark.parametrize("n, m", SHAPES)
-def test_a_tail_over_pages_of_equal_keys_is_dense(n, m, columns):
-    q, k, v, plan = case(n, m, columns=columns)
+def test_a_tail_over_pages_of_equal_keys_is_dense(n, m):
+    q, k, v, plan = case(n, m)
     k = np.repeat(k[:, ::PAGE], PAGE, 1)[:, :m]  # values differ: their mean is exact all the same
     for got, wanted in zip(tail(*attend(q, k, v, plan, SCALE), q, k, v, plan, SCALE), attend(q, k, v, everything(n, m), SCALE)):
         np.testing.assert_allclose(got, wanted, atol=1e-9)
 
 
-@pytest.mark.parametrize("columns", [0.0, 0.2, 0.97])
+@pytest.mark.parametrize("columns", [0.0, 0.01, 0.2])
 def test_a_tail_equals_attention_with_mean_keys(columns):
     n, m = 150, 400
     q, k, v, plan = case(n, m, 0.2, columns)
@@ -108,11 +107,10 @@ def test_a_tail_equals_attention_with_mean_keys(columns):
         scores, seen, counts = [keys[own] @ q[head, i].astype(np.float64) * SCALE], [values[own]], [np.ones(own.sum())]
         for page in range(m // PAGE):
             inside = np.arange(page * PAGE, page * PAGE + PAGE)
-            rest = inside[~own[inside]]
-            if inside[-1] <= m - n + i and len(rest):
-                scores.append([keys[rest].mean(0) @ q[head, i].astype(np.float64) * SCALE])
-                seen.append(values[rest].mean(0)[None])
-                counts.append([len(rest)])
+            if inside[-1] <= m - n + i and not own[inside].any():
+                scores.append([keys[inside].mean(0) @ q[head, i].astype(np.float64) * SCALE])
+                seen.append(values[inside].mean(0)[None])
+                counts.append([PAGE])
         weights = np.exp(np.concatenate(scores)) * np.concatenate(counts)
         np.testing.assert_allclose(got[head, i], weights @ np.concatenate(seen) / weights.sum(), atol=1e-8)
         np.testing.assert_allclose(lse[head, i], np.log(weights.sum()), atol=1e-8)

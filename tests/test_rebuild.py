@@ -33,8 +33,8 @@ def folder(request, tiny_export, nano_fp32):
 
 def load(folder, kind="f32", ubatch=128, **options):
     k_type = load_policy("storage", options.get("storage", "kivi")).keys or kind
-    return Model.load(folder, cache=CacheOptions(k_type, kind, **options), ctx_size=256 if not options.get("budget") else 2048, ubatch=ubatch,
-                      threads=1)
+    return Model.load(folder, cache=CacheOptions(k_type, kind, **options), ctx_size=256 if not options.get("budget") else 2048,
+                      ubatch=ubatch, threads=1)
 
 
 def tokens(model, count, seed=3):

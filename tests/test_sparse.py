@@ -100,7 +100,8 @@ def test_a_batch_may_hold_dense_and_sparse_sequences(nano_int4):
     model.forward([(s, ids[:-1]) for s, ids in zip(sequences, prompts)], "none")
     together = model.forward([(s, ids[-1:]) for s, ids in zip(sequences, prompts)])
     alone = np.concatenate(alone)
-    assert np.abs(together - alone).max() < 0.5 * alone.std()  # pages may change places where sums are rounded in another order
+    error = np.abs(together - alone).mean(1) / alone.std()
+    assert error.max() < 0.15, error  # pages may change places where sums are rounded in another order
     assert model.scheduler.steps == [4, 4]
 
 
@@ -235,8 +236,8 @@ def test_auto_gives_way_and_says_why(nano_int4):
 def test_explain_tells_choices_and_numbers(nano_int4, edgeattn, tmp_path):
     text = tmp_path / "text"
     text.write_text("The old house stood on a hill and nobody had lived there for years. " * 60)
-    done = edgeattn("generate", "-m", nano_int4, "-f", text, "-n", "4", "--kv-bits", "4", "--sparse-attention", "quest", "--sparse-budget", "256",
-                    "--sparse-min-len", "0", "--explain")
+    done = edgeattn("generate", "-m", nano_int4, "-f", text, "-n", "4", "--kv-bits", "4", "--sparse-attention", "quest",
+                    "--sparse-budget", "256", "--sparse-min-len", "0", "--explain")
     assert "sparse attention quest (budget 256" in done.stderr and "3 sparse" in done.stderr
     assert "layer 0: reads everything" in done.stderr and "layer 2: read " in done.stderr
     done = edgeattn("generate", "-m", nano_int4, "-p", "x", "-n", "1", "--sparse-attention", "off", "--explain")

@@ -2,10 +2,12 @@
 import numpy as np
 import pytest
 
+from edgeattn import crossover, prefill_crossover
 from edgeattn.cache.options import CacheOptions
-from edgeattn.prefill_scheduler import PrefillOptions
+from edgeattn.kernels_cpu.cached_attention import ARGS
+from edgeattn.prefill_scheduler import PrefillOptions, PrefillScheduler
 from edgeattn.runtime import Model
-from edgeattn.scheduler import SparseOptions
+from edgeattn.scheduler import NEVER, SparseOptions
 
 RNG = np.random.default_rng()
 CACHES = {"f16": {"k_type": "f16", "v_type": "f16"}, "int4": {"k_type": "int4", "v_type": "int4"},
@@ -116,6 +118,58 @@ def test_a_failed_call_leaves_nothing_behind(nano_int4, monkeypatch):
     np.testing.assert_array_equal(read(model, ids)[0], expected)
 
 
+@pytest.mark.parametrize("cache", ["f16", "int4"])
+def test_auto_gives_way_where_no_prompt_is_long_enough(nano_int4, cache):
+    """Then caches of floats need no kernel that reads lists in 8 bits."""
+    def loaded(ctx_size, method="auto", min_len=None):
+        model = Model.load(nano_int4, cache=CacheOptions(**CACHES[cache]), ctx_size=ctx_size, sparse=SparseOptions("off"),
+                           prefill=PrefillOptions(method, {}, min_len))
+        rows = [step.row for step in model.plan.steps if step.operator == "cached_attention"]
+        assert {bool(row[1 + ARGS.index("prefill.attend_listed")]) for row in rows} == {model.prefill is not None}
+        return model
+    small = loaded(1024)  # its least budget
+    assert small.prefill is None and small.whole_because == "no prompt in a context of 1,024 tokens is long enough for it"
+    assert loaded(2048, "auto", 2048).prefill is None and loaded(512, "dhsa").prefill.min_len == 1024
+    model = loaded(2048, "auto", 1024)
+    read(model, tokens(1056))
+    assert model.prefill.chunks[1] and not model.whole_because
+
+
+# ---- where auto begins -----------------------------------------------------------------------------------------------
+TIMES = {"depths": [2000, 6000], "dense": [0.02, 0.06], "choose": [0.001, 0.003], "attend": [0.02, 0.03]}
+AUTO = {"budget": 2000, "fraction": 0.0}
+
+
+def test_the_crossover_is_where_choosing_and_reading_pay():
+    policy = PrefillOptions("auto", AUTO).policy()
+    # 10 us a token dense; 2,000 tokens read take 1.5 times the dense time of so many: 30 ms + 0.5 us n <= 9.5 us n from 3,334 on
+    assert prefill_crossover.begin(TIMES, policy) == 3584
+    assert prefill_crossover.begin(TIMES | {"attend": [0.02, 0.02]}, policy) == 2304  # 20 ms + 0.5 us n, from 2,223 on
+    assert prefill_crossover.begin(TIMES | {"choose": [0.03, 0.09]}, policy) == NEVER
+
+
+def test_the_crossover_is_measured_once(monkeypatch, tmp_path):
+    calls = []
+    monkeypatch.setattr(crossover, "CACHE_FOLDER", tmp_path / "kernels")
+    monkeypatch.setattr(prefill_crossover, "measure", lambda *a: calls.append(1) or TIMES)
+
+    def settled(cache, method="auto", **options):
+        scheduler = PrefillScheduler(PrefillOptions(method, options), 2)
+        prefill_crossover.settle(scheduler, CacheOptions(**CACHES[cache]), 8, 2, 64, 2)
+        return scheduler.min_len, len(calls)
+    assert settled("int4", **AUTO) == settled("int4", **AUTO) == (3584, 1)
+    assert settled("f16", **AUTO) == (3584, 2) and settled("int4", "xattention") == (1024, 2)
+    monkeypatch.setattr(prefill_crossover, "measure", lambda *a: TIMES | {"dense": [0.06, 0.06]})  # too busy to tell
+    assert settled("hadamard") == (3072, 2)
+
+
+def test_what_is_measured_are_three_times_at_two_depths():
+    scheduler = PrefillScheduler(PrefillOptions("auto"), 2)
+    times = prefill_crossover.measure(scheduler, CacheOptions("int4", "int4"), 4, 2, 64, 2)
+    assert [len(times[name]) for name in ("depths", "dense", "choose", "attend")] == [2] * 4
+    assert all(0 < seconds < 10 for name in ("dense", "choose", "attend") for seconds in times[name])
+
+
 def test_mistakes_are_refused_in_a_line(nano_int4):
     for options, word in ((("nothing",), "one of"), (("dhsa", {"densitty": 1}), "no option"), (("dhsa", {}, -1), "0 tokens")):
         with pytest.raises(ValueError, match=word) as error:
@@ -129,7 +183,8 @@ def test_mistakes_are_refused_in_a_line(nano_int4):
 def test_explain_tells_choices_and_numbers(nano_int4, edgeattn, tmp_path):
     text = tmp_path / "text"
     text.write_text("The old house stood on a hill and nobody had lived there for years. " * 90)
-    done = edgeattn("generate", "-m", nano_int4, "-f", text, "-n", "2", "--kv-bits", "4", "--sparse-prefill", "dhsa", "--sparse-min-len", "0", "--explain")
+    done = edgeattn("generate", "-m", nano_int4, "-f", text, "-n", "2", "--kv-bits", "4", "--sparse-prefill", "dhsa",
+                    "--sparse-min-len", "0", "--explain")
     assert "sparse prefill dhsa (" in done.stderr and "layer 0: plans hold " in done.stderr
     done = edgeattn("generate", "-m", nano_int4, "-p", "x", "-n", "1", "--sparse-prefill", "off", "--explain")
     assert "sparse prefill is off" in done.stderr

@@ -13,6 +13,7 @@ from edgeattn.calibrate_thresholds import fit_thresholds, load_thresholds, save_
 from edgeattn.kernels_cpu import steps
 from edgeattn.kernels_cpu.cached_attention import ARGS
 from edgeattn.page_formats import PAGE
+from edgeattn.recording import record_queries
 from edgeattn.runtime import Model
 from edgeattn.scheduler import SparseOptions
 
@@ -23,7 +24,8 @@ class Theta(Driver):
     """Decode steps by thresholds alpha + beta ln n, the same for all heads; without `means` nothing is given back."""
 
     def __init__(self, kind="f16", alpha=-np.inf, beta=0.0, means=True, tokens=2048):
-        super().__init__(KVCache(LAYERS, KV_HEADS, DEPTH, tokens, CacheOptions(kind, kind), 256, selection=SelectionPlan(1, 4, value_sums=means)), GROUP)
+        plan = SelectionPlan(1, 4, value_sums=means)
+        super().__init__(KVCache(LAYERS, KV_HEADS, DEPTH, tokens, CacheOptions(kind, kind), 256, selection=plan), GROUP)
         self.sequence = self.cache.new_sequence()
         self.curves = np.full((KV_HEADS * GROUP, 2), [alpha, beta], np.float32)
         self.chosen = np.array([self.sequence.selection.ctypes.data], np.int64)
@@ -130,13 +132,13 @@ def fitted(model):
 
 def test_fitted_thresholds_keep_the_part_they_were_fitted_for(model, fitted, folder):
     """On the text they come from, to which the tenth of a deviation adds a little."""
-    from edgeattn.calibrate_thresholds import ROWS, _queries
+    from edgeattn.calibrate_thresholds import ROWS
     ids, sequence, kept = text(model, 1024), model.new_sequence(), []
     model.compute(sequence, ids[:-ROWS])
-    for layer, q in enumerate(_queries(model, sequence, ids[-ROWS:])):
+    for layer, q in enumerate(record_queries(model, sequence, ids[-ROWS:])):
         for h in range(8):
             keys, _ = model.cache.read(sequence, layer, h // 4)
-            scores = keys[:1008] @ q[:, h].T
+            scores = keys[:1008] @ q[h].T / 8
             best = np.pad(scores, ((0, 16), (0, 0)), constant_values=-np.inf).reshape(32, PAGE, ROWS).max(1)
             kept.append((best >= fitted[layer, h, 0] + fitted[layer, h, 1] * np.log(1024)).mean())
     model.free(sequence)
@@ -145,11 +147,10 @@ def test_fitted_thresholds_keep_the_part_they_were_fitted_for(model, fitted, fol
 
 def test_queries_are_those_of_the_forward_call(model):
     """With the cache they give what the first layer's attention wrote."""
-    from edgeattn.calibrate_thresholds import _queries
     ids, sequence, batch = text(model, 600)[:300], model.new_sequence(), model._batch
     model.compute(sequence, ids[:-4])
-    queries = _queries(model, sequence, ids[-4:])
-    assert len(queries) == 8 and queries[0].shape == (4, 8, 64)
+    queries = record_queries(model, sequence, ids[-4:])
+    assert queries.shape == (8, 8, 4, 64)
     batch.clear()
     batch.add(sequence, ids[-4:], np.arange(0))
     last = [step.operator for step in model.plan.steps].index("cached_attention")
@@ -159,7 +160,7 @@ def test_queries_are_those_of_the_forward_call(model):
     out = steps.f32_at(out, 4 * stride).reshape(4, stride)[:, :512].reshape(4, 8, 64)
     for h in range(8):
         keys, values = model.cache.read(sequence, 0, h // 4)
-        scores = queries[0][:, h].astype(np.float64) @ keys.T
+        scores = queries[0, h].astype(np.float64) @ keys.T / 8
         scores[np.arange(300) > 296 + np.arange(4)[:, None]] = -np.inf
         weights = np.exp(scores - scores.max(-1, keepdims=True))
         np.testing.assert_allclose(out[:, h], weights / weights.sum(-1, keepdims=True) @ values, atol=1e-4)
@@ -170,7 +171,8 @@ def test_a_model_runs_by_its_thresholds(model, fitted, folder):
     ids = text(model, 1000)
 
     def logits(**options):
-        sparse = Model.load(folder, cache=CacheOptions("f32", "f32"), ctx_size=1100, ubatch=128, sparse=SparseOptions("top_theta", options, 0))
+        sparse = Model.load(folder, cache=CacheOptions("f32", "f32"), ctx_size=1100, ubatch=128,
+                            sparse=SparseOptions("top_theta", options, 0))
         sequence = sparse.new_sequence()
         sparse.forward([(sequence, ids[:-1])], "none")
         return sparse.forward([(sequence, ids[-1:])])

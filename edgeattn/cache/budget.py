@@ -74,7 +74,8 @@ class CachePlan:
         found = heads * (self.head_bytes + self.max_pages * page) + self.releases * self.max_pages * (4 * PAGE + 1)
         if chosen:
             width = chosen.width(self.formats)
-            found += 4 * chosen.groups * self.limits.shape[1] * (HEADER + chosen.capacity) + (2 * width * self.max_pages + 4) * heads * (width > 0)
+            found += 4 * chosen.groups * self.limits.shape[1] * (HEADER + chosen.capacity)
+            found += (2 * width * self.max_pages + 4) * heads * (width > 0)
             found += 4 * (2 + self.formats[0].head_dim) * heads * chosen.value_sums
         return found
 

@@ -245,6 +245,14 @@ class KVCache:
                 sequence.compensation[:] = 0
         return length
 
+    def page_means(self, sequence: Sequence, layer: int) -> np.ndarray:
+        """[kv_heads, max_pages, head_dim + width] float32: mean key and mean value of each full page; of others anything."""
+        from edgeattn.kernels_cpu import page_means  # compiled only where a prompt is corrected
+        width = self.pools[0].format.width
+        found = np.empty((self.shape[1], self.plan.max_pages, self.head_dim + width), np.float32)
+        page_means.run(self.table, self.head_dim, sequence.tables[layer].ravel(), found)
+        return found
+
     def read(self, sequence: Sequence, layer: int, head: int) -> tuple[np.ndarray, np.ndarray]:
         """Keys (rotated where the storage does that) and values [slots, head_dim] float32 of one KV head."""
         count = int(sequence.counts[layer, head])

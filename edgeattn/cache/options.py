@@ -52,9 +52,9 @@ class CacheOptions:
     delta_refresh: float = 0.3
 
     def __post_init__(self):
-        for name, known in (("k_type", ("auto", *BITS)), ("v_type", ("auto", *(kind for kind in BITS if kind != "delta"))), ("storage", policy_names("storage")),
-                            ("eviction", ("auto", "none", RELEASING, *evictions())), ("heads", ("none", *policy_names("heads"))),
-                            ("layer_budget", LAYER_BUDGETS)):
+        for name, known in (("k_type", ("auto", *BITS)), ("v_type", ("auto", *(kind for kind in BITS if kind != "delta"))),
+                            ("storage", policy_names("storage")), ("eviction", ("auto", "none", RELEASING, *evictions())),
+                            ("heads", ("none", *policy_names("heads"))), ("layer_budget", LAYER_BUDGETS)):
             if getattr(self, name) not in known:
                 raise ValueError(f"{name} must be one of {', '.join(known)}, got {getattr(self, name)!r}")
         if not 0 <= self.sink_tokens <= 32:
@@ -67,12 +67,13 @@ class CacheOptions:
             raise ValueError(f"eviction {self.eviction!r} needs a budget to keep: give --kv-budget too")
         own = self.storage_policy().keys
         if own and self.k_type not in ("auto", own):
-            raise ValueError(f"storage {self.storage!r} has its own type of keys: leave out -ctk and --kv-bits, and choose values with -ctv")
+            raise ValueError(f"storage {self.storage!r} has its own type of keys: leave out -ctk and --kv-bits, "
+                             "and choose values with -ctv")
         if self.k_type == "delta" != own:
             raise ValueError("keys as deltas are --kv-storage delta: leave out -ctk")
         if not (self.delta_threshold >= 0 and 0 <= self.delta_refresh <= 1 and self.delta_gate in (0, 1, 8, 16)):
-            raise ValueError(f"delta_threshold must be 0 or more, delta_refresh 0 to 1, delta_gate 0, 1, 8 or 16; got {self.delta_threshold}, "
-                             f"{self.delta_refresh}, {self.delta_gate}")
+            raise ValueError("delta_threshold must be 0 or more, delta_refresh 0 to 1, delta_gate 0, 1, 8 or 16; got "
+                             f"{self.delta_threshold}, {self.delta_refresh}, {self.delta_gate}")
         if self.storage != "kivi" and "auto" not in (self.k_type, self.v_type) and not self.quantised:
             raise ValueError(f"storage {self.storage!r} is a way to quantise: choose -ctk and -ctv (or --kv-bits) below 16 bits")
         if self.releases and (self.heads != "none" or self.layer_budget != "uniform"):

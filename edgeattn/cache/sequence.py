@@ -54,7 +54,8 @@ class Sequence:
     def arrays(self) -> dict[str, np.ndarray]:
         """The arrays that there are, by name."""
         found = {name: getattr(self, name) for name in ("tables", "counts", "sealed", "positions", "mass", "compensation", "confidence",
-                                                     "limits", "token_ids", "means", "pinned", "selection", "index", "indexed", "value_sums")}
+                                                     "limits", "token_ids", "means", "pinned", "selection", "index", "indexed",
+                                                     "value_sums")}
         return {name: array for name, array in found.items() if array is not None}
 
     @property

@@ -9,7 +9,10 @@ def read_pages(k_codes, k_params, v_codes, v_params, *, head_dim, k_type, v_type
     ->  k [pages, head_dim, 32], v [pages, 32, head_dim]   float32
     """
     pages, blocks = len(k_codes), -(-head_dim // PAGE)
-    k = _implied(k_codes, head_dim, gate or head_dim) if k_type == "delta" else _keys(k_codes, k_params, head_dim, k_type, k_axis, one_group)
+    if k_type == "delta":
+        k = _implied(k_codes, head_dim, gate or head_dim)
+    else:
+        k = _keys(k_codes, k_params, head_dim, k_type, k_axis, one_group)
     v = np.stack([unpack(codes, PAGE, v_type) for codes in np.split(v_codes, blocks, 1)], 1)  # [pages, block, token, channel]
     v = v.transpose(0, 1, 3, 2).reshape(pages, blocks * PAGE, PAGE).astype(np.float32)
     p = v_params.view(np.float16).astype(np.float32)

@@ -7,9 +7,9 @@ ALL = -1
 BLOCK, TELLING, CENTRE, SHARED = 4, 4, (1, 5), 2  # pages, keys, pages, tables
 
 
-def select_pages(q, cos, sin, past_key, positions, components=None, *, num_heads, kv_heads, head_dim, rotary_dim, interleaved=0, scale, layer=0,
-                 capacity, share=1.0, score, combine="head", budget=0, fraction=0.0, recent, reach=1.0, block=1, blocks=0, rank=0, tables=0,
-                 bits=0):
+def select_pages(q, cos, sin, past_key, positions, components=None, *, num_heads, kv_heads, head_dim, rotary_dim, interleaved=0, scale,
+                 layer=0, capacity, share=1.0, score, combine="head", budget=0, fraction=0.0, recent, reach=1.0, block=1, blocks=0, rank=0,
+                 tables=0, bits=0):
     """The pages that a decode step reads of each KV head: the first one, the `recent` last ones and those with the best scores.
 
     q          [1, num_heads * head_dim]      float32, before rotary; its key is not in the cache yet
@@ -20,8 +20,8 @@ def select_pages(q, cos, sin, past_key, positions, components=None, *, num_heads
         counts [kv_heads]                     int32; -1 where all pages are to be read
     A head reads share * max(budget, fraction * (past + 1)) tokens, in whole pages; all of them where share < 0.
     score    "bound": per channel the middle of a page's keys and `reach` times half their range, as q sees them; the largest of the
-             group's query heads (reach 1: Quest, arXiv 2406.10774). "mass": the page's softmax weight, summed over the group. "recency": the
-             latest. "random": any (a kernel's own order). "peak": the largest product of a token's key with the sum of the group's
+             group's query heads (reach 1: Quest, arXiv 2406.10774). "mass": the page's softmax weight, summed over the group. "recency":
+             the latest. "random": any (a kernel's own order). "peak": the largest product of a token's key with the sum of the group's
              queries (TidalDecode, arXiv 2410.05076). "rank": minus a page's place when all query heads of the layer take turns to name
              their next best page by its best token (LessIsMore, arXiv 2508.07101); needs combine "best". "max_mass": over its tokens
              the sum of the largest softmax weight of any query head of the layer (DELTA, arXiv 2510.09883); needs combine "layer".

@@ -15,9 +15,9 @@ class SelectionPolicy:
                   chooses were in it; 0: every step makes its own
     ValueError: a number out of range.
 
-    Class attributes: `score`, `combine` and `block` of the operator select_pages, `index` (cache/budget.py, SelectionPlan), and whether layers
-    read each other's selection (`shared`): then page i must hold the same tokens in all layers and heads. `thresholds`: whether values are
-    read by calibrated thresholds (calibrate_thresholds.py), `means`: and what is left out is stood for by the mean value.
+    Class attributes: `score`, `combine` and `block` of the operator select_pages, `index` (cache/budget.py, SelectionPlan), and whether
+    layers read each other's selection (`shared`): then page i must hold the same tokens in all layers and heads. `thresholds`: whether
+    values are read by calibrated thresholds (calibrate_thresholds.py), `means`: and what is left out is stood for by the mean value.
     """
     budget: int = 2048
     fraction: float = 0.0

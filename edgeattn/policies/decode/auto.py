@@ -1,7 +1,7 @@
 """What a user gets: Quest's page scores, with the range of the keys counted less than in a bound, for an eighth of the context.
 
-docs/sparse-decode.md has what was measured on the bundled model: half of an eighth loses more than a hundredth of perplexity and of facts; reach
-0.6 finds as many facts as 1 at less loss; lists that are kept while 0.7 of them would be chosen again lose nothing.
+docs/sparse-decode.md has what was measured on the bundled model: half of an eighth loses more than a hundredth of perplexity and of facts;
+reach 0.6 finds as many facts as 1 at less loss; lists that are kept while 0.7 of them would be chosen again lose nothing.
 """
 from dataclasses import dataclass
 

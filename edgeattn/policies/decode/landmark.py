@@ -30,5 +30,5 @@ class Landmark(SelectionPolicy):
     def load(self, folder, config):
         trained = config["model"].get("landmark_period")
         if trained != self.period:
-            raise ValueError(f"{folder}: landmark attention with a period of {self.period} is for checkpoints trained with it; this model's "
-                             f"edgeattn.json has {'no landmark_period' if trained is None else f'landmark_period {trained}'}")
+            raise ValueError(f"{folder}: landmark attention with a period of {self.period} is for checkpoints trained with it; this "
+                             f"model's edgeattn.json has {'no landmark_period' if trained is None else f'landmark_period {trained}'}")

@@ -1,4 +1,4 @@
-"""LessIsMore (arXiv 2508.07101): layers select as in TidalDecode, but one set of pages serves all heads, and recent tokens get a fixed part.
+"""LessIsMore (arXiv 2508.07101): layers select as in TidalDecode, but one set serves all heads, and recent tokens get a fixed part.
 
 Query heads take turns to name their next best page until the set is full, so that each brings in what it needs most. The paper names
 tokens; here a page is worth its best token. The first page stands for its sink tokens and counts as recent.

@@ -2,9 +2,9 @@
 
 A signature says, table by table, on which side of `bits` random planes a key lies, centred by the mean key of a fixed early stretch (which
 softmax does not see). A token collides that shares all bits with some query head in two tables at least; a page is worth the collisions
-of its tokens, and one without is not read, so a list may be shorter than its budget. The paper weighs each sampled token by its chance to be
-sampled, which makes its output an estimate of dense attention; here pages are read whole, most of their tokens not by chance, so weights are
-left as they are.
+of its tokens, and one without is not read, so a list may be shorter than its budget. The paper weighs each sampled token by its chance to
+be sampled, which makes its output an estimate of dense attention; here pages are read whole, most of their tokens not by chance, so weights
+are left as they are.
 
 The paper keeps 10 bits in 150 tables, 200 bytes a token, more than 4-bit keys and values. Here a page's signatures take 512 bytes with the
 defaults, 16 bytes a token, a quarter of its keys in 4 bits at 128 channels: of tokens at cosine 0.6 with a query a quarter collide, at

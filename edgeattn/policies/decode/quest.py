@@ -1,7 +1,7 @@
 """Quest (arXiv 2406.10774): pages by the most that any of their keys could score, from the range of each channel.
 
-Quantised pages with parameters by channel know that range, so that nothing is stored for it. A KV head's pages are scored by the best of its
-query heads. At `reach` below 1 the range counts less than the middle of the keys: no bound any more, but a better guess.
+Quantised pages with parameters by channel know that range, so that nothing is stored for it. A KV head's pages are scored by the best of
+its query heads. At `reach` below 1 the range counts less than the middle of the keys: no bound any more, but a better guess.
 """
 from dataclasses import dataclass
 

@@ -1,8 +1,8 @@
 """TidalDecode (arXiv 2410.05076): two layers read everything and choose for the layers that follow them, anew at each step.
 
 The first layers are dense; the next one and, half way up, the re-selection layer read all pages and write the list that the layers after
-them read. The paper selects tokens; here a page is worth its best token. With grouped queries, which the paper leaves open, a token is worth
-the sum of its products with the group's queries, so each KV head has one list.
+them read. The paper selects tokens; here a page is worth its best token. With grouped queries, which the paper leaves open, a token is
+worth the sum of its products with the group's queries, so each KV head has one list.
 """
 from dataclasses import dataclass
 from typing import ClassVar

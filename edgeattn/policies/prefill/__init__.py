@@ -22,6 +22,8 @@ class PrefillPolicy:
 
     reference: ClassVar[bool] = False  # an end of the scale, not a method
     min_len: ClassVar[int] = 1024      # tokens in the context below which chunks are read whole
+    correction: ClassVar[str] = "none"  # a function of prefill_corrections.py, where the user asks for no other
+    skip: ClassVar[float] = 1e30        # powers of 2 below a row's largest weight so far at which a page's largest is left out
 
     def __post_init__(self):
         if self.sink < 1 or self.recent < 0:
@@ -52,5 +54,12 @@ class PrefillPolicy:
         blocks = blocks & causal(n, m) | forced(n, m, self.sink, self.recent)
         return PrefillPlan(blocks, None if columns is None else columns & ~spread(blocks, m) & (np.arange(m) < ends(n, m)[:, None]), n, m)
 
+    def tokens(self, seen: int) -> int | None:
+        """How many tokens a block of queries reads of `seen`; None where that depends on what they are."""
+
     def load(self, folder, config: dict):
-        """What the method needs of the model's calibration, or None. ValueError: the model lacks it."""
+        """What the method needs of the model's calibration, by name, or None. ValueError: the model lacks it."""
+
+    def of_head(self, assets, head: int, group: int):
+        """What `load` gave, as `select` takes it for the query heads of one KV head alone."""
+        return assets and {name: x[:, head * group:(head + 1) * group] for name, x in assets.items()}

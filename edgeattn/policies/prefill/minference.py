@@ -11,19 +11,23 @@ from typing import ClassVar
 
 import numpy as np
 
+from edgeattn.calibration import load_heads
 from edgeattn.policies.prefill import PrefillPolicy
 from edgeattn.prefill_plan import PAGE, QUERIES, best, by_distance, causal, ends, pool, slash_pages, true_weights
 
 A_SHAPE, VERTICAL_SLASH, BLOCK_SPARSE = range(3)
+NAME = "minference_patterns"  # [layers, heads, 3] int32 of calibration.safetensors: which of the three, n_v, n_s
 VERTICALS, SLASHES = 30, 100  # the first keys and the nearest distances always come first
 CHUNK = 512                   # queries that calibration looks at together
 
 
 @dataclass(frozen=True)
 class Minference(PrefillPolicy):
-    """n_v, n_s  keys and distances of heads without a calibration, which are all vertical-slash
+    """n_v, n_s  keys and distances of heads without a calibration, which are all vertical-slash; and of all heads where they are not the
+              defaults
     rows      last queries whose weights decide
 
+    A calibrated pattern's sizes are for prompts as long as the calibration's: of one several times as long they read a smaller part.
     Assets: "patterns" [layers, heads, 3] int32: which of the three, n_v, n_s.
     """
     n_v: int = 1000
@@ -55,6 +59,13 @@ class Minference(PrefillPolicy):
             scores = pool(q[found], QUERIES) @ pool(k, PAGE).T
             blocks[found], columns[found] = best(scores, causal(n, m), np.repeat(n_v[found, None] // PAGE, scores.shape[1], 1)), False
         return blocks, columns
+
+    def load(self, folder, config):
+        found = None if (self.n_v, self.n_s) != (Minference.n_v, Minference.n_s) else load_heads(folder, config, NAME, 3)
+        if found is not None and not np.isin(found[..., 0], (A_SHAPE, VERTICAL_SLASH, BLOCK_SPARSE)).all():
+            raise ValueError(f"{folder}: {NAME} has a pattern that is none of three: calibrate again: "
+                             f"edgeattn calibrate -m {folder} --parts prefill")
+        return None if found is None else {"patterns": found}
 
     @classmethod
     def calibrate(cls, q, k, v, scale, candidates=CANDIDATES, length=LENGTH, density=0.5):

@@ -7,12 +7,13 @@ whole prompt; ours is what a query block sees, so that plans do not depend on ho
 with keys of their own; of those that share a KV head all read the longest span among them.
 """
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 
+from edgeattn.calibration import load_heads
+from edgeattn.page_sums import PageSums
 from edgeattn.policies.prefill import PrefillPolicy
-from edgeattn.prefill_plan import PAGE, QUERIES, PrefillPlan, causal, ends, forced, softmax
+from edgeattn.prefill_plan import PAGE, PrefillPlan, causal, ends, forced
 
 ALPHAS, BETAS = (0, -1024, 1024, 2048), tuple(i / 8 for i in range(9))  # steps as in the paper
 NAME = "moa_spans"  # [layers, heads, 2] float32 of calibration.safetensors: alpha, beta
@@ -20,7 +21,8 @@ NAME = "moa_spans"  # [layers, heads, 2] float32 of calibration.safetensors: alp
 
 @dataclass(frozen=True)
 class Moa(PrefillPolicy):
-    """alpha tokens and beta of the tokens so far: the span of every head of a model that is not calibrated."""
+    """alpha tokens and beta of the tokens so far: the span of every head of a model that is not calibrated, and of one that is where they
+    are not the defaults."""
     sink: int = 2  # 64 tokens
     alpha: int = 0
     beta: float = 0.5
@@ -37,13 +39,9 @@ class Moa(PrefillPolicy):
         return np.broadcast_to(band(np.broadcast_to(alpha, group), np.broadcast_to(beta, group), n, m), (group, *causal(n, m).shape))
 
     def load(self, folder, config):
-        from edgeattn import calibration
-        if not (Path(folder) / calibration.FILE).is_file():  # every head has the same span
+        if (self.alpha, self.beta) != (Moa.alpha, Moa.beta):
             return None
-        spans = calibration.load(folder, config)[0].get(NAME)
-        shape = config["model"]["num_layers"], config["model"]["num_heads"], 2
-        if spans is not None and (spans.shape != shape or not np.isfinite(spans).all()):
-            raise ValueError(f"{folder}: {NAME} should be {list(shape)} numbers, got {list(spans.shape)}: calibrate again")
+        spans = load_heads(folder, config, NAME, 2)
         return None if spans is None else {"alpha": spans[..., 0], "beta": spans[..., 1]}
 
     @classmethod
@@ -71,24 +69,12 @@ def losses(q, k, v, scale, candidates) -> tuple[np.ndarray, np.ndarray]:
     policy, lost, read = Moa(), 0, 0
     for queries, keys, values in zip(q, k, v):
         heads, n, m = len(queries), queries.shape[1], keys.shape[1]
-        seen = np.arange(m) <= np.arange(n)[:, None] + m - n
         bands = band(*candidates.T, n, m, policy.sink, policy.recent)
         unique, where = np.unique(bands, axis=0, return_inverse=True)
         density = np.array([PrefillPlan(blocks[None], None, n, m).density() for blocks in unique])
-        found = np.zeros((heads, len(unique)))
-        for head in range(heads):
-            own = head * len(keys) // heads
-            weights = softmax(np.where(seen, queries[head] @ keys[own].T * scale, -np.inf))
-            dense = weights @ values[own]
-            fill = [(0, 0), (0, -m % PAGE)]
-            each = np.pad(weights, fill).reshape(n, -1, PAGE).swapaxes(0, 1)  # [pages, n, 32]
-            parts = np.concatenate([each @ np.pad(values[own], fill[::-1]).reshape(len(each), PAGE, -1), each.sum(2, keepdims=True)], 2)
-            for block in range(unique.shape[1]):
-                rows = slice(block * QUERIES, min(n, (block + 1) * QUERIES))
-                sums = np.tensordot(unique[:, block].astype(np.float32), parts[:, rows], 1)  # [spans, rows, d + 1]
-                out = sums[..., :-1] / np.maximum(sums[..., -1:], np.finfo(np.float32).tiny)
-                found[head] += ((out - dense[rows]) ** 2).sum((1, 2))
-            found[head] /= max((dense ** 2).sum(), np.finfo(np.float32).tiny)
+        sums = PageSums(queries, keys, values, scale)
+        wrong = [((sums.outputs(np.repeat(blocks[None], heads, 0)) - sums.dense) ** 2).sum((1, 2)) for blocks in unique]
+        found = np.stack(wrong, 1) / np.maximum((sums.dense ** 2).sum((1, 2)), np.finfo(np.float32).tiny)[:, None]
         lost, read = lost + found[:, where.ravel()] / len(q), read + density[where.ravel()] / len(q)
     return lost, read
 

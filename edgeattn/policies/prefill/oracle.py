@@ -1,4 +1,4 @@
-"""The pages with the largest true softmax weight of a block of queries, summed over its rows: what a selection would know that had seen all."""
+"""The pages with the largest true softmax weight of a block of queries, summed over its rows: what one would choose that knew all."""
 from dataclasses import dataclass
 from typing import ClassVar
 

@@ -90,6 +90,9 @@ class SeerAttention(PrefillPolicy):
             raise ValueError(f"{path}: rotary tables of {half} pairs do not fit a gate of {width} channels: add gate_cos and gate_sin")
         return gate
 
+    def of_head(self, assets, head, group):
+        return assets | {"gate_q": assets["gate_q"][:, head * group:(head + 1) * group], "gate_k": assets["gate_k"][:, head:head + 1]}
+
     @staticmethod
     def example_assets(heads: int, kv_heads: int, head_dim: int) -> dict:
         """A gate of one layer that compares means, of a model without positions."""
