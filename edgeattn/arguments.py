@@ -5,7 +5,8 @@ import numpy as np
 
 CODES = {"silu": 0, "gelu_tanh": 1, "relu2": 2,
          "bound": 0, "mass": 1, "recency": 2, "random": 3,
-         "hierarchy": 10, "representatives": 11, "landmarks": 12, "components": 13, "collisions": 14, "peak": 20, "rank": 21, "max_mass": 22,
+         "hierarchy": 10, "representatives": 11, "landmarks": 12, "components": 13, "collisions": 14,
+         "peak": 20, "rank": 21, "max_mass": 22,
          "head": 0, "layer": 1, "best": 2}
 
 

@@ -14,14 +14,14 @@ typedef u32 Queries[2][2];  // of one lane and 32 rows: [step][rows 0 and 2, row
 
 // Scores of the 32 tokens of a page, up to what q was divided by, to shared memory [HEADS][SCORE_STRIDE].
 template <int KIND, int D, bool FAR = false>
-__device__ __forceinline__ void score_page(const u8* side, const uint4 (&queries)[D / 32][32], float* scores, int g, int j)
+__device__ __forceinline__ void score_page(const u8* side, const uint4 (&queries)[D / 32][32], float* scores, int g, int j, int bits = KIND)
 {
     float c[2][4] = {}, base[4] = {};
-    const u8* params = side + 4 * D * KIND;
+    const u8* params = side + 4 * D * bits;
 #pragma unroll(FAR ? 1 : D / 32)  // as many loads at once as there are registers
     for (int block = 0; block < D / 32; block++) {
         Codes<KIND, FAR> x;
-        x.load(side, 0, block, D, g, j);
+        x.load(side, 0, block, D, g, j, bits);
         const uint4 of_block = queries[block][4 * g + j];
         const Queries q = {{of_block.x, of_block.y}, {of_block.z, of_block.w}};
         Queries w;
@@ -59,9 +59,10 @@ __device__ __forceinline__ void score_page(const u8* side, const uint4 (&queries
 // Weighted values of a page, p: the weights as `Queries` of tokens. Where a cache has quantised pages, sum[2 b + e] has the channels
 // 32 b + 2 g + e and the one 16 further; `base`, of what minima add, in row b the block b of 32 channels.
 template <int KIND, int D>
-__device__ __forceinline__ void weigh_codes(const u8* side, const Queries& p, float (&sum)[D / 16][4], float (&base)[2], int g, int j)
+__device__ __forceinline__ void weigh_codes(const u8* side, const Queries& p, float (&sum)[D / 16][4], float (&base)[2], int g, int j,
+                                            int bits = KIND)
 {
-    const u8* params = side + 4 * D * KIND;
+    const u8* params = side + 4 * D * bits;
     u32 low[2][2];
     float minima[4] = {base[0], base[1], 0, 0};
     paired(g < D / 32 ? piece(params + 128 * g + 16 * j) : make_uint4(0, 0, 0, 0), low);
@@ -71,7 +72,7 @@ __device__ __forceinline__ void weigh_codes(const u8* side, const Queries& p, fl
 #pragma unroll
     for (int b = 0; b < D / 32; b++) {
         Codes<KIND, false> x;
-        x.load(side, b * 128 * KIND, 0, 32, g, j);
+        x.load(side, b * 128 * bits, 0, 32, g, j, bits);
         u32 step[2][2];
         paired(piece(params + 128 * b + 64 + 16 * j), step);
 #pragma unroll
@@ -89,8 +90,9 @@ __device__ __forceinline__ void weigh_far_halves(const u8* values, const Queries
 {
 #pragma unroll
     for (int b = 0; b < D / 32; b++)
-#pragma unroll
-        for (int u = 0; u < 2; u++) {
+#pragma unroll 1
+        for (int u = 0; u < 2; u++) {  // not unrolled, and the warp together: no more at once than there are registers
+            const u32 w0 = u ? p[1][0] : p[0][0], w1 = u ? p[1][1] : p[0][1];
             u32 x[4], y[4];
 #pragma unroll
             for (int i = 0; i < 4; i++) {
@@ -98,10 +100,10 @@ __device__ __forceinline__ void weigh_far_halves(const u8* values, const Queries
                 const u8* from = values + 2 * (t * D + 32 * b + 2 * g);
                 x[i] = t < written ? *reinterpret_cast<const u32*>(from) : 0, y[i] = t < written ? *reinterpret_cast<const u32*>(from + 32) : 0;
             }
-            mma_f16(sum[2 * b], {low_halves(x[0], x[2]), low_halves(y[0], y[2]), low_halves(x[1], x[3]), low_halves(y[1], y[3])}, p[u][0], p[u][1]);
-            mma_f16(sum[2 * b + 1], {high_halves(x[0], x[2]), high_halves(y[0], y[2]), high_halves(x[1], x[3]), high_halves(y[1], y[3])}, p[u][0],
-                    p[u][1]);
-            __syncwarp();  // no more loads at once than there are registers
+            mma_f16(sum[2 * b], {low_halves(x[0], x[2]), low_halves(y[0], y[2]), low_halves(x[1], x[3]), low_halves(y[1], y[3])}, w0, w1);
+            mma_f16(sum[2 * b + 1], {high_halves(x[0], x[2]), high_halves(y[0], y[2]), high_halves(x[1], x[3]), high_halves(y[1], y[3])}, w0,
+                    w1);
+            __syncwarp();
         }
 }
 
@@ -136,26 +138,23 @@ __device__ __forceinline__ void score_any(const Page& page, const u8* side, cons
     if (KIND == F16) return score_page<F16, D>(side, queries, scores, g, j);
     if (page.kind(K_KIND) == F16) return score_page<F16, D, true>(at<u8>(page.place(K)), queries, scores, g, j);
     if (KIND == INT4) return score_page<INT4, D>(side, queries, scores, g, j);
-    switch (page.kind(K_KIND)) {
-    case INT8: return score_page<INT8, D>(side, queries, scores, g, j);
-    case INT4: return score_page<INT4, D>(side, queries, scores, g, j);
-    case INT3: return score_page<INT3, D>(side, queries, scores, g, j);
-    default: return score_page<INT2, D>(side, queries, scores, g, j);
-    }
+    const int bits = page.kind(K_KIND);
+    if (bits == INT8) return score_page<INT8, D>(side, queries, scores, g, j);
+    if (bits == INT4) return score_page<INT4, D>(side, queries, scores, g, j);
+    return score_page<INT3, D>(side, queries, scores, g, j, bits);
 }
 
 template <int KIND, int D>
-__device__ __forceinline__ void weigh_any(const Page& page, const u8* side, const Queries& p, int written, float (&sum)[D / 16][4], float (&base)[2], int g, int j)
+__device__ __forceinline__ void weigh_any(const Page& page, const u8* side, const Queries& p, int written, float (&sum)[D / 16][4],
+                                           float (&base)[2], int g, int j)
 {
     if (KIND == F16) return weigh_halves<D>(side, p, sum, g, j);
     if (page.kind(V_KIND) == F16) return weigh_far_halves<D>(at<u8>(page.place(V)), p, written, sum, g, j);
     if (KIND == INT4) return weigh_codes<INT4, D>(side, p, sum, base, g, j);
-    switch (page.kind(V_KIND)) {
-    case INT8: return weigh_codes<INT8, D>(side, p, sum, base, g, j);
-    case INT4: return weigh_codes<INT4, D>(side, p, sum, base, g, j);
-    case INT3: return weigh_codes<INT3, D>(side, p, sum, base, g, j);
-    default: return weigh_codes<INT2, D>(side, p, sum, base, g, j);
-    }
+    const int bits = page.kind(V_KIND);
+    if (bits == INT8) return weigh_codes<INT8, D>(side, p, sum, base, g, j);
+    if (bits == INT4) return weigh_codes<INT4, D>(side, p, sum, base, g, j);
+    return weigh_codes<INT3, D>(side, p, sum, base, g, j, bits);
 }
 
 // The channel of register `i` of sum[tile].

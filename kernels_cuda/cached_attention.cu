@@ -223,11 +223,15 @@ __device__ __forceinline__ void decode(const Call& call, int ranges, int stages)
     // of `slots` older tokens; at least one page
     const int first = list ? 0 : low / PAGE, count = list ? listed : slots / PAGE + 1 - first;
     const int size = (count + ranges - 2) / (ranges - 1), used = (count + size - 1) / size;
-    if (range >= used && range < ranges - 1) return;
-    if (threadIdx.x == 0) shared.table = table, shared.list = list, shared.first = first, shared.begin = range * size, shared.stages = stages, shared.end = min(count, range * size + size), shared.head = head, shared.row = row,
-                          shared.used = used, shared.range = range, shared.ranges = ranges, shared.low = low, shared.slots = slots;
+    const bool newest = range == ranges - 1;  // a block for a token of which no page is read
+    if (range >= used && !newest) return;
+    if (threadIdx.x == 0) {
+        shared.table = table, shared.list = list, shared.first = first, shared.head = head, shared.row = row, shared.used = used;
+        shared.range = range, shared.ranges = ranges, shared.low = low, shared.slots = slots, shared.stages = stages;
+        shared.begin = range * size, shared.end = min(count, range * size + size);
+    }
     __syncthreads();
-    if (range == ranges - 1) {
+    if (newest) {
         Prepared<D, WARPS> prepared;
         prepared.load(call, head, row, position);
         prepared.store(call, shared);

@@ -37,7 +37,7 @@ template <int KIND, bool FAR> struct Codes;
 
 template <> struct Codes<INT4, false> {
     uint2 step[2];
-    __device__ __forceinline__ void load(const u8* side, int from, int block, int rows, int g, int j) {
+    __device__ __forceinline__ void load(const u8* side, int from, int block, int rows, int g, int j, int bits) {
         for (int u = 0; u < 2; u++) step[u] = *reinterpret_cast<const uint2*>(side + swizzled<7>(from + (8 * block + 2 * j + u) * 64 + 8 * g));
     }
     __device__ __forceinline__ Operand operand(int u, int second) const {
@@ -48,7 +48,7 @@ template <> struct Codes<INT4, false> {
 
 template <> struct Codes<INT8, false> {
     uint2 high[2], low[2];
-    __device__ __forceinline__ void load(const u8* side, int from, int block, int rows, int g, int j) {
+    __device__ __forceinline__ void load(const u8* side, int from, int block, int rows, int g, int j, int bits) {
         for (int u = 0; u < 2; u++) {
             high[u] = *reinterpret_cast<const uint2*>(side + swizzled<7>(from + (8 * block + 2 * j + u) * 64 + 8 * g));
             low[u] = *reinterpret_cast<const uint2*>(side + swizzled<7>(from + rows * 16 + (8 * block + 2 * j + u) * 64 + 8 * g));
@@ -61,24 +61,13 @@ template <> struct Codes<INT8, false> {
     }
 };
 
-template <> struct Codes<INT2, false> {
-    uint2 both;
-    __device__ __forceinline__ void load(const u8* side, int from, int block, int rows, int g, int j)
-    {
-        both = *reinterpret_cast<const uint2*>(side + swizzled<7>(from + (4 * block + j) * 64 + 8 * g));
-    }
-    __device__ __forceinline__ Operand operand(int u, int second) const {
-        const u32 x = second ? both.y : both.x, y = x >> 8;
-        return u ? Operand{{codes<2, 4>(x), codes<2, 6>(x), codes<2, 4>(y), codes<2, 6>(y)}}
-                 : Operand{{codes<2, 0>(x), codes<2, 2>(x), codes<2, 0>(y), codes<2, 2>(y)}};
-    }
-};
-
+// Two bits as well, with `bits` 2: there are no third ones then. One instance for both: there are many pairs of types.
 template <> struct Codes<INT3, false> {
     uint2 both, top;
-    __device__ __forceinline__ void load(const u8* side, int from, int block, int rows, int g, int j) {
+    __device__ __forceinline__ void load(const u8* side, int from, int block, int rows, int g, int j, int bits) {
         both = *reinterpret_cast<const uint2*>(side + swizzled<7>(from + (4 * block + j) * 64 + 8 * g));
-        top = *reinterpret_cast<const uint2*>(side + swizzled<7>(from + rows * 8 + (2 * block + j / 2) * 64 + 8 * g));
+        top = make_uint2(0, 0);
+        if (bits == INT3) top = *reinterpret_cast<const uint2*>(side + swizzled<7>(from + rows * 8 + (2 * block + j / 2) * 64 + 8 * g));
         top.x >>= 4 * (j & 1), top.y >>= 4 * (j & 1);  // each byte's upper bits may hold a neighbour's: masked below
     }
     __device__ __forceinline__ Operand operand(int u, int second) const {
@@ -91,9 +80,12 @@ template <> struct Codes<INT3, false> {
 // Keys in halves: rows of 32 tokens. Matrix rows g and g + 8 are the columns 4 g and 4 g + 1, of the second operand 4 g + 2 and 4 g + 3.
 template <bool FAR> struct Codes<F16, FAR> {
     uint2 row[2][4];
-    __device__ __forceinline__ void load(const u8* side, int from, int block, int rows, int g, int j) {
+    __device__ __forceinline__ void load(const u8* side, int from, int block, int rows, int g, int j, int bits) {
         for (int u = 0; u < 2; u++)
-            for (int i = 0; i < 4; i++) row[u][i] = *reinterpret_cast<const uint2*>(side + swizzled<FAR ? 31 : 9>(from + (32 * block + 8 * j + 4 * u + i) * 64 + 8 * g));
+            for (int i = 0; i < 4; i++) {
+                const int place = from + (32 * block + 8 * j + 4 * u + i) * 64 + 8 * g;
+                row[u][i] = *reinterpret_cast<const uint2*>(side + swizzled<FAR ? 31 : 9>(place));
+            }
     }
     __device__ __forceinline__ Operand operand(int u, int second) const {
         const u32 x0 = second ? row[u][0].y : row[u][0].x, x1 = second ? row[u][1].y : row[u][1].x;
