@@ -117,7 +117,8 @@ class Bench:
         model, weights = self._model, self._weights
         rates = [n / run.seconds for run in runs]
         row = Row(model=f"{model.config['architecture']} {model.config['precision']}", size_bytes=weights.bytes, params=weights.params,
-                  device=model.device, threads=model.threads, kv_type=model.cache.options.name, ubatch=model.ubatch, test=_name(kind, n, depth),
+                  device=model.device, threads=model.threads, kv_type=model.cache.options.name, ubatch=model.ubatch,
+                  test=_name(kind, n, depth),
                   repetitions=len(runs),
                   tokens_per_second=statistics.mean(rates), deviation=statistics.stdev(rates) if len(rates) > 1 else 0.0,
                   peak_rss_bytes=_peak_rss(), kv_bytes=max(run.kv_bytes for run in runs), weight_bytes_per_token=weights.token_bytes,

@@ -38,7 +38,8 @@ def fill(model, sequence, depth):
     with model.backend.stream:
         for array in (floats.k, floats.v):
             halves = array.view(np.uint16)
-            block = xp.asarray(np.random.default_rng(0).standard_normal((1024, halves.shape[1]), np.float32).astype(np.float16).view(np.uint16))
+            values = np.random.default_rng(0).standard_normal((1024, halves.shape[1]), np.float32).astype(np.float16)
+            block = xp.asarray(values.view(np.uint16))
             for start in range(0, len(halves), len(block)):
                 part = halves[start:start + len(block)]
                 part[...] = block[:len(part)]
@@ -126,9 +127,10 @@ def main():
             figures["steps"].append(found)
             rate = (found["weights"] + (found["kv"] if sparse == "off" else 0)) / found["graph_us"] / 1e3
             share = f"{found['in_kernels']:.1%}" if found["in_kernels"] else "not known"
-            print(f"{kind} {sparse:>5} depth {depth:>6}: step {found['step_us']:7.1f} us, graph {found['graph_us']:7.1f} us of {found['kernels']} "
-                  f"kernels, one of which runs {share} of the time; {rate:.0f} GB/s", flush=True)
-            print("    " + ", ".join(f"{name} {us:.0f}" for name, us in sorted((found["each"] or {}).items(), key=lambda x: -x[1])[:8]), flush=True)
+            print(f"{kind} {sparse:>5} depth {depth:>6}: step {found['step_us']:7.1f} us, graph {found['graph_us']:7.1f} us of "
+                  f"{found['kernels']} kernels, one of which runs {share} of the time; {rate:.0f} GB/s", flush=True)
+            longest = sorted((found["each"] or {}).items(), key=lambda x: -x[1])[:8]
+            print("    " + ", ".join(f"{name} {us:.0f}" for name, us in longest), flush=True)
     save(args.json, figures)
     if "torch" in args.engines:
         for depth, us in theirs(args.shape, sorted({depth for _, _, depth in SETTINGS}), args.repeat):

@@ -1,6 +1,6 @@
-"""A folder as `edgeattn export` writes it, of a named shape with random 4-bit weights, made in seconds: `python random_export.py llama-3.2-1b FOLDER`.
+"""A folder as `edgeattn export` writes it, of a named shape, with random 4-bit weights: `python random_export.py llama-3.2-1b FOLDER`.
 
-Speed does not depend on the values. Nothing is quantised: codes are random bytes, steps such that activations stay near one.
+It takes seconds, and speed does not depend on the values. Nothing is quantised: codes are random bytes, steps such that activations stay near one.
 """
 import json
 import sys
@@ -56,9 +56,8 @@ def write_export(shape: str, folder: Path, ctx_size: int = 40960, seed: int = 0)
 def _random(specs, rng):
     """Codes, then steps of which the product with K codes has a spread near one."""
     codes, scales = specs
-    blocks, in_block = codes.shape[1], codes.shape[2] * 16 * 4 // 16  # bytes of a block for one output
-    bits = in_block * 8 // 32
-    spread = 2 ** bits / 12 ** 0.5 * (32 * blocks) ** 0.5
+    bits, k = codes.shape[2], 32 * codes.shape[1]  # in blocks of 32
+    spread = 2 ** bits / 12 ** 0.5 * k ** 0.5
 
     def slabs():
         yield rng.integers(0, 256, codes.shape, np.uint8), np.full(scales.shape, 1 / spread, np.float16)

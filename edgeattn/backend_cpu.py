@@ -55,8 +55,8 @@ class CpuBackend:
 
     def step(self, name: str, operator: str, kernel, tensors: dict, attributes: dict, extra: dict, max_counts: dict, threads: int) -> Step:
         row = steps.make_row(kernel, tensors, attributes, COUNTS, extra | {"workspace": 0})
-        scratch = kernel.workspace_bytes(tensors, attributes, max(max_counts.values()), threads) if hasattr(kernel, "workspace_bytes") else 0
-        return Step(name, operator, row, scratch)
+        size = getattr(kernel, "workspace_bytes", lambda *_: 0)
+        return Step(name, operator, row, size(tensors, attributes, max(max_counts.values()), threads))
 
     def table(self, made: list[Step], workspace: np.ndarray) -> np.ndarray:
         """Consecutive steps as `run` takes them, with their scratch memory."""

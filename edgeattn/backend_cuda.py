@@ -2,8 +2,8 @@
 launches in one stream.
 
 Launches are made once for each bucket of counts: powers of two of tokens, rows of logits, sequences and cached tokens. A bucket of decode
-steps becomes a CUDA graph when it comes a second time; the first time compiles and loads its kernels. All that changes from step to step lies
-in device memory (device_batch.py), so a graph is launched as it is.
+steps becomes a CUDA graph when it comes a second time; the first time compiles and loads its kernels. All that changes from step to step
+lies in device memory (device_batch.py), so a graph is launched as it is.
 """
 import mmap
 from dataclasses import dataclass, replace
@@ -70,9 +70,8 @@ class Table:
 
 class CudaBackend:
     device = "cuda"
-    open_sequences = 4  # that may be open at once where memory is not limited: their newest pages have a place from the beginning
-
     runs_segments = False
+    open_sequences = 4  # that may be open at once where memory is not limited: their newest pages have a place from the beginning
 
     def __init__(self):
         xp = device.cupy()

@@ -30,8 +30,8 @@ def decode_refusal(policy, heads: int = 1, kv_heads: int = 1) -> str:
 
 
 def check(options: CacheOptions, sparse, prefill, about: dict) -> tuple[CacheOptions, str, str]:
-    """What the user chose (SparseOptions, PrefillOptions) -> the cache's options, and why sparse decode steps and sparse prompts give way, if
-    they were not asked for by name. ValueError: a model or a cache that cannot be on the GPU."""
+    """What the user chose (SparseOptions, PrefillOptions) -> the cache's options, and why sparse decode steps and sparse prompts give way,
+    if they were not asked for by name. ValueError: a model or a cache that cannot be on the GPU."""
     for why in (model_refusal(about), cache_refusal(options)):
         if why:
             raise ValueError(why)

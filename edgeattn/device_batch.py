@@ -1,4 +1,4 @@
-"""One forward call's arrays for a GPU: written in pinned memory, and sent by one copy for all that changed; page lists only where they did."""
+"""One forward call's arrays for a GPU: written in pinned memory and sent by one copy; page lists only where they have changed."""
 import numpy as np
 
 from edgeattn.batch import COUNTS, HELD, Batch
@@ -9,7 +9,7 @@ TO_DEVICE = 1  # cudaMemcpyHostToDevice
 
 
 class Pinned:
-    """Pinned memory of the host, handed out from the beginning, and as much on the device, where the same arrays lie at the same offsets."""
+    """Pinned memory of the host, handed out from the beginning, and as much on the device, where arrays lie at the same offsets."""
 
     def __init__(self, size: int, on_device: bool = True):
         xp = device.cupy()

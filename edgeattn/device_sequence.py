@@ -8,8 +8,8 @@ NEVER = np.iinfo(np.int32).max
 
 
 class DeviceSequence:
-    """The host's page lists are the truth: upload() brings the device what has changed since. Selections and their index are made and kept on
-    the device alone; the host only says from which page on they are void. Counts travel with each call (device_batch.py)."""
+    """The host's page lists are the truth: upload() brings the device what has changed since. Selections and their index are made and kept
+    on the device alone; the host only says from which page on they are void. Counts travel with each call (device_batch.py)."""
 
     def __init__(self, sequence, stream):
         """sequence: a cache/sequence.py Sequence; only its arrays are held, so that it can be dropped."""

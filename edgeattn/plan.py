@@ -59,7 +59,8 @@ class Plan:
         self.steps = [step for g in groups if not isinstance(g, Segment) for step in g]
         attends = [(i, next(nodes)) for i, step in enumerate(self.steps) if step.operator == "cached_attention"]
         self.attentions = {i: (attributes(node)["layer"], node) for i, node in attends}
-        self.workspace = self.backend.allocate(max((step.workspace_bytes for step in self.steps), default=0))  # only one step runs at a time
+        scratch = max((step.workspace_bytes for step in self.steps), default=0)  # for all: only one step runs at a time
+        self.workspace = self.backend.allocate(scratch)
         self.items = [self._connect(g) if isinstance(g, Segment) else self.backend.table(g, self.workspace) for g in groups if g]
         self.backend.ready([item for item in self.items if not isinstance(item, Segment)], progress)
 

@@ -126,7 +126,8 @@ class Model:
                     self.backend)
 
     def _layer_arguments(self, layer):
-        return (self.cache.arguments(layer) | self.backend.cache_arguments(self.cache.plan.formats) | {"prefill.sparse": int(self.prefill is not None)}
+        own = self.backend.cache_arguments(self.cache.plan.formats) | {"prefill.sparse": int(self.prefill is not None)}
+        return (self.cache.arguments(layer) | own
                 | (self.scheduler.arguments(layer) if self.scheduler else {"selection.group": -1}))
 
     # ---- sequences ----------------------------------------------------------------------------------------------

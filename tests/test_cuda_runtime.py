@@ -19,7 +19,8 @@ from edgeattn.tokenizer import Tokenizer
 pytestmark = needs_cuda
 PROMPT, DECODED = 600, 60
 CLOSE, SELECTED = 0.03, 0.12  # root-mean-square differences of logits, in standard deviations
-SPARSE = {"dense": SparseOptions("off"), "quest": SparseOptions("quest", {"budget": 256}, 0), "auto": SparseOptions("auto", {"budget": 256}, 0)}
+SPARSE = {"dense": SparseOptions("off"), "quest": SparseOptions("quest", {"budget": 256}, 0),
+          "auto": SparseOptions("auto", {"budget": 256}, 0)}
 RNG = np.random.default_rng()
 
 
@@ -42,7 +43,8 @@ def load(nano_int4):
     def loaded(device, cache="f16", sparse="dense", **more):
         key = device, cache, sparse, *more.items()
         if key not in made:
-            options = dict(ctx_size=2048, ubatch=128, sparse=SPARSE[sparse], prefill=PrefillOptions("off"), cache=CacheOptions(cache, cache))
+            options = dict(ctx_size=2048, ubatch=128, sparse=SPARSE[sparse], prefill=PrefillOptions("off"),
+                           cache=CacheOptions(cache, cache))
             made[key] = Model.load(nano_int4, device=device, **options | more)
         return made[key]
     return loaded
