@@ -1,6 +1,7 @@
 """A folder as `edgeattn export` writes it, of a named shape, with random 4-bit weights: `python random_export.py llama-3.2-1b FOLDER`.
 
-It takes seconds, and speed does not depend on the values. Nothing is quantised: codes are random bytes, steps such that activations stay near one.
+It takes seconds, and speed does not depend on the values. Nothing is quantised: codes are random bytes, steps such that activations stay
+near one.
 """
 import json
 import sys

@@ -86,7 +86,8 @@ class KVCache:
         chosen = self.plan.selection
         return {"selection.width": chosen.width(self.plan.formats) if chosen else 0, "selection.capacity": chosen.capacity if chosen else 0,
                 "cache.pools": self.backend.address(self.table), "cache.max_pages": self.plan.max_pages,
-                "cache.keys_rotated": self.storage.rotated and self.options.quantised, "cache.quantised": int(self.options.quantised), "cache.mass_mode": self.plan.mass_mode,
+                "cache.keys_rotated": self.storage.rotated and self.options.quantised, "cache.quantised": int(self.options.quantised),
+                "cache.mass_mode": self.plan.mass_mode,
                 "cache.mass_plane": self.shape[0] * self.shape[1] * self.plan.max_pages * PAGE,
                 "cache.progressive": int(np.float32(self.options.progressive).view(np.int32))}
 
