@@ -22,6 +22,9 @@ from edgeattn.kernels_cuda.steps import Graph, run
 
 CHUNK_BYTES = 16 << 20  # of a weight, copied at a time: the driver stages it, the host keeps no copy
 SMALLEST_SLOTS = 256    # of a bucket
+SELECTION_S = 17e-6     # that choosing pages adds to a layer's attention, measured on an H200
+EFFECTIVE = 0.6         # of the memory's nominal rate, that attention reads at
+NEVER = 1 << 40         # tokens
 
 
 @dataclass(frozen=True)
@@ -149,6 +152,13 @@ class CudaBackend:
             found = counters.get()
             counters.fill(0)
         return found
+
+    def sparse_from(self, policy, token_bytes: float) -> int:
+        """Tokens in the context from which a decode policy saves a layer more time than it costs, by what is not read: an estimate from the
+        memory's clock and width, until it is measured. token_bytes: keys and values of one token in one layer."""
+        about = device.about()
+        rate = EFFECTIVE * 2e6 * about["memory_clock_mhz"] * about["memory_bus_bits"] / 8
+        return next((n for n in range(256, 1 << 20, 256) if n - policy.tokens(n) >= SELECTION_S * rate / token_bytes), NEVER)
 
     def batch(self, max_tokens: int, max_rows: int, max_sequences: int, cache) -> DeviceBatch:
         cells = int(np.prod(cache.shape))

@@ -21,7 +21,6 @@ from edgeattn.rebuild import recall
 from edgeattn.scheduler import Scheduler, SparseOptions, refusal
 
 MAX_SEQUENCES = 64
-UNMEASURED = 4  # times a policy's budget, from which sparse decode begins on a GPU
 LOGITS_BYTES = 64 << 20  # rows of logits are limited to this much at a time
 
 
@@ -92,7 +91,8 @@ class Model:
         if self.scheduler:
             self.scheduler.prepare(MAX_SEQUENCES, self.cache.plan.max_pages, None if self.device == "cpu" else self.backend)
             if sparse.min_len is None and self.device != "cpu":
-                self.scheduler.min_len = int(UNMEASURED * self.scheduler.policy.tokens(0))
+                token_bytes = self.cache.read_bytes(self.ctx_size) / self.ctx_size / about["num_layers"]
+                self.scheduler.min_len = self.backend.sparse_from(self.scheduler.policy, token_bytes)
             elif sparse.min_len is None:
                 from edgeattn.crossover import settle  # loads the kernels of selections
                 settle(self.scheduler, options, about["num_heads"], about["head_dim"], self.threads)

@@ -222,6 +222,15 @@ def test_what_gives_way_and_what_does_not():
         check(CacheOptions(heads="razor"), SparseOptions(), PrefillOptions(), about)
 
 
+@pytest.mark.parametrize("clock, bus, begins", [(3201, 6144, (35_000, 60_000)), (3199, 128, (2_500, 4_000))], ids=["H200", "Orin Nano"])
+def test_where_sparse_decode_begins(monkeypatch, clock, bus, begins):
+    """int4 pages of 8 heads of 128: as measured on an H200, and where a slow memory makes it pay early."""
+    from edgeattn.kernels_cuda import device
+    monkeypatch.setattr(device, "about", lambda: {"memory_clock_mhz": clock, "memory_bus_bits": bus})
+    found = make_backend(monkeypatch).sparse_from(load_policy("decode", "auto"), 1294)
+    assert begins[0] < found < begins[1]
+
+
 def test_devices_by_name(monkeypatch):
     monkeypatch.setattr(devices, "cuda_missing", lambda: "no driver")
     assert devices.make_backend("auto").device == devices.make_backend("cpu").device == "cpu"
