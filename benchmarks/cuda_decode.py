@@ -72,9 +72,6 @@ def ours(folder, kind, sparse, depth, repeat):
     found = dict(cache=kind, sparse=sparse, depth=depth, step_us=1e6 * float(np.median(spent[10:])), graph_us=graph_us,
                  kernels=len(table.launches[bucket]), in_kernels=profiled and profiled[0], each=profiled and profiled[1],
                  weights=model.backend.weight_bytes, kv=model.cache.stored_bytes(sequence))
-    del model, sequence, table, row
-    gc.collect()
-    device.cupy().get_default_memory_pool().free_all_blocks()
     return found
 
 
@@ -95,7 +92,7 @@ def theirs(shape, depths, repeat):
             for layer in cache.layers:
                 layer.cumulative_length.fill_(max(depth, 1))
 
-            def run():
+            def run(cache=cache):
                 return step(input_ids=token, past_key_values=cache, use_cache=True).logits[0, -1].argmax()
             for _ in range(5):
                 run()
@@ -125,6 +122,8 @@ def main():
         for kind, sparse, depth in SETTINGS if "ours" in args.engines else ():
             found = ours(folder, kind, sparse, depth, args.repeat)
             figures["steps"].append(found)
+            gc.collect()
+            device.cupy().get_default_memory_pool().free_all_blocks()
             rate = (found["weights"] + (found["kv"] if sparse == "off" else 0)) / found["graph_us"] / 1e3
             share = f"{found['in_kernels']:.1%}" if found["in_kernels"] else "not known"
             print(f"{kind} {sparse:>5} depth {depth:>6}: step {found['step_us']:7.1f} us, graph {found['graph_us']:7.1f} us of "
