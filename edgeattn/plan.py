@@ -269,7 +269,7 @@ class Plan:
                     self.backend.run(item[first:i], state)
                     before_attention(self.attentions[done + i][0])
                     first = i
-            self.backend.run(item[first:], state)
+            self.backend.run(item[first:] if first else item, state)
             done += len(item)
 
     def attention_inputs(self, layer: int, state: np.ndarray) -> tuple[dict[str, np.ndarray], dict]:

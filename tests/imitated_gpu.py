@@ -110,10 +110,10 @@ def make_backend(monkeypatch):
 
         def step(self, name, operator, kernel, tensors, attributes, extra, max_counts, threads):
             if not hasattr(self, "nothing"):
-                self.nothing = array(1 << 20, np.uint8)
+                self.nothing, self.scores = array(1 << 20, np.uint8), array(1 << 20, np.uint8)
             missing = {name: self.nothing.data.ptr for name, value in extra.items() if name.startswith("batch.") and not value
                        and name not in ("batch.sequences", "batch.probes")}
-            extra = extra | missing | {"selection.scores": self.nothing.data.ptr}
+            extra = extra | missing | {"selection.scores": self.scores.data.ptr}
             return CpuBackend.step(self, name, operator, kernel, tensors, attributes, extra, max_counts, threads)
 
         def table(self, made, workspace):
