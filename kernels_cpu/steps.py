@@ -15,43 +15,18 @@ Names in ARGS:
     epsilon ...  an attribute: an int, the bits of a float32 (read with `as_f32`) or a code from CODES
     others       an int looked up in `extra`, such as "workspace", "cache.k", "batch.slots"
 """
-from dataclasses import dataclass
-
 import numpy as np
 from llvmlite import ir
 from numba import carray, get_num_threads, njit, types
 from numba.extending import intrinsic
 from numba.np.ufunc.parallel import _launch_threads
 
+from edgeattn.arguments import CODES, Tensor, resolve, resolve_one  # CODES and Tensor also for those who import them from here
+
 _launch_threads()  # a step loaded from the cache finds the threading symbols only once the pool exists
 
 STEP = types.void(types.CPointer(types.int64), types.CPointer(types.int64))
 WIDTH = 80  # int64 arguments of one step, the function's address first
-CODES = {"silu": 0, "gelu_tanh": 1, "relu2": 2,
-         "bound": 0, "mass": 1, "recency": 2, "random": 3,
-         "hierarchy": 10, "representatives": 11, "landmarks": 12, "components": 13, "collisions": 14,
-         "peak": 20, "rank": 21, "max_mass": 22,
-         "head": 0, "layer": 1, "best": 2}
-
-
-@dataclass(frozen=True)
-class Tensor:
-    """Where a value lives. The first dimension may be the name of a count kept in `state`."""
-    address: int
-    shape: tuple
-    stride: int       # elements between rows of the first dimension
-    type: str = "float32"
-
-    @staticmethod
-    def of(array: np.ndarray, rows: str | None = None) -> "Tensor":
-        shape = array.shape if rows is None else (rows, *array.shape[1:])
-        stride = array.strides[0] // array.itemsize if array.ndim else 1
-        return Tensor(array.ctypes.data, shape, stride, str(array.dtype))
-
-
-def resolve(args: tuple[str, ...], tensors: dict, attributes: dict, counts: tuple[str, ...], extra: dict) -> list[int]:
-    """The row of int64 arguments (without the function's address) that `args` asks for."""
-    return [_resolve(name, tensors, attributes, counts, extra) for name in args]
 
 
 def make_row(kernel, tensors: dict, attributes: dict, counts: tuple[str, ...], extra: dict) -> np.ndarray:
@@ -62,33 +37,6 @@ def make_row(kernel, tensors: dict, attributes: dict, counts: tuple[str, ...], e
     row = np.zeros(WIDTH, np.int64)
     row[:1 + len(kernel.ARGS)] = kernel.step.address, *resolve(kernel.ARGS, tensors, attributes, counts, extra)
     return row
-
-
-def _resolve(name, tensors, attributes, counts, extra):
-    if name in extra:
-        return int(extra[name])
-    if name in attributes:
-        value = attributes[name]
-        if isinstance(value, (float, np.floating)):
-            return int(np.float32(value).view(np.int32))
-        return CODES[value] if isinstance(value, str) else int(value)
-    tensor_name, _, field = name.partition(".")
-    tensor = tensors.get(tensor_name)
-    if tensor is None:
-        return 0
-    if not field:
-        return tensor.address
-    if field == "rows":
-        return counts.index(tensor.shape[0])
-    if field == "stride":
-        return tensor.stride
-    if field == "groups":
-        return int(np.prod(tensor.shape[1:-1], dtype=np.int64))
-    if field == "width":
-        return tensor.shape[-1]
-    if field == "type":
-        return {"float32": 0, "float16": 1, "uint16": 1}[tensor.type]
-    return tensor.shape[int(field)]
 
 
 def call(step, args: tuple[str, ...], tensors: dict, attributes: dict | None = None, extra: dict | None = None,
@@ -108,7 +56,7 @@ def call(step, args: tuple[str, ...], tensors: dict, attributes: dict | None = N
     row = np.zeros((1, WIDTH), np.int64)
     row[0, 0] = step.address
     for i, name in enumerate(args):
-        row[0, 1 + i] = _resolve(name, counted if name.endswith(".rows") else static, attributes, tuple(tensors), extra)
+        row[0, 1 + i] = resolve_one(name, counted if name.endswith(".rows") else static, attributes, tuple(tensors), extra)
     run(row, state)
 
 

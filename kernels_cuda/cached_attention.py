@@ -1,0 +1,107 @@
+"""Attention over a paged cache for a whole batch; see the reference. Decode is one launch: the kernel that the cache's pages ask for
+rotates, writes the new tokens, attends and merges. Prefill writes first. What tensor cores do not take, attention_rows.cu does."""
+import numpy as np
+
+from edgeattn.kernels_cuda import compile, device
+from edgeattn.kernels_cuda.attention_call import BLOCKS, CALL, HEADS, MOST_PLACES, attribute, call_args, partial_bytes, ranges_of
+from edgeattn.kernels_cuda.page_pool import ANY, FIELDS, HALVES, INT4, MIXED, POOLS
+from edgeattn.kernels_cuda.paged_cache import PagedCache
+from edgeattn.kernels_cuda.steps import Launch
+from edgeattn.page_formats import PageFormat
+
+LATER = "selection.thresholds", "cache.mass_mode", "cache.progressive"  # what only the CPU does
+ARGS = (*CALL, "cache.kinds", *LATER)
+DECODE = {HALVES: "decode_f16", INT4: "decode_int4", MIXED: "decode_mixed"}
+ONE_ROW, MORE_ROWS = 1, 2
+WARPS = {HALVES: 4, INT4: 8, MIXED: 8}          # of a block of decode
+SIDE_BYTES = {HALVES: 64, INT4: 20, MIXED: 36}  # of a page's keys or values in shared memory, for each channel
+ROWS_SHARED = 4 * (5 * HEADS * 256 + 4 * HEADS * 34)  # attention_rows.cu, Rows
+MOST_DEPTH = 256
+QUERY_ROWS, QUERY_BLOCK, KEYS = 128, 64, 64  # attention_prefill.cu
+
+
+def cached_attention(q, k, v, cos, sin, past_key, past_value, positions, *,
+                     num_heads, kv_heads, head_dim, rotary_dim, interleaved=0, scale, window=0, layer=0):
+    cache = PagedCache([PageFormat(head_dim, "f32", "f32")], kv_heads, [past_key.shape[1]], [len(q)])
+    cache.fill(0, past_key, past_value)
+    out = attend(cache, q, k, v, cos, sin, positions, num_heads=num_heads, kv_heads=kv_heads, head_dim=head_dim, rotary_dim=rotary_dim,
+                 interleaved=interleaved, scale=scale, window=window)
+    return out, *cache.read(0)
+
+
+def attend(cache: PagedCache, q, k, v, cos, sin, positions, *, extra: dict | None = None, **attributes) -> np.ndarray:
+    """Run one step over all sequences of `cache`, their new tokens one after the other in q, k, v, NumPy arrays; -> out."""
+    import edgeattn.kernels_cuda.cached_attention as kernel
+    xp = device.cupy()
+    tensors = {name: xp.asarray(np.ascontiguousarray(x, np.float32)) for name, x in dict(q=q, k=k, v=v, cos=cos, sin=sin).items()}
+    tensors["out"], positions = xp.full(q.shape, np.nan, np.float32), xp.asarray(positions, np.int64)
+    cache.run(kernel, tensors, attributes, {"batch.positions": positions.data.ptr} | (extra or {}))
+    return tensors["out"].get()
+
+
+def workspace_bytes(tensors, attributes, rows, threads) -> int:
+    return partial_bytes(rows, *(int(attributes[name]) for name in ("num_heads", "kv_heads", "head_dim")))
+
+
+def launches(a: dict[str, int], most: dict) -> list[Launch]:
+    if asked := [name for name in LATER if a[name]]:
+        raise ValueError(f"CUDA attention does not do this yet: {', '.join(asked)}; run with --device cpu")
+    if a["head_dim"] > MOST_DEPTH:
+        raise ValueError(f"CUDA kernels take heads of at most {MOST_DEPTH} channels, got {a['head_dim']}; run on the CPU with --device cpu")
+    sequences, tokens, slots = most[a["batch.sequences"]], most[a["q.rows"]], most["slots"]
+    group = a["num_heads"] // a["kv_heads"]
+    fast = a["cache.kinds"] != ANY and a["head_dim"] in (64, 128) and group <= HEADS and not a["cache.keys_rotated"]
+    found = []
+    if fast:
+        found.append(_decode(a, sequences, slots))
+    if tokens > 1 and fast and not a["batch.compensation"]:
+        found += [_write(a, tokens, MORE_ROWS), _prefill(a, tokens, sequences)]
+    elif tokens > 1 or not fast:
+        which = MORE_ROWS if fast else ONE_ROW | MORE_ROWS
+        found += [_write(a, tokens, which), _rows(a, tokens, slots, which)]
+    return found
+
+
+def decode_shared(kinds: int, head_dim: int, stages: int) -> int:
+    """Bytes of shared memory: cached_attention.cu, Shared, and the rings of sides or what becomes of them."""
+    warps = WARPS[kinds]
+    fixed = 4 * HEADS * head_dim + 16 * head_dim + 4 * HEADS * (1 + 2 * warps) + 4 * warps * HEADS * head_dim // 32 + 8 * head_dim
+    fixed += 64 + 8 * POOLS * FIELDS + 4 * warps * HEADS * 36
+    return fixed + warps * max(stages * SIDE_BYTES[kinds] * head_dim, 4 * HEADS * head_dim)
+
+
+def _decode(a, sequences, slots):
+    kinds, depth = a["cache.kinds"], a["head_dim"]
+    ranges = ranges_of(sequences * a["kv_heads"], slots)
+    room = attribute("MaxSharedMemoryPerMultiprocessor") // BLOCKS - 1024
+    sizes = {stages: decode_shared(kinds, depth, stages) for stages in (3, 2)}
+    stages = next((stages for stages, size in sizes.items() if size <= room), 2)
+    kernel = compile.function("cached_attention", f"{DECODE[kinds]}_{depth}", sizes[stages])
+    args = (*call_args(a), np.int64(ranges + 1), np.int64(stages))
+    return Launch(kernel, (a["kv_heads"] * (ranges + 1), sequences, 1), 32 * WARPS[kinds], args, sizes[stages], overlap=True)
+
+
+def _write(a, tokens, which):
+    """New keys, rotated, and values into their pages."""
+    kernel = compile.function("attention_rows", "write_tokens")
+    return Launch(kernel, (a["kv_heads"], tokens, 1), 128, (*call_args(a), np.int64(which)), overlap=True)
+
+
+def _prefill(a, tokens, sequences):
+    each = QUERY_ROWS // (a["num_heads"] // a["kv_heads"])  # tokens of a block
+    if a["batch.prefill_lists"]:
+        each = min(QUERY_BLOCK, 1 << each.bit_length() - 1)
+    shared = 2 * KEYS * a["head_dim"] * 2 * 2 + 8 * KEYS
+    kernel = compile.function("attention_prefill", f"prefill_{a['head_dim']}", shared)
+    return Launch(kernel, (-(-tokens // each), a["kv_heads"], sequences), 256, (*call_args(a), np.int64(0)), shared, overlap=True)
+
+
+def _rows(a, tokens, slots, which):
+    """Float32, for pages of any format."""
+    parts = -(-(a["num_heads"] // a["kv_heads"]) // HEADS)
+    if tokens * a["kv_heads"] * parts > MOST_PLACES:
+        raise ValueError(f"a chunk of {tokens} tokens is too long for {a['kv_heads']} KV heads; choose a smaller --ubatch-size")
+    ranges = ranges_of(tokens * a["kv_heads"] * parts, slots)
+    kernel = compile.function("attention_rows", "attend_rows", ROWS_SHARED)
+    args = (*call_args(a), np.int64(ranges), np.int64(which))
+    return Launch(kernel, (a["kv_heads"] * parts * ranges, tokens, 1), 128, args, ROWS_SHARED, overlap=True)

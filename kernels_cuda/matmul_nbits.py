@@ -1,0 +1,111 @@
+"""x times block-quantised weights, with x rounded to int8 per token and block: see the reference for layouts.
+
+Few tokens: gemv_nbits.cu, which reads every weight once for up to FEW of them. Many: gemm_nbits.cu, on the int8 matrix units (but blocks of
+16, which are no whole product of theirs).
+"""
+import numpy as np
+
+from edgeattn.kernels_cuda import compile, device
+from edgeattn.kernels_cuda.steps import Launch, call, ints, pointers
+
+ARGS = ("x", "x.rows", "x.stride", "codes", "scales", "zero_points", "bias", "out", "out.stride", "bits", "block_size", "K", "N",
+        "workspace", "state")
+FEW = 8              # tokens of one pass over the weights
+MANY = 48            # tokens from which the matrix units, whose tiles are COLUMNS tokens, are faster than passes of FEW
+WARPS = 8            # of a block of gemv_nbits.cu
+BLOCKS = 2           # of them that a processor runs at a time
+ROWS, COLUMNS, STAGES = 64, 128, 4  # the tile of gemm_nbits.cu, and its steps of K under way
+RING = {(4, 32): 4, (8, 32): 3, (4, 16): 4, (8, 16): 4}  # STAGES of gemv_nbits.cu's kernels, by bits and K of a unit
+WEIGHTS = np.dtype([("codes", "i8"), ("scales", "i8"), ("zero_points", "i8"), ("units", "i4"), ("block_shift", "i4"), ("panels", "i4"),
+                    ("pad", "i4")])  # the kernels' struct Weights
+
+
+def matmul_nbits(x, codes, scales, zero_points=None, bias=None, *, bits, block_size, K, N):
+    from edgeattn.kernels_cuda import matmul_nbits as kernel
+    out = np.empty((len(x), N), np.float32)
+    tensors = dict(x=x, codes=codes, scales=scales.view(np.uint16), zero_points=zero_points, bias=bias, out=out)
+    call(kernel, tensors, dict(bits=bits, block_size=block_size, K=K, N=N))
+    return out
+
+
+def workspace_bytes(tensors, attributes, rows, threads) -> int:
+    """Quantised activations of `rows` tokens, whole tiles of them: codes, then the units' scales and sums."""
+    codes, info = _activation_bytes(rows, attributes["K"], attributes["block_size"])
+    return codes + info
+
+
+def launches(a: dict[str, int], most: dict) -> list[Launch]:
+    tokens, (unit, units, shift) = most[a["x.rows"]], _units(a["K"], a["block_size"])
+    weights = np.zeros((), WEIGHTS)
+    weights["codes"], weights["scales"], weights["zero_points"] = a["codes"], a["scales"], a["zero_points"]
+    weights["units"], weights["block_shift"], weights["panels"] = units, shift, -(-a["N"] // 16)
+    if tokens == 1 and unit == 32:
+        return [_gemv(a, 1, weights, unit, 1)]
+    quantise = _quantise(a, tokens, unit, units, shift)
+    if tokens < MANY or unit == 16:
+        return [quantise, _gemv(a, tokens, weights, unit, 4 if tokens <= 4 and (a["bits"], unit) == (4, 32) else FEW)]
+    return [quantise, _gemm(a, tokens, weights)]
+
+
+def _units(k, block_size) -> tuple[int, int, int]:
+    """K of a unit, units of a row, log2 of the units in a block."""
+    unit = min(block_size, 32)
+    return unit, -(-k // block_size) * block_size // unit, (block_size // unit).bit_length() - 1
+
+
+def _padded(tokens, k, block_size) -> tuple[int, int, int]:
+    """Tokens, units and bytes of a row of codes in the workspace, filled up to whole tiles and steps of gemm_nbits.cu."""
+    unit, units, _ = _units(k, block_size)
+    units = -(-units // 2) * 2
+    return -(-tokens // COLUMNS) * COLUMNS, units, units * unit
+
+
+def _activation_bytes(tokens, k, block_size) -> tuple[int, int]:
+    rows, units, pitch = _padded(tokens, k, block_size)
+    return rows * pitch, rows * units * 8
+
+
+def _places(a, tokens) -> tuple:
+    """Arguments for codes, bytes from one token's to the next's, info, tokens from one unit's to the next's."""
+    rows, _, pitch = _padded(tokens, a["K"], a["block_size"])
+    return np.int64(a["workspace"]), np.int64(pitch), np.int64(a["workspace"] + rows * pitch), np.int32(rows)
+
+
+def _quantise(a, tokens, unit, units, shift) -> Launch:
+    codes, pitch, info, rows = _places(a, tokens)
+    padded, parts = _padded(tokens, a["K"], a["block_size"])[1], unit // 8
+    grid = tokens, max(1, min(-(-padded * parts // 128), 4096 // tokens)), 1
+    args = (*pointers(a, "x", "x.stride"), codes, pitch // 4, info, rows, *pointers(a, "state"), *ints(a, "x.rows", "K"), np.int32(units),
+            np.int32(padded), np.int32(shift))
+    return Launch(compile.function("quantise", f"quantise_{a['bits']}_{unit}"), grid, 128, args, overlap=True)
+
+
+def team_of(panels: int, units: int, processors: int) -> int:
+    """Warps that share a panel: as many as keep the processors busy, and at least one round of 8 units each."""
+    team = 1
+    while team < WARPS and panels * team * 2 <= processors * BLOCKS * WARPS and team * 2 * 8 <= units:
+        team *= 2
+    return team
+
+
+def _gemv(a, tokens, weights, unit, group) -> Launch:
+    """`group` tokens at a time: one of those that gemv_nbits.cu has a kernel for."""
+    about, panels, units = device.about(), int(weights["panels"]), int(weights["units"])
+    stage = RING[a["bits"], unit] * (unit * a["bits"] // 32 * 512 + 32 * 12)
+    activations, warps = units * (unit + 8) if group == 1 else 0, WARPS
+    while warps > 1 and warps * (stage + 2 * group * 64) + activations > about["shared_bytes"]:
+        warps //= 2
+    shared, team = warps * (stage + 2 * group * 64) + activations, min(warps, team_of(panels, units, about["processors"]))
+    grid = min(-(-panels * team // warps), about["processors"] * BLOCKS), -(-tokens // group), 1
+    x_codes, pitch, info, rows = (np.int64(0), np.int64(0), np.int64(0), np.int32(1)) if group == 1 else _places(a, tokens)
+    args = (*pointers(a, "x"), x_codes, info, pitch // 4, rows, weights, *pointers(a, "bias", "out", "out.stride", "state"),
+            *ints(a, "x.rows", "K", "N"), np.int32(team.bit_length() - 1))
+    return Launch(compile.function("gemv_nbits", f"gemv_{a['bits']}_{unit}_{group}", shared), grid, 32 * warps, args, shared, overlap=True)
+
+
+def _gemm(a, tokens, weights) -> Launch:
+    stage = 2 * (ROWS // 16) * 64 * a["bits"] + COLUMNS * 64 + 2 * COLUMNS * 8 + 2 * ROWS * 2 + 2 * ROWS
+    name = f"gemm_{a['bits']}" + ("_zeros" if a["zero_points"] else "")
+    grid = -(-a["N"] // ROWS), -(-tokens // COLUMNS), 1
+    args = (*_places(a, tokens), weights, *pointers(a, "bias", "out", "out.stride", "state"), *ints(a, "x.rows", "N"))
+    return Launch(compile.function("gemm_nbits", name, STAGES * stage), grid, ROWS * COLUMNS // 32, args, STAGES * stage, overlap=True)

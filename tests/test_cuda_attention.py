@@ -1,0 +1,169 @@
+"""CUDA kernels of the cache, of attention and of page selection against their references, on fresh random inputs."""
+import numpy as np
+import pytest
+from cuda_device import needs_cuda
+from test_kernels import CASES
+
+from edgeattn.ops import load_kernel
+from edgeattn.page_formats import PAGE, PageFormat
+from edgeattn.reference.cached_attention import rotate
+
+pytestmark = needs_cuda
+NAMES = "seal_pages", "read_pages", "cached_attention", "select_pages"
+SCORES = "bound", "mass", "recency", "peak"  # that a GPU computes
+
+
+@pytest.mark.parametrize("name, case", [pytest.param(n, c, id=f"{n}-{c[0]}") for n in NAMES for c in CASES[n]])
+def test_kernel_matches_reference(name, case):
+    _, build, tolerance = case
+    args, attributes = build(np.random.default_rng())
+    if attributes.get("score", "bound") not in SCORES:
+        with pytest.raises(ValueError, match="run with --device cpu"):
+            load_kernel(name, "cuda")(*args, **attributes)
+        return
+    expected = load_kernel(name, "reference")(*args, **attributes)
+    for g, e in zip(load_kernel(name, "cuda")(*args, **attributes), expected, strict=True):
+        np.testing.assert_allclose(g, e, rtol=0, atol=tolerance)
+
+
+class Case:
+    """Sequences with sealed pages in the middle, and a step of `new` tokens each; call() compares it with float64 on what the pages
+    hold."""
+
+    def __init__(self, types, head_dim, group, lengths, new, *, kv_heads=2, window=0, capacity=0, seed=None, **form):
+        from edgeattn.kernels_cuda.paged_cache import PagedCache
+        rng, k_type, v_type = np.random.default_rng(seed), *(types.split("/") * 2)[:2]
+        floats = "f32" if types == "f32" else "f16"
+        formats = [PageFormat(head_dim, floats, floats)] + ([] if types == floats else [PageFormat(head_dim, k_type, v_type, **form)])
+        self.rng, self.cache, self.new, self.lengths = rng, PagedCache(formats, kv_heads, lengths, new, capacity), new, lengths
+        for s, length in enumerate(lengths):
+            self.cache.fill(s, *rng.standard_normal((2, kv_heads, length, head_dim), np.float32))
+            if len(formats) > 1 and length // PAGE > 2:
+                self.cache.seal(s, 1, length // PAGE - 1)
+        heads, tokens = kv_heads * group, sum(new)
+        self.q, self.k, self.v = (rng.standard_normal((tokens, n * head_dim), np.float32) for n in (heads, kv_heads, kv_heads))
+        turns = np.arange(max(lengths) + max(new))[:, None] / 10000 ** (np.arange(head_dim // 2) / (head_dim // 2))
+        self.cos, self.sin = np.cos(turns).astype(np.float32), np.sin(turns).astype(np.float32)
+        self.positions = np.concatenate([np.arange(a, a + n) for a, n in zip(lengths, new)])
+        self.about = dict(num_heads=heads, kv_heads=kv_heads, head_dim=head_dim, rotary_dim=head_dim, scale=head_dim ** -0.5, window=window)
+
+    def call(self, tolerance, reads=None, **options):
+        """reads: (sequence, head) -> bool [slots], what may be read there besides what is causal."""
+        from edgeattn.kernels_cuda.cached_attention import attend
+        got = attend(self.cache, self.q, self.k, self.v, self.cos, self.sin, self.positions, **self.about, **options)
+        expected = self.expected(reads)
+        assert np.isfinite(got).all()
+        np.testing.assert_allclose(got, expected, rtol=0, atol=tolerance)
+        return np.linalg.norm(got - expected) / np.linalg.norm(expected)
+
+    def expected(self, reads):
+        about, row, found = self.about, 0, []
+        heads, kv_heads, depth = about["num_heads"], about["kv_heads"], about["head_dim"]
+        for s, (length, n) in enumerate(zip(self.lengths, self.new)):
+            k, v = (x.astype(np.float64) for x in self.cache.read(s))
+            at = self.positions[row:row + n]
+            q = rotate(self.q[row:row + n].reshape(n, heads, depth), self.cos[at], self.sin[at]).astype(np.float64)
+            scores = np.einsum("thgd,hsd->hgts", q.reshape(n, kv_heads, -1, depth), k) * about["scale"]
+            distance = (length + np.arange(n))[:, None] - np.arange(length + n)
+            hidden = (distance < 0) | ((distance >= about["window"]) if about["window"] else False)
+            scores[:, :, hidden] = -np.inf
+            entries = self.cache.entries[s]
+            for h in range(kv_heads):
+                scores[h][..., np.repeat(entries[h] < 0, PAGE)[:length + n]] = -np.inf
+                if reads:
+                    scores[h][..., ~reads(s, h)] = -np.inf
+            weights = np.exp(scores - scores.max(-1, keepdims=True))
+            found.append(np.einsum("hgts,hsd->thgd", weights / weights.sum(-1, keepdims=True), v).reshape(n, -1))
+            row += n
+        return np.concatenate(found)
+
+
+HALVES = 2e-3  # q, weights and their products with steps are rounded to halves; values are of size 1, sums of many of them smaller
+TYPES = ["f16", "int4", "int8", "int3", "int2", "int8/int4", "int4/int2", "int3/int8"]
+
+
+@pytest.mark.parametrize("head_dim", [64, 128])
+@pytest.mark.parametrize("types", TYPES)
+def test_decode_reads_pages_as_they_are(types, head_dim):
+    """Sequences of many lengths, one of them new, in one batch."""
+    rng = np.random.default_rng()
+    group, lengths = int(rng.integers(1, 9)), [0, *(int(x) for x in rng.integers(1, 1000, 5)), 1500]
+    print(group, lengths)
+    Case(types, head_dim, group, lengths, [1] * len(lengths)).call(2 * HALVES)
+
+
+@pytest.mark.parametrize("group", range(1, 9))
+def test_decode_takes_any_group(group):
+    Case("int4", 128, group, [700], [1], kv_heads=3).call(2 * HALVES)
+    Case("f16", 128, group, [1000], [1], kv_heads=3).call(HALVES)
+
+
+@pytest.mark.parametrize("types", ["f16", "int4", "f32"])
+@pytest.mark.parametrize("window", [1, 50, 333])
+def test_window(types, window):
+    Case(types, 64, 4, [500, 31, 32], [1, 1, 1], window=window).call(2 * HALVES)
+    Case(types, 64, 4, [500, 31, 0], [40, 1, 77], window=window).call(2 * HALVES)
+
+
+@pytest.mark.parametrize("types", ["f16", "int4", "int8/int2", "f32"])
+def test_released_pages_leave_nothing(types):
+    case = Case(types, 128, 4, [900, 40], [1, 1])
+    case.cache.entries[0, :, [2, 3, 7, 20]] = -1
+    case.cache.entries[0, 1, 9:17] = -1
+    case.cache.tables.set(case.cache.entries)
+    case.call(2 * HALVES)
+
+
+@pytest.mark.parametrize("types", ["f16", "int4", "int3/int8", "f32"])
+def test_decode_reads_lists(types):
+    case = Case(types, 128, 4, [3000, 2000, 100], [1, 1, 1], capacity=40)
+    pages, counts, kept = np.zeros((3, 2, 40), np.int32), np.full((3, 2), -1, np.int32), {}
+    for s, h in np.ndindex(2, 2):
+        total = -(-case.cache.lengths[s] // PAGE)
+        chosen = np.sort(np.r_[case.rng.permutation(total - 1)[:case.rng.integers(0, 39)], total - 1])
+        pages[s, h, :len(chosen)], counts[s, h] = chosen, len(chosen)
+        kept[s, h] = np.isin(np.arange(case.cache.lengths[s]) // PAGE, chosen)
+    case.cache.select(pages, counts)
+    case.call(4 * HALVES, lambda s, h: kept.get((s, h), np.ones(case.cache.lengths[s], bool)))
+
+
+@pytest.mark.parametrize("types, form", [
+    ("int4", dict(k_axis="token")), ("int8/int3", dict(k_axis="token")), ("int3", dict(k_axis="token", one_group=True)),
+    ("int2/int4", dict(separated=True)), ("delta/int4", dict(threshold=1.0)), ("f32", {}), ("delta/f16", dict(threshold=2.0, gate=8))])
+@pytest.mark.parametrize("head_dim", [16, 48, 80, 128, 256])
+def test_other_formats(types, form, head_dim):
+    """In float32, what tensor cores do not take."""
+    Case(types, head_dim, 3, [300, 0, 70], [1, 5, 1], **form).call(1e-4)
+    Case(types, head_dim, 11, [200], [1], **form).call(1e-4)
+
+
+@pytest.mark.parametrize("head_dim", [64, 80, 128])
+@pytest.mark.parametrize("types", ["f16", "int4", "int8", "int3/int2"])
+def test_prefill_behind_pages(types, head_dim):
+    """Prompts of several lengths behind cached tokens, and decode, in one batch."""
+    rng = np.random.default_rng()
+    group = int(rng.integers(1, 9))
+    print(group)
+    Case(types, head_dim, group, [0, 500, 37, 900], [300, 129, 1, 64]).call(3 * HALVES)
+
+
+@pytest.mark.parametrize("types", ["f16", "int4"])
+def test_a_launch_serves_every_call_that_fits_its_bucket(types):
+    """The launches of 4 sequences, captured in a graph, with fewer ones and other lengths; a step's result does not depend on the one
+    before."""
+    from edgeattn.kernels_cuda import cached_attention, device, steps
+    xp, case = device.cupy(), Case(types, 128, 4, [900, 33, 1200, 5], [1] * 4)
+    tensors = {name: xp.asarray(x) for name, x in dict(q=case.q, k=case.k, v=case.v, cos=case.cos, sin=case.sin).items()}
+    tensors["out"], positions = xp.full(case.q.shape, np.nan, np.float32), xp.asarray(case.positions)
+    graph = steps.Graph(case.cache.launches(cached_attention, tensors, case.about, {"batch.positions": positions.data.ptr}))
+    expected = None
+    for sequences in (4, 2, 3, 4):
+        case.cache.state.set(np.array([sequences, 0, sequences, 0]))
+        tensors["out"].fill(np.nan)
+        xp.cuda.Device().synchronize()
+        graph.launch()
+        graph.stream.synchronize()
+        out = tensors["out"].get()
+        expected = case.expected(None) if expected is None else expected
+        np.testing.assert_allclose(out[:sequences], expected[:sequences], rtol=0, atol=2 * HALVES)
+        assert np.isnan(out[sequences:]).all()
