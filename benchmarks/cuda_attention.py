@@ -1,11 +1,12 @@
 """CUDA attention over the paged cache beside torch's scaled_dot_product_attention, on the GPU at hand, in one run.
 
-    python benchmarks/cuda_attention.py            (sh benchmarks/gpu.sh python3 benchmarks/cuda_attention.py where edgeattn is not installed)
+    python benchmarks/cuda_attention.py        (where edgeattn is not installed: sh benchmarks/gpu.sh python3 benchmarks/cuda_attention.py)
 
-Decode: one token of one sequence, 32 query heads over 8 KV heads of 128 channels. Ours rotates q and k, writes the token, attends and merges; with
-"quest" it chooses the pages before that. torch attends alone, by the fastest of its back ends. Both are chains of calls in a CUDA graph, over different layers' keys and
-values, larger together than twice the L2; medians of CUDA events over replays, for each call. Each is compared with float32 on the same
-keys and values first. Beside the time stand the bytes that a step touches, and what those would take at the bandwidths of two Jetsons.
+Decode: one token of one sequence, 32 query heads over 8 KV heads of 128 channels. Ours rotates q and k, writes the token, attends and
+merges; with "quest" it chooses the pages before that. torch attends alone, by the fastest of its back ends. Both are chains of calls in a
+CUDA graph, over different layers' keys and values, larger together than twice the L2; medians of CUDA events over replays, for each call.
+Each is compared with float32 on the same keys and values first. Beside the time stand the bytes that a step touches, and what those would
+take at the bandwidths of two Jetsons.
 Prefill: a whole prompt with nothing before it.
 """
 import argparse
@@ -33,7 +34,8 @@ def fill(pages):
     xp, f = device.cupy(), pages.format
     for array, bits in ((pages.k, f.k_type), (pages.v, f.v_type)):
         if bits == "f16":
-            array.view(np.float16)[:] = xp.asarray(torch.randn(array.size // 2, device="cuda", dtype=torch.float16)).reshape(array.shape[0], -1)
+            values = xp.asarray(torch.randn(array.size // 2, device="cuda", dtype=torch.float16))
+            array.view(np.float16)[:] = values.reshape(array.shape[0], -1)
         else:
             array[:] = xp.asarray(torch.randint(0, 256, array.shape, device="cuda", dtype=torch.uint8))
     for array, halves, kind in ((pages.k_params, (2, f.head_dim), f.k_type), (pages.v_params, (-1, 2, PAGE), f.v_type)):
@@ -47,16 +49,18 @@ def fill(pages):
 
 
 class Decode:
-    """One layer's step over a cache of `depth` tokens; the first page and the newest stay halves. `of`: a cache of as many layers as are timed."""
+    """One layer's step over a cache of `depth` tokens; the first page and the newest stay halves. `of`: a cache of as many layers as are
+    timed."""
 
     def __init__(self, of, layer, budget):
         xp, self.cache, self.depth, self.budget, self.sealed = device.cupy(), of.cache, of.depth, budget, of.sealed
         self.first = layer * KV_HEADS
         fused = xp.asarray(torch.randn(1, (HEADS + 2 * KV_HEADS) * HEAD_DIM, device="cuda"))
         self.tensors = {"q": fused[:, :HEADS * HEAD_DIM], "k": fused[:, HEADS * HEAD_DIM:(HEADS + KV_HEADS) * HEAD_DIM],
-                        "v": fused[:, (HEADS + KV_HEADS) * HEAD_DIM:], "out": xp.zeros((1, HEADS * HEAD_DIM), np.float32), "cos": of.cos, "sin": of.sin}
-        extra = {"batch.positions": of.positions.data.ptr, "selection.shares": of.shares.data.ptr, "selection.stats": 0, "batch.index": 0, "layer": layer,
-                 "selection.group": layer if budget else -1}
+                        "v": fused[:, (HEADS + KV_HEADS) * HEAD_DIM:], "out": xp.zeros((1, HEADS * HEAD_DIM), np.float32),
+                        "cos": of.cos, "sin": of.sin}
+        extra = {"batch.positions": of.positions.data.ptr, "selection.shares": of.shares.data.ptr, "selection.stats": 0, "batch.index": 0,
+                 "layer": layer, "selection.group": layer if budget else -1}
         self.launches = []
         if budget:
             inputs = {n: self.tensors[n] for n in ("q", "cos", "sin")}
@@ -90,7 +94,7 @@ class Layers:
     def touched(self):
         """Bytes that a step reads of the cache."""
         def pages(entries):
-            return sum(self.cache.formats[pool].page_bytes * int((entries % POOLS == pool).sum()) for pool in range(len(self.cache.formats)))
+            return sum(page_format.page_bytes * int((entries % POOLS == pool).sum()) for pool, page_format in enumerate(self.cache.formats))
         read = sum(pages(self.cache.entries[0, h, chosen]) for h, chosen in enumerate(self.lists()))
         return read + (KV_HEADS * self.sealed * 4 * HEAD_DIM if self.budget else 0)
 
@@ -103,7 +107,7 @@ class Layers:
         for h, chosen in enumerate(self.lists()):
             k, v = (torch.as_tensor(x, device="cuda") for x in read_pages.run(self.cache.table, HEAD_DIM, self.cache.entries[0, h, chosen]))
             last = (self.depth - 1) % PAGE + 1
-            k, v = k.transpose(1, 2).reshape(-1, HEAD_DIM)[:len(k) * PAGE - PAGE + last], v.reshape(-1, HEAD_DIM)[:len(v) * PAGE - PAGE + last]
+            k, v = (x.reshape(-1, HEAD_DIM)[:len(x) * PAGE - PAGE + last] for x in (k.transpose(1, 2), v))
             out.append(torch.softmax(q[h] @ k.T * HEAD_DIM ** -0.5, -1) @ v)
             if self.budget:
                 right.append(self._right(h, q[h].double(), chosen))
@@ -112,8 +116,8 @@ class Layers:
 
     def _right(self, head, q, chosen):
         entries = self.cache.entries[0, head, 1:self.sealed] // POOLS
-        low, step = torch.as_tensor(self.cache.pools[1].k_params[device.cupy().asarray(entries)].view(np.float16), device="cuda").double().reshape(
-            -1, 2, HEAD_DIM).unbind(1)
+        params = self.cache.pools[1].k_params[device.cupy().asarray(entries)].view(np.float16)
+        low, step = torch.as_tensor(params, device="cuda").double().reshape(-1, 2, HEAD_DIM).unbind(1)
         half = step * (2 ** int(self.cache.formats[1].k_type[3:]) - 1) / 2
         scores = ((low + half) @ q.T + half @ q.abs().T).max(1).values
         last = min(self.sealed, -(-self.depth // PAGE) - SELECT["recent"])
@@ -131,7 +135,8 @@ def chain_us(layers, repeat):
 def torch_us(depth, copies, repeat, queries=1):
     """(us, back end) of torch's fastest."""
     found, kv = {}, KV_HEADS
-    tensors = [tuple(torch.randn(1, n, m, HEAD_DIM, device="cuda", dtype=torch.float16) for n, m in ((HEADS, queries), (kv, depth), (kv, depth)))
+    shapes = (HEADS, queries), (kv, depth), (kv, depth)
+    tensors = [tuple(torch.randn(1, n, m, HEAD_DIM, device="cuda", dtype=torch.float16) for n, m in shapes)
                for _ in range(copies)]
     for backend in (SDPBackend.FLASH_ATTENTION, SDPBackend.CUDNN_ATTENTION, SDPBackend.EFFICIENT_ATTENTION):
         try:
@@ -173,7 +178,8 @@ def decode(depths, types, budget, repeat, l2):
             error, right = layers.check()
             us, touched = chain_us(layers, repeat), layers.touched()
             label = name + (" quest" if chosen else "")
-            print(f"{depth:>7} {label:>12} {us:8.1f} {reference / us:8.2f} {error:8.1e} {'' if right is None else f'{right:.3f}':>6} {touched / 1e6:8.2f} "
+            chosen_right = "" if right is None else f"{right:.3f}"
+            print(f"{depth:>7} {label:>12} {us:8.1f} {reference / us:8.2f} {error:8.1e} {chosen_right:>6} {touched / 1e6:8.2f} "
                   f"{touched / us / 1e3:6.0f}  " + "  ".join(f"{touched / speed / 1e3:12.0f}" for speed in JETSONS.values()), flush=True)
             yield dict(depth=depth, cache=label, us=us, torch_us=reference, torch_backend=backend, error=error, touched_bytes=touched)
             del layers
@@ -187,7 +193,8 @@ def prefill(tokens, types, repeat):
     print(f"\nprefill of {tokens} tokens\n{'torch ' + backend:>12} {reference / 1e3:8.2f} ms")
     for name in types:
         cache = PagedCache([PageFormat(HEAD_DIM)], KV_HEADS, [0], [tokens])
-        tensors = {n: xp.asarray(torch.randn(tokens, m * HEAD_DIM, device="cuda")) for n, m in (("q", HEADS), ("k", KV_HEADS), ("v", KV_HEADS))}
+        heads = {"q": HEADS, "k": KV_HEADS, "v": KV_HEADS}
+        tensors = {name: xp.asarray(torch.randn(tokens, n * HEAD_DIM, device="cuda")) for name, n in heads.items()}
         tensors |= {"out": xp.zeros((tokens, HEADS * HEAD_DIM), np.float32), "cos": xp.ones((tokens, HEAD_DIM // 2), np.float32),
                     "sin": xp.zeros((tokens, HEAD_DIM // 2), np.float32)}
         positions = xp.arange(tokens, dtype=np.int64)
@@ -203,7 +210,8 @@ def prefill(tokens, types, repeat):
         error = float((got - expected).norm() / expected.norm())
         us = median_us(lambda i: steps.run(launches), repeat)
         flops = 2 * tokens * tokens * HEADS * HEAD_DIM
-        print(f"{name:>12} {us / 1e3:8.2f} ms, {us / reference:.2f} of torch's time, {flops / us / 1e6:.0f} TFLOP/s, error {error:.1e}", flush=True)
+        print(f"{name:>12} {us / 1e3:8.2f} ms, {us / reference:.2f} of torch's time, {flops / us / 1e6:.0f} TFLOP/s, error {error:.1e}",
+              flush=True)
         yield dict(prefill=tokens, cache=name, us=us, torch_us=reference, torch_backend=backend, error=error)
 
 

@@ -1,6 +1,6 @@
 """The mean key of each page of a layer: what stands for pages where a prompt chooses among them (edgeattn/policies/prefill/auto.py)."""
 import numpy as np
-from numba import carray, cfunc, float32
+from numba import carray, cfunc, float32, njit
 
 from edgeattn.kernels_cpu import stored_keys
 from edgeattn.kernels_cpu.floats import F
@@ -27,6 +27,9 @@ def _scratch(depth):
     return PLACE + 4 * (PAGE + 4) * depth
 
 
+_scratch_bytes = njit(nogil=True, error_model="numpy")(_scratch)
+
+
 def workspace_bytes(tensors, attributes, rows, threads):
     return threads * _scratch(tensors["rest"].shape[2])
 
@@ -34,7 +37,7 @@ def workspace_bytes(tensors, attributes, rows, threads):
 @worker
 def average_keys(a, rows, first, i, thread):
     depth, pages = a[DEPTH], a[ALL_PAGES]
-    task = a[WORKSPACE] + thread * (PLACE + 4 * (PAGE + 4) * depth)
+    task = a[WORKSPACE] + thread * _scratch_bytes(depth)
     k = task + PLACE
     params = k + 4 * PAGE * depth
     count = expand_page(a[POOLS], a[ENTRIES], a[PAGES], a[REST], a[TOKENS], depth, i // pages, i % pages, task, params, k)

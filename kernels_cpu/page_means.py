@@ -1,6 +1,6 @@
 """The mean key and the mean value of whole pages: what attention takes for those it does not read (edgeattn/prefill_corrections.py)."""
 import numpy as np
-from numba import carray, cfunc, float32, int32, int64
+from numba import carray, cfunc, float32, int32, int64, njit
 
 from edgeattn.kernels_cpu.floats import F
 from edgeattn.kernels_cpu.page_expand import expand_keys, expand_values
@@ -28,13 +28,16 @@ def _scratch(width):
     return PLACE + 4 * (2 * PAGE * width + 4 * width + 64)
 
 
+_scratch_bytes = njit(nogil=True, error_model="numpy")(_scratch)
+
+
 @worker
 def average_page(a, rows, first, i, thread):
     entry, depth = np.int64(at(int32, a[1])[i]), a[4]
     width = (depth + PAGE - 1) // PAGE * PAGE
     if entry < 0:
         return
-    task = a[5] + thread * (PLACE + 4 * (2 * PAGE * width + 4 * width + 64))
+    task = a[5] + thread * _scratch_bytes(width)
     k = task + PLACE
     v = k + 4 * PAGE * width
     params = v + 4 * PAGE * width

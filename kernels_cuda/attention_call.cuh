@@ -2,10 +2,10 @@
 #pragma once
 #include "page_pool.cuh"
 
-#define CALL_ARGS(X) X(q) X(q_stride) X(k) X(k_stride) X(v) X(v_stride) X(cos) X(cos_stride) X(sin) X(out) X(out_stride) X(num_heads) X(kv_heads) \
-    X(head_dim) X(rotary_dim) X(interleaved) X(scale_bits) X(window) X(layer) X(positions) X(row_starts) X(page_tables) X(slot_counts) \
-    X(compensation) X(pools) X(max_pages) X(keys_rotated) X(prefill_lists) X(selections) X(selection_group) X(selection_capacity) X(workspace) \
-    X(tokens_index) X(sequences_index) X(state)
+#define CALL_ARGS(X) X(q) X(q_stride) X(k) X(k_stride) X(v) X(v_stride) X(cos) X(cos_stride) X(sin) X(out) X(out_stride) X(num_heads) \
+    X(kv_heads) X(head_dim) X(rotary_dim) X(interleaved) X(scale_bits) X(window) X(layer) X(positions) X(row_starts) X(page_tables) \
+    X(slot_counts) X(compensation) X(pools) X(max_pages) X(keys_rotated) X(prefill_lists) X(selections) X(selection_group) \
+    X(selection_capacity) X(workspace) X(tokens_index) X(sequences_index) X(state)
 #define AS_PARAMETER(name) i64 name,
 #define AS_VALUE(name) name,
 #define AS_FIELD(name) i64 name;
@@ -25,7 +25,10 @@ struct Call {
     __device__ __forceinline__ int first_row(int s) const { return at<int>(row_starts)[s]; }
     __device__ __forceinline__ int rows(int s) const { return at<int>(row_starts)[s + 1] - at<int>(row_starts)[s]; }
     __device__ __forceinline__ int slots(int s, int head) const { return at<int>(at<i64>(slot_counts)[s])[layer * kv_heads + head]; }
-    __device__ __forceinline__ const int* table(int s, int head) const { return at<int>(at<i64>(page_tables)[s]) + (layer * kv_heads + head) * max_pages; }
+    __device__ __forceinline__ const int* table(int s, int head) const
+    {
+        return at<int>(at<i64>(page_tables)[s]) + (layer * kv_heads + head) * max_pages;
+    }
     __device__ __forceinline__ int first_visible(int slot) const { return window > 0 ? max(0, slot + 1 - (int)window) : 0; }
     __device__ __forceinline__ int* list_row(int s, int head) const {
         return at<int>(at<i64>(selections)[s]) + (selection_group * kv_heads + head) * (HEADER + selection_capacity);
@@ -45,9 +48,8 @@ struct Call {
     }
 };
 
-// A channel of a head on its way through rotary embedding (arXiv 2104.09864) at table row `position`: what is loaded, and what becomes
-// of it. Apart, so
-// that the loads of several channels are under way together.
+// A channel of a head on its way through rotary embedding (arXiv 2104.09864) at table row `position`: what is loaded, and what becomes of
+// it. Apart, so that the loads of several channels are under way together.
 struct Turn {
     float a, b, cosine, sine;
 
@@ -72,8 +74,7 @@ __device__ __forceinline__ float rotated(const Call& call, const float* x, i64 p
 }
 
 // Walsh-Hadamard rotation of `rows` rows of `depth` floats in shared memory, by all threads of the block: blocks of the largest power of
-// two in
-// depth. A barrier before, one after each stage.
+// two in depth. A barrier before, one after each stage.
 __device__ __forceinline__ void hadamard(float* x, int rows, int depth, int stride) {
     const int size = depth & -depth;
     for (int span = 1; span < size; span *= 2) {

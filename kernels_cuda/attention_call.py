@@ -6,10 +6,10 @@ import numpy as np
 from edgeattn.kernels_cuda import device
 
 # In the order of CALL_ARGS, then what only the host looks at.
-CALL = ("q", "q.stride", "k", "k.stride", "v", "v.stride", "cos", "cos.stride", "sin", "out", "out.stride", "num_heads", "kv_heads", "head_dim",
-        "rotary_dim", "interleaved", "scale", "window", "layer", "batch.positions", "batch.row_starts", "batch.page_tables", "batch.slot_counts",
-        "batch.compensation", "cache.pools", "cache.max_pages", "cache.keys_rotated", "batch.prefill_lists", "batch.selections", "selection.group",
-        "selection.capacity", "workspace", "q.rows", "batch.sequences", "state")
+CALL = ("q", "q.stride", "k", "k.stride", "v", "v.stride", "cos", "cos.stride", "sin", "out", "out.stride", "num_heads", "kv_heads",
+        "head_dim", "rotary_dim", "interleaved", "scale", "window", "layer", "batch.positions", "batch.row_starts", "batch.page_tables",
+        "batch.slot_counts", "batch.compensation", "cache.pools", "cache.max_pages", "cache.keys_rotated", "batch.prefill_lists",
+        "batch.selections", "selection.group", "selection.capacity", "workspace", "q.rows", "batch.sequences", "state")
 HEADS = 8            # query heads of a group that a block takes
 MOST_RANGES = 128    # that the pages of a KV head are cut into; the newest token is one more
 MOST_PLACES = 1 << 16  # sequences or rows times KV heads, at most (attention_merge.cuh)

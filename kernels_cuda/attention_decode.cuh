@@ -98,11 +98,12 @@ __device__ __forceinline__ void weigh_far_halves(const u8* values, const Queries
             for (int i = 0; i < 4; i++) {
                 const int t = 8 * j + 4 * u + i;
                 const u8* from = values + 2 * (t * D + 32 * b + 2 * g);
-                x[i] = t < written ? *reinterpret_cast<const u32*>(from) : 0, y[i] = t < written ? *reinterpret_cast<const u32*>(from + 32) : 0;
+                x[i] = t < written ? *reinterpret_cast<const u32*>(from) : 0;
+                y[i] = t < written ? *reinterpret_cast<const u32*>(from + 32) : 0;
             }
             mma_f16(sum[2 * b], {low_halves(x[0], x[2]), low_halves(y[0], y[2]), low_halves(x[1], x[3]), low_halves(y[1], y[3])}, w0, w1);
-            mma_f16(sum[2 * b + 1], {high_halves(x[0], x[2]), high_halves(y[0], y[2]), high_halves(x[1], x[3]), high_halves(y[1], y[3])}, w0,
-                    w1);
+            mma_f16(sum[2 * b + 1], {high_halves(x[0], x[2]), high_halves(y[0], y[2]), high_halves(x[1], x[3]), high_halves(y[1], y[3])},
+                    w0, w1);
             __syncwarp();
         }
 }
@@ -130,7 +131,10 @@ __device__ __forceinline__ void weigh_halves(const u8* side, const Queries& p, f
 }
 
 // Bytes of a side in shared memory. Where a cache has codes, its few pages of halves are read where they are.
-template <int KIND, int D> __device__ __forceinline__ constexpr int side_bytes() { return KIND == F16 ? 64 * D : KIND == INT4 ? 20 * D : 36 * D; }
+template <int KIND, int D> __device__ __forceinline__ constexpr int side_bytes()
+{
+    return KIND == F16 ? 64 * D : KIND == INT4 ? 20 * D : 36 * D;
+}
 
 template <int KIND, int D>
 __device__ __forceinline__ void score_any(const Page& page, const u8* side, const uint4 (&queries)[D / 32][32], float* scores, int g, int j)
@@ -165,8 +169,7 @@ template <int KIND> __device__ __forceinline__ int channel_of(int tile, int i, i
 }
 
 // A side of a page (K or V) on its way to shared memory, codes first and parameters behind them, by all lanes. Of values in halves zeros
-// from token
-// `written` on: what was never written may be no numbers.
+// from token `written` on: what was never written may be no numbers.
 template <int KIND, int D> __device__ __forceinline__ void fetch_side(const Page& page, int side, int written, u8* to, int lane)
 {
     if (KIND == F16) {

@@ -45,12 +45,11 @@ __device__ __forceinline__ bool last_to_arrive(int index, int expected)
     return last;
 }
 
-// All threads of a block, with q [heads][stride] rotated, times the scale and log2 e in shared memory: the output of one row, of the
-// query heads
-// first ... first + heads of a KV head's group. room: shared memory, MERGE_FLOATS. Loads come first, as many together as can: each takes
-// long.
-__device__ __forceinline__ void merge_ranges(const Call& call, int place, int s, int head, int first, int heads, int row, int ranges, int used,
-                                             const float* q, int stride, float* room)
+// All threads of a block, with q [heads][stride] rotated, times the scale and log2 e in shared memory: the output of one row, of the query
+// heads first ... first + heads of a KV head's group. room: shared memory, MERGE_FLOATS. Loads come first, as many together as can: each
+// takes long.
+__device__ __forceinline__ void merge_ranges(const Call& call, int place, int s, int head, int first, int heads, int row, int ranges,
+                                             int used, const float* q, int stride, float* room)
 {
     const int depth = (int)call.head_dim, lane = threadIdx.x % 32, pieces = depth / 4, items = heads * pieces;
     const float* held = call.dropped(s, head);

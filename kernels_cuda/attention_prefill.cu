@@ -1,8 +1,6 @@
 // Prefill attention on tensor cores: a block is up to 128 rows of queries (tokens x heads of a KV head's group, so that keys and values
-// are shared)
-// against what they see, 64 cached tokens at a time, in two stages of shared memory (after FlashAttention-2, arXiv 2307.08691). Pages of
-// codes
-// are expanded to halves on the way.
+// are shared) against what they see, 64 cached tokens at a time, in two stages of shared memory (after FlashAttention-2, arXiv
+// 2307.08691). Pages of codes are expanded to halves on the way.
 //   grid   (tiles of rows, kv_heads, sequences), the last rows first: they see the most
 //   block  256 threads: a warp has 16 rows
 #include "attention_reads.cuh"
@@ -22,7 +20,8 @@ template <int D> struct Tiles {
 
 // Part `part` of what is read, 32 slots, to shared memory.
 template <int D>
-__device__ __forceinline__ void fetch(const Call& call, const Reads& reads, const int* table, int part, int high, u8* keys, u8* values, int* slots)
+__device__ __forceinline__ void fetch(const Call& call, const Reads& reads, const int* table, int part, int high, u8* keys, u8* values,
+                                      int* slots)
 {
     if (part >= reads.parts()) {
         if (threadIdx.x < 32) slots[threadIdx.x] = HIDDEN;
@@ -143,7 +142,8 @@ template <int D> __device__ __forceinline__ void prefill(const Call& call)
 #pragma unroll
         for (int k = 0; k < KEYS / 16; k++) {
             const u32 weights[4] = {floats_to_halves(score[2 * k][0], score[2 * k][1]), floats_to_halves(score[2 * k][2], score[2 * k][3]),
-                                    floats_to_halves(score[2 * k + 1][0], score[2 * k + 1][1]), floats_to_halves(score[2 * k + 1][2], score[2 * k + 1][3])};
+                                    floats_to_halves(score[2 * k + 1][0], score[2 * k + 1][1]),
+                                    floats_to_halves(score[2 * k + 1][2], score[2 * k + 1][3])};
 #pragma unroll
             for (int n = 0; n < D / 8; n += 2) {
                 u32 b[4];
@@ -161,7 +161,8 @@ template <int D> __device__ __forceinline__ void prefill(const Call& call)
         if (row >= tokens * group) continue;
         float* to = at<float>(call.out) + (first_row + row / group) * call.out_stride + (head * group + row % group) * D + 2 * j;
 #pragma unroll
-        for (int n = 0; n < D / 8; n++) *reinterpret_cast<float2*>(to + 8 * n) = make_float2(out[n][2 * r] * inverse, out[n][2 * r + 1] * inverse);
+        for (int n = 0; n < D / 8; n++)
+            *reinterpret_cast<float2*>(to + 8 * n) = make_float2(out[n][2 * r] * inverse, out[n][2 * r + 1] * inverse);
     }
 }
 

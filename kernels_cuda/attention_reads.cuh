@@ -16,7 +16,8 @@ struct Reads {
     const int *pages, *columns;
     int first, page_count, column_count;
 
-    __device__ __forceinline__ Reads(const Call& call, int s, int head, int row, int low, int high) : pages(nullptr), columns(nullptr), column_count(0)
+    __device__ __forceinline__ Reads(const Call& call, int s, int head, int row, int low, int high)
+        : pages(nullptr), columns(nullptr), column_count(0)
     {
         first = low / PAGE, page_count = (high + PAGE - 1) / PAGE - first;
         const int rows = call.rows(s);

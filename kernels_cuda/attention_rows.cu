@@ -1,6 +1,5 @@
-// Attention in float32 over pages of any format, for what tensor cores do not take: float32 pages, deltas, parameters by token,
-// separated channels,
-// head sizes other than 64 and 128. And new tokens into their pages, where decode does not write them itself.
+// Attention in float32 over pages of any format, for what tensor cores do not take: float32 pages, deltas, parameters by token, separated
+// channels, head sizes other than 64 and 128. And new tokens into their pages, where decode does not write them itself.
 // attend_rows: a block is one row of queries, up to 8 heads of a KV head's group and a range of what they read; a lane is a cached token.
 //   grid   (kv_heads * parts * ranges, rows)   parts: of 8 heads;  block 128 threads
 //   which  1: rows of sequences that have one, 2: of those that have more, 3: all
@@ -37,9 +36,11 @@ KERNEL attend_rows(CALL_PARAMETERS i64 ranges, i64 which)
     wait_previous();
     const Call call = MAKE_CALL;
     const int row = blockIdx.y, depth = (int)call.head_dim, group = call.group(), parts = (group + HEADS - 1) / HEADS;
-    const int head = blockIdx.x % (int)call.kv_heads, part = blockIdx.x / (int)call.kv_heads % parts, range = blockIdx.x / (int)call.kv_heads / parts;
+    const int head = blockIdx.x % (int)call.kv_heads, part = blockIdx.x / (int)call.kv_heads % parts;
+    const int range = blockIdx.x / (int)call.kv_heads / parts;
     if (row >= call.tokens()) return;
-    const int s = sequence_of(call, row), rows = call.rows(s), heads = min(HEADS, group - HEADS * part), first = head * group + HEADS * part;
+    const int s = sequence_of(call, row), rows = call.rows(s);
+    const int heads = min(HEADS, group - HEADS * part), first = head * group + HEADS * part;
     if (!(which & (rows == 1 ? 1 : 2))) return;
     const int high = call.slots(s, head) - rows + row - call.first_row(s) + 1, low = call.first_visible(high - 1);
     const Reads reads(call, s, head, row, low, high);

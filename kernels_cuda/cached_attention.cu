@@ -1,8 +1,7 @@
 // Decode attention: a block is one KV head of a sequence and one range of its pages, with all query heads of the group. Its warps take
-// pages in turn, which
-// come through rings in shared memory, keys and values in turn, while others are computed on. The newest token is in no page yet: a
-// block of
-// its own rotates it, attends to it and writes it. The last block of a KV head to end merges all of them, so that a step is one launch.
+// pages in turn, which come through rings in shared memory, keys and values in turn, while others are computed on. The newest token is in
+// no page yet: a block of its own rotates it, attends to it and writes it. The last block of a KV head to end merges all of them, so that
+// a step is one launch.
 //   grid    (kv_heads * (ranges + 1), sequences)    sequences with more than one row are left to the kernels of prefill
 //   block   32 * WARPS threads
 //   shared  Shared<D, WARPS>, then `stages` sides (side_bytes), 2 or 3, for each warp
@@ -20,8 +19,7 @@ template <int D, int WARPS> struct Shared {
 };
 
 // q of the group: load() before pages are sent for, so that it does not wait behind them; then rotated, times scale * log2 e, to shared
-// memory: as
-// floats, and for each lane as halves of q over its head's largest.
+// memory: as floats, and for each lane as halves of q over its head's largest.
 template <int D, int WARPS> struct Prepared {
     Turn turns[HEADS / WARPS][D / 32];
 
@@ -54,8 +52,9 @@ template <int D, int WARPS> struct Prepared {
         for (int block = warp; block < D / 32; block += WARPS) {
             const float4 a = *reinterpret_cast<const float4*>(&shared.q[g][32 * block + 8 * j]);
             const float4 b = *reinterpret_cast<const float4*>(&shared.q[g][32 * block + 8 * j + 4]);
-            shared.queries[block][lane] = make_uint4(floats_to_halves(a.x * inverse, a.z * inverse), floats_to_halves(a.y * inverse, a.w * inverse),
-                                                     floats_to_halves(b.x * inverse, b.z * inverse), floats_to_halves(b.y * inverse, b.w * inverse));
+            shared.queries[block][lane] = make_uint4(
+                floats_to_halves(a.x * inverse, a.z * inverse), floats_to_halves(a.y * inverse, a.w * inverse),
+                floats_to_halves(b.x * inverse, b.z * inverse), floats_to_halves(b.y * inverse, b.w * inverse));
         }
         __syncthreads();
     }
@@ -63,7 +62,8 @@ template <int D, int WARPS> struct Prepared {
 
 // The newest token, in halves as its page will hold it: into its page, and as if it were a range of its own.
 template <int D, int WARPS>
-__device__ __forceinline__ void newest_token(const Call& call, int s, int head, int row, int slot, int ranges, int used, Shared<D, WARPS>& shared)
+__device__ __forceinline__ void newest_token(const Call& call, int s, int head, int row, int slot, int ranges, int used,
+                                             Shared<D, WARPS>& shared)
 {
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
     const i64 position = at<i64>(call.positions)[row];
@@ -87,7 +87,8 @@ __device__ __forceinline__ void newest_token(const Call& call, int s, int head, 
 
 // Results of the warps -> the range's partial result. out: [WARPS][HEADS][D].
 template <int D, int WARPS>
-__device__ __forceinline__ void finish(const Call& call, const Shared<D, WARPS>& shared, const float* out, int s, int head, int range, int ranges)
+__device__ __forceinline__ void finish(const Call& call, const Shared<D, WARPS>& shared, const float* out, int s, int head, int range,
+                                       int ranges)
 {
     for (int n = threadIdx.x; n < call.group() * D / 4; n += 32 * WARPS) {
         const int h = n / (D / 4), c = n % (D / 4) * 4;
@@ -128,7 +129,8 @@ __device__ __forceinline__ void attend_range(const Call& call, Shared<D, WARPS>&
     auto send = [&] {  // the next side, if there is one
         if (sent < 2 * pages) {
             const int now = __shfl_sync(FULL_WARP, entry, sent / 2 % 32), start = __shfl_sync(FULL_WARP, logical, sent / 2 % 32) * PAGE;
-            if (now >= 0) fetch_side<KIND, D>(Page(shared.pools, now), sent % 2 ? V : K, shared.slots - start, ring + stage_in * SIDE, lane);
+            if (now >= 0)
+                fetch_side<KIND, D>(Page(shared.pools, now), sent % 2 ? V : K, shared.slots - start, ring + stage_in * SIDE, lane);
             sent++, stage_in = stage_in + 1 == shared.stages ? 0 : stage_in + 1;
         }
         cp_async_commit();
@@ -178,7 +180,8 @@ __device__ __forceinline__ void attend_range(const Call& call, Shared<D, WARPS>&
         }
 #pragma unroll
         for (int i = 0; i < 8; i++) p[i] = exp2_fast(p[i] - top), total += p[i];
-        const Queries weights = {{floats_to_halves(p[0], p[2]), floats_to_halves(p[1], p[3])}, {floats_to_halves(p[4], p[6]), floats_to_halves(p[5], p[7])}};
+        const Queries weights = {{floats_to_halves(p[0], p[2]), floats_to_halves(p[1], p[3])},
+                                 {floats_to_halves(p[4], p[6]), floats_to_halves(p[5], p[7])}};
         arrive();
         if (sent % 64 == 0 && sent < 2 * pages) look_up(shared.begin + warp + WARPS * (sent / 2));
         send();
@@ -208,7 +211,8 @@ __device__ __forceinline__ void decode(const Call& call, int ranges, int stages)
     // Nothing of this changes within a step. Loads that do not depend on each other go together: each takes as long as a page.
     const int s = blockIdx.y, head = blockIdx.x % (int)call.kv_heads, range = blockIdx.x / (int)call.kv_heads;
     const int sequences = call.sequences(), row = call.first_row(s), next_row = call.first_row(s + 1);
-    const i64 tables = at<i64>(call.page_tables)[s], counts = at<i64>(call.slot_counts)[s], selection = call.selection_group < 0 ? 0 : at<i64>(call.selections)[s];
+    const i64 tables = at<i64>(call.page_tables)[s], counts = at<i64>(call.slot_counts)[s];
+    const i64 selection = call.selection_group < 0 ? 0 : at<i64>(call.selections)[s];
     for (int i = threadIdx.x; i < POOLS * FIELDS; i += 32 * WARPS) shared.pools[i] = at<i64>(call.pools)[i];
     const bool runs = s < sequences && next_row - row == 1;
     const int* table = at<int>(tables) + (call.layer * call.kv_heads + head) * call.max_pages;
@@ -240,8 +244,8 @@ __device__ __forceinline__ void decode(const Call& call, int ranges, int stages)
         attend_range<KIND, D, WARPS>(call, shared, position);
     }
     if (last_to_arrive(blockIdx.y * (int)call.kv_heads + shared.head, shared.used + 1))
-        merge_ranges(call, blockIdx.y, blockIdx.y, shared.head, 0, call.group(), shared.row, shared.ranges, shared.used + 1, &shared.q[0][0], D,
-                     reinterpret_cast<float*>(&shared + 1));
+        merge_ranges(call, blockIdx.y, blockIdx.y, shared.head, 0, call.group(), shared.row, shared.ranges, shared.used + 1,
+                     &shared.q[0][0], D, reinterpret_cast<float*>(&shared + 1));
 }
 
 #define DECODE(name, kind, depth, warps) \

@@ -1,5 +1,5 @@
-"""Attention over a paged cache for a whole batch; see the reference. Decode is one launch: the kernel that the cache's pages ask for rotates, writes
-the new tokens, attends and merges. Prefill writes first. What tensor cores do not take, attention_rows.cu does."""
+"""Attention over a paged cache for a whole batch; see the reference. Decode is one launch: the kernel that the cache's pages ask for
+rotates, writes the new tokens, attends and merges. Prefill writes first. What tensor cores do not take, attention_rows.cu does."""
 import numpy as np
 
 from edgeattn.kernels_cuda import compile, device
@@ -49,7 +49,8 @@ def launches(a: dict[str, int], most: dict) -> list[Launch]:
     if a["head_dim"] > MOST_DEPTH:
         raise ValueError(f"CUDA kernels take heads of at most {MOST_DEPTH} channels, got {a['head_dim']}; run on the CPU with --device cpu")
     sequences, tokens, slots = most[a["batch.sequences"]], most[a["q.rows"]], most["slots"]
-    fast = a["cache.kinds"] != ANY and a["head_dim"] in (64, 128) and a["num_heads"] // a["kv_heads"] <= HEADS and not a["cache.keys_rotated"]
+    group = a["num_heads"] // a["kv_heads"]
+    fast = a["cache.kinds"] != ANY and a["head_dim"] in (64, 128) and group <= HEADS and not a["cache.keys_rotated"]
     found = []
     if fast:
         found.append(_decode(a, sequences, slots))
@@ -65,7 +66,8 @@ def decode_shared(kinds: int, head_dim: int, stages: int) -> int:
     """Bytes of shared memory: cached_attention.cu, Shared, and the rings of sides or what becomes of them."""
     warps = WARPS[kinds]
     fixed = 4 * HEADS * head_dim + 16 * head_dim + 4 * HEADS * (1 + 2 * warps) + 4 * warps * HEADS * head_dim // 32 + 8 * head_dim
-    return fixed + 64 + 8 * POOLS * FIELDS + 4 * warps * HEADS * 36 + warps * max(stages * SIDE_BYTES[kinds] * head_dim, 4 * HEADS * head_dim)
+    fixed += 64 + 8 * POOLS * FIELDS + 4 * warps * HEADS * 36
+    return fixed + warps * max(stages * SIDE_BYTES[kinds] * head_dim, 4 * HEADS * head_dim)
 
 
 def _decode(a, sequences, slots):
@@ -81,7 +83,8 @@ def _decode(a, sequences, slots):
 
 def _write(a, tokens, which):
     """New keys, rotated, and values into their pages."""
-    return Launch(compile.function("attention_rows", "write_tokens"), (a["kv_heads"], tokens, 1), 128, (*call_args(a), np.int64(which)), overlap=True)
+    kernel = compile.function("attention_rows", "write_tokens")
+    return Launch(kernel, (a["kv_heads"], tokens, 1), 128, (*call_args(a), np.int64(which)), overlap=True)
 
 
 def _prefill(a, tokens, sequences):
@@ -100,4 +103,5 @@ def _rows(a, tokens, slots, which):
         raise ValueError(f"a chunk of {tokens} tokens is too long for {a['kv_heads']} KV heads; choose a smaller --ubatch-size")
     ranges = ranges_of(tokens * a["kv_heads"] * parts, slots)
     kernel = compile.function("attention_rows", "attend_rows", ROWS_SHARED)
-    return Launch(kernel, (a["kv_heads"] * parts * ranges, tokens, 1), 128, (*call_args(a), np.int64(ranges), np.int64(which)), ROWS_SHARED, overlap=True)
+    args = (*call_args(a), np.int64(ranges), np.int64(which))
+    return Launch(kernel, (a["kv_heads"] * parts * ranges, tokens, 1), 128, args, ROWS_SHARED, overlap=True)

@@ -38,7 +38,8 @@ template <int KIND, bool FAR> struct Codes;
 template <> struct Codes<INT4, false> {
     uint2 step[2];
     __device__ __forceinline__ void load(const u8* side, int from, int block, int rows, int g, int j, int bits) {
-        for (int u = 0; u < 2; u++) step[u] = *reinterpret_cast<const uint2*>(side + swizzled<7>(from + (8 * block + 2 * j + u) * 64 + 8 * g));
+        for (int u = 0; u < 2; u++)
+            step[u] = *reinterpret_cast<const uint2*>(side + swizzled<7>(from + (8 * block + 2 * j + u) * 64 + 8 * g));
     }
     __device__ __forceinline__ Operand operand(int u, int second) const {
         const u32 x = second ? step[u].y : step[u].x, y = x >> 8;

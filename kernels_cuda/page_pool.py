@@ -1,5 +1,5 @@
-"""Memory for pages of one format on the device, and one row of the table of pools: the counterpart of kernels_cpu/page_pool.py, where the addresses
-of workers give way to the kinds of codes. Entries of page tables are the same."""
+"""Memory for pages of one format on the device, and one row of the table of pools: the counterpart of kernels_cpu/page_pool.py, where the
+addresses of workers give way to the kinds of codes. Entries of page tables are the same."""
 import numpy as np
 
 from edgeattn.kernels_cuda import device

@@ -1,6 +1,5 @@
-// Pages as halves in shared memory, for products with many rows of queries: keys [channel][32 tokens], values [32 tokens][channel],
-// pieces of 16 bytes
-// exchanged so that ldmatrix meets no bank twice.
+// Pages as halves in shared memory, for products with many rows of queries: keys [channel][32 tokens], values [32 tokens][channel], pieces
+// of 16 bytes exchanged so that ldmatrix meets no bank twice.
 #pragma once
 #include "page_values.cuh"
 
@@ -34,8 +33,10 @@ __device__ __forceinline__ void quad_codes(int kind, i64 from, int rows, int qua
             const uint4 c = *at<uint4>(top), d = *at<uint4>(top + 16);
             const u32 others[8] = {c.x, c.y, c.z, c.w, d.x, d.y, d.z, d.w};
 #pragma unroll
-            for (int i = 0; i < 8; i++)
-                low[i] |= (others[i] >> 2 * (quad % 4) & 0x01010101u) << 2, high[i] |= (others[i] >> (2 * (quad % 4) + 1) & 0x01010101u) << 2;
+            for (int i = 0; i < 8; i++) {
+                low[i] |= (others[i] >> 2 * (quad % 4) & 0x01010101u) << 2;
+                high[i] |= (others[i] >> (2 * (quad % 4) + 1) & 0x01010101u) << 2;
+            }
         }
     }
 }

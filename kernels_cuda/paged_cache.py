@@ -84,11 +84,11 @@ class PagedCache:
         """What ARGS of cached_attention and select_pages ask for besides tensors and attributes."""
         each = {"page_tables": self.tables, "slot_counts": self.slot_counts, "sealed": self.sealed}
         return {f"batch.{name}": self._addresses(name, array) for name, array in each.items()} | {
-            "batch.row_starts": self.row_starts.data.ptr, "batch.compensation": 0, "batch.prefill_lists": 0, "batch.index": 0, "batch.indexed": 0,
-            "batch.selections": self._addresses("selections", self.selection), "selection.group": 0 if self.capacity else -1,
-            "selection.capacity": self.capacity, "selection.width": 0, "cache.pools": self.table.data.ptr,
-            "cache.max_pages": self.tables.shape[2], "cache.keys_rotated": 0, "cache.kinds": kinds_of(self.formats), "layer": 0,
-            "batch.sequences": COUNTS.index("sequences"), "state": self.state.data.ptr}
+            "batch.row_starts": self.row_starts.data.ptr, "batch.compensation": 0, "batch.prefill_lists": 0, "batch.index": 0,
+            "batch.indexed": 0, "batch.selections": self._addresses("selections", self.selection),
+            "selection.group": 0 if self.capacity else -1, "selection.capacity": self.capacity, "selection.width": 0,
+            "cache.pools": self.table.data.ptr, "cache.max_pages": self.tables.shape[2], "cache.keys_rotated": 0,
+            "cache.kinds": kinds_of(self.formats), "layer": 0, "batch.sequences": COUNTS.index("sequences"), "state": self.state.data.ptr}
 
     def bucket(self) -> dict:
         most = {"tokens": sum(self.new), "rows": 0, "sequences": len(self.new), "slots": max(self.lengths)}
@@ -96,8 +96,8 @@ class PagedCache:
 
     def launches(self, kernel, tensors: dict, attributes: dict, extra: dict | None = None) -> list:
         """A step of a kernel module over CuPy arrays [tokens, ...], and arrays that must stay alive, under their names."""
-        given = {name: Tensor(x.data.ptr, x.shape if name in ("cos", "sin") else ("tokens", *x.shape[1:]), x.strides[0] // x.itemsize, str(x.dtype))
-                 for name, x in tensors.items()}
+        shapes = {name: x.shape if name in ("cos", "sin") else ("tokens", *x.shape[1:]) for name, x in tensors.items()}
+        given = {name: Tensor(x.data.ptr, shapes[name], x.strides[0] // x.itemsize, str(x.dtype)) for name, x in tensors.items()}
         extra, attributes = self.extra() | (extra or {}), {"interleaved": 0, "window": 0} | attributes
         size = kernel.workspace_bytes(given, attributes, max(self.bucket()["tokens"], 1), 1)
         scratch = self._held.setdefault(f"{size} bytes", device.cupy().full(size, 0xff, np.uint8))  # nothing may rely on zeros

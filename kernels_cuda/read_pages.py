@@ -18,7 +18,10 @@ def read_pages(k_codes, k_params, v_codes, v_params, *, head_dim, k_type, v_type
 
 
 def run(table, head_dim: int, entries):
-    """-> k [pages, head_dim, 32], v [pages, 32, head_dim] float32, on the device, of the pages named by `entries`; table: page_pool.make_table."""
+    """-> k [pages, head_dim, 32], v [pages, 32, head_dim] float32, on the device, of the pages named by `entries`.
+
+    table: page_pool.make_table's
+    """
     xp = device.cupy()
     entries = xp.asarray(entries, np.int32)
     k, v = xp.empty((len(entries), head_dim, PAGE), np.float32), xp.empty((len(entries), PAGE, head_dim), np.float32)

@@ -28,7 +28,8 @@ __device__ __forceinline__ u16 half_above(float x)
 }
 
 // Parameters of one group from its range or, where symmetric, its largest value: to the page and to shared memory.
-__device__ __forceinline__ void parameters(Sealing& s, int group, float low, float high, float largest, bool symmetric, int levels, u16* low_at, u16* step_at)
+__device__ __forceinline__ void parameters(Sealing& s, int group, float low, float high, float largest, bool symmetric, int levels,
+                                           u16* low_at, u16* step_at)
 {
     u16 minimum, step;
     if (symmetric) {
@@ -160,7 +161,8 @@ __device__ __forceinline__ void seal_keys(Sealing& s, const Page& page, int dept
 
 __device__ __forceinline__ void seal_values(Sealing& s, const Page& page, int depth)
 {
-    const int kind = page.kind(V_KIND), levels = (1 << kind) - 1, blocks = (depth + 31) / 32, width = 32 * blocks, groups = page.kind(GROUPS);
+    const int kind = page.kind(V_KIND), levels = (1 << kind) - 1, blocks = (depth + 31) / 32, width = 32 * blocks;
+    const int groups = page.kind(GROUPS);
     if (kind >= F16) {
         for (int n = threadIdx.x; n < width * PAGE; n += blockDim.x) {
             const float x = s.x[n % width / 32 * 1024 + n / width * 32 + n % 32];
@@ -208,7 +210,8 @@ KERNEL seal_pages(i64 pools, i64 sources, i64 targets, i64 head_dim, i64 count_i
     __syncthreads();
     seal_keys(s, page, depth);
     __syncthreads();
-    for (int n = threadIdx.x; n < width * PAGE; n += blockDim.x) s.x[n % width / 32 * 1024 + n / width * 32 + n % 32] = value_at(source, depth, n / width, n % width);
+    for (int n = threadIdx.x; n < width * PAGE; n += blockDim.x)
+        s.x[n % width / 32 * 1024 + n / width * 32 + n % 32] = value_at(source, depth, n / width, n % width);
     __syncthreads();
     seal_values(s, page, depth);
 }

@@ -3,8 +3,8 @@
 // together.
 //   grid (kv_heads * parts, sequences), block 512 threads
 //   bound    q's product with the middle of each channel's range, and `reach` times the most that the range can add (Quest, arXiv
-// 2406.10774): of
-//            the parameters of quantised keys alone, or of rows of an index, which are made here when they are first needed
+//            2406.10774): of the parameters of quantised keys alone, or of rows of an index, which are made here when they are first
+//            needed
 //   peak     the largest product of a token's key with the sum of the group's queries (TidalDecode, arXiv 2410.05076)
 //   mass     the softmax weight of the page's tokens, over the group
 //   recency  how new a page is;  random: any order
@@ -95,7 +95,8 @@ __device__ __forceinline__ void bound_scores(const Selection& a, const Scoring& 
                             float2 y = halves_to_floats(words[n]);
                             y.x *= factor, y.y *= factor;
 #pragma unroll
-                            for (int h = 0; h < TOGETHER_HEADS; h++) total[h] = fmaf(y.x, w[h][8 * i + 2 * n], fmaf(y.y, w[h][8 * i + 2 * n + 1], total[h]));
+                            for (int h = 0; h < TOGETHER_HEADS; h++)
+                                total[h] = fmaf(y.x, w[h][8 * i + 2 * n], fmaf(y.y, w[h][8 * i + 2 * n + 1], total[h]));
                         }
                     }
                     if (TOGETHER_HEADS == 2) total[2] = total[0], total[3] = total[1];
@@ -118,7 +119,8 @@ __device__ __forceinline__ void bound_scores(const Selection& a, const Scoring& 
 }
 
 // Scores from the keys themselves: a lane is a token. Of mass, each query head's largest score and sum of weights in the page.
-__device__ __forceinline__ void exact_scores(const Selection& a, const Scoring& shared, int s, int head, int begin, int end, int slots, float* scores)
+__device__ __forceinline__ void exact_scores(const Selection& a, const Scoring& shared, int s, int head, int begin, int end, int slots,
+                                             float* scores)
 {
     const Call& call = a.call;
     const int depth = (int)call.head_dim, lane = threadIdx.x % 32, group = call.group();
@@ -162,7 +164,8 @@ __device__ __forceinline__ void share_mass(const Selection& a, Scoring& shared, 
     for (int page = threadIdx.x; page < total; page += SELECT_THREADS) scores[page] = 0;
     for (int h = 0; h < group; h++) {
         float top = LOWEST, sum = 0;
-        for (int page = threadIdx.x; page < total; page += SELECT_THREADS) top = fmaxf(top, load_shared_by_all(kept + (page * group + h) * 2));
+        for (int page = threadIdx.x; page < total; page += SELECT_THREADS)
+            top = fmaxf(top, load_shared_by_all(kept + (page * group + h) * 2));
         top = warp_max(top);
         __syncthreads();
         if (lane == 0) shared.tops[warp] = top;
@@ -203,7 +206,8 @@ extern "C" __global__ void __launch_bounds__(SELECT_THREADS) select_pages(CALL_P
     if (!runs) return;
     int2 range = a.candidates(s, head, total);
     if (a.score == MASS) range = make_int2(0, total);
-    const int size = (max(range.y - range.x, 0) + (int)parts - 1) / (int)parts, begin = range.x + part * size, end = min(range.y, begin + size);
+    const int size = (max(range.y - range.x, 0) + (int)parts - 1) / (int)parts;
+    const int begin = range.x + part * size, end = min(range.y, begin + size);
     const bool scored = a.scoring(s, head);
     float* found = a.scores_of(s, head);
     if (scored && begin < end) {

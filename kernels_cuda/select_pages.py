@@ -8,8 +8,9 @@ from edgeattn.kernels_cuda.paged_cache import COUNT, HEADER, PagedCache
 from edgeattn.kernels_cuda.steps import Launch
 from edgeattn.page_formats import PAGE, PageFormat
 
-SELECTION = ("batch.sealed", "batch.index", "batch.indexed", "selection.width", "workspace.scores", "selection.shares", "selection.stats", "score",
-             "combine", "budget", "fraction", "recent", "reach", "reuse", "block", "workspace.softmax")  # in the order of SELECTION_ARGS
+SELECTION = (  # in the order of SELECTION_ARGS
+    "batch.sealed", "batch.index", "batch.indexed", "selection.width", "workspace.scores", "selection.shares", "selection.stats",
+    "score", "combine", "budget", "fraction", "recent", "reach", "reuse", "block", "workspace.softmax")
 ARGS = (*CALL, *(name for name in SELECTION if not name.startswith("workspace")), "selection.components")
 SCORES = "bound", "mass", "recency", "random", "peak"
 THREADS, SHARED = 512, 4 * (2048 + 1024 + 64 + 16 + 64 + 7)  # select_pages.cu, selection.cuh: Choosing
@@ -17,8 +18,8 @@ MOST_PAGES = 32768
 WORKSPACE_ROWS = "sequences"  # the count that `rows` of workspace_bytes is: only decode steps select
 
 
-def select_pages(q, cos, sin, past_key, positions, components=None, *, num_heads, kv_heads, head_dim, rotary_dim, interleaved=0, scale, layer=0,
-                 capacity, share=1.0, score, rank=0, tables=0, **options):
+def select_pages(q, cos, sin, past_key, positions, components=None, *, num_heads, kv_heads, head_dim, rotary_dim, interleaved=0, scale,
+                 layer=0, capacity, share=1.0, score, rank=0, tables=0, **options):
     import edgeattn.kernels_cuda.select_pages as kernel
     xp = device.cupy()
     cache = PagedCache([PageFormat(head_dim, "f32", "f32")], kv_heads, [past_key.shape[1]], [1], capacity)
@@ -28,8 +29,8 @@ def select_pages(q, cos, sin, past_key, positions, components=None, *, num_heads
     index, indexed = xp.zeros((1, kv_heads, cache.tables.shape[2], width), np.uint16), xp.zeros((1, kv_heads), np.int32)
     rows = xp.asarray([index.data.ptr if width else 0, indexed.data.ptr], np.int64)
     shares, positions = xp.full(kv_heads, share, np.float32), xp.asarray(positions, np.int64)
-    attributes = dict(num_heads=num_heads, kv_heads=kv_heads, head_dim=head_dim, rotary_dim=rotary_dim, interleaved=interleaved, scale=scale,
-                      reuse=0.0, **{"block": 1, "combine": "head", "budget": 0, "fraction": 0.0, "reach": 1.0} | options)
+    attributes = dict(num_heads=num_heads, kv_heads=kv_heads, head_dim=head_dim, rotary_dim=rotary_dim, interleaved=interleaved,
+                      scale=scale, reuse=0.0, **{"block": 1, "combine": "head", "budget": 0, "fraction": 0.0, "reach": 1.0} | options)
     cache.run(kernel, tensors, attributes | {"score": score}, {
         "batch.positions": positions.data.ptr, "batch.index": rows.data.ptr, "batch.indexed": rows.data.ptr + 8, "selection.width": width,
         "selection.shares": shares.data.ptr, "selection.stats": 0, "selection.components": 0 if components is None else 1})
@@ -52,13 +53,16 @@ def launches(a: dict[str, int], most: dict) -> list[Launch]:
     if a["score"] not in [CODES[name] for name in SCORES] or a["selection.components"]:
         raise ValueError(f"CUDA selection scores pages by {', '.join(SCORES)}; choose a policy that does, or run with --device cpu")
     if a["num_heads"] // a["kv_heads"] > HEADS or a["head_dim"] > 256 or a["cache.keys_rotated"] and a["selection.width"]:
-        raise ValueError(f"CUDA selection takes {HEADS} query heads a KV head and 256 channels at most, and no rotated keys; run with --device cpu")
+        raise ValueError(f"CUDA selection takes {HEADS} query heads a KV head and 256 channels at most, and no rotated keys; "
+                         "run with --device cpu")
     if a["cache.max_pages"] > MOST_PAGES:
-        raise ValueError(f"CUDA selection chooses among {MOST_PAGES} pages at most, the cache may hold {a['cache.max_pages']}; choose a smaller --ctx-size")
+        raise ValueError(f"CUDA selection chooses among {MOST_PAGES} pages at most, the cache may hold {a['cache.max_pages']}; "
+                         "choose a smaller --ctx-size")
     if a["selection.group"] < 0:
         return []
     sequences, places = most[a["batch.sequences"]], most[a["batch.sequences"]] * a["kv_heads"]
     parts = max(1, min(64, processors() // places, -(-most["slots"] // (PAGE * THREADS // 32))))
     made = a | {"workspace.scores": a["workspace"], "workspace.softmax": a["workspace"] + _score_bytes(places, a["cache.max_pages"])}
     args = (*call_args(a), *(np.int64(made[name]) for name in SELECTION), np.int64(parts))
-    return [Launch(compile.function("select_pages", "select_pages", SHARED), (a["kv_heads"] * parts, sequences, 1), THREADS, args, SHARED, overlap=True)]
+    kernel = compile.function("select_pages", "select_pages", SHARED)
+    return [Launch(kernel, (a["kv_heads"] * parts, sequences, 1), THREADS, args, SHARED, overlap=True)]

@@ -13,20 +13,26 @@ enum Score { BOUND, MASS, RECENCY, RANDOM, PEAK = 20 };
 enum Combine { ALONE, LAYER, BEST };
 enum Stat { SPARSE, DENSE, READ, HELD, REUSED, STATS };
 
-#define SELECTION_ARGS(X) X(sealed) X(index) X(indexed) X(index_width) X(scores) X(shares) X(stats) X(score) X(combine) X(budget) X(fraction) X(recent) \
-    X(reach) X(reuse) X(block) X(softmax)
+#define SELECTION_ARGS(X) X(sealed) X(index) X(indexed) X(index_width) X(scores) X(shares) X(stats) X(score) X(combine) X(budget) \
+    X(fraction) X(recent) X(reach) X(reuse) X(block) X(softmax)
 
 struct Selection {
     Call call;
     SELECTION_ARGS(AS_FIELD)
 
     __device__ __forceinline__ int total(int slots) const { return (slots + PAGE - 1) / PAGE; }
-    __device__ __forceinline__ float* scores_of(int s, int head) const { return at<float>(scores) + (s * call.kv_heads + head) * call.max_pages; }
+    __device__ __forceinline__ float* scores_of(int s, int head) const {
+        return at<float>(scores) + (s * call.kv_heads + head) * call.max_pages;
+    }
     __device__ __forceinline__ u16* index_row(int s, int head, int page) const {
         return at<u16>(at<i64>(index)[s]) + ((call.layer * call.kv_heads + head) * call.max_pages + page) * index_width;
     }
-    __device__ __forceinline__ int* indexed_of(int s, int head) const { return at<int>(at<i64>(indexed)[s]) + call.layer * call.kv_heads + head; }
-    __device__ __forceinline__ int sealed_of(int s, int head) const { return at<int>(at<i64>(sealed)[s])[call.layer * call.kv_heads + head]; }
+    __device__ __forceinline__ int* indexed_of(int s, int head) const {
+        return at<int>(at<i64>(indexed)[s]) + call.layer * call.kv_heads + head;
+    }
+    __device__ __forceinline__ int sealed_of(int s, int head) const {
+        return at<int>(at<i64>(sealed)[s])[call.layer * call.kv_heads + head];
+    }
     // The pages that scores decide about: between the first page, or block, and the recent ones.
     __device__ __forceinline__ int2 candidates(int s, int head, int pages) const {
         const int known = sealed_of(s, head), each = max(1, (int)block);
@@ -53,7 +59,8 @@ struct Selection {
     __device__ __forceinline__ bool scoring(int s, int head) const {
         if (combine == ALONE) return !still_good(s, head) && wanted(s, head, call.slots(s, head)) < total(call.slots(s, head));
         bool some = false;
-        for (int other = 0; other < call.kv_heads; other++) some = some || wanted(s, other, call.slots(s, other)) < total(call.slots(s, other));
+        for (int other = 0; other < call.kv_heads; other++)
+            some = some || wanted(s, other, call.slots(s, other)) < total(call.slots(s, other));
         return some && !all_still_good(s);
     }
 };
@@ -115,12 +122,10 @@ struct Scores {
 };
 
 // Of the scores first ... last (no NaN; -infinity: never) the `wanted` best ones, of equals the lower page, ascending to `pages`; -> how
-// many. kept: how many
-// of `old_count` pages, which lie at `old` until then, are among them. Which score decides is found by histograms of BINS bins, each of
-// one bin of the
-// one before, until few scores are left to compare with each other.
-__device__ __forceinline__ int top_pages(Choosing& shared, const float* scores, int first, int last, int wanted, int* pages, const int* old, int old_count,
-                                         int& kept)
+// many. kept: how many of `old_count` pages, which lie at `old` until then, are among them. Which score decides is found by histograms of
+// BINS bins, each of one bin of the one before, until few scores are left to compare with each other.
+__device__ __forceinline__ int top_pages(Choosing& shared, const float* scores, int first, int last, int wanted, int* pages,
+                                         const int* old, int old_count, int& kept)
 {
     const int count = last - first, turns = (count + SELECT_THREADS - 1) / SELECT_THREADS, lane = threadIdx.x % 32, warp = threadIdx.x / 32;
     float own[OWN];
@@ -154,7 +159,8 @@ __device__ __forceinline__ int top_pages(Choosing& shared, const float* scores, 
         __syncthreads();
         u32 mine[BINS / SELECT_THREADS], sum = 0, all;
 #pragma unroll
-        for (int b = 0; b < BINS / SELECT_THREADS; b++) mine[b] = shared.bins[BINS - 1 - (threadIdx.x * (BINS / SELECT_THREADS) + b)], sum += mine[b];
+        for (int b = 0; b < BINS / SELECT_THREADS; b++)
+            mine[b] = shared.bins[BINS - 1 - (threadIdx.x * (BINS / SELECT_THREADS) + b)], sum += mine[b];
         u32 above = sum_before(shared, sum, all);
 #pragma unroll
         for (int b = 0; b < BINS / SELECT_THREADS; b++) {
@@ -246,11 +252,13 @@ __device__ __forceinline__ void choose(const Selection& a, Choosing& shared, int
                                                reuse > 0 && follows ? count : 0, kept) : 0;
             if (!free) kept = 0;
             for (int page = threadIdx.x; page < range.x; page += SELECT_THREADS) row[HEADER + page] = page;
-            for (int page = range.y + threadIdx.x; page < total; page += SELECT_THREADS) row[HEADER + range.x + found + page - range.y] = page;
+            for (int page = range.y + threadIdx.x; page < total; page += SELECT_THREADS)
+                row[HEADER + range.x + found + page - range.y] = page;
             reads = range.x + found + total - range.y;
             if (threadIdx.x == 0) {
                 int next = 1;
-                if (reuse > 0 && follows) next = (float)kept / (float)max(found, 1) >= reuse ? min(2 * interval, LONGEST) : max(interval / 2, 1);
+                if (reuse > 0 && follows)
+                    next = (float)kept / (float)max(found, 1) >= reuse ? min(2 * interval, LONGEST) : max(interval / 2, 1);
                 row[COUNT] = reads, row[SLOTS] = slots, row[AGE] = 0, row[INTERVAL] = next;
             }
         }

@@ -27,7 +27,8 @@ def test_kernel_matches_reference(name, case):
 
 
 class Case:
-    """Sequences with sealed pages in the middle, and a step of `new` tokens each; call() compares it with float64 on what the pages hold."""
+    """Sequences with sealed pages in the middle, and a step of `new` tokens each; call() compares it with float64 on what the pages
+    hold."""
 
     def __init__(self, types, head_dim, group, lengths, new, *, kv_heads=2, window=0, capacity=0, seed=None, **form):
         from edgeattn.kernels_cuda.paged_cache import PagedCache
@@ -126,8 +127,9 @@ def test_decode_reads_lists(types):
     case.call(4 * HALVES, lambda s, h: kept.get((s, h), np.ones(case.cache.lengths[s], bool)))
 
 
-@pytest.mark.parametrize("types, form", [("int4", dict(k_axis="token")), ("int8/int3", dict(k_axis="token")), ("int3", dict(k_axis="token", one_group=True)),
-                                         ("int2/int4", dict(separated=True)), ("delta/int4", dict(threshold=1.0)), ("f32", {}), ("delta/f16", dict(threshold=2.0, gate=8))])
+@pytest.mark.parametrize("types, form", [
+    ("int4", dict(k_axis="token")), ("int8/int3", dict(k_axis="token")), ("int3", dict(k_axis="token", one_group=True)),
+    ("int2/int4", dict(separated=True)), ("delta/int4", dict(threshold=1.0)), ("f32", {}), ("delta/f16", dict(threshold=2.0, gate=8))])
 @pytest.mark.parametrize("head_dim", [16, 48, 80, 128, 256])
 def test_other_formats(types, form, head_dim):
     """In float32, what tensor cores do not take."""
@@ -147,7 +149,8 @@ def test_prefill_behind_pages(types, head_dim):
 
 @pytest.mark.parametrize("types", ["f16", "int4"])
 def test_a_launch_serves_every_call_that_fits_its_bucket(types):
-    """The launches of 4 sequences, captured in a graph, with fewer ones and other lengths; a step's result does not depend on the one before."""
+    """The launches of 4 sequences, captured in a graph, with fewer ones and other lengths; a step's result does not depend on the one
+    before."""
     from edgeattn.kernels_cuda import cached_attention, device, steps
     xp, case = device.cupy(), Case(types, 128, 4, [900, 33, 1200, 5], [1] * 4)
     tensors = {name: xp.asarray(x) for name, x in dict(q=case.q, k=case.k, v=case.v, cos=case.cos, sin=case.sin).items()}

@@ -2,7 +2,7 @@
 import numpy as np
 import pytest
 from cuda_device import needs_cuda
-from test_kernels import CASES, logits, quantised
+from test_kernels import CASES, logits, quantised, sample_with_nan
 
 from edgeattn.kernels_cuda import add, gated_activation, matmul_nbits, rms_normalization, steps
 from edgeattn.ops import load_kernel
@@ -129,12 +129,7 @@ def test_steps_that_overlap_keep_their_order(rows):
 @pytest.mark.parametrize("share", [0.1, 0.9, 1])
 @pytest.mark.parametrize("options", [dict(temperature=0), dict(), dict(top_k=40), dict(top_p=0.9, min_p=0.01)], ids=str)
 def test_sample_takes_nan_for_minus_infinity(share, options):
-    rng, vocab = np.random.default_rng(), 3001
-    x = logits(rng, vocab, 30)
-    x[rng.random(vocab) < share] = np.nan
-    options = dict(temperature=1, top_k=0, top_p=1.0, min_p=0.0, repeat_penalty=1.1, uniform=float(rng.random())) | options
-    token = load_kernel("sample", "cuda")(x, rng.integers(0, vocab, 20), **options)[0]
-    assert 0 <= token < vocab and (share == 1 or np.isfinite(x[token]))
+    sample_with_nan("cuda", share, options)
 
 
 @pytest.mark.parametrize("options", [dict(top_k=2000, top_p=0.98765), dict(top_p=0.3), dict(min_p=0.5, temperature=2.0), dict(top_k=1),

@@ -210,11 +210,15 @@ def test_kernel_matches_reference(name, case):
 @pytest.mark.parametrize("share", [0.1, 0.9, 1])
 @pytest.mark.parametrize("options", [dict(temperature=0), dict(), dict(top_k=40), dict(top_p=0.9, min_p=0.01)], ids=str)
 def test_sample_takes_nan_for_minus_infinity(share, options):
+    sample_with_nan("cpu", share, options)
+
+
+def sample_with_nan(device, share, options):
     rng, vocab = np.random.default_rng(), 3001
     x = logits(rng, vocab, 30)
     x[rng.random(vocab) < share] = np.nan
     options = dict(temperature=1, top_k=0, top_p=1.0, min_p=0.0, repeat_penalty=1.1, uniform=float(rng.random())) | options
-    token = load_kernel("sample", "cpu")(x, rng.integers(0, vocab, 20), **options)[0]
+    token = load_kernel("sample", device)(x, rng.integers(0, vocab, 20), **options)[0]
     assert 0 <= token < vocab and (share == 1 or np.isfinite(x[token]))
 
 

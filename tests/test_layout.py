@@ -85,8 +85,10 @@ def test_files_stay_small(path):
     assert len(path.read_text().splitlines()) <= LONG.get(path.name, 300)
 
 
-@pytest.mark.parametrize("path", FILES)
+CUDA = [pytest.param(p, id=str(p.relative_to(ROOT))) for p in sorted((ROOT / "kernels_cuda").glob("*.cu*"))]
+
+
+@pytest.mark.parametrize("path", FILES + CUDA)
 def test_lines_stay_short(path):
-    """A file that needs no exception has none."""
     long = [i for i, line in enumerate(path.read_text().splitlines(), 1) if len(line) > WIDTH]
     assert not long, f"lines {long}"
