@@ -177,7 +177,8 @@ class KVCache:
         self.pools[0].copy(old // POOLS, new // POOLS)
         self.pools[0].release(old // POOLS)
         sequence.tables[where] = new
-        sequence.relisted()
+        if len(new):
+            sequence.relisted(int(where[2].min()), int(where[2].max()) + 1)
 
     def own_floats(self, sequence: Sequence) -> None:
         """Make every page of floats of a sequence its own, before tokens are moved."""
