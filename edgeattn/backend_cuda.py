@@ -70,6 +70,12 @@ class Table:
     def __init__(self, steps: list[Step]):
         self.steps, self.launches, self.graphs, self.ran = steps, {}, {}, set()
 
+    def __len__(self) -> int:
+        return len(self.steps)
+
+    def __getitem__(self, part: slice) -> "Table":
+        return Table(self.steps[part])
+
 
 class CudaBackend:
     device = "cuda"

@@ -283,10 +283,12 @@ class Plan:
         """Run once, step by step; -> (node, operator, seconds) of each. A segment counts as operator "onnxruntime"."""
         found, left = [], iter(self.steps)
         for item in self.items:
-            for row in [None] if isinstance(item, Segment) else item:
-                step = None if row is None else next(left)
+            alone = isinstance(item, Segment)
+            for i in range(1 if alone else len(item)):
+                name, operator = ("segment", "onnxruntime") if alone else ((step := next(left)).name, step.operator)
+                self.backend.wait()
                 start = perf_counter()
-                item.run(state) if row is None else self.backend.run(row.reshape(1, -1), state)
-                found.append((step.name, step.operator) if step else ("segment", "onnxruntime"))
-                found[-1] += (perf_counter() - start,)
+                item.run(state) if alone else self.backend.run(item[i:i + 1], state)
+                self.backend.wait()
+                found.append((name, operator, perf_counter() - start))
         return found

@@ -96,9 +96,11 @@ def cupy():
 def make_backend(monkeypatch):
     """CudaBackend, whose steps are the CPU's over the "device's" addresses. Sampling is the CPU's too."""
     from edgeattn import device_sampling
-    from edgeattn.backend_cuda import CudaBackend
-    from edgeattn.kernels_cuda import device
+    from edgeattn.backend_cuda import CudaBackend, Table
+    from edgeattn.kernels_cuda import attention_call, cached_attention, device
     module = cupy()
+    for asking in (attention_call, cached_attention):
+        monkeypatch.setattr(asking, "attribute", lambda name: {"MultiProcessorCount": 132}.get(name, 228 << 10))
     monkeypatch.setattr(device, "cupy", lambda: module)
     monkeypatch.setattr(device_sampling.sample, "launches", lambda a, most: a)
     monkeypatch.setattr(device_sampling, "run", sample)
@@ -117,7 +119,8 @@ def make_backend(monkeypatch):
             return CpuBackend.step(self, name, operator, kernel, tensors, attributes, extra, max_counts, threads)
 
         def table(self, made, workspace):
-            return CpuBackend.table(self, made, np.asarray(workspace))
+            CpuBackend.table(self, made, np.asarray(workspace))
+            return Table(made)
 
         def ready(self, tables, progress=None):
             self.release_maps()
@@ -125,7 +128,7 @@ def make_backend(monkeypatch):
         def launch(self, table, bucket):
             self.buckets.append(bucket)
             state = self._batch.address(self._batch.state)
-            steps.run(table, np.ctypeslib.as_array((ctypes.c_int64 * 4).from_address(state)))
+            steps.run(np.stack([step.row for step in table.steps]), np.ctypeslib.as_array((ctypes.c_int64 * 4).from_address(state)))
 
         def page_table(self, pools):
             table = np.zeros((POOLS, FIELDS), np.int64)

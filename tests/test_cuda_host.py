@@ -144,11 +144,9 @@ def test_weights_are_copied_once(load, nano_int4):
 def launches_of(monkeypatch, model):
     """Every step's launches for several buckets, made by the CUDA kernels' own modules with no device."""
     from types import SimpleNamespace
-    from edgeattn.kernels_cuda import attention_call, cached_attention, compile, device
+    from edgeattn.kernels_cuda import compile, device
     monkeypatch.setattr(compile, "function", lambda name, kernel, shared=0: SimpleNamespace(ptr=1, name=kernel))
     monkeypatch.setattr(device, "about", lambda: {"processors": 132, "shared_bytes": 227 << 10})
-    for module in (attention_call, cached_attention):
-        monkeypatch.setattr(module, "attribute", lambda name: {"MultiProcessorCount": 132}.get(name, 228 << 10))
     buckets = [backend_cuda.Bucket(*numbers) for numbers in (
         (1, 1, 1, 256, False), (1, 1, 1, 1024, True), (4, 4, 4, 512, True), (128, 1, 1, 1024, False), (128, 0, 2, 1024, False),
         (64, 64, 1, 256, False))]
