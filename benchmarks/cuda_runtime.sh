@@ -22,8 +22,9 @@ for kernel in matmul_nbits embedding_nbits rms_normalization add gather_rows gat
               seal_pages page_int8 page_int4; do
   timeout 120 $g python3 -c "import edgeattn.kernels_cpu.$kernel" >"$logs/compile-$kernel" 2>&1 &
 done
-timeout 60 $g python3 benchmarks/cuda_decode.py $made/1b --engines ours -r 30 --json "$logs/ours.json" >"$logs/ours.log" 2>&1; say ours
-tail -14 "$logs/ours.log"
+timeout 60 $g python3 benchmarks/cuda_decode.py $made/1b --engines ours -r 30 --json "$logs/ours.json" >"$logs/ours.log" 2>&1
+failed=$?; say ours; tail -14 "$logs/ours.log"
+[ $failed = 0 ] || { kill %% 2>/dev/null; exit 1; }  # nothing else would work
 wait; rm -f "$logs"/compile-*; say compiled
 
 test() { timeout 90 $g python3 -m pytest -p no:cacheprovider -q -s --tb=short "$@"; }
