@@ -27,7 +27,7 @@ failed=$?; say ours; tail -14 "$logs/ours.log"
 [ $failed = 0 ] || { kill %% 2>/dev/null; exit 1; }  # nothing else would work
 wait; rm -f "$logs"/compile-*; say compiled
 
-test() { timeout 90 $g python3 -m pytest -p no:cacheprovider -q -s --tb=short "$@"; }
+test() { NUMBA_NUM_THREADS=2 timeout 90 $g python3 -m pytest -p no:cacheprovider -q -s --tb=short "$@"; }
 test tests/test_cuda_host.py >"$logs/host.log" 2>&1 &
 for group in "decoded and f16" "decoded and int8" "decoded and int4" together session graph "reference or greedy or budget" commands; do
   test -k "$group" tests/test_cuda_runtime.py >"$logs/$(echo "$group" | tr ' ' '_').log" 2>&1 &
