@@ -5,7 +5,7 @@ from onnx import TensorProto
 
 from edgeattn.exporters.checkpoint import Weight, concatenate
 from edgeattn.exporters.graph import Graph, Spec, tensor_info
-from edgeattn.exporters.quantise import quantise_blocks
+from edgeattn.exporters.quantisers.rtn import quantise as quantise_blocks
 from edgeattn.ops import PANEL
 from edgeattn.reference.matmul_nbits import pack_panels
 

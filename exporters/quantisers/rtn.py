@@ -12,17 +12,14 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 
-# The largest weight's own code, in units of the last code's: what the search tries.
-RATIOS = {4: np.linspace(0.85, 1.15, 9, dtype=np.float32), 8: np.ones(1, np.float32)}
+NEEDS_STATISTICS = False
+# The largest weight's own code, in units of the last code's: what the search tries. Below 4 bits more of the tail may be cut.
+RATIOS = {bits: np.linspace(low, 1.15, count, dtype=np.float32) for bits, low, count in ((2, 0.45, 15), (3, 0.7, 10), (4, 0.85, 9))}
+RATIOS[8] = np.ones(1, np.float32)
 CHUNK = 1 << 17  # weights in work at a time: 0.5 MB stay in a core's cache over all candidates
 
 
-def quantise_blocks(weight: np.ndarray, bits: int, block_size: int) -> tuple[np.ndarray, np.ndarray]:
-    """
-    weight  [N, K]                         float32
-    ->  codes   [N, blocks * block_size]   uint8, zero is 2**(bits - 1), which also pads K
-        scales  [N, blocks]                float16
-    """
+def quantise(weight, bits, block_size, statistics=None):
     n, k = weight.shape
     blocks = -(-k // block_size)
     if k % block_size:
@@ -31,31 +28,33 @@ def quantise_blocks(weight: np.ndarray, bits: int, block_size: int) -> tuple[np.
     codes, scales = np.empty(flat.shape, np.uint8), np.empty(len(flat), np.float16)
     step = max(CHUNK // block_size, 1)
 
-    def quantise(start):
-        part = slice(start, start + step)
-        scales[part] = _search(flat[part], bits)
-        codes[part] = _round(flat[part], scales[part].astype(np.float32), bits) + (1 << (bits - 1))
+    def part(start):
+        rows = slice(start, start + step)
+        scales[rows] = search(flat[rows], bits)
+        codes[rows] = nearest(flat[rows], scales[rows].astype(np.float32), bits) + (1 << (bits - 1))
     with ThreadPoolExecutor() as pool:  # NumPy lets go of the interpreter in every pass
-        list(pool.map(quantise, range(0, len(flat), step)))
-    return codes.reshape(n, -1), scales.reshape(n, blocks)
+        list(pool.map(part, range(0, len(flat), step)))
+    return codes.reshape(n, -1), scales.reshape(n, blocks), None
 
 
-def _search(w, bits):
-    """The best scale of each row of w: [rows] float16."""
+def search(w: np.ndarray, bits: int, importance: np.ndarray | None = None) -> np.ndarray:
+    """The best scale of each row of w [rows, block_size]: [rows] float16; errors weigh as much as `importance`, of the same shape, says."""
     peak = np.maximum(w.max(1), 0)
     trough = np.minimum(w.min(1), 0)
     largest = np.where(peak > -trough, peak, trough)
+    weighted = w if importance is None else w * importance
     best, scales = np.zeros(len(w), np.float32), np.zeros(len(w), np.float16)
     for ratio in RATIOS[bits]:
-        c = _round(w, -largest / ((1 << (bits - 1)) * ratio), bits)
-        dot, square = np.einsum("ij,ij->i", c, w), np.einsum("ij,ij->i", c, c)
+        c = nearest(w, -largest / ((1 << (bits - 1)) * ratio), bits)
+        dot = np.einsum("ij,ij->i", c, weighted)
+        square = np.einsum("ij,ij->i", c, c) if importance is None else np.einsum("ij,ij,ij->i", c, c, importance)
         scale = np.divide(dot, square, out=np.zeros_like(dot), where=square > 0)
         better = dot * scale > best
         best[better], scales[better] = (dot * scale)[better], scale[better]
     return scales
 
 
-def _round(w, scale, bits):
+def nearest(w: np.ndarray, scale: np.ndarray, bits: int) -> np.ndarray:
     """Signed codes of w [rows, block_size] under one scale a row, as float32."""
     zero = 1 << (bits - 1)
     inverse = np.divide(1, scale, out=np.zeros_like(scale), where=scale != 0)
