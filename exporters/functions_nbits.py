@@ -191,5 +191,6 @@ def _fields(name, bits, of=8):
         made.append(f"{name}_last{shift}")
         lines += [f"{name}_by{shift} = Constant <value = uint8 {{{shift}}}> ()",
                   f'{name}_moved{shift} = BitShift <direction = "RIGHT"> ({name}, {name}_by{shift})',
-                  f"{name}_field{shift} = BitwiseAnd ({name}_moved{shift}, {name}_mask)", f"{made[-1]} = Unsqueeze ({name}_field{shift}, last)"]
+                  f"{name}_field{shift} = BitwiseAnd ({name}_moved{shift}, {name}_mask)",
+                  f"{made[-1]} = Unsqueeze ({name}_field{shift}, last)"]
     return "\n  ".join([*lines, f"{name}_fields = Concat <axis = -1> ({', '.join(made)})"])
