@@ -2,7 +2,7 @@
 import argparse
 import re
 
-PRECISIONS = ("int4", "int8", "fp16", "fp32")
+PRECISIONS = ("int2", "int3", "int4", "int8", "fp16", "fp32")
 KV_TYPES = ("f32", "f16", "int8", "int4", "int3", "int2")
 
 

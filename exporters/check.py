@@ -16,6 +16,7 @@ from edgeattn.exporters.families import read_architecture
 from edgeattn.exporters.forward import forward
 from edgeattn.exporters.interpret import interpret
 from edgeattn.exporters.oracle import torch_logits
+from edgeattn.exporters.weights import bits_of
 from edgeattn.runtime import Model, read_config
 
 PROMPT = "The keeper of the lighthouse climbed the stairs each evening to light the lamp, and counted the ships that passed."
@@ -24,7 +25,8 @@ TORCH_BYTES = 128 << 20  # of float32 weights: above it, torch's copies would do
 MAPPED_BYTES = 200 << 20  # of an export's weights, on top of twice its largest tensor: above it, they are not mapped whole
 # Root-mean-square error of the logits, in standard deviations of the checkpoint's, above which layers are compared one by one;
 # and what is too much in one: the error of what it adds to the hidden state, relative to it. Unrelated logits differ by 1.4.
-LIMITS = {"fp32": (1e-3, 1e-3), "fp16": (2e-2, 1e-2), "int8": (0.1, 0.1), "int4": (0.6, 0.4)}
+FLOAT_LIMITS = {"fp32": (1e-3, 1e-3), "fp16": (2e-2, 1e-2)}
+LIMITS = {8: (0.1, 0.1), 4: (0.6, 0.4), 3: (0.9, 0.6), 2: (1.3, 0.9)}
 
 
 def check(folder: str | Path, source: Checkpoint, decoder: Decoder) -> dict:
@@ -35,7 +37,7 @@ def check(folder: str | Path, source: Checkpoint, decoder: Decoder) -> dict:
     reference, logits = checkpoint_logits(source, decoder, tokens)
     engine, got = exported_logits(folder, tokens, _largest_bytes(source))
     report = {"checkpoint_in": reference, "export_in": engine, "tokens": len(tokens), **compare(got, logits)}
-    limit, layer_limit = LIMITS[config["precision"]]
+    limit, layer_limit = _limits(config["precision"])
     if not report["rms_error"] <= limit:
         where = faulty_layer(folder, source, decoder, tokens, layer_limit) or _faulty_engine(folder, engine, got, tokens, limit)
         if where:  # otherwise many layers, each within its precision, add up
@@ -125,6 +127,11 @@ def _faulty_engine(folder, engine, got, tokens, limit):
 def sha256(path: Path) -> str:
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _limits(precision):
+    bits = bits_of(precision)
+    return FLOAT_LIMITS[precision] if bits is None else LIMITS[max(width for width in LIMITS if width <= bits)]
 
 
 def _largest_bytes(source):

@@ -14,10 +14,9 @@ from edgeattn.exporters.checkpoint import open_checkpoint
 from edgeattn.exporters.decoder import build
 from edgeattn.exporters.families import read_architecture
 from edgeattn.exporters.functions import functions
-from edgeattn.exporters.graph import Graph
+from edgeattn.exporters.prepare import prepare
 from edgeattn.exporters.targets import target_defaults
-from edgeattn.exporters.weights import Formats
-from edgeattn.ops import DOMAIN
+from edgeattn.exporters.weights import Formats, bits_of
 
 FORMAT_VERSION = 1
 LONGEST_CTX = 32768
@@ -26,21 +25,26 @@ COPIED = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", 
 
 
 def export(checkpoint: str | Path, folder: str | Path, precision: str = "int4", group_size: int = 32, target: str = "generic",
-           ctx_size: int | None = None, progress: Callable[[int, int], None] | None = None) -> dict:
+           ctx_size: int | None = None, progress: Callable[[int, int], None] | None = None, quantiser: str = "auto",
+           calibration: str | Path | None = None, mixed: str = "auto", preparing: Callable[[str, int, int], None] | None = None) -> dict:
     """Export a checkpoint folder or a GGUF file; returns what was written to edgeattn.json.
 
-    precision   "int4" (8-bit embedding and head), "int8", "fp16" or "fp32"
+    precision   "int2", "int3", "int4", "int8", "fp16", "fp32", or an average of bits as "int3.25"; embedding and head have 8 bits at all widths
     group_size  weights of one output that share a scale: 16, 32, 64, 128 or 256
     target      a name in `targets.TARGETS`: sets recorded defaults only
     ctx_size    rows of the rotary tables; by default the model's own limit, at most 32768
     progress    called with (bytes written, bytes in all)
+    quantiser   a file of `quantisers`; "auto" takes "gptq" below 4 bits or with a calibration text, "rtn" otherwise
+    calibration UTF-8 text for quantisers that need one and for `mixed`; without it the model says some itself
+    mixed       a file of `mixed`, which gives every matrix its width where the precision is an average; "auto" takes "loss"
+    preparing   called with (what, done, total) before anything is written
     Weights that are codes already stay as they are at "int4" and "int8", where a format of ours can hold them; `requantised` in
     what is returned names the others.
     ValueError for what the user can mend; nothing half-written stays behind then.
     """
     source, folder = open_checkpoint(checkpoint), Path(folder).resolve()
     decoder = read_architecture(source)
-    formats = Formats(precision, group_size)
+    formats = Formats(precision, group_size, _quantiser(quantiser, precision, calibration))
     defaults = target_defaults(target, precision)
     ctx_size = ctx_size or min(decoder.max_position, LONGEST_CTX)
     if not 1 <= ctx_size <= decoder.max_position:
@@ -53,12 +57,15 @@ def export(checkpoint: str | Path, folder: str | Path, precision: str = "int4", 
     try:
         work.mkdir()
         source.copy_files(COPIED, work)
+        report = {"format_version": FORMAT_VERSION, "architecture": source.config["model_type"], "source": _source(source),
+                  "precision": precision, "group_size": group_size, "quantiser": formats.quantiser,
+                  "model": _model(decoder, source, ctx_size), "target": target, "defaults": defaults}
+        prepared = prepare(source, decoder, formats, calibration, mixed, work, report, preparing)
+        graph = build(decoder, prepared, formats, ctx_size)
         graph.write(work, functions(graph.nodes), progress)
         onnx.checker.check_model(work / "model.onnx")
-        report = {"format_version": FORMAT_VERSION, "architecture": source.config["model_type"], "source": _source(source),
-                  "precision": precision, "group_size": group_size, "model": _model(decoder, source, ctx_size),
-                  "weights": formats.used, "requantised": formats.requantised, "target": target, "defaults": defaults,
-                  "files": {path.name: sha256(path) for path in sorted(work.iterdir())}, "verify": {}}
+        report |= {"weights": formats.used, "requantised": formats.requantised,
+                   "files": {path.name: sha256(path) for path in sorted(work.iterdir())}, "verify": {}}
         _write_report(work, report)
         report["verify"] = check(work, source, decoder)
         _write_report(work, report)
@@ -66,6 +73,16 @@ def export(checkpoint: str | Path, folder: str | Path, precision: str = "int4", 
     finally:  # also on Ctrl-C
         shutil.rmtree(work, ignore_errors=True)
     return report
+
+
+def _quantiser(name, precision, calibration):
+    """What "auto" means. Statistics win at every width, but cost a forward pass of text, which at 4 bits not every user wants to wait for."""
+    bits = bits_of(precision)
+    if bits is None and (calibration or name != "auto"):
+        raise ValueError(f"{precision} rounds nothing, so it takes no quantiser and no calibration text; leave them out")
+    if name != "auto":
+        return name
+    return "gptq" if bits and (bits < 4 or calibration) else "rtn"
 
 
 def _source(source):

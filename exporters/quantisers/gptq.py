@@ -6,32 +6,29 @@ H[i, i] (the paper's act-order) while codes stay where they are: no permutation 
 """
 import numpy as np
 
-from edgeattn.exporters.quantisers.rtn import search
+from edgeattn.exporters.quantisers.rtn import pad, search
 
 NEEDS_STATISTICS = True
+ZERO_POINTS = None
 DAMPING = 0.01  # of the mean of H's diagonal, added to it
 BATCH = 128     # columns whose corrections to later ones are applied at once, as a matrix product
 
 
 def quantise(weight, bits, block_size, statistics):
-    n, k = weight.shape
-    blocks, zero = -(-k // block_size), 1 << (bits - 1)
-    hessian, order, factor = _factor(statistics.hessian)
-    padded = np.zeros((n, blocks * block_size), np.float32)
-    padded[:, :k] = weight
-    padded[:, :k][:, np.diag(hessian) == 0] = 0  # inputs that are always zero
-    importance = np.ones(blocks * block_size, np.float32)
-    importance[:k] = np.diag(hessian) / max(np.diag(hessian).mean(), 1e-30)
-    wide = np.broadcast_to(importance.reshape(1, blocks, block_size), (n, blocks, block_size)).reshape(-1, block_size)
-    scales = search(padded.reshape(-1, block_size), bits, wide).reshape(n, blocks)
-    signed = _compensate(np.ascontiguousarray(padded[:, order].T), scales.astype(np.float32).T[order // block_size], factor, bits)
-    codes = np.full((n, blocks * block_size), zero, np.uint8)
+    (n, k), diagonal, zero = weight.shape, np.diag(statistics.hessian), 1 << (bits - 1)
+    order, factor = _factor(statistics.hessian)
+    weight = pad(np.where(diagonal > 0, weight, np.float32(0)), block_size)  # nothing comes in where it is zero
+    importance = np.ones(weight.shape[1], np.float32)
+    importance[:k] = diagonal / max(diagonal.mean(), 1e-30)
+    scales = search(weight, bits, block_size, importance)
+    signed = _compensate(np.ascontiguousarray(weight[:, order].T), scales.astype(np.float32).T[order // block_size], factor, bits)
+    codes = np.full(weight.shape, zero, np.uint8)
     codes[:, order] = signed.T + zero
     return codes, scales, None
 
 
 def _factor(hessian):
-    """H, the order of columns, and U upper triangular with U^T U = the inverse of the damped H in that order."""
+    """The order of columns, and U upper triangular with U^T U = the inverse of the damped H in that order."""
     diagonal = np.diag(hessian)
     order = np.argsort(-diagonal, kind="stable")
     damped = hessian[np.ix_(order, order)].astype(np.float64)
@@ -39,7 +36,7 @@ def _factor(hessian):
     # With J the reversal, J H J = L L^T gives H^-1 = (J L^-1 J)^T (J L^-1 J), and J L^-1 J is upper triangular.
     lower = np.linalg.cholesky(damped[::-1, ::-1])
     factor = np.linalg.solve(lower, np.eye(len(lower)))[::-1, ::-1]
-    return hessian, order, factor.astype(np.float32)
+    return order, factor.astype(np.float32)
 
 
 def _compensate(rest, scales, factor, bits):

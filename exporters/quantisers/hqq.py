@@ -6,6 +6,7 @@ beta that grows. The scale spans the block; zero points are float16.
 import numpy as np
 
 NEEDS_STATISTICS = False
+ZERO_POINTS = "float16"
 P, BETA, GROWTH, ROUNDS = 0.7, 10.0, 1.01, 20
 
 

@@ -13,6 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 
 NEEDS_STATISTICS = False
+ZERO_POINTS = None
 # The largest weight's own code, in units of the last code's: what the search tries. Below 4 bits more of the tail may be cut.
 RATIOS = {bits: np.linspace(low, 1.15, count, dtype=np.float32) for bits, low, count in ((2, 0.45, 15), (3, 0.7, 10), (4, 0.85, 9))}
 RATIOS[8] = np.ones(1, np.float32)
@@ -20,25 +21,45 @@ CHUNK = 1 << 17  # weights in work at a time: 0.5 MB stay in a core's cache over
 
 
 def quantise(weight, bits, block_size, statistics=None):
+    weight = pad(weight, block_size)
+    scales = search(weight, bits, block_size)
+    flat, one = weight.reshape(-1, block_size), scales.astype(np.float32).reshape(-1)
+    codes = np.empty(flat.shape, np.uint8)
+
+    def part(rows):
+        codes[rows] = nearest(flat[rows], one[rows], bits) + (1 << (bits - 1))
+    _in_parts(part, len(flat), block_size)
+    return codes.reshape(weight.shape), scales, None
+
+
+def pad(weight: np.ndarray, block_size: int) -> np.ndarray:
+    """The matrix with zeros up to a whole number of blocks."""
+    return np.pad(weight, ((0, 0), (0, -weight.shape[1] % block_size))) if weight.shape[1] % block_size else weight
+
+
+def search(weight: np.ndarray, bits: int, block_size: int, importance: np.ndarray | None = None) -> np.ndarray:
+    """The best scale of every block of weight [n, K], K whole blocks: [n, blocks] float16. importance [K]: how much a column's errors weigh."""
     n, k = weight.shape
-    blocks = -(-k // block_size)
-    if k % block_size:
-        weight = np.pad(weight, ((0, 0), (0, blocks * block_size - k)))
-    flat = weight.reshape(-1, block_size)
-    codes, scales = np.empty(flat.shape, np.uint8), np.empty(len(flat), np.float16)
+    flat, scales = weight.reshape(-1, block_size), np.empty(weight.size // block_size, np.float16)
+    wide = None if importance is None else np.broadcast_to(importance.reshape(1, -1, block_size), (n, k // block_size, block_size))
+
+    def part(rows):
+        first = rows.start * block_size // k, -(-rows.stop * block_size // k)  # rows of `weight` that these blocks lie in
+        cut = slice(rows.start - first[0] * k // block_size, rows.stop - first[0] * k // block_size)
+        scales[rows] = _search(flat[rows], bits, None if wide is None else wide[first[0]:first[1]].reshape(-1, block_size)[cut])
+    _in_parts(part, len(flat), block_size)
+    return scales.reshape(n, -1)
+
+
+def _in_parts(work, rows, block_size):
+    """work(slice of rows) over all of them, on every core: NumPy lets go of the interpreter in every pass."""
     step = max(CHUNK // block_size, 1)
-
-    def part(start):
-        rows = slice(start, start + step)
-        scales[rows] = search(flat[rows], bits)
-        codes[rows] = nearest(flat[rows], scales[rows].astype(np.float32), bits) + (1 << (bits - 1))
-    with ThreadPoolExecutor() as pool:  # NumPy lets go of the interpreter in every pass
-        list(pool.map(part, range(0, len(flat), step)))
-    return codes.reshape(n, -1), scales.reshape(n, blocks), None
+    with ThreadPoolExecutor() as pool:
+        list(pool.map(work, (slice(start, min(start + step, rows)) for start in range(0, rows, step))))
 
 
-def search(w: np.ndarray, bits: int, importance: np.ndarray | None = None) -> np.ndarray:
-    """The best scale of each row of w [rows, block_size]: [rows] float16; errors weigh as much as `importance`, of the same shape, says."""
+def _search(w, bits, importance):
+    """The best scale of each row of w [rows, block_size]: [rows] float16; importance is None or of the same shape."""
     peak = np.maximum(w.max(1), 0)
     trough = np.minimum(w.min(1), 0)
     largest = np.where(peak > -trough, peak, trough)
