@@ -23,7 +23,7 @@ def quantise(weight, bits, block_size, statistics):
     scales = search(weight, bits, block_size, importance)
     signed = _compensate(np.ascontiguousarray(weight[:, order].T), scales.astype(np.float32).T[order // block_size], factor, bits)
     codes = np.full(weight.shape, zero, np.uint8)
-    codes[:, order] = signed.T + zero
+    codes[:, order] = signed.T + np.int16(zero)
     return codes, scales, None
 
 

@@ -16,7 +16,7 @@ def quantise(weight, bits, block_size, statistics=None):
     if k % block_size:
         weight = np.pad(weight, ((0, 0), (0, blocks * block_size - k)), mode="edge")
     w = weight.reshape(-1, block_size)
-    low, high = w.min(1, keepdims=True), w.max(1, keepdims=True)
+    low, high = np.minimum(w.min(1, keepdims=True), 0), np.maximum(w.max(1, keepdims=True), 0)  # zero points stay in range
     scale = np.maximum((high - low) / top, 1e-7).astype(np.float16).astype(np.float32)
     zero, best = -low / scale, np.full((len(w), 1), np.inf, np.float32)
     kept = zero.copy()
