@@ -70,6 +70,12 @@ def compare(got: np.ndarray, expected: np.ndarray) -> dict:
             "top1": float((got.argmax(-1) == expected.argmax(-1)).mean()), "mean_kl": float((np.exp(p) * (p - q)).sum(-1).mean())}
 
 
+def divergence(folder: Path, source: Checkpoint, decoder: Decoder, tokens: np.ndarray) -> float:
+    """Mean KL from the checkpoint to the export on tokens [n], in nats a token."""
+    tokens = tokens[:read_config(folder)["model"]["ctx_size"]]
+    return compare(exported_logits(folder, tokens, _largest_bytes(source))[1], checkpoint_logits(source, decoder, tokens)[1])["mean_kl"]
+
+
 def prompt_tokens(folder: Path, about: dict) -> np.ndarray:
     """The fixed prompt in the model's tokens [n] int64, or any fixed tokens for a model without a tokenizer; cut to its context."""
     count, vocab_size = min(PROMPT_TOKENS, about["ctx_size"]), about["vocab_size"]

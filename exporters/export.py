@@ -9,11 +9,12 @@ from pathlib import Path
 import onnx
 import psutil
 
-from edgeattn.exporters.check import check, sha256
+from edgeattn.exporters.check import check, divergence, sha256
 from edgeattn.exporters.checkpoint import open_checkpoint
 from edgeattn.exporters.decoder import build
 from edgeattn.exporters.families import read_architecture
 from edgeattn.exporters.functions import functions
+from edgeattn.exporters.mixed import load as load_mixed
 from edgeattn.exporters.prepare import prepare
 from edgeattn.exporters.targets import target_defaults
 from edgeattn.exporters.weights import Formats, bits_of
@@ -29,14 +30,16 @@ def export(checkpoint: str | Path, folder: str | Path, precision: str = "int4", 
            calibration: str | Path | None = None, mixed: str = "auto", preparing: Callable[[str, int, int], None] | None = None) -> dict:
     """Export a checkpoint folder or a GGUF file; returns what was written to edgeattn.json.
 
-    precision   "int2", "int3", "int4", "int8", "fp16", "fp32", or an average of bits as "int3.25"; embedding and head have 8 bits at all widths
+    precision   "int2", "int3", "int4", "int8", "fp16", "fp32", or an average of bits as "int3.25";
+                the embedding and the head of any width have 8 bits
     group_size  weights of one output that share a scale: 16, 32, 64, 128 or 256
     target      a name in `targets.TARGETS`: sets recorded defaults only
     ctx_size    rows of the rotary tables; by default the model's own limit, at most 32768
     progress    called with (bytes written, bytes in all)
     quantiser   a file of `quantisers`; "auto" takes "gptq" below 4 bits or with a calibration text, "rtn" otherwise
     calibration UTF-8 text for quantisers that need one and for `mixed`; without it the model says some itself
-    mixed       a file of `mixed`, which gives every matrix its width where the precision is an average; "auto" takes "loss"
+    mixed       a file of `mixed`, which gives every matrix its width so that the precision is the average; "auto" takes "loss" when
+                the precision is no width of its own
     preparing   called with (what, done, total) before anything is written
     Weights that are codes already stay as they are at "int4" and "int8", where a format of ours can hold them; `requantised` in
     what is returned names the others.
@@ -44,7 +47,7 @@ def export(checkpoint: str | Path, folder: str | Path, precision: str = "int4", 
     """
     source, folder = open_checkpoint(checkpoint), Path(folder).resolve()
     decoder = read_architecture(source)
-    formats = Formats(precision, group_size, _quantiser(quantiser, precision, calibration))
+    formats = Formats(precision, group_size, _quantiser(quantiser, precision, calibration, mixed))
     defaults = target_defaults(target, precision)
     ctx_size = ctx_size or min(decoder.max_position, LONGEST_CTX)
     if not 1 <= ctx_size <= decoder.max_position:
@@ -60,7 +63,7 @@ def export(checkpoint: str | Path, folder: str | Path, precision: str = "int4", 
         report = {"format_version": FORMAT_VERSION, "architecture": source.config["model_type"], "source": _source(source),
                   "precision": precision, "group_size": group_size, "quantiser": formats.quantiser,
                   "model": _model(decoder, source, ctx_size), "target": target, "defaults": defaults}
-        prepared = prepare(source, decoder, formats, calibration, mixed, work, report, preparing)
+        prepared, probe = prepare(source, decoder, formats, calibration, mixed, work, report, preparing)
         graph = build(decoder, prepared, formats, ctx_size)
         graph.write(work, functions(graph.nodes), progress)
         onnx.checker.check_model(work / "model.onnx")
@@ -68,6 +71,8 @@ def export(checkpoint: str | Path, folder: str | Path, precision: str = "int4", 
                    "files": {path.name: sha256(path) for path in sorted(work.iterdir())}, "verify": {}}
         _write_report(work, report)
         report["verify"] = check(work, source, decoder)
+        if probe is not None:
+            report["mixed"]["measured_kl"] = divergence(work, source, decoder, probe)
         _write_report(work, report)
         _replace(work, folder)
     finally:  # also on Ctrl-C
@@ -75,14 +80,16 @@ def export(checkpoint: str | Path, folder: str | Path, precision: str = "int4", 
     return report
 
 
-def _quantiser(name, precision, calibration):
-    """What "auto" means. Statistics win at every width, but cost a forward pass of text, which at 4 bits not every user wants to wait for."""
+def _quantiser(name, precision, calibration, mixed):
+    """What "auto" means. Statistics win at every width, but cost a forward pass of text, too long a wait for what 4 bits gain."""
     bits = bits_of(precision)
-    if bits is None and (calibration or name != "auto"):
-        raise ValueError(f"{precision} rounds nothing, so it takes no quantiser and no calibration text; leave them out")
-    if name != "auto":
-        return name
-    return "gptq" if bits and (bits < 4 or calibration) else "rtn"
+    if bits is None and (calibration or (name, mixed) != ("auto", "auto")):
+        raise ValueError(f"{precision} rounds nothing: it takes no quantiser, no calibration text and no choice of widths; leave them out")
+    if mixed != "auto":
+        load_mixed(mixed)
+    if name == "auto":
+        return "gptq" if bits and (bits < 4 or calibration) else "rtn"
+    return name
 
 
 def _source(source):

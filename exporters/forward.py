@@ -19,14 +19,19 @@ def forward(checkpoint: Checkpoint, decoder: Decoder, tokens: np.ndarray) -> Ite
     for layer in range(d.num_layers):
         for name, hidden in run_layer(checkpoint, d, layer, hidden):
             yield name, hidden
-    head = "model.embed_tokens" if d.tied else "lm_head"
-    yield "head", _linear(checkpoint, head, _norm(checkpoint, d, hidden, "model.norm"), d.vocab_size, False)
+    yield "head", head(checkpoint, d, hidden)
 
 
 def embed(checkpoint: Checkpoint, decoder: Decoder, tokens: np.ndarray) -> np.ndarray:
     """tokens [n] int64 -> hidden [n, hidden_size] float32."""
     table = checkpoint.weight("model.embed_tokens.weight", (decoder.vocab_size, decoder.hidden_size))
     return np.concatenate([table.read(int(t), int(t) + 1) for t in tokens])
+
+
+def head(checkpoint: Checkpoint, decoder: Decoder, hidden: np.ndarray) -> np.ndarray:
+    """hidden [n, hidden_size] after the last layer -> logits [n, vocab] float32."""
+    table = "model.embed_tokens" if decoder.tied else "lm_head"
+    return _linear(checkpoint, table, _norm(checkpoint, decoder, hidden, "model.norm"), decoder.vocab_size, False)
 
 
 def run_layer(checkpoint: Checkpoint, decoder: Decoder, layer: int, hidden: np.ndarray,

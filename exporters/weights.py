@@ -70,6 +70,7 @@ class Formats:
     quantiser: str = "rtn"
     statistics: Callable[[str], Statistics] | None = None  # of an initializer's input, for quantisers that need them
     widths: dict[str, int] = field(default_factory=dict)  # {initializer: bits}; all have the precision's without
+    stored: dict[str, Weight] = field(default_factory=dict)  # {initializer: what `bits` applies to}
     used: dict[str, str] = field(default_factory=dict)  # {initializer: "int4/32" ...}
     requantised: dict[str, str] = field(default_factory=dict)  # {initializer: how the checkpoint stored its codes}
 
@@ -92,6 +93,8 @@ class Formats:
         if self.precision.startswith("fp"):
             self.used[name] = self.precision
             return _plain(graph, name, weight, {"fp16": "float16", "fp32": "float32"}[self.precision])
+        if not edge:
+            self.stored[name] = weight
         bits = EDGE_BITS if edge else self.widths.get(name, self.bits)
         self.used[name] = f"int{bits:g}/{self.group_size}"
         return self._quantised(graph, name, weight, int(bits), edge)
@@ -143,7 +146,8 @@ def _plan(name, shape, bits, block_size, zero_points):
     """The initializers of a block-quantised weight, and its operators' attributes. zero_points: their type, None without."""
     n, k = shape
     panels, blocks = -(-n // PANEL), -(-k // block_size)
-    specs = [Spec(name, "uint8", (panels, blocks, block_size * bits // 32, PANEL, 4)), Spec(f"{name}.scales", "float16", (panels, blocks, PANEL))]
+    specs = [Spec(name, "uint8", (panels, blocks, block_size * bits // 32, PANEL, 4)),
+             Spec(f"{name}.scales", "float16", (panels, blocks, PANEL))]
     if zero_points:
         specs.append(Spec(f"{name}.zero_points", zero_points, (panels, blocks, PANEL)))
     return specs, dict(bits=bits, block_size=block_size, K=k, N=n)

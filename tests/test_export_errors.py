@@ -82,7 +82,7 @@ def test_missing_shard(tmp_path):
 
 
 @pytest.mark.parametrize("options, message", [
-    (dict(precision="int3"), "unknown precision 'int3'"), (dict(group_size=48), "group size must be one of"),
+    (dict(precision="int9"), "unknown precision 'int9'"), (dict(group_size=48), "group size must be one of"),
     (dict(target="toaster"), "unknown target 'toaster'; choose one of"),
     (dict(ctx_size=257), "ctx_size must be 1 to 256")])
 def test_wrong_option(tmp_path, checkpoint, options, message):

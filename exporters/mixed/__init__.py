@@ -3,7 +3,7 @@
 Each has widths(matrices, bits) -> {initializer: width}, and NEEDS, the fields of `Matrix` that it reads beyond name, layer and size.
 """
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from importlib import import_module
 from pkgutil import iter_modules
 from types import ModuleType
@@ -17,7 +17,6 @@ class Matrix:
     name: str
     layer: int
     size: int                  # weights
-    errors: dict[int, float] = field(default_factory=dict)  # {bits: share of the output's energy that rounding loses}
     divergence: float = 0.0    # KL in nats a token, when this matrix alone has 2 bits
     similarity: float = 0.0    # of its layer: mean cosine of hidden states before and after
     tail: float = 0.0          # of its layer: share of weights more than one standard deviation above the mean

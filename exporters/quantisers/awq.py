@@ -10,7 +10,7 @@ import numpy as np
 from edgeattn.exporters.checkpoint import Checkpoint, Weight, concatenate
 from edgeattn.exporters.decoder import Decoder
 from edgeattn.exporters.quantisers import Statistics, dequantise
-from edgeattn.exporters.quantisers.rtn import quantise as quantise  # once the scales are moved
+from edgeattn.exporters.quantisers.rtn import quantise  # once the scales are moved
 
 NEEDS_STATISTICS = False  # `fold` has used them
 ZERO_POINTS = None
@@ -35,8 +35,9 @@ class Folded:
         return self._source.vector(name, size) * self.vectors.get(name, np.float32(1))
 
 
-def fold(source: Checkpoint, decoder: Decoder, statistics: Callable[[str], Statistics], bits: int, block_size: int) -> Folded:
-    """The checkpoint, rescaled for weights of so many bits; statistics(name) is asked layer by layer."""
+def fold(source: Checkpoint, decoder: Decoder, statistics: Callable[[str], Statistics], bits: Callable[[str], int],
+         block_size: int) -> Folded:
+    """The checkpoint, rescaled for weights of bits(initializer); statistics(initializer) is asked layer by layer."""
     d, out = decoder, Folded(source)
     q_width, kv_width = d.num_heads * d.head_dim, d.kv_heads * d.head_dim
     for layer in range(d.num_layers):
@@ -45,7 +46,8 @@ def fold(source: Checkpoint, decoder: Decoder, statistics: Callable[[str], Stati
 
         def search(stored, parts, width, share=1):
             read = concatenate([source.weight(f"{part}.weight", (rows, width)) for part, rows in parts.items()])
-            scale = _search(read.read(0, read.shape[0]), statistics(f"{stored}.weight"), bits, block_size, share, d.head_dim)
+            name = f"{stored}.weight"
+            scale = _search(read.read(0, read.shape[0]), statistics(name), bits(name), block_size, share, d.head_dim)
             out.columns |= {f"{part}.weight": scale for part in parts}
             return scale
         scale = search(f"{attention}.qkv_proj", {f"{attention}.{n}_proj": w for n, w in (("q", q_width), ("k", kv_width), ("v", kv_width))},

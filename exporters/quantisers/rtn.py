@@ -38,7 +38,7 @@ def pad(weight: np.ndarray, block_size: int) -> np.ndarray:
 
 
 def search(weight: np.ndarray, bits: int, block_size: int, importance: np.ndarray | None = None) -> np.ndarray:
-    """The best scale of every block of weight [n, K], K whole blocks: [n, blocks] float16. importance [K]: how much a column's errors weigh."""
+    """The best scale of every block of weight [n, K], K whole blocks: [n, blocks] float16. importance [K]: what a column's errors weigh."""
     n, k = weight.shape
     flat, scales = weight.reshape(-1, block_size), np.empty(weight.size // block_size, np.float16)
     wide = None if importance is None else np.broadcast_to(importance.reshape(1, -1, block_size), (n, k // block_size, block_size))
