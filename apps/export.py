@@ -12,14 +12,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("checkpoint", metavar="CHECKPOINT", help="folder with config.json and *.safetensors (also of GPTQ, AWQ or HQQ), a GGUF file, "
                         "or nano for the bundled model")
     parser.add_argument("-o", "--output", metavar="FOLDER", required=True, help="folder to write; an earlier export there is replaced")
-    parser.add_argument("--precision", choices=options.PRECISIONS, default="int4", help="weights (int4; embedding and head of any have 8 bits)")
-    parser.add_argument("--bits", type=float, metavar="N", help="the same in numbers: 2, 3, 4 or 8, or an average as 3.25: then every matrix "
-                        "gets the width that it needs")
-    parser.add_argument("--quantiser", default="auto", metavar="NAME", help="rtn, hqq, awq or gptq (gptq below 4 bits or with --calibration, "
-                        "else rtn)")
-    parser.add_argument("--calibration", metavar="FILE", help="text like what the model will read, for gptq, awq and averages of bits; without "
-                        "it the model says some itself")
-    parser.add_argument("--mixed", default="auto", metavar="NAME", help="how widths are chosen for an average of bits: loss, lim or zd (loss)")
+    parser.add_argument("--precision", choices=options.PRECISIONS, default="int4",
+                        help="weights (int4); the embedding and the head of intN have 8 bits")
+    parser.add_argument("--bits", type=float, metavar="N",
+                        help="the same as a number: 2, 3, 4, 8, or an average as 3.25, for which every matrix gets a width of its own")
+    parser.add_argument("--quantiser", default="auto", metavar="NAME",
+                        help="rtn, hqq, awq or gptq (gptq below 4 bits or with --calibration, else rtn)")
+    parser.add_argument("--calibration", metavar="FILE",
+                        help="text like what the model will read, for gptq, awq and --mixed; without it the model says some itself")
+    parser.add_argument("--mixed", default="auto", metavar="NAME", help="how widths for an average are chosen: loss, lim or zd (loss)")
     parser.add_argument("--group-size", type=options.whole(1), default=32, metavar="N", help="weights that share a scale (32)")
     parser.add_argument("--target", default="generic", metavar="NAME", help="the device whose defaults are recorded (generic)")
     parser.add_argument("-c", "--ctx-size", type=options.whole(1), metavar="N", help="longest context the export allows")

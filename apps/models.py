@@ -80,7 +80,7 @@ def _export(checkpoint, folder, precision, stem):
     from edgeattn.exporters.export import export, remove_abandoned
     remove_abandoned(folder.parent, stem)  # also what a killed export of other files left
     with Progress(f"exporting {checkpoint.name} to {precision} (once)", patience=0) as progress:
-        report = export(checkpoint, folder, precision=precision, progress=progress.exporting)
+        report = export(checkpoint, folder, precision=precision, progress=progress.exporting, preparing=progress.preparing)
     warn_requantised(report)
 
 

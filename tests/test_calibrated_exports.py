@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import tiny
 
+from edgeattn.apps.cli import main
 from edgeattn.exporters import calibration_text, check, prepare, survey
 from edgeattn.exporters.checkpoint import Checkpoint, Weight
 from edgeattn.exporters.export import export
@@ -16,7 +17,6 @@ from edgeattn.exporters.mixed.loss import loss
 from edgeattn.exporters.quantisers import awq
 from edgeattn.exporters.weight_statistics import Calibration
 
-SEQUENCES = prepare._sequences
 SIZES = dict(hidden_size=128, intermediate_size=192, num_hidden_layers=3)
 TEXT = [np.random.default_rng(i).integers(0, 150, 96) for i in range(8)]
 
@@ -25,7 +25,7 @@ TEXT = [np.random.default_rng(i).integers(0, 150, 96) for i in range(8)]
 def quick(monkeypatch):
     """Exports are compared in onnxruntime, and calibrated on random tokens: neither compiles kernels."""
     monkeypatch.setattr(check, "_runtime_logits", check._onnxruntime_logits)
-    monkeypatch.setattr(prepare, "_sequences", lambda *_: TEXT)
+    monkeypatch.setattr(prepare, "own_text", lambda *_: TEXT)
 
 
 @pytest.fixture
@@ -85,7 +85,7 @@ def test_a_model_says_its_own_text(tmp_path, checkpoint, monkeypatch):
     said, told = [], []
     monkeypatch.setattr(calibration_text, "LENGTH", 40)
     monkeypatch.setattr(calibration_text, "SEQUENCES", 7)
-    monkeypatch.setattr(prepare, "_sequences", lambda *given: said.extend(SEQUENCES(*given)) or said)
+    monkeypatch.setattr(prepare, "own_text", lambda *given: said.extend(calibration_text.own_text(*given)) or said)
     report = export(checkpoint, tmp_path / "out", "int3", preparing=lambda *given: told.append(given))
     assert report["quantiser"] == "gptq" and [len(ids) for ids in said] == [40] * 7
     assert len({tuple(ids) for ids in said}) == 7 and all(0 <= ids.min() and ids.max() < 150 for ids in said)
@@ -148,7 +148,8 @@ def test_survey_sees_what_is_worse(checkpoint):
 
 ERRORS = [(dict(precision="int1.5"), "unknown precision 'int1.5'"),
           (dict(precision="int9"), "unknown precision"), (dict(quantiser="magic"), "unknown quantiser 'magic'; choose one of"),
-          (dict(precision="int3.25", mixed="magic"), "unknown method 'magic'"), (dict(precision="fp16", quantiser="gptq"), "rounds nothing"),
+          (dict(precision="int3.25", mixed="magic"), "unknown method 'magic'"),
+          (dict(precision="fp16", quantiser="gptq"), "rounds nothing"),
           (dict(precision="int3", group_size=16), "group size of 32 or more")]
 
 
@@ -157,6 +158,16 @@ def test_wrong_options(tmp_path, checkpoint, options, message):
     with pytest.raises(ValueError, match=message):
         export(checkpoint, tmp_path / "out", **options)
     assert not (tmp_path / "out").exists()
+
+
+def test_command(tmp_path, checkpoint, capsys):
+    command = ["export", str(checkpoint), "-o", str(tmp_path / "out")]
+    assert main([*command, "--bits", "2.75"]) == 0
+    assert "bits a weight by loss, KL" in capsys.readouterr().out
+    for wrong in (["--bits", "1.5"], ["--bits", "3", "--quantiser", "magic"], ["--calibration", str(tmp_path)], ["--mixed", "magic"]):
+        assert main([*command[:-1], str(tmp_path / "other"), *wrong]) == 2
+        assert capsys.readouterr().err.splitlines()[-1].startswith("edgeattn export: error: ")
+        assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint", "out"]
 
 
 def test_calibration_text(tmp_path):
@@ -179,7 +190,7 @@ MEMORY = """
 import sys
 import numpy as np
 from edgeattn.exporters import check, prepare
-prepare._sequences = lambda *_: [np.arange(256) % 500 for _ in range(8)]
+prepare.own_text = lambda *_: [np.arange(256) % 500 for _ in range(8)]
 check.TORCH_BYTES, check.MAPPED_BYTES = 0, -1 << 40  # as for a large model
 from edgeattn.exporters.export import export
 export(sys.argv[1], sys.argv[2], "int3")
