@@ -6,23 +6,25 @@ for a block is done here for a whole row of up to FEW tokens, and for a slice of
 import numpy as np
 from numba import carray, cfunc, float32, int8, int32, njit, uint8
 
-from edgeattn.kernels_cpu.gemm_nbits import COLUMNS, ROWS, STEPS, sweep_tokens, unpack_codes
+from edgeattn.kernels_cpu.gemm_nbits import COLUMNS, ROWS, STEPS, sweep_tokens, unpack_codes, unpack_trits
 from edgeattn.kernels_cpu.gemv_nbits import FEW, NO_ZEROS, SHAPES, build
 from edgeattn.kernels_cpu.parallel import call_worker, parallel, worker
 from edgeattn.kernels_cpu.quantise_tokens import clear_token, quantise_token
 from edgeattn.kernels_cpu.simd import at
+from edgeattn.kernels_cpu.simd_bits import WORDS
 from edgeattn.kernels_cpu.steps import STEP, aligned, call, thread_count
 
-ARGS = ("x", "x.rows", "x.stride", "codes", "codes.1", "scales", "bias", "out", "out.stride", "bits", "activation_bits", "K", "N", "workspace")
+ARGS = ("x", "x.rows", "x.stride", "codes", "codes.1", "scales", "bias", "out", "out.stride", "bits", "activation_bits", "K", "N",
+        "workspace")
 (X, TOKENS, X_STRIDE, CODES, K_STEPS, SCALES, BIAS, OUT, OUT_STRIDE, BITS, ACTIVATION_BITS, K, N, WORKSPACE) = range(len(ARGS))
-UNIT = 128              # K is padded to a multiple of it
-SLICE = 1024            # of K in a strip of unpacked weights
+SLICE = 1024            # of K in a strip of unpacked weights, at most
 SERIAL_BYTES = 1 << 17  # weights that one thread reads sooner than a parallel region starts
 # A thread's scratch: unpacked codes, their scales, a tile of results, starts.
 W_BYTES, ROW_BYTES, TILE_BYTES = SLICE * 16 * COLUMNS, 4 * 16 * COLUMNS, 4 * FEW * 16 * 8
 STRIP_BYTES = W_BYTES + 2 * ROW_BYTES + TILE_BYTES
 
-gemv_1, gemv_few = build(1, *SHAPES[0], 2, False), build(FEW, *SHAPES[1], 2, False)
+gemv_1_2, gemv_1_1 = (build(1, *SHAPES[0], bits, False) for bits in (2, 1))
+gemv_few_2, gemv_few_1 = (build(FEW, *SHAPES[1], bits, False) for bits in (2, 1))
 
 
 def matmul_ternary(x, codes, scales, bias=None, *, bits, activation_bits, K, N):
@@ -34,36 +36,51 @@ def matmul_ternary(x, codes, scales, bias=None, *, bits, activation_bits, K, N):
 
 def workspace_bytes(tensors, attributes, rows, threads) -> int:
     """Scales of whole panels, integers of the tokens, then scratch of the threads."""
-    padded, n = tensors["codes"].shape[1] * 16, attributes["N"]
-    return _places.py_func(rows, padded, n)[-1] + (STRIP_BYTES + padded) * threads
+    bits, padded = attributes["bits"], _padded.py_func(tensors["codes"].shape[1], attributes["bits"])
+    return _places.py_func(max(rows, FEW), padded, attributes["N"], bits)[-1] + (STRIP_BYTES + _token_bytes.py_func(padded)) * threads
 
 
 @njit(nogil=True, error_model="numpy")
-def _places(tokens, padded, n):
+def _padded(steps, bits):
+    """K, filled up to whole steps."""
+    return steps * (20 if bits == 1 else 16)
+
+
+@njit(nogil=True, error_model="numpy")
+def _token_bytes(padded):
+    """Scratch of quantise_token."""
+    return (192 + padded + padded // 20 * 4 * WORDS) // 64 * 64
+
+
+@njit(nogil=True, error_model="numpy")
+def _places(tokens, padded, n, bits):
     """Where in the workspace the tokens' codes, their scales and starts begin (the weights' scales do at 0), and the end."""
-    rows = (tokens + ROWS - 1) // ROWS * ROWS
+    rows, unit = (tokens + ROWS - 1) // ROWS * ROWS, 40 if bits == 1 else 128
     codes = (n + 15) // 16 * 64
-    scales = codes + rows * padded
-    floats = (rows * (padded // UNIT) * 4 + 63) // 64 * 64
+    per_token = padded // 20 * 4 * WORDS if bits == 1 and tokens <= FEW else padded
+    scales = codes + (rows * per_token + 63) // 64 * 64
+    floats = (rows * (padded // unit) * 4 + 63) // 64 * 64
     return codes, scales, scales + floats, scales + 2 * floats
 
 
 @njit(nogil=True, error_model="numpy")
-def _depth(padded, tokens):
-    """K of a slice: all of it for few tokens, else equal parts."""
+def _depth(padded, bits, tokens):
+    """K of a slice: all of it for few tokens, else equal parts of at most SLICE."""
+    unit = 40 if bits == 1 else 128
     if tokens <= FEW:
         return padded
-    slices = (padded + SLICE - 1) // SLICE
-    return (padded // UNIT + slices - 1) // slices * UNIT
+    slices = (padded + SLICE // unit * unit - 1) // (SLICE // unit * unit)
+    return (padded // unit + slices - 1) // slices * unit
 
 
 @njit(nogil=True, error_model="numpy")
 def _activations(a, tokens, first):
     """Codes, scales, starts of the tokens (quantise_token), of the slice of K that starts at `first`; in place of sums, which only zero
     points need, anything."""
-    codes, scales, starts, _ = _places(tokens, a[K_STEPS] * 16, a[N])
+    padded = _padded(a[K_STEPS], a[BITS])
+    codes, scales, starts, _ = _places(tokens, padded, a[N], a[BITS])
     base, rows = a[WORKSPACE], (tokens + ROWS - 1) // ROWS * ROWS
-    later = first // _depth(a[K_STEPS] * 16, tokens) * rows * 4
+    later = first // _depth(padded, a[BITS], tokens) * rows * 4
     return (at(int8, base + codes + first * rows), at(float32, base + scales + later), at(int32, base + starts + later),
             at(float32, base + scales))
 
@@ -76,23 +93,23 @@ def _scales(a):
 
 @njit(nogil=True, error_model="numpy")
 def _scratch(a, tokens, thread):
-    """Address of a thread's scratch; that for the codes of one token begins STRIP_BYTES further."""
-    return a[WORKSPACE] + _places(tokens, a[K_STEPS] * 16, a[N])[3] + (STRIP_BYTES + a[K_STEPS] * 16) * thread
+    """Address of a thread's scratch; that of quantise_token begins STRIP_BYTES further."""
+    padded = _padded(a[K_STEPS], a[BITS])
+    return a[WORKSPACE] + _places(tokens, padded, a[N], a[BITS])[3] + (STRIP_BYTES + _token_bytes(padded)) * thread
 
 
 @worker
 def quantise(a, tokens, depth, group, thread):
     """Tile `group` of tokens."""
-    padded, tile = a[K_STEPS] * 16, 1 if tokens == 1 else FEW if tokens <= FEW else ROWS
+    padded, tile = _padded(a[K_STEPS], a[BITS]), 1 if tokens == 1 else FEW if tokens <= FEW else ROWS
     _, scales, starts, _ = _activations(a, tokens, 0)
-    codes, bytes_ = _places(tokens, padded, a[N])[0], _scratch(a, tokens, thread) + STRIP_BYTES
+    codes, scratch = at(int32, a[WORKSPACE] + _places(tokens, padded, a[N], a[BITS])[0]), _scratch(a, tokens, thread) + STRIP_BYTES
     groups, together = (tokens + tile - 1) // tile, STEPS if tile == ROWS else 1
     for row in range(tile):
         token = group * tile + row
         if token < tokens:
-            quantise_token(at(float32, a[X]), token * a[X_STRIDE], a[K], padded, depth, a[ACTIVATION_BITS],
-                           at(int32, a[WORKSPACE] + codes), scales, starts, tile, together, group, groups, row, at(int8, bytes_),
-                           at(int32, bytes_))
+            quantise_token(at(float32, a[X]), token * a[X_STRIDE], a[K], padded, depth, a[BITS], a[ACTIVATION_BITS], codes, scales, starts,
+                           tile, together, group, groups, row, scratch, a[BITS] == 1 and tokens <= FEW)
         else:
             clear_token(padded, depth, scales, tile, group, groups, row)
 
@@ -101,26 +118,34 @@ def quantise(a, tokens, depth, group, thread):
 def gemv(a, tokens, parts, part, thread):
     """One of `parts` shares of the panels, for up to FEW tokens."""
     panels, scales = (a[N] + 15) // 16, _scales(a)
-    weights = at(uint8, a[CODES]), scales, at(uint8, a[CODES])
-    sizes = (a[K_STEPS] * 16, 1, panels * part // parts, panels * (part + 1) // parts, tokens, a[N], a[OUT_STRIDE])
-    tile, flags = at(float32, _scratch(a, tokens, thread)), (NO_ZEROS, a[BIAS] != 0)
-    if tokens == 1:
-        gemv_1(weights, _activations(a, tokens, 0), at(float32, a[BIAS]), at(float32, a[OUT]), tile, sizes, flags)
+    weights, activations = (at(uint8, a[CODES]), scales, at(uint8, a[CODES])), _activations(a, tokens, 0)
+    sizes = (_padded(a[K_STEPS], a[BITS]), 1, panels * part // parts, panels * (part + 1) // parts, tokens, a[N], a[OUT_STRIDE])
+    bias, out, tile = at(float32, a[BIAS]), at(float32, a[OUT]), at(float32, _scratch(a, tokens, thread))
+    flags = NO_ZEROS, a[BIAS] != 0
+    if tokens == 1 and a[BITS] == 2:
+        gemv_1_2(weights, activations, bias, out, tile, sizes, flags)
+    elif tokens == 1:
+        gemv_1_1(weights, activations, bias, out, tile, sizes, flags)
+    elif a[BITS] == 2:
+        gemv_few_2(weights, activations, bias, out, tile, sizes, flags)
     else:
-        gemv_few(weights, _activations(a, tokens, 0), at(float32, a[BIAS]), at(float32, a[OUT]), tile, sizes, flags)
+        gemv_few_1(weights, activations, bias, out, tile, sizes, flags)
 
 
 @worker
 def gemm(a, tokens, first, strip, thread):
     """One strip of outputs of all tokens, for the slice of K that starts at `first`."""
-    padded, n = a[K_STEPS] * 16, a[N]
-    size, w = min(_depth(padded, tokens), padded - first), _scratch(a, tokens, thread)
+    padded, n = _padded(a[K_STEPS], a[BITS]), a[N]
+    size, w = min(_depth(padded, a[BITS], tokens), padded - first), _scratch(a, tokens, thread)
     ws, tile, scales = at(float32, w + W_BYTES), w + W_BYTES + ROW_BYTES, _scales(a)
     for c in range(COLUMNS):  # an odd panel at the end is taken twice and stored once
         panel = min(strip * COLUMNS + c, (n - 1) // 16)
         for i in range(16):
             ws[c * 16 + i] = scales[panel * 16 + i]
-        unpack_codes(at(uint8, a[CODES]), (panel * padded + first) * 4, size, 2, at(uint8, w), c * 64)
+        if a[BITS] == 2:
+            unpack_codes(at(uint8, a[CODES]), (panel * padded + first) * 4, size, 2, at(uint8, w), c * 64)
+        else:
+            unpack_trits(at(uint8, a[CODES]), (panel * padded + first) // 20 * 64, size, at(uint8, w), c * 64)
     scratch = at(uint8, w), ws, ws, at(float32, tile), at(float32, tile + TILE_BYTES)
     sweep_tokens(_activations(a, tokens, first), at(float32, a[BIAS]), at(float32, a[OUT]), scratch, strip, 2,
                  (0, 1, size // 4, tokens, n, a[OUT_STRIDE]), (False, a[BIAS] != 0, first == 0))
@@ -128,8 +153,8 @@ def gemm(a, tokens, first, strip, thread):
 
 @njit(nogil=True, error_model="numpy")
 def _run(a, address, tokens):
-    panels, threads, padded = (a[N] + 15) // 16, thread_count(), a[K_STEPS] * 16
-    depth = _depth(padded, tokens)
+    panels, threads, padded = (a[N] + 15) // 16, thread_count(), _padded(a[K_STEPS], a[BITS])
+    depth = _depth(padded, a[BITS], tokens)
     if a[N] % 16:
         given, whole = at(float32, a[SCALES]), at(float32, a[WORKSPACE])
         for i in range(panels * 16):

@@ -186,7 +186,9 @@ CASES = {
         ("x".join(map(str, c[:5])) + ("-bias" if c[5] else ""), lambda rng, c=c: matmul_ternary_case(rng, *c), 1e-5 * c[2] ** 0.5)
         for c in (  # tokens, N, K, bits, activation bits, bias
             (2, 16, 16, 2, 8, False), (1, 2050, 2048, 2, 8, True), (3, 33, 100, 2, 8, True), (4, 200, 6912, 2, 8, False),
-            (5, 40, 1100, 2, 8, True), (70, 600, 2560, 2, 8, False), (13, 100, 77, 2, 4, True), (1, 50, 700, 2, 4, False))],
+            (5, 40, 1100, 2, 8, True), (70, 600, 2560, 2, 8, False), (13, 100, 77, 2, 4, True), (1, 50, 700, 2, 4, False),
+            (2, 16, 16, 1, 8, False), (1, 2050, 2048, 1, 8, True), (3, 33, 100, 1, 8, True), (4, 200, 6912, 1, 8, False),
+            (5, 40, 1100, 1, 8, True), (70, 600, 2560, 1, 4, False), (1, 50, 700, 1, 4, False))],
     "embedding_nbits": [  # one multiplication
         ("x".join(map(str, c[:5])) + ("-zeros" if c[5] else ""), lambda rng, c=c: embedding_nbits_case(rng, *c), 1e-6)
         for c in ((1, 16, 64, 4, 32, False), (300, 90, 100, 8, 32, False), (9, 33, 77, 4, 16, True), (5, 40, 600, 8, 256, True),

@@ -4,30 +4,49 @@ import numpy as np
 from edgeattn.ops import PANEL
 from edgeattn.reference.matmul_nbits import pack_panels, unpack_panels
 
-BLOCK = 128  # K is padded to a multiple of it: stock onnxruntime's block
+BLOCK = 128  # K of 2-bit codes is padded to a multiple of it: stock onnxruntime's block
+TRITS = 5    # digits of a byte of the dense codes, whose K is padded to a multiple of two steps
 
 
 def pack_ternary(w: np.ndarray, *, bits: int = 2) -> np.ndarray:
     """Weights -1, 0 and 1 to the stored layout. Outputs and K are padded with zeros.
 
-    w   [N, K]                              int8
-    ->  [ceil(N / 16), steps, 16, 4]        uint8; steps of 16 K, a multiple of 8
+    w     [N, K]                            int8
+    bits  2, or 1, which stands for five weights to a byte (1.6 bits each)
+    ->    [ceil(N / 16), steps, 16, 4]      uint8; a step holds 16 K, or 20 of the dense codes
     ValueError for other bits.
     """
     _check(bits)
-    blocks, panels = -(-w.shape[1] // BLOCK), -(-len(w) // PANEL)
-    codes, _, _ = pack_panels((w + 2).astype(np.uint8), np.zeros((len(w), blocks)), bits=2, block_size=BLOCK)
-    return codes.reshape(panels, -1, PANEL, 4)
+    n, k = w.shape
+    panels = -(-n // PANEL)
+    if bits == 2:
+        codes, _, _ = pack_panels((w + 2).astype(np.uint8), np.zeros((n, -(-k // BLOCK))), bits=2, block_size=BLOCK)
+        return codes.reshape(panels, -1, PANEL, 4)
+    digits = np.ones((panels * PANEL, -(-k // 40) * 2, TRITS, 4), np.uint16)
+    digits.reshape(panels * PANEL, -1)[:n, :k] = w + 1
+    value = (digits * np.array([81, 27, 9, 3, 1], np.uint16)[:, None]).sum(2, dtype=np.uint16)
+    codes = (value * 256 + 242) // 243
+    return np.ascontiguousarray(codes.astype(np.uint8).reshape(panels, PANEL, -1, 4).transpose(0, 2, 1, 3))
 
 
 def unpack_ternary(codes: np.ndarray, *, bits: int = 2, K: int, N: int) -> np.ndarray:
-    """The weights [N, K] int8: 2-bit codes w + 2 in the panels of matmul_nbits, byte 4 * output + j of step s holding those of
-    k = 16 * s + 4 * j ... + 3, low bits first."""
+    """The weights [N, K] int8.
+
+    2 bits: codes w + 2 in the panels of matmul_nbits, byte 4 * output + j of step s holding those of k = 16 * s + 4 * j ... + 3, low bits
+    first. Dense: digits w + 1 in base 3, the first the highest, of k = 20 * s + j, 20 * s + j + 4 ... + 16; the byte is that number
+    times 256 / 243, rounded up (as in ggml's tq1_0), so that a digit is what three times the byte carries into the next.
+    """
     _check(bits)
     panels = codes.shape[0]
-    blocks = codes.reshape(panels, -1, BLOCK // 16, PANEL, 4)
-    ones = np.ones((panels, blocks.shape[1], PANEL), np.float16)
-    return unpack_panels(blocks, ones, bits=2, block_size=BLOCK, K=K, N=N).astype(np.int8)
+    if bits == 2:
+        blocks = codes.reshape(panels, -1, BLOCK // 16, PANEL, 4)
+        ones = np.ones((panels, blocks.shape[1], PANEL), np.float16)
+        return unpack_panels(blocks, ones, bits=2, block_size=BLOCK, K=K, N=N).astype(np.int8)
+    left, digits = codes.transpose(0, 2, 1, 3).astype(np.uint16), []
+    for _ in range(TRITS):
+        digits.append(left * 3 >> 8)
+        left = left * 3 & 255
+    return (np.stack(digits, 3).reshape(panels * PANEL, -1)[:N, :K].astype(np.int8) - 1).astype(np.int8)
 
 
 def matmul_ternary(x, codes, scales, bias=None, *, bits, activation_bits, K, N):
@@ -63,5 +82,5 @@ def quantise_tokens(x, activation_bits):
 
 
 def _check(bits):
-    if bits != 2:
-        raise ValueError(f"ternary weights are stored in 2 bits, got {bits}")
+    if bits not in (1, 2):
+        raise ValueError(f"ternary weights are stored in 2 bits, or in 1.6 (which bits=1 stands for), got {bits}")
