@@ -6,6 +6,7 @@ for a block is done here for a whole row of up to FEW tokens, and for a slice of
 import numpy as np
 from numba import carray, cfunc, float32, int8, int32, njit, uint8
 
+from edgeattn.kernels_cpu import simd
 from edgeattn.kernels_cpu.gemm_nbits import COLUMNS, ROWS, STEPS, sweep_tokens, unpack_codes, unpack_trits
 from edgeattn.kernels_cpu.gemv_nbits import FEW, NO_ZEROS, SHAPES, build
 from edgeattn.kernels_cpu.parallel import call_worker, parallel, worker
@@ -13,10 +14,14 @@ from edgeattn.kernels_cpu.quantise_tokens import clear_token, quantise_token
 from edgeattn.kernels_cpu.simd import at
 from edgeattn.kernels_cpu.simd_bits import WORDS
 from edgeattn.kernels_cpu.steps import STEP, aligned, call, thread_count
+from edgeattn.kernels_cpu.ternary_inputs import TILE, list_bytes_of, list_inputs, tile_sums, unpack_inputs
 
 ARGS = ("x", "x.rows", "x.stride", "codes", "codes.1", "scales", "bias", "out", "out.stride", "bits", "activation_bits", "K", "N",
-        "workspace")
-(X, TOKENS, X_STRIDE, CODES, K_STEPS, SCALES, BIAS, OUT, OUT_STRIDE, BITS, ACTIVATION_BITS, K, N, WORKSPACE) = range(len(ARGS))
+        "workspace", "input_major")
+(X, TOKENS, X_STRIDE, CODES, K_STEPS, SCALES, BIAS, OUT, OUT_STRIDE, BITS, ACTIVATION_BITS, K, N, WORKSPACE,
+ INPUT_MAJOR) = range(len(ARGS))
+INPUTS = 3              # besides bits 1 and 2: a form of weights, input by input
+BIAS_BITS = np.int32(simd.BIAS)
 SLICE = 1024            # of K in a strip of unpacked weights, at most
 SERIAL_BYTES = 1 << 17  # weights that one thread reads sooner than a parallel region starts
 # A thread's scratch: unpacked codes, their scales, a tile of results, starts.
@@ -27,23 +32,36 @@ gemv_1_2, gemv_1_1 = (build(1, *SHAPES[0], bits, False) for bits in (2, 1))
 gemv_few_2, gemv_few_1 = (build(FEW, *SHAPES[1], bits, False) for bits in (2, 1))
 
 
-def matmul_ternary(x, codes, scales, bias=None, *, bits, activation_bits, K, N):
+def matmul_ternary(x, codes, scales, bias=None, *, bits, activation_bits, K, N, input_major=0):
     out = aligned((len(x), N), np.float32)
     call(step, ARGS, dict(x=x, codes=codes, scales=scales, bias=bias, out=out),
-         dict(bits=bits, activation_bits=activation_bits, K=K, N=N), workspace_bytes=workspace_bytes)
+         dict(bits=bits, activation_bits=activation_bits, K=K, N=N, input_major=input_major), workspace_bytes=workspace_bytes)
     return out
 
 
 def workspace_bytes(tensors, attributes, rows, threads) -> int:
     """Scales of whole panels, integers of the tokens, then scratch of the threads."""
-    bits, padded = attributes["bits"], _padded.py_func(tensors["codes"].shape[1], attributes["bits"])
-    return _places.py_func(max(rows, FEW), padded, attributes["N"], bits)[-1] + (STRIP_BYTES + _token_bytes.py_func(padded)) * threads
+    form = INPUTS if attributes.get("input_major") else attributes["bits"]
+    padded, rows = _padded.py_func(tensors["codes"].shape[1], form), max(rows, FEW + 1)
+    ends = [_places.py_func(tokens, padded, attributes["N"], form)[-1] for tokens in (FEW, rows)]
+    return max(ends) + (STRIP_BYTES + _token_bytes.py_func(padded)) * threads
 
 
 @njit(nogil=True, error_model="numpy")
-def _padded(steps, bits):
-    """K, filled up to whole steps."""
-    return steps * (20 if bits == 1 else 16)
+def _form(a):
+    return INPUTS if a[INPUT_MAJOR] else a[BITS]
+
+
+@njit(nogil=True, error_model="numpy")
+def _padded(steps, form):
+    """K, filled up to whole steps, as the weights are."""
+    return steps if form == INPUTS else steps * (20 if form == 1 else 16)
+
+
+@njit(nogil=True, error_model="numpy")
+def _unit(form):
+    """What K is padded to a multiple of."""
+    return 16 if form == INPUTS else 40 if form == 1 else 128
 
 
 @njit(nogil=True, error_model="numpy")
@@ -53,22 +71,23 @@ def _token_bytes(padded):
 
 
 @njit(nogil=True, error_model="numpy")
-def _places(tokens, padded, n, bits):
-    """Where in the workspace the tokens' codes, their scales and starts begin (the weights' scales do at 0), and the end."""
-    rows, unit = (tokens + ROWS - 1) // ROWS * ROWS, 40 if bits == 1 else 128
+def _places(tokens, padded, n, form):
+    """Where in the workspace the tokens' codes (or lists), their scales and starts begin (the weights' scales do at 0), and the end."""
+    rows, per_token = (tokens + ROWS - 1) // ROWS * ROWS, padded
+    if tokens <= FEW and form != 2:
+        per_token = list_bytes_of(padded) if form == INPUTS else padded // 20 * 4 * WORDS
     codes = (n + 15) // 16 * 64
-    per_token = padded // 20 * 4 * WORDS if bits == 1 and tokens <= FEW else padded
     scales = codes + (rows * per_token + 63) // 64 * 64
-    floats = (rows * (padded // unit) * 4 + 63) // 64 * 64
+    floats = (rows * (padded // _unit(form)) * 4 + 63) // 64 * 64
     return codes, scales, scales + floats, scales + 2 * floats
 
 
 @njit(nogil=True, error_model="numpy")
-def _depth(padded, bits, tokens):
+def _depth(padded, form, tokens):
     """K of a slice: all of it for few tokens, else equal parts of at most SLICE."""
-    unit = 40 if bits == 1 else 128
     if tokens <= FEW:
         return padded
+    unit = _unit(form)
     slices = (padded + SLICE // unit * unit - 1) // (SLICE // unit * unit)
     return (padded // unit + slices - 1) // slices * unit
 
@@ -77,10 +96,11 @@ def _depth(padded, bits, tokens):
 def _activations(a, tokens, first):
     """Codes, scales, starts of the tokens (quantise_token), of the slice of K that starts at `first`; in place of sums, which only zero
     points need, anything."""
-    padded = _padded(a[K_STEPS], a[BITS])
-    codes, scales, starts, _ = _places(tokens, padded, a[N], a[BITS])
+    form = _form(a)
+    padded = _padded(a[K_STEPS], form)
+    codes, scales, starts, _ = _places(tokens, padded, a[N], form)
     base, rows = a[WORKSPACE], (tokens + ROWS - 1) // ROWS * ROWS
-    later = first // _depth(padded, a[BITS], tokens) * rows * 4
+    later = first // _depth(padded, form, tokens) * rows * 4
     return (at(int8, base + codes + first * rows), at(float32, base + scales + later), at(int32, base + starts + later),
             at(float32, base + scales))
 
@@ -94,24 +114,29 @@ def _scales(a):
 @njit(nogil=True, error_model="numpy")
 def _scratch(a, tokens, thread):
     """Address of a thread's scratch; that of quantise_token begins STRIP_BYTES further."""
-    padded = _padded(a[K_STEPS], a[BITS])
-    return a[WORKSPACE] + _places(tokens, padded, a[N], a[BITS])[3] + (STRIP_BYTES + _token_bytes(padded)) * thread
+    form = _form(a)
+    padded = _padded(a[K_STEPS], form)
+    return a[WORKSPACE] + _places(tokens, padded, a[N], form)[3] + (STRIP_BYTES + _token_bytes(padded)) * thread
 
 
 @worker
 def quantise(a, tokens, depth, group, thread):
     """Tile `group` of tokens."""
-    padded, tile = _padded(a[K_STEPS], a[BITS]), 1 if tokens == 1 else FEW if tokens <= FEW else ROWS
+    form, tile = _form(a), 1 if tokens == 1 else FEW if tokens <= FEW else ROWS
+    padded = _padded(a[K_STEPS], form)
     _, scales, starts, _ = _activations(a, tokens, 0)
-    codes, scratch = at(int32, a[WORKSPACE] + _places(tokens, padded, a[N], a[BITS])[0]), _scratch(a, tokens, thread) + STRIP_BYTES
+    place, scratch = a[WORKSPACE] + _places(tokens, padded, a[N], form)[0], _scratch(a, tokens, thread) + STRIP_BYTES
     groups, together = (tokens + tile - 1) // tile, STEPS if tile == ROWS else 1
     for row in range(tile):
         token = group * tile + row
-        if token < tokens:
-            quantise_token(at(float32, a[X]), token * a[X_STRIDE], a[K], padded, depth, a[BITS], a[ACTIVATION_BITS], codes, scales, starts,
-                           tile, together, group, groups, row, scratch, a[BITS] == 1 and tokens <= FEW)
-        else:
+        if token >= tokens:
             clear_token(padded, depth, scales, tile, group, groups, row)
+        elif form == INPUTS and tokens <= FEW:
+            list_inputs(at(float32, a[X]), token * a[X_STRIDE], a[K], padded, a[ACTIVATION_BITS], scales, starts, token,
+                        place + token * list_bytes_of(padded), scratch)
+        else:
+            quantise_token(at(float32, a[X]), token * a[X_STRIDE], a[K], padded, depth, form, a[ACTIVATION_BITS], at(int32, place), scales,
+                           starts, tile, together, group, groups, row, scratch, form == 1 and tokens <= FEW)
 
 
 @worker
@@ -133,16 +158,32 @@ def gemv(a, tokens, parts, part, thread):
 
 
 @worker
+def gemv_inputs(a, tokens, _, tile, thread):
+    """A tile of outputs of up to FEW tokens, by the inputs that are not zero."""
+    padded, first, bias, out, weight_scales = a[K_STEPS], tile * TILE, at(float32, a[BIAS]), at(float32, a[OUT]), at(float32, a[SCALES])
+    _, scales, starts, _ = _activations(a, tokens, 0)
+    place, sums = a[WORKSPACE] + _places(tokens, padded, a[N], INPUTS)[0], at(int32, _scratch(a, tokens, thread))
+    for token in range(tokens):
+        tile_sums(at(uint8, a[CODES]), tile * padded * 64, padded, place + token * list_bytes_of(padded), sums)
+        for i in range(min(TILE, a[N] - first)):
+            value = np.float32(sums[i] + (starts[token] - BIAS_BITS)) * weight_scales[first + i] * scales[token]
+            out[token * a[OUT_STRIDE] + first + i] = value + (bias[first + i] if a[BIAS] else np.float32(0))
+
+
+@worker
 def gemm(a, tokens, first, strip, thread):
     """One strip of outputs of all tokens, for the slice of K that starts at `first`."""
-    padded, n = _padded(a[K_STEPS], a[BITS]), a[N]
-    size, w = min(_depth(padded, a[BITS], tokens), padded - first), _scratch(a, tokens, thread)
+    form, n = _form(a), a[N]
+    padded = _padded(a[K_STEPS], form)
+    size, w = min(_depth(padded, form, tokens), padded - first), _scratch(a, tokens, thread)
     ws, tile, scales = at(float32, w + W_BYTES), w + W_BYTES + ROW_BYTES, _scales(a)
     for c in range(COLUMNS):  # an odd panel at the end is taken twice and stored once
         panel = min(strip * COLUMNS + c, (n - 1) // 16)
         for i in range(16):
             ws[c * 16 + i] = scales[panel * 16 + i]
-        if a[BITS] == 2:
+        if form == INPUTS:
+            unpack_inputs(at(uint8, a[CODES]), (panel // 16 * padded + first) * 64, size, panel % 16, at(uint8, w), c * 64)
+        elif form == 2:
             unpack_codes(at(uint8, a[CODES]), (panel * padded + first) * 4, size, 2, at(uint8, w), c * 64)
         else:
             unpack_trits(at(uint8, a[CODES]), (panel * padded + first) // 20 * 64, size, at(uint8, w), c * 64)
@@ -153,15 +194,18 @@ def gemm(a, tokens, first, strip, thread):
 
 @njit(nogil=True, error_model="numpy")
 def _run(a, address, tokens):
-    panels, threads, padded = (a[N] + 15) // 16, thread_count(), _padded(a[K_STEPS], a[BITS])
-    depth = _depth(padded, a[BITS], tokens)
+    form, panels, threads = _form(a), (a[N] + 15) // 16, thread_count()
+    padded = _padded(a[K_STEPS], form)
+    depth = _depth(padded, form, tokens)
     if a[N] % 16:
         given, whole = at(float32, a[SCALES]), at(float32, a[WORKSPACE])
         for i in range(panels * 16):
             whole[i] = given[i] if i < a[N] else np.float32(0)
     if tokens <= FEW:
         call_worker(quantise(), address, tokens, depth, 0, 0)
-        if padded * a[N] // 4 > SERIAL_BYTES:
+        if form == INPUTS:
+            parallel(gemv_inputs(), address, tokens, 0, (a[N] + TILE - 1) // TILE)
+        elif padded * a[N] // 4 > SERIAL_BYTES:
             parallel(gemv(), address, tokens, threads, threads)
         else:
             call_worker(gemv(), address, tokens, 1, 0, 0)

@@ -31,7 +31,7 @@ def factor_of(x, at, k, activation_bits):
 
 
 @njit(nogil=True, error_model="numpy")
-def quantise_slice(x, at, k, size, factor, bits, activation_bits, codes):
+def quantise_slice(x, at, k, size, factor, form, activation_bits, codes):
     """`size` codes, of which k from x[at] on and then zeros, in the order of K, or in that which 2-bit weights want; returns their sum."""
     total, many = zeros(I16, 1)[0], splat(F, factor)
     for i in range(0, size, 16):
@@ -41,7 +41,7 @@ def quantise_slice(x, at, k, size, factor, bits, activation_bits, codes):
             value = vmin(vmax(value, splat(F, np.float32(-8))), splat(F, np.float32(7)))
         rounded = nearest(value)[0]
         total += rounded
-        store_codes(codes, i, size, 2 if bits == 2 else 8, rounded)
+        store_codes(codes, i, size, 2 if form == 2 else 8, rounded)
     return hsum(total)
 
 
@@ -65,7 +65,7 @@ def trit_words(codes, size, to):
 
 
 @njit(nogil=True, error_model="numpy")
-def quantise_token(x, at, k, padded, depth, bits, activation_bits, codes, scales, starts, tile, together, group, groups, row, scratch, trits):
+def quantise_token(x, at, k, padded, depth, form, activation_bits, codes, scales, starts, tile, together, group, groups, row, scratch, trits):
     """The row of k floats from x[at] on into row `row` of tile `group`: `tile` rows, interleaved by `together` steps of 4 bytes.
 
     K, padded, lies in slices of `depth`, a slice after all groups of the one before: codes int32 [slice, group, step, row]. Per [slice,
@@ -77,8 +77,8 @@ def quantise_token(x, at, k, padded, depth, bits, activation_bits, codes, scales
     place = scratch + 64
     for first in range(0, padded, depth):
         size = min(depth, padded - first)
-        total = quantise_slice(x, at + first, k - first, size, factor, bits, activation_bits, pointer(int8, place))
-        words, count, start = pointer(int32, place), size // 4, BIAS - np.int32(2 if bits == 2 else 1) * total
+        total = quantise_slice(x, at + first, k - first, size, factor, form, activation_bits, pointer(int8, place))
+        words, count, start = pointer(int32, place), size // 4, BIAS - np.int32(1 if form == 1 else 2) * total
         if trits:
             behind = place + size + 64
             sum_y = trit_words(pointer(int8, place), size, pointer(int8, behind))
