@@ -16,7 +16,7 @@ from edgeattn.kernels_cpu.simd import BIAS, MACHINE, Vec, _address, _count, _pac
 from edgeattn.kernels_cpu.simd_emit import I8
 
 TILE = 256   # outputs
-AHEAD = 32   # inputs that are not zero by which their weights are fetched before they are used
+AHEAD = 64   # inputs that are not zero by which their weights are fetched before they are used
 LANES, QUARTERS = {"avx512": (16, 4), "avxvnni": (8, 2), "avx2": (8, 2), "neon": (4, 4), "plain": (4, 2)}[MACHINE]
 COUNT = 4 * QUARTERS  # sums in registers
 I, U64 = i32(LANES), u8(64)
