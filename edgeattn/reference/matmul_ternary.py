@@ -6,6 +6,7 @@ from edgeattn.reference.matmul_nbits import pack_panels, unpack_panels
 
 BLOCK = 128  # K of 2-bit codes is padded to a multiple of it: stock onnxruntime's block
 TILE = 256   # outputs that lie together when weights are stored input by input
+MAX_K = 1 << 15  # 127 times as much stays below 2**22
 TRITS = 5    # digits of a byte of the dense codes, whose K is padded to a multiple of two steps
 
 
@@ -16,10 +17,12 @@ def pack_ternary(w: np.ndarray, *, bits: int = 2, input_major: int = 0) -> np.nd
     bits  2, or 1, which stands for five weights to a byte (1.6 bits each)
     ->    [ceil(N / 16), steps, 16, 4]      uint8; a step holds 16 K, or 20 of the dense codes
           [ceil(N / 256), K, 64]            input by input, so that weights of inputs that are zero need not be read; K padded to 16s
-    ValueError for other bits, and for bits=1 input by input.
+    ValueError for other bits, for bits=1 input by input, and for more inputs than MAX_K.
     """
     _check(bits, input_major)
     n, k = w.shape
+    if k > MAX_K:
+        raise ValueError(f"ternary weights have at most {MAX_K} inputs, whose sums kernels hold exactly; got {k}")
     if input_major:
         q = np.full((-(-n // TILE) * TILE, -(-k // 16) * 16), 2, np.uint8)
         q[:n, :k] = w + 2
