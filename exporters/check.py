@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from edgeattn.exporters.checkpoint import Checkpoint
+from edgeattn.exporters.checkpoint import Checkpoint, open_checkpoint
 from edgeattn.exporters.decoder import Decoder
 from edgeattn.exporters.families import read_architecture
 from edgeattn.exporters.forward import forward
@@ -52,7 +52,7 @@ def verify(folder: str | Path, checkpoint: str | Path | None = None) -> dict:
         if not (folder / name).is_file() or sha256(folder / name) != digest:
             raise ValueError(f"{folder / name}: missing or changed since the export; export the model again")
     if checkpoint is not None:
-        source = Checkpoint(checkpoint)
+        source = open_checkpoint(checkpoint)
         return check(folder, source, read_architecture(source))
     tokens = prompt_tokens(folder, config["model"])
     got, expected = _runtime_logits(folder, tokens), _onnxruntime_logits(folder, tokens)
@@ -81,7 +81,7 @@ def prompt_tokens(folder: Path, about: dict) -> np.ndarray:
 
 def checkpoint_logits(source: Checkpoint, decoder: Decoder, tokens: np.ndarray) -> tuple[str, np.ndarray]:
     """(where it ran, logits [n, vocab]) of the checkpoint."""
-    if find_spec("torch") and find_spec("transformers") and 4 * sum(map(_size, source.tensors.values())) <= TORCH_BYTES:
+    if not source.quantised_by and find_spec("torch") and find_spec("transformers") and 4 * sum(map(_size, source.tensors.values())) <= TORCH_BYTES:
         logits = torch_logits(source.folder, tokens)
         if logits is not None:
             return "transformers", logits

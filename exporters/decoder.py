@@ -51,8 +51,6 @@ def read_decoder(config: dict, *, windows: tuple[int, ...] | None = None, qkv_bi
         raise ValueError(f"config.json lacks {missing}")
     if config.get("hidden_act", activation) != activation:
         raise ValueError(f"hidden_act {config['hidden_act']!r} is not supported; supported: [{activation!r}]")
-    if config.get("quantization_config"):
-        raise ValueError("an already quantised checkpoint (quantization_config) is not supported; give the float16 or bfloat16 one")
     heads = config["num_attention_heads"]
     head_dim = config.get("head_dim") or config["hidden_size"] // heads
     kv_heads = config.get("num_key_value_heads") or heads

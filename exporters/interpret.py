@@ -78,7 +78,7 @@ def _evaluate(node, inputs):
 STANDARD = {
     "RMSNormalization": lambda x, weight, a: load_kernel("rms_normalization", "reference")(x, weight, epsilon=a["epsilon"]),
     "Add": lambda x, y, a: x + y,
-    "Gather": lambda x, indices, a: x[indices],
+    "Gather": lambda x, indices, a: x.take(indices, axis=a["axis"]),
     "Reshape": lambda x, shape, a: x.reshape(shape),
     "Split": lambda x, sizes, a: np.split(x, np.cumsum(sizes)[:-1], axis=a["axis"]),
 }
