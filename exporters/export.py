@@ -13,7 +13,7 @@ from edgeattn.exporters.check import check, sha256
 from edgeattn.exporters.checkpoint import open_checkpoint
 from edgeattn.exporters.decoder import build
 from edgeattn.exporters.families import read_architecture
-from edgeattn.exporters.functions import function_body
+from edgeattn.exporters.functions import functions
 from edgeattn.exporters.graph import Graph
 from edgeattn.exporters.targets import target_defaults
 from edgeattn.exporters.weights import Formats
@@ -53,7 +53,7 @@ def export(checkpoint: str | Path, folder: str | Path, precision: str = "int4", 
     try:
         work.mkdir()
         source.copy_files(COPIED, work)
-        graph.write(work, _functions(graph), progress)
+        graph.write(work, functions(graph.nodes), progress)
         onnx.checker.check_model(work / "model.onnx")
         report = {"format_version": FORMAT_VERSION, "architecture": source.config["model_type"], "source": _source(source),
                   "precision": precision, "group_size": group_size, "model": _model(decoder, source, ctx_size),
@@ -66,13 +66,6 @@ def export(checkpoint: str | Path, folder: str | Path, precision: str = "int4", 
     finally:  # also on Ctrl-C
         shutil.rmtree(work, ignore_errors=True)
     return report
-
-
-def _functions(graph: Graph):
-    """The function of every operator of ours that the graph has."""
-    names = sorted({node.op_type for node in graph.nodes if node.domain == DOMAIN})
-    bits = {a.i for node in graph.nodes if node.op_type == "embedding_nbits" for a in node.attribute if a.name == "bits"}
-    return [function_body(name, *bits) for name in names]
 
 
 def _source(source):

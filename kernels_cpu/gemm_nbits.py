@@ -104,33 +104,44 @@ def gemm_strip(weights, activations, bias, out, scratch, strip, bits, sizes, fla
     """Blocks [first, first + count) of K of every token, into the outputs of one strip: added, but for the first slice.
 
     Arguments as gemv's (gemv_nbits.build), but sizes (block size, blocks, first, count, tokens, N, stride of out) and scratch (w, ws,
-    wz, tile): see unpack.
+    wz, tile, starts): see unpack.
     """
     size, blocks, first, count, tokens, n, out_stride = sizes
-    zeros_are, has_bias = flags
-    w, ws, wz, tile, starts = scratch
-    groups, column = (tokens + ROWS - 1) // ROWS, strip * COLUMNS * 16
     for c in range(COLUMNS):  # an odd panel at the end is taken twice and stored once
         panel = min(strip * COLUMNS + c, (n - 1) // 16)
-        unpack(weights[0], weights[1], weights[2], zeros_are, bits, panel * blocks + first, count, size, c, w, ws, wz)
+        unpack(weights[0], weights[1], weights[2], flags[0], bits, panel * blocks + first, count, size, c, scratch[0], scratch[1],
+               scratch[2])
+    groups = (tokens + ROWS - 1) // ROWS
+    sweep_tokens(activations, bias, out, scratch, strip, bits, (first * groups, count, size // 4, tokens, n, out_stride),
+                 (flags[0] != NO_ZEROS, flags[1], first == 0))
+
+
+@njit(nogil=True, error_model="numpy")
+def sweep_tokens(activations, bias, out, scratch, strip, bits, sizes, flags):
+    """Every token over the unpacked weights of a strip, `count` blocks of `steps`: sizes (the first block's unit of activations, count,
+    steps, tokens, N, stride of out), flags (has zero points, has bias, whether these are the first of K)."""
+    first_unit, count, steps, tokens, n, out_stride = sizes
+    has_zeros, has_bias, begin = flags
+    w, ws, wz, tile, starts = scratch
+    groups, column = (tokens + ROWS - 1) // ROWS, strip * COLUMNS * 16
     for i in range(COLUMNS * 16):
         starts[i] = bias[column + i] if has_bias and column + i < n else np.float32(0)
     for part in range(0, 16, LANES):
         wide = n - column - part  # outputs there are
         for group in range(groups):
-            unit, to, rows = first * groups + group * count, group * ROWS * out_stride + column + part, min(ROWS, tokens - group * ROWS)
+            unit, to, rows = first_unit + group * count, group * ROWS * out_stride + column + part, min(ROWS, tokens - group * ROWS)
             whole = rows == ROWS and wide >= SPAN
             target, at, stride = (out, to, out_stride) if whole else (tile, 0, SPAN)
-            if first and not whole:
+            if not begin and not whole:
                 copy(out, to, out_stride, tile, 0, SPAN, rows, min(wide, SPAN))
-            start = (target, at, stride) if first else (starts, part, 0)
+            start = (starts, part, 0) if begin else (target, at, stride)
             for r in range(rows):  # the rows of out are far apart: fetch the lines while the tile is computed
                 for c in range(0, SPAN, 16):
                     prefetch(out, to + r * out_stride + c)
             if bits == 8:
-                sweep8((w, ws, wz), activations, unit, count, size // 4, part, zeros_are != NO_ZEROS, start, target, at, stride)
+                sweep8((w, ws, wz), activations, unit, count, steps, part, has_zeros, start, target, at, stride)
             else:
-                sweep4((w, ws, wz), activations, unit, count, size // 4, part, zeros_are != NO_ZEROS, start, target, at, stride)
+                sweep4((w, ws, wz), activations, unit, count, steps, part, has_zeros, start, target, at, stride)
             if not whole:
                 copy(tile, 0, SPAN, out, to, out_stride, rows, min(wide, SPAN))
 

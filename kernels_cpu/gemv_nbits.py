@@ -6,7 +6,7 @@ Outputs are the lanes, so nothing is summed across a vector.
 import numpy as np
 
 from edgeattn.kernels_cpu.parallel import variant
-from edgeattn.kernels_cpu.simd import (MACHINE, broadcast_rows, byte_dots, f32, half_zero_scales, i32, load, load_half_tile,
+from edgeattn.kernels_cpu.simd import (MACHINE, broadcast_rows, byte_dots, f32, half_zero_scales, i32, load, load_half_tile, load_tile,
                                        outer_add, outer_fma, packed_dots, prefetch, store, store_tile, zero_scales, zeros)
 from edgeattn.kernels_cpu.simd_bits import quarter_dots, three_bit_dots
 
@@ -92,11 +92,27 @@ def _build_dots(rows, streams, bits):
     return {2: dots2, 3: dots3, 4: dots4, 8: dots8}[bits]
 
 
-def _build_outputs(rows, lanes, streams, bits):
-    F, I = f32(lanes), i32(lanes)
+def _build_scales(lanes, streams, halves):
+    F = f32(lanes)
+
+    @variant(lanes, streams, halves, forceinline=True)
+    def from_halves(scales, at, gap):
+        prefetch(scales, at + AHEAD // 16)
+        if streams > 1:
+            prefetch(scales, at + gap + AHEAD // 16)
+        return load_half_tile(F, streams, scales, at, gap)
+
+    @variant(lanes, streams, halves, forceinline=True)
+    def from_floats(scales, at, gap):
+        return load_tile(F, streams, scales, at, gap)
+    return from_halves if halves else from_floats
+
+
+def _build_outputs(rows, lanes, streams, bits, halves):
+    F, I, load_scales = f32(lanes), i32(lanes), _build_scales(lanes, streams, halves)
     count, zero, dots = rows * streams, np.float32(1 << (bits - 1)), _build_dots(rows, streams, bits)
 
-    @variant(rows, lanes, streams, bits)
+    @variant(rows, lanes, streams, bits, halves)
     def outputs(weights, activations, size, blocks, zeros_are, panel, gap, part):
         """`lanes` outputs, from `part` on, of `panel` (and of `panel + gap`): a tile of rows x streams."""
         codes, scales, zero_points = weights
@@ -106,9 +122,7 @@ def _build_outputs(rows, lanes, streams, bits):
             block, apart = panel * blocks + b, gap * blocks
             acc = broadcast_rows(I, rows, streams, starts, b * rows)
             acc = dots(acc, codes, block * block_bytes + 4 * part, apart * block_bytes, a, b * size * rows, size)
-            for s in range(streams):
-                prefetch(scales, (block + s * apart) * 16 + AHEAD // 16)
-            scale = load_half_tile(F, streams, scales, block * 16 + part, apart * 16)
+            scale = load_scales(scales, block * 16 + part, apart * 16)
             total = outer_fma(total, acc, scale, a_scales, b * rows)
             if zeros_are == ZERO_BYTES:
                 total = outer_add(total, zero_scales(scale, zero_points, block * 16 + part, apart * 16, zero), sums, b * rows)
@@ -119,15 +133,15 @@ def _build_outputs(rows, lanes, streams, bits):
     return outputs
 
 
-def build(rows, lanes, streams, bits):
+def build(rows, lanes, streams, bits, halves=True):
     """gemv(weights, activations, bias, out, tile, sizes, flags) for up to `rows` tokens, whose activations lie in tiles of `rows`.
 
-    weights (codes, scales, zero points); activations (codes, scales, starts, sums); tile is scratch; sizes (block size, blocks,
+    weights (codes, scales, which `halves` says are float16, zero points); activations (codes, scales, starts, sums); tile is scratch; sizes (block size, blocks,
     first panel, last panel + 1, tokens, N, elements from one row of out to the next); flags (which zero points, has bias).
     """
-    outputs, put = _build_outputs(rows, lanes, streams, bits), _build_put(lanes)
+    outputs, put = _build_outputs(rows, lanes, streams, bits, halves), _build_put(lanes)
 
-    @variant(rows, lanes, streams, bits)
+    @variant(rows, lanes, streams, bits, halves)
     def gemv(weights, activations, bias, out, tile, sizes, flags):
         size, blocks, first, last, tokens, n, out_stride = sizes
         zeros_are, has_bias = flags
