@@ -17,7 +17,6 @@ from edgeattn.exporters.functions import functions
 from edgeattn.exporters.graph import Graph
 from edgeattn.exporters.targets import target_defaults
 from edgeattn.exporters.weights import Formats
-from edgeattn.ops import DOMAIN
 
 FORMAT_VERSION = 1
 LONGEST_CTX = 32768
@@ -25,11 +24,12 @@ COPIED = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", 
           "vocab.json", "merges.txt", "chat_template.jinja", "chat_template.json", "generation_config.json")
 
 
-def export(checkpoint: str | Path, folder: str | Path, precision: str = "int4", group_size: int = 32, target: str = "generic",
+def export(checkpoint: str | Path, folder: str | Path, precision: str | None = None, group_size: int = 32, target: str = "generic",
            ctx_size: int | None = None, progress: Callable[[int, int], None] | None = None) -> dict:
     """Export a checkpoint folder or a GGUF file; returns what was written to edgeattn.json.
 
-    precision   "int4" (8-bit embedding and head), "int8", "fp16" or "fp32"
+    precision   "int4" (8-bit embedding and head), "int8", "fp16" or "fp32"; of a checkpoint with ternary weights, which stay as they
+                are, "ternary" (8-bit embedding and head), "fp16" or "fp32". By default "int4" or "ternary"
     group_size  weights of one output that share a scale: 16, 32, 64, 128 or 256
     target      a name in `targets.TARGETS`: sets recorded defaults only
     ctx_size    rows of the rotary tables; by default the model's own limit, at most 32768
@@ -40,6 +40,7 @@ def export(checkpoint: str | Path, folder: str | Path, precision: str = "int4", 
     """
     source, folder = open_checkpoint(checkpoint), Path(folder).resolve()
     decoder = read_architecture(source)
+    precision = _precision(source, precision)
     formats = Formats(precision, group_size)
     defaults = target_defaults(target, precision)
     ctx_size = ctx_size or min(decoder.max_position, LONGEST_CTX)
@@ -66,6 +67,15 @@ def export(checkpoint: str | Path, folder: str | Path, precision: str = "int4", 
     finally:  # also on Ctrl-C
         shutil.rmtree(work, ignore_errors=True)
     return report
+
+
+def _precision(source, wanted):
+    """The precision to export to; ValueError when the checkpoint's own does not allow the wanted one."""
+    own = getattr(source.quantised_by, "PRECISION", None)
+    if own and wanted not in (None, own, "fp16", "fp32"):
+        raise ValueError(f"{source.folder}: its weights are {own} and stay so; leave the precision out, or give fp16 or fp32 for the "
+                         "embedding and the head")
+    return wanted or own or "int4"
 
 
 def _source(source):

@@ -9,8 +9,9 @@ from edgeattn.exporters.graph import Graph, Spec, tensor_info
 from edgeattn.exporters.quantise import quantise_blocks
 from edgeattn.ops import PANEL
 from edgeattn.reference.matmul_nbits import pack_panels
+from edgeattn.reference.matmul_ternary import pack_ternary
 
-PRECISIONS = ("int4", "int8", "fp16", "fp32")
+PRECISIONS = ("int4", "int8", "fp16", "fp32", "ternary")
 GROUP_SIZES = (16, 32, 64, 128, 256)
 LARGEST_SCALE = 65504.0  # of float16
 SLAB_BYTES = 4 << 20  # of float32 weights in work at a time
@@ -34,7 +35,9 @@ class Table:
         if self.order is not None:  # of a checkpoint with act-order
             order = graph.value(f"{node}.order", self.order)
             x = graph.add("Gather", f"{node}.reorder", [x, order], {"axis": 1}, domain="")
-        if self.attributes:
+        if "activation_bits" in self.attributes:
+            out = graph.add("matmul_ternary", node, [x, *self.inputs, bias], self.attributes, outputs)
+        elif self.attributes:
             zeros = self.inputs[2] if len(self.inputs) > 2 else None
             out = graph.add("matmul_nbits", node, [x, *self.inputs[:2], zeros, bias], self.attributes, outputs)
         else:
@@ -47,7 +50,8 @@ class Table:
 @dataclass
 class Formats:
     """Chooses the format of every weight and remembers it. The embedding and the head (`edge`) of int4 get 8 bits: they cost
-    little in a large model and nearly all of the quality in a small one."""
+    little in a large model and nearly all of the quality in a small one. Ternary weights stay ternary at any precision; it is then
+    the embedding's and the head's: 8 bits for "ternary"."""
     precision: str
     group_size: int
     used: dict[str, str] = field(default_factory=dict)  # {initializer: "int4/32" ...}
@@ -62,6 +66,11 @@ class Formats:
     def store(self, graph: Graph, name: str, parts: list[Weight], edge: bool = False) -> Table:
         """Plan the concatenation of `parts` as initializer `name`."""
         weight = concatenate(parts)
+        if weight.ternary:
+            self.used[name] = "ternary"
+            return _ternary(graph, name, weight)
+        if self.precision == "ternary" and not edge:
+            raise ValueError(f"{name}: not a ternary weight, and only training makes one; choose one of {list(PRECISIONS[:-1])}")
         if weight.quantised and not self.precision.startswith("fp"):
             self.used[name] = f"int{weight.quantised.bits}/{weight.quantised.block_size}"
             return _imported(graph, name, weight.shape, weight.quantised)
@@ -107,6 +116,18 @@ def _imported(graph, name, shape, quantised: Quantised):
             yield packed[:len(specs)]
     graph.stream(specs, slabs)
     return Table(shape, [spec.name for spec in specs], dict(bits=bits, block_size=block_size, K=k, N=n), quantised.order)
+
+
+def _ternary(graph, name, weight):
+    (n, k), bits = weight.shape, 2
+
+    def slabs():
+        for start, stop in _slabs(weight):
+            yield (pack_ternary(weight.ternary.read(start, stop), bits=bits),)
+    panel = pack_ternary(np.zeros((PANEL, k), np.int8), bits=bits)
+    graph.stream([Spec(name, "uint8", (-(-n // PANEL), *panel.shape[1:]))], slabs)
+    scales = graph.value(f"{name}.scales", weight.ternary.scales)
+    return Table(weight.shape, [name, scales], dict(bits=bits, activation_bits=weight.ternary.activation_bits, K=k, N=n))
 
 
 def _quantised(graph, name, weight, bits, block_size):

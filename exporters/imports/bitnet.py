@@ -14,6 +14,7 @@ import numpy as np
 from edgeattn.exporters.checkpoint import Ternary, Weight
 from edgeattn.exporters.stored import FLOATS
 
+PRECISION = "ternary"                                  # of exports
 CLASSES = {"autobitlinear": False, "bitlinear": True}  # whether weight_scale divides
 MODES = ("offline", "online")
 ACTIVATION_BITS = (4, 8)
