@@ -11,7 +11,8 @@ HELP = "turn a Hugging Face checkpoint into a quantised ONNX folder"
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("checkpoint", metavar="CHECKPOINT", help="folder with config.json and *.safetensors, or nano for the bundled model")
     parser.add_argument("-o", "--output", metavar="FOLDER", required=True, help="folder to write; an earlier export there is replaced")
-    parser.add_argument("--precision", choices=options.PRECISIONS, default="int4", help="weights (int4, with an 8-bit embedding and head)")
+    parser.add_argument("--precision", choices=options.PRECISIONS,
+                        help="weights (int4, with an 8-bit embedding and head; ternary for a checkpoint that is)")
     parser.add_argument("--group-size", type=options.whole(1), default=32, metavar="N", help="weights that share a scale (32)")
     parser.add_argument("--target", default="generic", metavar="NAME", help="the device whose defaults are recorded (generic)")
     parser.add_argument("-c", "--ctx-size", type=options.whole(1), metavar="N", help="longest context the export allows")
@@ -24,7 +25,7 @@ def main(args: argparse.Namespace) -> int:
     if (checkpoint / "edgeattn.json").is_file():
         raise ValueError(f"{checkpoint}: is an export already; give the Hugging Face checkpoint it was made from")
     from edgeattn.exporters.export import export
-    with Progress(f"exporting {checkpoint.name} to {args.precision}", patience=0) as progress:
+    with Progress(f"exporting {checkpoint.name} to {args.output}", patience=0) as progress:
         export(checkpoint, args.output, precision=args.precision, group_size=args.group_size, target=args.target,
                ctx_size=args.ctx_size, progress=progress.exporting)
     print(summary(Path(args.output)))

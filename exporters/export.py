@@ -10,14 +10,13 @@ import onnx
 import psutil
 
 from edgeattn.exporters.check import check, sha256
-from edgeattn.exporters.checkpoint import Checkpoint
+from edgeattn.exporters.checkpoint import open_checkpoint
 from edgeattn.exporters.decoder import build
 from edgeattn.exporters.families import read_architecture
 from edgeattn.exporters.functions import functions
 from edgeattn.exporters.graph import Graph
 from edgeattn.exporters.targets import target_defaults
 from edgeattn.exporters.weights import Formats
-from edgeattn.ops import DOMAIN
 
 FORMAT_VERSION = 1
 LONGEST_CTX = 32768
@@ -25,19 +24,23 @@ COPIED = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", 
           "vocab.json", "merges.txt", "chat_template.jinja", "chat_template.json", "generation_config.json")
 
 
-def export(checkpoint: str | Path, folder: str | Path, precision: str = "int4", group_size: int = 32, target: str = "generic",
+def export(checkpoint: str | Path, folder: str | Path, precision: str | None = None, group_size: int = 32, target: str = "generic",
            ctx_size: int | None = None, progress: Callable[[int, int], None] | None = None) -> dict:
-    """Export a checkpoint folder; returns what was written to edgeattn.json.
+    """Export a checkpoint folder or a GGUF file; returns what was written to edgeattn.json.
 
-    precision   "int4" (8-bit embedding and head), "int8", "fp16" or "fp32"
+    precision   "int4" (8-bit embedding and head), "int8", "fp16" or "fp32"; of a checkpoint with ternary weights, which stay as they
+                are, "ternary" (8-bit embedding and head), "fp16" or "fp32". By default "int4" or "ternary"
     group_size  weights of one output that share a scale: 16, 32, 64, 128 or 256
     target      a name in `targets.TARGETS`: sets recorded defaults only
     ctx_size    rows of the rotary tables; by default the model's own limit, at most 32768
     progress    called with (bytes written, bytes in all)
+    Weights that are codes already stay as they are at "int4" and "int8", where a format of ours can hold them; `requantised` in
+    what is returned names the others.
     ValueError for what the user can mend; nothing half-written stays behind then.
     """
-    source, folder = Checkpoint(checkpoint), Path(folder).resolve()
+    source, folder = open_checkpoint(checkpoint), Path(folder).resolve()
     decoder = read_architecture(source)
+    precision = _precision(source, precision)
     formats = Formats(precision, group_size)
     defaults = target_defaults(target, precision)
     ctx_size = ctx_size or min(decoder.max_position, LONGEST_CTX)
@@ -50,14 +53,12 @@ def export(checkpoint: str | Path, folder: str | Path, precision: str = "int4", 
     remove_abandoned(folder.parent, f"{folder.name}.")
     try:
         work.mkdir()
+        source.copy_files(COPIED, work)
         graph.write(work, functions(graph.nodes), progress)
-        for name in COPIED:
-            if (source.folder / name).is_file():
-                shutil.copyfile(source.folder / name, work / name)
         onnx.checker.check_model(work / "model.onnx")
         report = {"format_version": FORMAT_VERSION, "architecture": source.config["model_type"], "source": _source(source),
                   "precision": precision, "group_size": group_size, "model": _model(decoder, source, ctx_size),
-                  "weights": formats.used, "target": target, "defaults": defaults,
+                  "weights": formats.used, "requantised": formats.requantised, "target": target, "defaults": defaults,
                   "files": {path.name: sha256(path) for path in sorted(work.iterdir())}, "verify": {}}
         _write_report(work, report)
         report["verify"] = check(work, source, decoder)
@@ -68,9 +69,18 @@ def export(checkpoint: str | Path, folder: str | Path, precision: str = "int4", 
     return report
 
 
+def _precision(source, wanted):
+    """The precision to export to; ValueError when the checkpoint's own does not allow the wanted one."""
+    own = getattr(source.quantised_by, "PRECISION", None)
+    if own and wanted not in (None, own, "fp16", "fp32"):
+        raise ValueError(f"{source.folder}: its weights are {own} and stay so; leave the precision out, or give fp16 or fp32 for the "
+                         "embedding and the head")
+    return wanted or own or "int4"
+
+
 def _source(source):
     return {"folder": source.folder.resolve().name, "name": source.config.get("_name_or_path", ""),
-            "config_sha256": sha256(source.folder / "config.json")}
+            "config_sha256": source.config_sha256}
 
 
 def _model(decoder, source, ctx_size):

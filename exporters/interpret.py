@@ -78,7 +78,12 @@ def _evaluate(node, inputs):
 STANDARD = {
     "RMSNormalization": lambda x, weight, a: load_kernel("rms_normalization", "reference")(x, weight, epsilon=a["epsilon"]),
     "Add": lambda x, y, a: x + y,
-    "Gather": lambda x, indices, a: x[indices],
+    "Gather": lambda x, indices, a: x.take(indices, axis=a["axis"]),
+    "Abs": lambda x, a: np.abs(x),
+    "TopK": lambda x, count, a: [-np.sort(-x, axis=-1)[..., :int(count[0])], np.argsort(-x, axis=-1, kind="stable")[..., :int(count[0])]],
+    "ReduceMin": lambda x, axes, a: x.min(axis=tuple(axes), keepdims=True),
+    "GreaterOrEqual": lambda x, y, a: x >= y,
+    "Where": lambda condition, x, y, a: np.where(condition, x, y),
     "Reshape": lambda x, shape, a: x.reshape(shape),
     "Split": lambda x, sizes, a: np.split(x, np.cumsum(sizes)[:-1], axis=a["axis"]),
 }

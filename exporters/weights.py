@@ -1,16 +1,19 @@
 """How weights are stored: the formats of a precision, and the nodes that read each format."""
 from dataclasses import dataclass, field
 
+import numpy as np
 from onnx import TensorProto
 
-from edgeattn.exporters.checkpoint import Weight, concatenate
+from edgeattn.exporters.checkpoint import Quantised, Weight, concatenate
 from edgeattn.exporters.graph import Graph, Spec, tensor_info
 from edgeattn.exporters.quantise import quantise_blocks
 from edgeattn.ops import PANEL
 from edgeattn.reference.matmul_nbits import pack_panels
+from edgeattn.reference.matmul_ternary import pack_ternary
 
-PRECISIONS = ("int4", "int8", "fp16", "fp32")
+PRECISIONS = ("int4", "int8", "fp16", "fp32", "ternary")
 GROUP_SIZES = (16, 32, 64, 128, 256)
+LARGEST_SCALE = 65504.0  # of float16
 SLAB_BYTES = 4 << 20  # of float32 weights in work at a time
 
 
@@ -20,6 +23,7 @@ class Table:
     shape: tuple[int, int]
     inputs: list[str]     # the initializers, in the order in which the operators take them
     attributes: dict      # of the operators; empty for plain weights
+    order: np.ndarray | None = None  # [K] which inputs the weight's columns are for; None for all in order
 
     def embed(self, graph: Graph, node: str, ids: str) -> str:
         """Rows of the weight."""
@@ -28,8 +32,14 @@ class Table:
 
     def project(self, graph: Graph, node: str, x: str, bias: str | None = None, outputs: int | list[str] = 1) -> str:
         """x times the weight, transposed."""
-        if self.attributes:
-            out = graph.add("matmul_nbits", node, [x, *self.inputs, None, bias], self.attributes, outputs)
+        if self.order is not None:  # of a checkpoint with act-order
+            order = graph.value(f"{node}.order", self.order)
+            x = graph.add("Gather", f"{node}.reorder", [x, order], {"axis": 1}, domain="")
+        if "activation_bits" in self.attributes:
+            out = graph.add("matmul_ternary", node, [x, *self.inputs, bias], self.attributes, outputs)
+        elif self.attributes:
+            zeros = self.inputs[2] if len(self.inputs) > 2 else None
+            out = graph.add("matmul_nbits", node, [x, *self.inputs[:2], zeros, bias], self.attributes, outputs)
         else:
             out = graph.add("linear", node, [x, *self.inputs, bias], outputs=outputs)
         if outputs == 1:  # onnx cannot infer a type through MatMulNBits
@@ -40,10 +50,12 @@ class Table:
 @dataclass
 class Formats:
     """Chooses the format of every weight and remembers it. The embedding and the head (`edge`) of int4 get 8 bits: they cost
-    little in a large model and nearly all of the quality in a small one."""
+    little in a large model and nearly all of the quality in a small one. Ternary weights stay ternary at any precision; it is then
+    the embedding's and the head's: 8 bits for "ternary"."""
     precision: str
     group_size: int
     used: dict[str, str] = field(default_factory=dict)  # {initializer: "int4/32" ...}
+    requantised: dict[str, str] = field(default_factory=dict)  # {initializer: how the checkpoint stored its codes}
 
     def __post_init__(self):
         if self.precision not in PRECISIONS:
@@ -54,6 +66,16 @@ class Formats:
     def store(self, graph: Graph, name: str, parts: list[Weight], edge: bool = False) -> Table:
         """Plan the concatenation of `parts` as initializer `name`."""
         weight = concatenate(parts)
+        if weight.ternary:
+            self.used[name] = "ternary"
+            return _ternary(graph, name, weight)
+        if self.precision == "ternary" and not edge:
+            raise ValueError(f"{name}: not a ternary weight, and only training makes one; choose one of {list(PRECISIONS[:-1])}")
+        if weight.quantised and not self.precision.startswith("fp"):
+            self.used[name] = f"int{weight.quantised.bits}/{weight.quantised.block_size}"
+            return _imported(graph, name, weight.shape, weight.quantised)
+        if weight.stored_as:
+            self.requantised[name] = weight.stored_as
         if self.precision.startswith("fp"):
             self.used[name] = self.precision
             return _plain(graph, name, weight, {"fp16": "float16", "fp32": "float32"}[self.precision])
@@ -74,6 +96,38 @@ def _plain(graph, name, weight, dtype):
             yield (weight.read(start, stop).astype(dtype, copy=False),)
     graph.stream([Spec(name, dtype, weight.shape)], slabs)
     return Table(weight.shape, [name], {})
+
+
+def _imported(graph, name, shape, quantised: Quantised):
+    """Codes that a checkpoint has already, as they are."""
+    (n, k), bits, block_size = shape, quantised.bits, quantised.block_size
+    panels, blocks, zeros = -(-n // PANEL), -(-k // block_size), quantised.read(0, 1)[2]
+    specs = [Spec(name, "uint8", (panels, blocks, block_size * bits // 32, PANEL, 4)), Spec(f"{name}.scales", "float16", (panels, blocks, PANEL))]
+    if zeros is not None:
+        kind = "uint8" if zeros.dtype == np.uint8 else "float16"
+        specs.append(Spec(f"{name}.zero_points", kind, (panels, blocks, PANEL)))
+
+    def slabs():
+        for start, stop in _slabs(Weight(shape, quantised.rows)):
+            codes, scales, zeros = quantised.read(start, stop)
+            if not np.abs(scales).max(initial=0) < LARGEST_SCALE:
+                raise ValueError(f"{name}: a scale of the checkpoint is not finite or above {LARGEST_SCALE:g}; it is damaged")
+            packed = pack_panels(codes, scales, zeros, bits=bits, block_size=block_size)
+            yield packed[:len(specs)]
+    graph.stream(specs, slabs)
+    return Table(shape, [spec.name for spec in specs], dict(bits=bits, block_size=block_size, K=k, N=n), quantised.order)
+
+
+def _ternary(graph, name, weight):
+    (n, k), bits = weight.shape, 2
+
+    def slabs():
+        for start, stop in _slabs(weight):
+            yield (pack_ternary(weight.ternary.read(start, stop), bits=bits),)
+    panel = pack_ternary(np.zeros((PANEL, k), np.int8), bits=bits)
+    graph.stream([Spec(name, "uint8", (-(-n // PANEL), *panel.shape[1:]))], slabs)
+    scales = graph.value(f"{name}.scales", weight.ternary.scales)
+    return Table(weight.shape, [name, scales], dict(bits=bits, activation_bits=weight.ternary.activation_bits, K=k, N=n))
 
 
 def _quantised(graph, name, weight, bits, block_size):
