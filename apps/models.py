@@ -76,7 +76,8 @@ def _fingerprint(checkpoint):
 def _export(checkpoint, folder, precision, stem):
     from edgeattn.exporters.export import export, remove_abandoned
     remove_abandoned(folder.parent, stem)  # also what a killed export of other files left
-    with Progress(f"exporting {checkpoint.name}{f" to {precision}" if precision else ""} (once)", patience=0) as progress:
+    to = f" to {precision}" if precision else ""
+    with Progress(f"exporting {checkpoint.name}{to} (once)", patience=0) as progress:
         export(checkpoint, folder, precision=precision, progress=progress.exporting)
 
 
