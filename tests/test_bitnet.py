@@ -21,7 +21,7 @@ TOKENS = np.random.default_rng(4).integers(0, tiny.SIZES["vocab_size"], 40)
 FORMS = {"masters": dict(linear_class="autobitlinear", quantization_mode="online"),
          "multiplied": dict(linear_class="autobitlinear", quantization_mode="offline"),
          "divided": dict(linear_class="bitlinear", quantization_mode="offline")}
-FAMILIES = {"bitnet": dict(hidden_size=128, head_dim=32, intermediate_size=160), "llama": dict(intermediate_size=96)}
+FAMILIES = {"bitnet": dict(hidden_size=128, head_dim=32, intermediate_size=160, attention_bias=False), "llama": dict(intermediate_size=96)}
 
 
 @pytest.fixture(autouse=True)
@@ -58,7 +58,8 @@ def edit(folder, **changes):
 
 def transformers_logits(folder, form, family, tokens):
     """What transformers' layers make of a checkpoint, in float32."""
-    state = {name: value if value.dtype == torch.uint8 else value.float() for name, value in load_file(folder / "model.safetensors").items()}
+    state = load_file(folder / "model.safetensors")
+    state = {name: value if value.dtype == torch.uint8 else value.float() for name, value in state.items()}
     model = tiny.tiny_model(family, **FAMILIES[family])
     replace_with_bitnet_linear(model, ["lm_head"], BitNetQuantConfig(**FORMS[form]))
     if form == "multiplied":  # as its loader does
@@ -192,16 +193,21 @@ def without_scales(state):
     return {name: value for name, value in state.items() if not name.endswith("_scale")}
 
 
+def with_bias(state):
+    return state | {"model.layers.1.self_attn.o_proj.bias": torch.ones(FAMILIES["bitnet"]["hidden_size"])}
+
+
 def configured(**about):
     return lambda folder: edit(folder, quantization_config={"quant_method": "bitnet", **FORMS["multiplied"], **about})
 
 
 MISTAKES = {
     "codes": (lambda folder: rewrite(folder, damaged), None, "holds codes that are none of a ternary weight"),
+    "bias": (lambda folder: rewrite(folder, with_bias), None, "has a bias"),
     "scales": (lambda folder: rewrite(folder, without_scales), None, "weight_scale' is missing"),
     "norms": (configured(use_rms_norm=True), None, "use_rms_norm"),
     "class": (configured(linear_class="linear"), None, "linear_class 'linear' cannot be read; supported"),
-    "mode": (configured(quantization_mode="online"), None, "stored as U8"),
+    "mode": (configured(quantization_mode="online"), None, "belong to different models"),
     "layers": (configured(modules_to_not_convert=["model.layers.0.mlp.down_proj"]), None, "modules_to_not_convert"),
     "bits": (configured(activation_bits=6), None, "activation_bits 6 cannot be read"),
     "precision": (lambda folder: None, "int4", "its weights are ternary and stay so; leave the precision out"),

@@ -4,7 +4,8 @@ A linear layer [N, K] of N a multiple of four is either packed,
     weight        [N / 4, K]  uint8   four outputs a byte: bits 2 i and 2 i + 1 of row r hold output i * N / 4 + r, as w + 1
     weight_scale  [1]         float   multiplied with the product (linear_class "autobitlinear"), or divided by ("bitlinear")
 or, with quantization_mode "online", master weights [N, K] in floats, which mean -1, 0 and 1 times their mean magnitude.
-Biases are floats. The input of every such layer is rounded to int8, token by token. Embedding and head are floats.
+Biases are floats; beside multiplied weights they are refused, because transformers scales them too, as no training does. The input of
+every such layer is rounded to int8, token by token. Embedding and head are floats.
 
 `activation_bits` 4 is our own key, for BitNet a4.8 (arXiv 2411.04965), of which no checkpoint is public: the inputs of q, k, v, gate
 and up are then rounded to int4, and the smaller half of o's is dropped.
@@ -51,6 +52,9 @@ def _packed(checkpoint, name, shape, about):
     n, k = shape
     if n % 4:
         raise ValueError(f"{checkpoint.folder}: {name!r} has {n} outputs; packed ternary weights come in fours")
+    divides = CLASSES[about.get("linear_class", "bitlinear")]
+    if f"{name}.bias" in checkpoint.tensors and not divides:
+        raise ValueError(f"{checkpoint.folder}: {name!r} has a bias, which not all who read such checkpoints scale alike; not supported")
     weight, quarter = checkpoint.find(f"{name}.weight", (n // 4, k), ("U8",)), n // 4
     scale = checkpoint.find(f"{name}.weight_scale", (1,), FLOATS).read(0, 1)[0]
     if not (np.isfinite(scale) and scale > 0):
@@ -67,7 +71,6 @@ def _packed(checkpoint, name, shape, about):
         if (out > 1).any():
             raise ValueError(f"{weight.path}: {name!r} holds codes that are none of a ternary weight; the file is damaged")
         return out
-    divides = CLASSES[about.get("linear_class", "bitlinear")]
     return codes, np.float32(1) / scale if divides else np.float32(scale)
 
 

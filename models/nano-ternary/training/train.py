@@ -89,18 +89,19 @@ def run(args, start, device, say):
     tokenizer = Tokenizer.from_file(str(args.teacher / "tokenizer.json"))
     end = tokenizer.token_to_id("<|endoftext|>")
     until = start + args.sample_share * args.seconds
-    texts = [teacher.sample(args.rows // 4, 4 * 1024 if device.type == "cuda" else 64, end, start + 0.4 * (until - start), 256 if device.type == "cuda" else 32)]
+    context, segment = (1024, 128) if device.type == "cuda" else (32, 16)  # a CPU is for trying the script out
+    texts = [teacher.sample(args.rows // 4, 4 * context, end, start + 0.4 * (until - start), 2 * segment)]
     say(f"sampled {texts[0].shape} in {time.time() - start:.0f} s")
     while len(texts) < 2 or time.time() < until:
-        texts.append(teacher.sample(args.rows, 1024 if device.type == "cuda" else 64, end, until + 3, 128 if device.type == "cuda" else 32))
+        texts.append(teacher.sample(args.rows, context, end, until + 3, segment))
     stream = np.concatenate([np.insert(text, 0, end, axis=1).ravel() for text in texts])
     say(f"sampled {len(stream) / 1e6:.1f} M tokens in {time.time() - start:.0f} s: {tokenizer.decode(texts[-1][0].tolist())[:300]!r}")
     if device.type == "cuda":
         torch.cuda.empty_cache()
 
     student = Student().to(device)
-    length = min(1024, len(stream) // 4)
-    student.cut_from(teacher, torch.from_numpy(stream[:length * 4 * max(1, 65_536 // (4 * length))].astype(np.int64)[:min(len(stream) // length, 64) * length]).to(device), length)
+    first = stream[:min(len(stream) // context, 64) * context].astype(np.int64)
+    student.cut_from(teacher, torch.from_numpy(first).to(device), context)
     loss_of = divergence
     if device.type == "cuda":
         teacher.compile()
@@ -129,7 +130,7 @@ def train(args, student, teacher, loss_of, batches, progress, until, a4, say):
         at = (time.time() - start) / (until - start)
         progress["at"] = 0.7 if a4 else at
         length, ids, weights = batches.get()
-        ids, weights = ids.to(student.embed.device, non_blocking=True).view(-1), weights.to(student.embed.device, non_blocking=True).view(-1)
+        ids, weights = (x.to(student.embed.device, non_blocking=True).view(-1) for x in (ids, weights))
         strength = torch.tensor(1.0 if a4 else min(1.0, at / 0.15), device=ids.device)
         goal = teacher.hidden(ids, length)
         hidden, table = student(ids, length, strength, a4)
@@ -144,7 +145,7 @@ def train(args, student, teacher, loss_of, batches, progress, until, a4, say):
         student.zero_grad(set_to_none=True)
         step += 1
         if step == 1 or step % 25 == 0:
-            value = float(loss)
+            value = float(loss.detach())
             average = value if average is None else 0.7 * average + 0.3 * value
             seconds = time.time() - start
             say(f"{'a4.8' if a4 else 'b1.58'} step {step} rows of {length} KL {value:.4f} average {average:.4f} "
