@@ -12,8 +12,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("checkpoint", metavar="CHECKPOINT", help="folder with config.json and *.safetensors (also of GPTQ, AWQ or HQQ), a GGUF file, "
                         "or nano for the bundled model")
     parser.add_argument("-o", "--output", metavar="FOLDER", required=True, help="folder to write; an earlier export there is replaced")
-    parser.add_argument("--precision", choices=options.PRECISIONS, default="int4",
-                        help="weights (int4); the embedding and the head of intN have 8 bits")
+    parser.add_argument("--precision", choices=options.PRECISIONS,
+                        help="weights (int4; ternary for a checkpoint that is); the embedding and the head of intN and ternary have 8 bits")
     parser.add_argument("--bits", type=float, metavar="N",
                         help="the same as a number: 2, 3, 4, 8, or an average as 3.25, for which every matrix gets a width of its own")
     parser.add_argument("--quantiser", default="auto", metavar="NAME",
@@ -34,7 +34,7 @@ def main(args: argparse.Namespace) -> int:
         raise ValueError(f"{checkpoint}: is an export already; give the Hugging Face checkpoint it was made from")
     from edgeattn.exporters.export import export
     precision = args.precision if args.bits is None else f"int{args.bits:g}"
-    with Progress(f"exporting {checkpoint.name} to {precision}", patience=0) as progress:
+    with Progress(f"exporting {checkpoint.name} to {args.output}", patience=0) as progress:
         report = export(checkpoint, args.output, precision=precision, group_size=args.group_size, target=args.target,
                         ctx_size=args.ctx_size, progress=progress.exporting, quantiser=args.quantiser, calibration=args.calibration,
                         mixed=args.mixed, preparing=progress.preparing)

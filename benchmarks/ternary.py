@@ -16,25 +16,30 @@ from onnx import TensorProto, helper, numpy_helper
 from edgeattn.kernels_cpu import LEVEL
 from edgeattn.kernels_cpu.matmul_ternary import ARGS, step, workspace_bytes
 from edgeattn.kernels_cpu.steps import Tensor, aligned, resolve
+from edgeattn.reference.matmul_ternary import pack_ternary
 
 SHAPES = {"qkv": (3840, 2560), "o": (2560, 2560), "gate and up": (13824, 2560), "down": (2560, 6912)}  # N, K
 
 
 class Ours:
-    def __init__(self, tokens, n, k, x, rng, activation_bits=8):
+    """form: bits, or "inputs" for weights stored input by input."""
+
+    def __init__(self, tokens, n, k, x, rng, form):
+        about = dict(bits=2, input_major=1) if form == "inputs" else dict(bits=int(form), input_major=0)
         self.state, self.keep, self.tables, self.reads = np.array([tokens], np.int64), [], [], []
-        nbytes = n * k // 4
-        for _ in range(max(1, FOOTPRINT // nbytes) if tokens < 16 else 1):
-            codes, scales, out = aligned((n // 16, k // 16, 16, 4), np.uint8), np.ones(n, np.float32), aligned((tokens, n), np.float32)
-            codes[:] = rng.integers(0, 256, codes.shape, np.uint8)
+        codes = pack_ternary(rng.integers(-1, 2, (n, k), np.int8), **about)
+        self.nbytes = codes.nbytes
+        for _ in range(max(1, FOOTPRINT // codes.nbytes) if tokens < 16 else 1):
+            mine, scales, out = aligned(codes.shape, np.uint8), np.ones(n, np.float32), aligned((tokens, n), np.float32)
+            mine[:] = codes
             tensors = {name: Tensor.of(v, rows="tokens" if name in ("x", "out") else None)
-                       for name, v in dict(x=x, out=out, codes=codes, scales=scales).items()}
-            attributes = dict(bits=2, activation_bits=activation_bits, K=k, N=n)
+                       for name, v in dict(x=x, out=out, codes=mine, scales=scales).items()}
+            attributes = dict(activation_bits=8, K=k, N=n, **about)
             scratch = aligned(workspace_bytes(tensors, attributes, tokens, get_num_threads()), np.uint8)
             sums = aligned(16 * get_num_threads(), np.int32)
             self.tables.append(rows(step, resolve(ARGS, tensors, attributes, ("tokens",), {"workspace": scratch.ctypes.data})))
-            self.reads.append(rows(read_step, [codes.ctypes.data, nbytes // 4, sums.ctypes.data]))
-            self.keep += [codes, scales, out, scratch, sums]
+            self.reads.append(rows(read_step, [mine.ctypes.data, mine.nbytes // 4, sums.ctypes.data]))
+            self.keep += [mine, scales, out, scratch, sums]
 
     def run(self, i):
         return seconds(self.tables[i % len(self.tables)], self.state)
@@ -71,6 +76,8 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("-t", "--threads", type=int, default=0, help="threads (default: all)")
     parser.add_argument("--tokens", default="1,4,512")
+    parser.add_argument("--forms", default="2,1,inputs", help="2 bits, 1 (five weights to a byte), inputs (2 bits, stored input by input)")
+    parser.add_argument("--zeros", type=float, default=0.8, help="share of zeros in the input of down")
     parser.add_argument("--repeats", type=int, default=30)
     parser.add_argument("--no-onnxruntime", action="store_true")
     options = parser.parse_args()
@@ -78,19 +85,23 @@ def main():
         set_num_threads(options.threads)
     threads, rng = get_num_threads(), np.random.default_rng(0)
     print(f"{LEVEL}, {threads} threads")
-    print(f"{'':12} {'N':>6} {'K':>5} {'tokens':>6} {'us':>8} {'GFLOP/s':>8} {'GB/s':>6} {'read':>6} share {'onnxruntime us':>15} ratio")
+    print(f"{'':12} {'N':>6} {'K':>5} {'tokens':>6} {'form':>6} {'us':>8} {'GFLOP/s':>8} {'GB/s':>6} {'read':>6} share {'onnxruntime us':>15} ratio")
     for tokens in map(int, options.tokens.split(",")):
         for name, (n, k) in SHAPES.items():
             x = aligned((tokens, k), np.float32)
             x[:] = rng.standard_normal(x.shape)
-            ours = Ours(tokens, n, k, x, rng)
+            forms = [form for form in options.forms.split(",") if form != "inputs" or name == "down"]
+            if name == "down":
+                x *= rng.random(x.shape) >= options.zeros
+            ours = [Ours(tokens, n, k, x, rng, form) for form in forms]
             peer = None if options.no_onnxruntime else OnnxRuntime(tokens, n, k, x, rng, threads)
-            runs = [ours.run, ours.read] + ([peer.run] if peer else [])
-            times = np.median([[run(i) for run in runs] for i in range(options.repeats + 3)][3:], axis=0)
-            gb = n * k / 4e9
-            print(f"{name:12} {n:6} {k:5} {tokens:6} {times[0] * 1e6:8.1f} {2e-9 * tokens * n * k / times[0]:8.0f} {gb / times[0]:6.1f} "
-                  f"{gb / times[1]:6.1f} {times[1] / times[0]:5.2f} " + (f"{times[2] * 1e6:15.1f} {times[2] / times[0]:5.2f}" if peer else ""),
-                  flush=True)
+            runs = [run for each in ours for run in (each.run, each.read)] + ([peer.run] if peer else [])
+            times = np.median([[run(i) for run in runs] for i in range(options.repeats + 3)][3:], axis=0) * 1e6
+            for i, each in enumerate(ours):
+                mine, read = times[2 * i:2 * i + 2]
+                print(f"{name:12} {n:6} {k:5} {tokens:6} {forms[i]:>6} {mine:8.1f} {2e-3 * tokens * n * k / mine:8.0f} "
+                      f"{each.nbytes / mine / 1e3:6.1f} {each.nbytes / read / 1e3:6.1f} {read / mine:5.2f} "
+                      + (f"{times[-1]:15.1f} {times[-1] / mine:5.2f}" if peer else ""), flush=True)
 
 
 if __name__ == "__main__":

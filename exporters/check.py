@@ -25,7 +25,7 @@ TORCH_BYTES = 128 << 20  # of float32 weights: above it, torch's copies would do
 MAPPED_BYTES = 200 << 20  # of an export's weights, on top of twice its largest tensor: above it, they are not mapped whole
 # Root-mean-square error of the logits, in standard deviations of the checkpoint's, above which layers are compared one by one;
 # and what is too much in one: the error of what it adds to the hidden state, relative to it. Unrelated logits differ by 1.4.
-FLOAT_LIMITS = {"fp32": (1e-3, 1e-3), "fp16": (2e-2, 1e-2)}
+OTHER_LIMITS = {"fp32": (1e-3, 1e-3), "fp16": (2e-2, 1e-2), "ternary": (0.2, 0.2)}
 LIMITS = {8: (0.1, 0.1), 4: (0.6, 0.4), 3: (0.9, 0.6), 2: (1.3, 0.9)}
 
 
@@ -37,7 +37,8 @@ def check(folder: str | Path, source: Checkpoint, decoder: Decoder) -> dict:
     reference, logits = checkpoint_logits(source, decoder, tokens)
     engine, got = exported_logits(folder, tokens, _largest_bytes(source))
     report = {"checkpoint_in": reference, "export_in": engine, "tokens": len(tokens), **compare(got, logits)}
-    limit, layer_limit = _limits(config["precision"])
+    # Whatever the precision of the embedding and head, ternary layers round activations: a float on an edge may go either way.
+    limit, layer_limit = _limits("ternary" if "ternary" in config["weights"].values() else config["precision"])
     if not report["rms_error"] <= limit:
         where = faulty_layer(folder, source, decoder, tokens, layer_limit) or _faulty_engine(folder, engine, got, tokens, limit)
         if where:  # otherwise many layers, each within its precision, add up
@@ -136,8 +137,7 @@ def sha256(path: Path) -> str:
 
 
 def _limits(precision):
-    bits = bits_of(precision)
-    return FLOAT_LIMITS[precision] if bits is None else LIMITS[max(width for width in LIMITS if width <= bits)]
+    return OTHER_LIMITS.get(precision) or LIMITS[max(width for width in LIMITS if width <= bits_of(precision))]
 
 
 def _largest_bytes(source):

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from edgeattn.exporters.stored import FLOATS, Bands, Stored, read_header
+from edgeattn.exporters.stored import FLOATS, MATRICES, Bands, Stored, read_header
 
 OTHER_WEIGHTS = ("*.bin", "*.pt", "*.pth", "*.gguf", "*.ckpt", "*.h5", "*.msgpack")
 
@@ -55,12 +55,21 @@ class Quantised:
 
 
 @dataclass(frozen=True)
+class Ternary:
+    """A weight [N, K] that is -1, 0 or 1 times a scale of each output. read(start, stop) -> rows [stop - start, K] int8."""
+    read: Callable[[int, int], np.ndarray]
+    scales: np.ndarray     # [N] float32
+    activation_bits: int   # to which what it multiplies is rounded, token by token: 8 or 4
+
+
+@dataclass(frozen=True)
 class Weight:
     """A matrix that is not in memory. read(start, stop) -> rows [stop - start, shape[1]] float32."""
     shape: tuple[int, int]
     read: Callable[[int, int], np.ndarray]
     quantised: Quantised | None = None  # the same weight as codes, when an export can hold them exactly
     stored_as: str = ""                 # what its codes are, when it has any: "gptq 4 bits, groups of 128"
+    ternary: Ternary | None = None      # the same weight as -1, 0 and 1
 
 
 def concatenate(parts: list[Weight]) -> Weight:
@@ -74,7 +83,7 @@ def concatenate(parts: list[Weight]) -> Weight:
         return np.concatenate(pieces) if pieces else np.zeros((0, parts[0].shape[1]), np.float32)
     shape = sum(part.shape[0] for part in parts), parts[0].shape[1]
     kinds = " + ".join(dict.fromkeys(part.stored_as or "floats" for part in parts)) if any(part.stored_as for part in parts) else ""
-    return Weight(shape, read, _concatenate_codes(parts), kinds)
+    return Weight(shape, read, _concatenate_codes(parts), kinds, _concatenate_ternary(parts))
 
 
 def _spans(parts, start, stop):
@@ -102,6 +111,15 @@ def _concatenate_codes(parts):
             zeros = [np.full(s.shape, 1 << (bits - 1), kind) if z is None else z.astype(kind) for s, z in zip(scales, zeros)]
         return np.concatenate(codes), np.concatenate(scales), None if kind is None else np.concatenate(zeros)
     return Quantised(bits, block_size, read, found[0].order)
+
+
+def _concatenate_ternary(parts):
+    found = [part.ternary for part in parts]
+    if None in found:
+        return None
+    bits, = {ternary.activation_bits for ternary in found}  # parts take the same input
+    return Ternary(lambda start, stop: np.concatenate([part.ternary.read(*span) for part, span in _spans(parts, start, stop)]),
+                   np.concatenate([ternary.scales for ternary in found]), bits)
 
 
 def open_checkpoint(path: str | Path):
@@ -136,7 +154,7 @@ class Checkpoint:
         found = self.quantised_by and self.quantised_by.read_weight(self, name.removesuffix(".weight"), shape)
         if found:
             return found
-        tensor, width = self.find(name, shape), shape[1]
+        tensor, width = self.find(name, shape, MATRICES), shape[1]
         return Weight(shape, lambda start, stop: tensor.read(start * width, stop * width).reshape(-1, width))
 
     def vector(self, name: str, size: int) -> np.ndarray:

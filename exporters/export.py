@@ -25,13 +25,14 @@ COPIED = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", 
           "vocab.json", "merges.txt", "chat_template.jinja", "chat_template.json", "generation_config.json")
 
 
-def export(checkpoint: str | Path, folder: str | Path, precision: str = "int4", group_size: int = 32, target: str = "generic",
+def export(checkpoint: str | Path, folder: str | Path, precision: str | None = None, group_size: int = 32, target: str = "generic",
            ctx_size: int | None = None, progress: Callable[[int, int], None] | None = None, quantiser: str = "auto",
            calibration: str | Path | None = None, mixed: str = "auto", preparing: Callable[[str, int, int], None] | None = None) -> dict:
     """Export a checkpoint folder or a GGUF file; returns what was written to edgeattn.json.
 
-    precision   "int2", "int3", "int4", "int8", "fp16", "fp32", or an average of bits as "int3.25";
-                the embedding and the head of any width have 8 bits
+    precision   "int2", "int3", "int4", "int8", "fp16", "fp32", or an average of bits as "int3.25"; of a checkpoint with ternary weights,
+                which stay as they are, "ternary", "fp16" or "fp32". By default "int4" or "ternary". The embedding and the head of intN and
+                of "ternary" have 8 bits
     group_size  weights of one output that share a scale: 16, 32, 64, 128 or 256
     target      a name in `targets.TARGETS`: sets recorded defaults only
     ctx_size    rows of the rotary tables; by default the model's own limit, at most 32768
@@ -47,6 +48,7 @@ def export(checkpoint: str | Path, folder: str | Path, precision: str = "int4", 
     """
     source, folder = open_checkpoint(checkpoint), Path(folder).resolve()
     decoder = read_architecture(source)
+    precision = _precision(source, precision)
     formats = Formats(precision, group_size, _quantiser(quantiser, precision, calibration, mixed))
     defaults = target_defaults(target, precision)
     ctx_size = ctx_size or min(decoder.max_position, LONGEST_CTX)
@@ -90,6 +92,15 @@ def _quantiser(name, precision, calibration, mixed):
     if name == "auto":
         return "gptq" if bits and (bits < 4 or calibration) else "rtn"
     return name
+
+
+def _precision(source, wanted):
+    """The precision to export to; ValueError when the checkpoint's own does not allow the wanted one."""
+    own = getattr(source.quantised_by, "PRECISION", None)
+    if own and wanted not in (None, own, "fp16", "fp32"):
+        raise ValueError(f"{source.folder}: its weights are {own} and stay so; leave the precision out, or give fp16 or fp32 for the "
+                         "embedding and the head")
+    return wanted or own or "int4"
 
 
 def _source(source):

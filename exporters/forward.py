@@ -7,6 +7,7 @@ from edgeattn.exporters.checkpoint import Checkpoint
 from edgeattn.exporters.decoder import Decoder
 from edgeattn.exporters.rope import tables
 from edgeattn.reference.cached_attention import cached_attention
+from edgeattn.reference.matmul_ternary import quantise_tokens
 from edgeattn.reference.rms_normalization import rms_normalization
 
 SLAB_BYTES = 8 << 20  # of float32 weights in memory at a time
@@ -57,14 +58,24 @@ def _attention(checkpoint, d, layer, x, observe):
     out, _, _ = cached_attention(q, k, v, *tables(d.frequencies, tokens), empty, empty, np.arange(tokens), num_heads=d.num_heads,
                                  kv_heads=d.kv_heads, head_dim=d.head_dim, rotary_dim=d.head_dim, scale=d.head_dim ** -0.5,
                                  window=d.windows[layer])
+    if d.sub_norms:
+        out = _norm(checkpoint, d, out, f"{prefix}.attn_sub_norm")
+    if d.sparse_attention_output:
+        out = np.where(np.abs(out) >= np.sort(np.abs(out))[:, -(out.shape[1] // 2), None], out, np.float32(0))
     return _linear(checkpoint, f"{prefix}.o_proj", out, d.hidden_size, d.o_bias, observe)
 
 
 def _mlp(checkpoint, d, prefix, x, observe):
     gate, up = (_linear(checkpoint, f"{prefix}.{name}_proj", x, d.intermediate_size, d.mlp_bias, observe)
                 for name in ("gate", "up"))
-    with np.errstate(over="ignore"):  # exp of a very negative gate's opposite: the quotient is right, zero
-        return _linear(checkpoint, f"{prefix}.down_proj", gate / (1 + np.exp(-gate)) * up, d.hidden_size, d.mlp_bias, observe)
+    if d.activation == "relu2":
+        x = np.square(np.maximum(gate, 0)) * up
+    else:
+        with np.errstate(over="ignore"):  # exp of a very negative gate's opposite: the quotient is right, zero
+            x = gate / (1 + np.exp(-gate)) * up
+    if d.sub_norms:
+        x = _norm(checkpoint, d, x, f"{prefix}.ffn_sub_norm")
+    return _linear(checkpoint, f"{prefix}.down_proj", x, d.hidden_size, d.mlp_bias, observe)
 
 
 def _norm(checkpoint, d, x, name):
@@ -76,5 +87,8 @@ def _linear(checkpoint, name, x, size, biased, observe=None):
         observe(name, x)
     weight = checkpoint.weight(f"{name}.weight", (size, x.shape[1]))
     step = max(SLAB_BYTES // (4 * x.shape[1]), 1)
+    if weight.ternary:  # the rounding of what goes in is part of the model
+        rounded, factor = quantise_tokens(x, weight.ternary.activation_bits)
+        x = rounded / factor
     out = np.concatenate([x @ weight.read(start, min(start + step, size)).T for start in range(0, size, step)], axis=1)
     return out + checkpoint.vector(f"{name}.bias", size) if biased else out

@@ -116,7 +116,7 @@ def functions(nodes: list[onnx.NodeProto]) -> list[onnx.FunctionProto]:
 
 def _body(name, options, connected):
     """(text of the function, its overload) for these attributes and with these inputs connected."""
-    zeros, bias = "zero_points" in connected, "bias" in connected
+    zeros = "zero_points" in connected
     if name == "gated_activation":
         return GATED_ACTIVATION.replace("BODY", ACTIVATIONS[options["activation"]]), options["activation"]
     if name == "matmul_nbits":
@@ -124,8 +124,8 @@ def _body(name, options, connected):
     if name == "embedding_nbits":
         return functions_nbits.embedding(options["bits"], zeros), str(options["bits"]) + ("zeros" if zeros else "")
     if name == "matmul_ternary":
-        variant = options["bits"], options["activation_bits"], bias
-        return functions_ternary.matmul(*variant), "x".join(map(str, variant[:2])) + ("bias" if bias else "")
+        variant = options["bits"], options["activation_bits"], bool(options.get("input_major")), "bias" in connected
+        return functions_ternary.matmul(*variant), "x".join(str(int(x)) for x in variant)
     return PLAIN[name], ""
 
 

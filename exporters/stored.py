@@ -11,6 +11,7 @@ import numpy as np
 ITEM_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U64": 8, "U32": 4, "U16": 2, "U8": 1,
               "BOOL": 1, "F8_E4M3": 1, "F8_E5M2": 1}
 FLOATS = ("F32", "F16", "BF16")
+MATRICES = (*FLOATS, "F8_E4M3")  # types of a matrix that needs no scale
 INTEGERS = {"I64": np.int64, "I32": np.int32, "I16": np.int16, "I8": np.int8, "U8": np.uint8}
 BAND_BYTES, MOST_BANDS = 16 << 20, 3
 LONGEST_HEADER = 100_000_000  # bytes: the limit that safetensors sets itself
@@ -77,9 +78,23 @@ def read_bytes(path: Path, offset: int, count: int) -> np.ndarray:
 
 def as_float(raw: np.ndarray, dtype: str) -> np.ndarray:
     """Bytes, or values in their own type, of a tensor of floats as float32."""
+    if dtype == "F8_E4M3":
+        return FLOAT8[raw]
     if dtype == "BF16":  # the upper half of a float32
         return (raw.view(np.uint16).astype(np.uint32) << 16).view(np.float32)
     return raw.view(np.float16 if dtype == "F16" else np.float32).astype(np.float32, copy=False)
+
+
+def _float8():
+    """The values of the 256 bytes: sign, 4 bits of exponent, 3 of mantissa; no infinities."""
+    byte = np.arange(256)
+    exponent, mantissa = byte >> 3 & 15, byte & 7
+    size = np.where(exponent == 0, mantissa / 8 * 2.0 ** -6, (1 + mantissa / 8) * 2.0 ** (exponent - 7))
+    size[byte & 127 == 127] = np.nan
+    return np.where(byte & 128, -size, size).astype(np.float32)
+
+
+FLOAT8 = _float8()
 
 
 def read_header(path: Path) -> dict[str, Stored]:

@@ -10,8 +10,9 @@ from edgeattn.exporters.graph import Graph, Spec, tensor_info
 from edgeattn.exporters.quantisers import Statistics, load as load_quantiser
 from edgeattn.ops import PANEL
 from edgeattn.reference.matmul_nbits import pack_panels
+from edgeattn.reference.matmul_ternary import pack_ternary
 
-PRECISIONS = ("int2", "int3", "int4", "int8", "fp16", "fp32")  # or an average, as "int3.25"
+PRECISIONS = ("int2", "int3", "int4", "int8", "fp16", "fp32", "ternary")  # or an average, as "int3.25"
 WIDTHS = (2, 3, 4, 8)  # bits that operators can read
 EDGE_BITS = 8
 GROUP_SIZES = (16, 32, 64, 128, 256)
@@ -37,7 +38,9 @@ class Table:
         if self.order is not None:  # of a checkpoint with act-order
             order = graph.value(f"{node}.order", self.order)
             x = graph.add("Gather", f"{node}.reorder", [x, order], {"axis": 1}, domain="")
-        if self.attributes:
+        if "activation_bits" in self.attributes:
+            out = graph.add("matmul_ternary", node, [x, *self.inputs, bias], self.attributes, outputs)
+        elif self.attributes:
             zeros = self.inputs[2] if len(self.inputs) > 2 else None
             out = graph.add("matmul_nbits", node, [x, *self.inputs[:2], zeros, bias], self.attributes, outputs)
         else:
@@ -48,7 +51,9 @@ class Table:
 
 
 def bits_of(precision: str) -> float | None:
-    """Bits of "int4", or the average of "int3.25"; None for floats. ValueError for anything else."""
+    """Bits of "int4", or the average of "int3.25"; None for floats and for weights that are ternary. ValueError for anything else."""
+    if precision == "ternary":
+        return None
     if precision in ("fp16", "fp32"):
         return None
     try:
@@ -64,7 +69,8 @@ def bits_of(precision: str) -> float | None:
 @dataclass
 class Formats:
     """Chooses the format of every weight and remembers it. The embedding and the head (`edge`) get 8 bits at any width: they cost
-    little in a large model and nearly all of the quality in a small one, and rounding them needs no statistics."""
+    little in a large model and nearly all of the quality in a small one, and rounding them needs no statistics. Ternary weights stay
+    ternary at any precision; it is then the embedding's and the head's."""
     precision: str
     group_size: int
     quantiser: str = "rtn"
@@ -85,6 +91,11 @@ class Formats:
     def store(self, graph: Graph, name: str, parts: list[Weight], edge: bool = False) -> Table:
         """Plan the concatenation of `parts` as initializer `name`."""
         weight = concatenate(parts)
+        if weight.ternary:
+            self.used[name] = "ternary"
+            return _ternary(graph, name, weight)
+        if self.precision == "ternary" and not edge:
+            raise ValueError(f"{name}: not a ternary weight, and only training makes one; choose one of {list(PRECISIONS[:-1])}")
         if weight.quantised and not self.precision.startswith("fp"):
             self.used[name] = f"int{weight.quantised.bits}/{weight.quantised.block_size}"
             return _imported(graph, name, weight.shape, weight.quantised)
@@ -140,6 +151,18 @@ def _imported(graph, name, shape, quantised: Quantised):
             yield packed[:len(specs)]
     graph.stream(specs, slabs)
     return Table(shape, [spec.name for spec in specs], attributes, quantised.order)
+
+
+def _ternary(graph, name, weight):
+    (n, k), bits = weight.shape, 2
+
+    def slabs():
+        for start, stop in _slabs(weight):
+            yield (pack_ternary(weight.ternary.read(start, stop), bits=bits),)
+    panel = pack_ternary(np.zeros((PANEL, k), np.int8), bits=bits)
+    graph.stream([Spec(name, "uint8", (-(-n // PANEL), *panel.shape[1:]))], slabs)
+    scales = graph.value(f"{name}.scales", weight.ternary.scales)
+    return Table(weight.shape, [name, scales], dict(bits=bits, activation_bits=weight.ternary.activation_bits, K=k, N=n))
 
 
 def _plan(name, shape, bits, block_size, zero_points):

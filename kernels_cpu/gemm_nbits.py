@@ -11,6 +11,7 @@ from edgeattn.kernels_cpu.gemv_nbits import AHEAD, NO_ZEROS, ZERO_BYTES
 from edgeattn.kernels_cpu.parallel import variant
 from edgeattn.kernels_cpu.simd import (MACHINE, codes8, f32, half_zero_scales, i32, load, load_half_tile, load_tile, prefetch, store, u8,
                                        zero_scales)
+from edgeattn.kernels_cpu.simd_bits import trit
 
 if LEVEL == "i8mm":
     from edgeattn.kernels_cpu.simd_pairs import broadcast_rows, load_rows, outer_add, outer_dot, outer_fma, store_steps, store_tile
@@ -57,6 +58,24 @@ def unpack_codes(codes, at, size, bits, w, to):
             store_steps(w, target + apart, step, u >> 4, v >> 4)
         else:
             store_steps(w, target, step, codes8(u), codes8(v))
+
+
+@njit(nogil=True, error_model="numpy")
+def unpack_trits(codes, at, size, w, to):
+    """unpack_codes for five ternary digits to a byte; `size` is a multiple of 40."""
+    step = COLUMNS * 64
+    for s in range(0, size // 20, 2):
+        prefetch(codes, at + s * 64 + AHEAD)
+        prefetch(codes, at + s * 64 + 64 + AHEAD)
+        u, v, target = load(U64, codes, at + s * 64), load(U64, codes, at + s * 64 + 64), to + s * 5 * step
+        u1, v1 = u + u + u, v + v + v
+        u2, v2 = u1 + u1 + u1, v1 + v1 + v1
+        u3, v3 = u2 + u2 + u2, v2 + v2 + v2
+        store_steps(w, target, step, trit(u), trit(u1))
+        store_steps(w, target + 2 * step, step, trit(u2), trit(u3))
+        store_steps(w, target + 4 * step, step, trit(u3 + u3 + u3), trit(v))
+        store_steps(w, target + 6 * step, step, trit(v1), trit(v2))
+        store_steps(w, target + 8 * step, step, trit(v3), trit(v3 + v3 + v3))
 
 
 @njit(nogil=True, error_model="numpy")

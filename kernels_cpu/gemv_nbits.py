@@ -8,7 +8,7 @@ import numpy as np
 from edgeattn.kernels_cpu.parallel import variant
 from edgeattn.kernels_cpu.simd import (MACHINE, broadcast_rows, byte_dots, f32, half_zero_scales, i32, load, load_half_tile, load_tile,
                                        outer_add, outer_fma, packed_dots, prefetch, store, store_tile, zero_scales, zeros)
-from edgeattn.kernels_cpu.simd_bits import quarter_dots, three_bit_dots
+from edgeattn.kernels_cpu.simd_bits import WORDS, quarter_dots, three_bit_dots, trit_dots, trit_totals
 
 FEW = 4       # tokens of the wider variant
 AHEAD = 3072  # bytes prefetched ahead in each stream
@@ -37,16 +37,18 @@ def _build_put(lanes):
     return put
 
 
-def _build_dots(rows, streams, bits):
+def _build_dots(rows, lanes, streams, bits):
     """dots(acc, codes, at, gap, a, first, size): acc plus the products of one block of `size`, whose codes start at `at` (the second
-    stream's `gap` later) and activations at a[first]."""
-    @variant(rows, streams, bits, forceinline=True)
+    stream's `gap` later) and activations at a[first]. 1 bit stands for five ternary digits to a byte."""
+    I = i32(lanes)
+
+    @variant(rows, lanes, streams, bits, forceinline=True)
     def fetch(codes, at, gap, lines):
         for line in range(lines):
             for s in range(streams):
                 prefetch(codes, at + s * gap + 64 * line + AHEAD)
 
-    @variant(rows, streams, bits, forceinline=True)
+    @variant(rows, lanes, streams, bits, forceinline=True)
     def dots4(acc, codes, at, gap, a, first, size):
         odds = first + size // 2 * rows
         for q in range(size // 32):  # once for blocks of 32; for those of 16 below
@@ -57,14 +59,14 @@ def _build_dots(rows, streams, bits):
             acc = packed_dots(acc, streams, 2, codes, at, gap, a, first, odds)
         return acc
 
-    @variant(rows, streams, bits, forceinline=True)
+    @variant(rows, lanes, streams, bits, forceinline=True)
     def dots8(acc, codes, at, gap, a, first, size):
         for q in range(size // 16):
             fetch(codes, at + 256 * q, gap, 4)
             acc = byte_dots(acc, streams, 4, codes, at + 256 * q, gap, a, first + 16 * rows * q)
         return acc
 
-    @variant(rows, streams, bits, forceinline=True)
+    @variant(rows, lanes, streams, bits, forceinline=True)
     def dots2(acc, codes, at, gap, a, first, size):
         apart = size // 4 * rows
         for q in range(size // 64):
@@ -78,7 +80,7 @@ def _build_dots(rows, streams, bits):
             acc = quarter_dots(acc, streams, 1, codes, at, 0, gap, a, first, apart)
         return acc
 
-    @variant(rows, streams, bits, forceinline=True)
+    @variant(rows, lanes, streams, bits, forceinline=True)
     def dots3(acc, codes, at, gap, a, first, size):
         high, apart = at + 4 * size, size // 4 * rows
         for q in range(size // 64):
@@ -89,7 +91,18 @@ def _build_dots(rows, streams, bits):
             fetch(codes, at, gap, 3)
             acc = three_bit_dots(acc, streams, 2, codes, at, high, gap, a, first, apart)
         return acc
-    return {2: dots2, 3: dots3, 4: dots4, 8: dots8}[bits]
+
+    chains = 3 if rows == 1 else 1
+    count = 2 * chains * rows * streams
+
+    @variant(rows, lanes, streams, bits, forceinline=True)
+    def dots_trits(acc, codes, at, gap, a, first, size):
+        total = zeros(I, count)
+        for q in range(size // 40):
+            fetch(codes, at + 128 * q, gap, 2)
+            total = trit_dots(total, chains, streams, 2, codes, at + 128 * q, gap, a, first + 8 * WORDS * rows * q)
+        return trit_totals(total, acc, chains)
+    return {1: dots_trits, 2: dots2, 3: dots3, 4: dots4, 8: dots8}[bits]
 
 
 def _build_scales(lanes, streams, halves):
@@ -110,14 +123,14 @@ def _build_scales(lanes, streams, halves):
 
 def _build_outputs(rows, lanes, streams, bits, halves):
     F, I, load_scales = f32(lanes), i32(lanes), _build_scales(lanes, streams, halves)
-    count, zero, dots = rows * streams, np.float32(1 << (bits - 1)), _build_dots(rows, streams, bits)
+    count, zero, dots = rows * streams, np.float32(1 << (bits - 1)), _build_dots(rows, lanes, streams, bits)
 
     @variant(rows, lanes, streams, bits, halves)
     def outputs(weights, activations, size, blocks, zeros_are, panel, gap, part):
         """`lanes` outputs, from `part` on, of `panel` (and of `panel + gap`): a tile of rows x streams."""
         codes, scales, zero_points = weights
         a, a_scales, starts, sums = activations
-        total, block_bytes = zeros(F, count), size * bits * 2
+        total, block_bytes = zeros(F, count), size // 20 * 64 if bits == 1 else size * bits * 2
         for b in range(blocks):
             block, apart = panel * blocks + b, gap * blocks
             acc = broadcast_rows(I, rows, streams, starts, b * rows)

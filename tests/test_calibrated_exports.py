@@ -68,7 +68,7 @@ def test_quantisers_run_in_stock_onnxruntime(tmp_path, checkpoint, precision, qu
     report = export(checkpoint, tmp_path / "out", precision, quantiser=quantiser)
     bits = int(precision[3:])
     assert set(report["weights"].values()) == {f"int{bits}/32", "int8/32"} and report["quantiser"] == quantiser
-    assert report["verify"]["rms_error"] < {2: 1.2, 3: 0.6, 4: 0.3}[bits]
+    assert report["verify"]["rms_error"] < {2: 1.2, 3: 0.8, 4: 0.3}[bits]
 
 
 def test_gptq_beats_rounding_in_an_export(tmp_path, checkpoint):

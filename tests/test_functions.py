@@ -77,12 +77,14 @@ def test_quantised_weights(normal, bits, zeros, block_size, k, n):
 @pytest.mark.parametrize("activation_bits", [4, 8])
 @pytest.mark.parametrize("k, n", [(64, 32), (256, 50), (300, 5)])
 @pytest.mark.parametrize("bias", [False, True])
-def test_ternary_weights(normal, activation_bits, k, n, bias):
+@pytest.mark.parametrize("form", [dict(bits=2), dict(bits=1), dict(bits=2, input_major=1)], ids=str)
+def test_ternary_weights(normal, activation_bits, k, n, bias, form):
     """Of 8 bits each block of each token holds the largest integer, which leaves onnxruntime's second rounding nothing to round."""
     rng = np.random.default_rng(7)
-    arrays = dict(x=normal(5, k), codes=pack_ternary(rng.integers(-1, 2, (n, k), np.int8)), scales=rng.random(n).astype(np.float32) + 1)
+    codes, scales = pack_ternary(rng.integers(-1, 2, (n, k), np.int8), **form), rng.random(n).astype(np.float32) + 1
+    arrays = dict(x=normal(5, k), codes=codes, scales=scales)
     arrays["x"][:, ::128] = 5
-    attributes = dict(bits=2, activation_bits=activation_bits, K=k, N=n)
+    attributes = dict(activation_bits=activation_bits, K=k, N=n, **form)
     agree("matmul_ternary", arrays | dict(bias=normal(n) if bias else None), attributes, ["codes", "scales", "bias"],
           tolerance=1e-5 if activation_bits == 8 else 2e-2)
 

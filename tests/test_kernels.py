@@ -29,13 +29,14 @@ def matmul_nbits_case(rng, tokens, n, k, bits, size, zeros, bias):
     return (x, *quantised(rng, n, k, bits, size, zeros), normal(rng, n) if bias else None), dict(bits=bits, block_size=size, K=k, N=n)
 
 
-def matmul_ternary_case(rng, tokens, n, k, bits, activation_bits, bias):
-    codes = pack_ternary(rng.integers(-1, 2, (n, k), np.int8), bits=bits)
+def matmul_ternary_case(rng, tokens, n, k, bits, activation_bits, bias, input_major=0):
+    codes = pack_ternary(rng.integers(-1, 2, (n, k), np.int8), bits=bits, input_major=input_major)
     x = normal(rng, tokens, k) * rng.lognormal(size=(tokens, 1)).astype(np.float32)
+    x[:, rng.random(k) < 0.5] = 0
     x[-1] = 0
     x[0, 0] = 5
     return (x, codes, (rng.random(n) + 0.5).astype(np.float32), normal(rng, n) if bias else None), dict(
-        bits=bits, activation_bits=activation_bits, K=k, N=n)
+        bits=bits, activation_bits=activation_bits, K=k, N=n, input_major=input_major)
 
 
 def embedding_nbits_case(rng, tokens, n, k, bits, size, zeros):
@@ -183,10 +184,15 @@ CASES = {
             (7, 40, 77, 3, 32, True, True), (4, 48, 2304, 3, 256, False, False), (2, 50, 200, 4, 32, "half", True),
             (9, 50, 200, 8, 64, "half", False))],
     "matmul_ternary": [  # sums of integers are exact; a few roundings of float32 after them, of outputs up to 5 standard deviations
-        ("x".join(map(str, c[:5])) + ("-bias" if c[5] else ""), lambda rng, c=c: matmul_ternary_case(rng, *c), 1e-5 * c[2] ** 0.5)
-        for c in (  # tokens, N, K, bits, activation bits, bias
+        ("x".join(map(str, c[:5])) + ("-bias" if c[5] else "") + ("-inputs" if c[6:] else ""),
+         lambda rng, c=c: matmul_ternary_case(rng, *c), 1e-5 * c[2] ** 0.5)
+        for c in (  # tokens, N, K, bits, activation bits, bias, input-major
             (2, 16, 16, 2, 8, False), (1, 2050, 2048, 2, 8, True), (3, 33, 100, 2, 8, True), (4, 200, 6912, 2, 8, False),
-            (5, 40, 1100, 2, 8, True), (70, 600, 2560, 2, 8, False), (13, 100, 77, 2, 4, True), (1, 50, 700, 2, 4, False))],
+            (5, 40, 1100, 2, 8, True), (70, 600, 2560, 2, 8, False), (13, 100, 77, 2, 4, True), (1, 50, 700, 2, 4, False),
+            (2, 16, 16, 1, 8, False), (1, 2050, 2048, 1, 8, True), (3, 33, 100, 1, 8, True), (4, 200, 6912, 1, 8, False),
+            (5, 40, 1100, 1, 8, True), (70, 600, 2560, 1, 4, False), (1, 50, 700, 1, 4, False),
+            (1, 2050, 1000, 2, 8, True, 1), (1, 16, 16, 2, 8, False, 1), (3, 300, 77, 2, 4, True, 1), (50, 600, 2560, 2, 8, False, 1),
+            (7, 40, 1100, 2, 8, True, 1))],
     "embedding_nbits": [  # one multiplication
         ("x".join(map(str, c[:5])) + ("-zeros" if c[5] else ""), lambda rng, c=c: embedding_nbits_case(rng, *c), 1e-6)
         for c in ((1, 16, 64, 4, 32, False), (300, 90, 100, 8, 32, False), (9, 33, 77, 4, 16, True), (5, 40, 600, 8, 256, True),

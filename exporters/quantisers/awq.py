@@ -55,10 +55,17 @@ def fold(source: Checkpoint, decoder: Decoder, statistics: Callable[[str], Stati
         out.vectors[f"{prefix}.input_layernorm.weight"] = 1 / scale
         share = d.num_heads // d.kv_heads  # query heads that read one value head: their inputs of o must agree
         scale = search(f"{attention}.o_proj", {f"{attention}.o_proj": d.hidden_size}, q_width, share)
-        _divide_rows(out, f"{attention}.v_proj", scale.reshape(d.kv_heads, share, d.head_dim)[:, 0].reshape(-1))
+        if d.sub_norms:
+            out.vectors[f"{attention}.attn_sub_norm.weight"] = 1 / scale
+        else:
+            _divide_rows(out, f"{attention}.v_proj", scale.reshape(d.kv_heads, share, d.head_dim)[:, 0].reshape(-1))
         scale = search(f"{mlp}.gate_up_proj", {f"{mlp}.{n}_proj": d.intermediate_size for n in ("gate", "up")}, d.hidden_size)
         out.vectors[f"{prefix}.post_attention_layernorm.weight"] = 1 / scale
-        _divide_rows(out, f"{mlp}.up_proj", search(f"{mlp}.down_proj", {f"{mlp}.down_proj": d.hidden_size}, d.intermediate_size))
+        scale = search(f"{mlp}.down_proj", {f"{mlp}.down_proj": d.hidden_size}, d.intermediate_size)
+        if d.sub_norms:
+            out.vectors[f"{mlp}.ffn_sub_norm.weight"] = 1 / scale
+        else:
+            _divide_rows(out, f"{mlp}.up_proj", scale)
     return out
 
 
