@@ -11,7 +11,8 @@ USUAL = PARTS[:3]  # the fourth takes longer than these together
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("-m", "--model", metavar="FOLDER", help="an exported folder, or a Hugging Face checkpoint (exported once, to the "
                         "user's cache); the bundled nano by default")
-    parser.add_argument("--precision", choices=options.PRECISIONS, default="int4", help="for a checkpoint: what to export it to (int4)")
+    parser.add_argument("--precision", choices=options.PRECISIONS,
+                        help="for a checkpoint: what to export it to (int4; ternary weights stay so)")
     parser.add_argument("-o", "--output", metavar="FILE", help="write there instead; only the model's folder is looked in later")
     parser.add_argument("--lengths", type=options.numbers(1), metavar="N,N,...", help="tokens of the prompts (512,1024,2048, as far as the "
                         "context reaches; for prefill 1024,2048,4096)")

@@ -5,13 +5,22 @@ from pathlib import Path
 
 from edgeattn.apps import options
 
-HELP = "turn a Hugging Face checkpoint into a quantised ONNX folder"
+HELP = "turn a Hugging Face checkpoint or a GGUF file into a quantised ONNX folder"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("checkpoint", metavar="CHECKPOINT", help="folder with config.json and *.safetensors, or nano for the bundled model")
+    parser.add_argument("checkpoint", metavar="CHECKPOINT", help="folder with config.json and *.safetensors (also of GPTQ, AWQ or HQQ), a GGUF file, "
+                        "or nano for the bundled model")
     parser.add_argument("-o", "--output", metavar="FOLDER", required=True, help="folder to write; an earlier export there is replaced")
-    parser.add_argument("--precision", choices=options.PRECISIONS, default="int4", help="weights (int4, with an 8-bit embedding and head)")
+    parser.add_argument("--precision", choices=options.PRECISIONS,
+                        help="weights (int4; ternary for a checkpoint that is); the embedding and the head of intN and ternary have 8 bits")
+    parser.add_argument("--bits", type=float, metavar="N",
+                        help="the same as a number: 2, 3, 4, 8, or an average as 3.25, for which every matrix gets a width of its own")
+    parser.add_argument("--quantiser", default="auto", metavar="NAME",
+                        help="rtn, hqq, awq or gptq (gptq below 4 bits or with --calibration, else rtn)")
+    parser.add_argument("--calibration", metavar="FILE",
+                        help="text like what the model will read, for gptq, awq and --mixed; without it the model says some itself")
+    parser.add_argument("--mixed", default="auto", metavar="NAME", help="how widths for an average are chosen: loss, lim or zd (loss)")
     parser.add_argument("--group-size", type=options.whole(1), default=32, metavar="N", help="weights that share a scale (32)")
     parser.add_argument("--target", default="generic", metavar="NAME", help="the device whose defaults are recorded (generic)")
     parser.add_argument("-c", "--ctx-size", type=options.whole(1), metavar="N", help="longest context the export allows")
@@ -24,9 +33,12 @@ def main(args: argparse.Namespace) -> int:
     if (checkpoint / "edgeattn.json").is_file():
         raise ValueError(f"{checkpoint}: is an export already; give the Hugging Face checkpoint it was made from")
     from edgeattn.exporters.export import export
-    with Progress(f"exporting {checkpoint.name} to {args.precision}", patience=0) as progress:
-        export(checkpoint, args.output, precision=args.precision, group_size=args.group_size, target=args.target,
-               ctx_size=args.ctx_size, progress=progress.exporting)
+    precision = args.precision if args.bits is None else f"int{args.bits:g}"
+    with Progress(f"exporting {checkpoint.name} to {args.output}", patience=0) as progress:
+        report = export(checkpoint, args.output, precision=precision, group_size=args.group_size, target=args.target,
+                        ctx_size=args.ctx_size, progress=progress.exporting, quantiser=args.quantiser, calibration=args.calibration,
+                        mixed=args.mixed, preparing=progress.preparing)
+    models.warn_requantised(report)
     print(summary(Path(args.output)))
     print(f"try it: edgeattn chat -m {args.output}", file=sys.stderr)
     return 0
@@ -43,6 +55,9 @@ def summary(folder: Path) -> str:
              f"{terminal.size(weights.bytes)}, context {about['ctx_size']}",
              f"{about['num_layers']} layers, hidden {about['hidden_size']}, {about['num_heads']} heads, {about['kv_heads']} KV heads of "
              f"{about['head_dim']}, vocabulary {about['vocab_size']}"]
+    if mixed := config.get("mixed"):
+        lines.append(f"{mixed['bits']:.3f} bits a weight by {mixed['method']}, KL {mixed['predicted_kl']:.3g} predicted, "
+                     f"{mixed['measured_kl']:.3g} measured")
     return "\n".join([*lines, verify_line(config.get("verify") or {})])
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from edgeattn.apps.options import cache_options, prefill_options, sparse_options
 from edgeattn.apps.progress import Progress
 
-BUNDLED = "nano"
+BUNDLED = ("nano", "nano-ternary")  # the first is the default
 
 
 def cache_folder() -> Path:
@@ -21,39 +21,41 @@ def cache_folder() -> Path:
 
 
 def find(name: str | None) -> Path:
-    """The folder that -m means, exported or a checkpoint; ValueError says what else to give."""
+    """What -m means: a folder, exported or a checkpoint, or a GGUF file; ValueError says what else to give."""
     if not name:  # whatever the current folder holds
-        return _bundled()
+        return _bundled(BUNDLED[0])
     path = Path(name).expanduser()
     if path.is_dir():
         if (path / "edgeattn.json").is_file() or (path / "config.json").is_file():
             return path
         raise ValueError(f"{path}: neither an exported folder (edgeattn.json) nor a Hugging Face checkpoint (config.json)")
     if path.is_file():
-        hint = "GGUF files are not read; " if path.suffix == ".gguf" else ""
-        raise ValueError(f"{path}: is a file; {hint}give the folder of a Hugging Face checkpoint or of an export")
-    if str(path) == BUNDLED:
-        return _bundled()
+        with open(path, "rb") as file:
+            if file.read(4) == b"GGUF":
+                return path
+        raise ValueError(f"{path}: is a file, but not GGUF; give the folder of a Hugging Face checkpoint or of an export, or a GGUF file")
+    if str(path) in BUNDLED:
+        return _bundled(str(path))
     hint = f"; to download it: hf download {name} --local-dir {path.name}" if str(name).count("/") == 1 and name[0] not in "./~" else ""
     raise ValueError(f"{path}: no such folder{hint}")
 
 
-def _bundled():
+def _bundled(name):
     import edgeattn
-    path = Path(edgeattn.__file__).parent.parent / "models" / BUNDLED
+    path = Path(edgeattn.__file__).parent.parent / "models" / name
     if not path.is_dir():
-        raise ValueError("the bundled model comes with the source tree only, and this is an installed package; "
+        raise ValueError("the bundled models come with the source tree only, and this is an installed package; "
                          "give a model: -m FOLDER (an export or a Hugging Face checkpoint)")
     return path
 
 
-def exported(name: str | None, precision: str = "int4") -> Path:
+def exported(name: str | None, precision: str | None = None) -> Path:
     """The exported folder for -m; a checkpoint is exported into the cache first, unless that was done before."""
     path = find(name)
     if (path / "edgeattn.json").is_file():
         return path
     where, content = (hashlib.sha256(text.encode()).hexdigest()[:8] for text in (str(path.resolve()), _fingerprint(path)))
-    stem = f"{path.resolve().name}-{precision}-{where}-"
+    stem = f"{path.resolve().name}-{precision or 'default'}-{where}-"
     folder = cache_folder() / (stem + content)
     if not (folder / "edgeattn.json").is_file():
         _export(path, folder, precision, stem)
@@ -66,18 +68,29 @@ def exported(name: str | None, precision: str = "int4") -> Path:
 def _fingerprint(checkpoint):
     """Changes whenever the checkpoint's files, the exporters or the layout of weights do."""
     from edgeattn import exporters, ops
-    from edgeattn.reference import matmul_nbits
-    files = sorted(p for p in checkpoint.iterdir() if p.suffix in (".safetensors", ".json", ".jinja", ".model"))
+    from edgeattn.reference import matmul_nbits, matmul_ternary
+    folder = checkpoint if checkpoint.is_dir() else checkpoint.parent  # a GGUF file's tokenizer may lie beside it
+    files = sorted(p for p in folder.iterdir() if p.suffix in (".safetensors", ".json", ".jinja", ".model") or p == checkpoint)
     about = [f"{p.name} {p.stat().st_size} {p.stat().st_mtime_ns}" for p in files]
-    sources = [*sorted(Path(exporters.__file__).parent.rglob("*.py")), Path(matmul_nbits.__file__), Path(ops.__file__)]
+    sources = [*sorted(Path(exporters.__file__).parent.rglob("*.py")), *(Path(m.__file__) for m in (matmul_nbits, matmul_ternary, ops))]
     return "\n".join(about + [hashlib.sha256(p.read_bytes()).hexdigest() for p in sources])
 
 
 def _export(checkpoint, folder, precision, stem):
     from edgeattn.exporters.export import export, remove_abandoned
     remove_abandoned(folder.parent, stem)  # also what a killed export of other files left
-    with Progress(f"exporting {checkpoint.name} to {precision} (once)", patience=0) as progress:
-        export(checkpoint, folder, precision=precision, progress=progress.exporting)
+    to = f" to {precision}" if precision else ""
+    with Progress(f"exporting {checkpoint.name}{to} (once)", patience=0) as progress:
+        report = export(checkpoint, folder, precision=precision, progress=progress.exporting, preparing=progress.preparing)
+    warn_requantised(report)
+
+
+def warn_requantised(report: dict) -> None:
+    """One line on stderr when an export quantised again what was quantised before."""
+    if report["requantised"]:
+        kinds = ", ".join(sorted(set(report["requantised"].values())))
+        print(f"quantised again, with loss, because no format here holds their codes: {len(report['requantised'])} tensors ({kinds})",
+              file=sys.stderr)
 
 
 def load(args: argparse.Namespace, ctx_size: int | None = None, chat: bool = False):

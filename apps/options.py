@@ -2,7 +2,7 @@
 import argparse
 import re
 
-PRECISIONS = ("int4", "int8", "fp16", "fp32")
+PRECISIONS = ("int2", "int3", "int4", "int8", "fp16", "fp32", "ternary")
 KV_TYPES = ("f32", "f16", "int8", "int4", "int3", "int2")
 
 
@@ -38,9 +38,9 @@ def unescape(text: str) -> str:
 
 def add_model(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("model")
-    group.add_argument("-m", "--model", metavar="FOLDER", help="an exported folder, or a Hugging Face checkpoint (exported once, to the "
-                       "user's cache); the bundled nano by default")
-    group.add_argument("--precision", choices=PRECISIONS, default="int4", help="for a checkpoint: what to export it to (int4)")
+    group.add_argument("-m", "--model", metavar="FOLDER", help="an exported folder, or a Hugging Face checkpoint or GGUF file (exported "
+                       "once, to the user's cache); the bundled nano by default")
+    group.add_argument("--precision", choices=PRECISIONS, help="for a checkpoint: what to export it to (int4; ternary weights stay so)")
     group.add_argument("-c", "--ctx-size", type=whole(0), metavar="N", help="tokens that the cache holds (0 or none: all the model allows)")
     group.add_argument("-t", "--threads", type=whole(1), metavar="N", help="threads (one for each core)")
     group.add_argument("-ub", "--ubatch-size", type=whole(1), metavar="N", help="prompt tokens computed at once (512)")

@@ -30,6 +30,12 @@ class Progress:
             self._bar, self._task = _bar(self._title)
         self._bar.update(self._task, completed=done, total=total, what=what)
 
+    def preparing(self, what: str, done: int, total: int) -> None:
+        """What comes before an export's first byte."""
+        self(what, done, total)
+        if not sys.stderr.isatty():
+            self._say(what)
+
     def exporting(self, done: int, total: int) -> None:
         """The progress of an export: bytes written; the check that follows takes its time too."""
         self("" if done < total else CHECKING, done, total)

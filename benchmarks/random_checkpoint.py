@@ -1,8 +1,8 @@
 """Write a Hugging Face folder of a named shape with random weights: `python random_checkpoint.py llama-3.2-1b FOLDER`.
 
-Speed does not depend on the values, so no download is needed. Weights are float16 with a spread of 0.02, norms near one. Needs
-only numpy and streams: memory stays near 20 MB. The tokenizer has the right number of entries and no merges: it opens in
-`tokenizers` and transformers, and turns text into one token per byte.
+Speed does not depend on the values, so no download is needed. Weights are float16 with a spread of 0.02, norms near one; ternary
+weights are packed, -1, 0 and 1 equally often. Needs only numpy and streams: memory stays near 20 MB. The tokenizer has the right
+number of entries and no merges: it opens in `tokenizers` and transformers, and turns text into one token per byte.
 """
 import argparse
 import json
@@ -29,13 +29,22 @@ SHAPES = {
         "max_position_embeddings": 32768, "rope_theta": 1000000.0, "rms_norm_eps": 1e-6, "sliding_window": 32768,
         "max_window_layers": 24, "use_sliding_window": False, "bos_token_id": 151643, "eos_token_id": 151645},
 }
+SHAPES["bitnet-2b"] = STANDARD | {
+    "architectures": ["BitNetForCausalLM"], "model_type": "bitnet", "num_hidden_layers": 30, "hidden_size": 2560, "intermediate_size": 6912,
+    "num_attention_heads": 20, "num_key_value_heads": 5, "vocab_size": 128256, "max_position_embeddings": 4096, "rope_theta": 500000.0,
+    "hidden_act": "relu2", "attention_bias": False, "bos_token_id": 128000, "eos_token_id": 128001,
+    "quantization_config": {"quant_method": "bitnet", "linear_class": "autobitlinear", "quantization_mode": "offline"}}
 SHAPES["llama-tiny"] = SHAPES["llama-3.2-1b"] | {  # to try a benchmark out
     "num_hidden_layers": 2, "hidden_size": 256, "intermediate_size": 512, "num_attention_heads": 4, "num_key_value_heads": 1,
     "vocab_size": 1024, "bos_token_id": 1000, "eos_token_id": 1001}
+SHAPES["bitnet-tiny"] = SHAPES["bitnet-2b"] | {
+    "num_hidden_layers": 2, "hidden_size": 256, "intermediate_size": 512, "num_attention_heads": 4, "num_key_value_heads": 1,
+    "vocab_size": 1024, "bos_token_id": 1000, "eos_token_id": 1001}
+TERNARY_BYTES = np.array([a | b << 2 | c << 4 | d << 6 for a in range(3) for b in range(3) for c in range(3) for d in range(3)], np.uint8)
 
 
 def tensor_shapes(config: dict) -> dict[str, tuple[int, ...]]:
-    """Every tensor of the checkpoint: name -> shape."""
+    """Every tensor of the checkpoint: name -> shape. Matrices that have a weight_scale beside them are ternary, four rows a byte."""
     hidden, ffn = config["hidden_size"], config["intermediate_size"]
     head_dim = config.get("head_dim", hidden // config["num_attention_heads"])
     rows = {"self_attn.q_proj": config["num_attention_heads"] * head_dim, "self_attn.k_proj": config["num_key_value_heads"] * head_dim,
@@ -50,26 +59,34 @@ def tensor_shapes(config: dict) -> dict[str, tuple[int, ...]]:
         shapes[prefix + "self_attn.o_proj.weight"] = (hidden, rows["self_attn.q_proj"])
         shapes[prefix + "mlp.down_proj.weight"] = (hidden, ffn)
         shapes[prefix + "input_layernorm.weight"] = shapes[prefix + "post_attention_layernorm.weight"] = (hidden,)
+        if config["model_type"] == "bitnet":
+            shapes[prefix + "self_attn.attn_sub_norm.weight"], shapes[prefix + "mlp.ffn_sub_norm.weight"] = (hidden,), (ffn,)
+            for name in [name for name in shapes if name.startswith(prefix) and name.endswith("_proj.weight")]:
+                shapes[name], shapes[f"{name}_scale"] = (shapes[name][0] // 4, shapes[name][1]), (1,)
     if not config["tie_word_embeddings"]:
         shapes["lm_head.weight"] = shapes["model.embed_tokens.weight"]
     return shapes
 
 
 def write_safetensors(path: Path, shapes: dict, seed: int = 0) -> None:
-    """Random float16 tensors, cut at random places from one pool of normal numbers."""
+    """Random float16 tensors, cut at random places from one pool of normal numbers, and ternary ones from one of bytes."""
     rng = np.random.default_rng(seed)
     pool = rng.standard_normal(POOL, np.float32)
-    weights, norms = (0.02 * pool).astype(np.float16), (1 + 0.1 * pool).astype(np.float16)
+    weights, norms, packed = (0.02 * pool).astype(np.float16), (1 + 0.1 * pool).astype(np.float16), rng.choice(TERNARY_BYTES, POOL)
+
+    def pool_of(name):
+        return norms if "norm" in name or name.endswith("_scale") else packed if f"{name}_scale" in shapes else weights
     header, end = {"__metadata__": {"format": "pt"}}, 0
     for name, shape in shapes.items():
-        start, end = end, end + 2 * int(np.prod(shape))
-        header[name] = {"dtype": "F16", "shape": list(shape), "data_offsets": [start, end]}
+        kind = pool_of(name).dtype
+        start, end = end, end + kind.itemsize * int(np.prod(shape))
+        header[name] = {"dtype": {"float16": "F16", "uint8": "U8"}[kind.name], "shape": list(shape), "data_offsets": [start, end]}
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
     with open(path, "wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
         for name, shape in shapes.items():
-            _write_cut(file, norms if "norm" in name else weights, int(np.prod(shape)), int(rng.integers(POOL)))
+            _write_cut(file, pool_of(name), int(np.prod(shape)), int(rng.integers(POOL)))
 
 
 def _write_cut(file, pool, count, start):

@@ -10,12 +10,13 @@ from pathlib import Path
 
 import numpy as np
 
-from edgeattn.exporters.checkpoint import Checkpoint
+from edgeattn.exporters.checkpoint import Checkpoint, open_checkpoint
 from edgeattn.exporters.decoder import Decoder
 from edgeattn.exporters.families import read_architecture
 from edgeattn.exporters.forward import forward
 from edgeattn.exporters.interpret import interpret
 from edgeattn.exporters.oracle import torch_logits
+from edgeattn.exporters.weights import bits_of
 from edgeattn.runtime import Model, read_config
 
 PROMPT = "The keeper of the lighthouse climbed the stairs each evening to light the lamp, and counted the ships that passed."
@@ -24,7 +25,8 @@ TORCH_BYTES = 128 << 20  # of float32 weights: above it, torch's copies would do
 MAPPED_BYTES = 200 << 20  # of an export's weights, on top of twice its largest tensor: above it, they are not mapped whole
 # Root-mean-square error of the logits, in standard deviations of the checkpoint's, above which layers are compared one by one;
 # and what is too much in one: the error of what it adds to the hidden state, relative to it. Unrelated logits differ by 1.4.
-LIMITS = {"fp32": (1e-3, 1e-3), "fp16": (2e-2, 1e-2), "int8": (0.1, 0.1), "int4": (0.6, 0.4)}
+OTHER_LIMITS = {"fp32": (1e-3, 1e-3), "fp16": (2e-2, 1e-2), "ternary": (0.2, 0.2)}
+LIMITS = {8: (0.1, 0.1), 4: (0.6, 0.4), 3: (0.9, 0.6), 2: (1.3, 0.9)}
 
 
 def check(folder: str | Path, source: Checkpoint, decoder: Decoder, device: str = "cpu") -> dict:
@@ -36,7 +38,8 @@ def check(folder: str | Path, source: Checkpoint, decoder: Decoder, device: str 
     on_cpu = device == "cpu"
     engine, got = exported_logits(folder, tokens, _largest_bytes(source)) if on_cpu else (device, _device_logits(folder, tokens, device))
     report = {"checkpoint_in": reference, "export_in": engine, "tokens": len(tokens), **compare(got, logits)}
-    limit, layer_limit = LIMITS[config["precision"]]
+    # Whatever the precision of the embedding and head, ternary layers round activations: a float on an edge may go either way.
+    limit, layer_limit = _limits("ternary" if "ternary" in config["weights"].values() else config["precision"])
     if not report["rms_error"] <= limit:
         where = faulty_layer(folder, source, decoder, tokens, layer_limit) or _faulty_engine(folder, engine, got, tokens, limit)
         if where:  # otherwise many layers, each within its precision, add up
@@ -53,7 +56,7 @@ def verify(folder: str | Path, checkpoint: str | Path | None = None, device: str
         if not (folder / name).is_file() or sha256(folder / name) != digest:
             raise ValueError(f"{folder / name}: missing or changed since the export; export the model again")
     if checkpoint is not None:
-        source = Checkpoint(checkpoint)
+        source = open_checkpoint(checkpoint)
         return check(folder, source, read_architecture(source), device)
     tokens = prompt_tokens(folder, config["model"])
     got, expected = _device_logits(folder, tokens, device), _onnxruntime_logits(folder, tokens)
@@ -69,6 +72,12 @@ def compare(got: np.ndarray, expected: np.ndarray) -> dict:
             "top1": float((got.argmax(-1) == expected.argmax(-1)).mean()), "mean_kl": float((np.exp(p) * (p - q)).sum(-1).mean())}
 
 
+def divergence(folder: Path, source: Checkpoint, decoder: Decoder, tokens: np.ndarray) -> float:
+    """Mean KL from the checkpoint to the export on tokens [n], in nats a token."""
+    tokens = tokens[:read_config(folder)["model"]["ctx_size"]]
+    return compare(exported_logits(folder, tokens, _largest_bytes(source))[1], checkpoint_logits(source, decoder, tokens)[1])["mean_kl"]
+
+
 def prompt_tokens(folder: Path, about: dict) -> np.ndarray:
     """The fixed prompt in the model's tokens [n] int64, or any fixed tokens for a model without a tokenizer; cut to its context."""
     count, vocab_size = min(PROMPT_TOKENS, about["ctx_size"]), about["vocab_size"]
@@ -82,7 +91,7 @@ def prompt_tokens(folder: Path, about: dict) -> np.ndarray:
 
 def checkpoint_logits(source: Checkpoint, decoder: Decoder, tokens: np.ndarray) -> tuple[str, np.ndarray]:
     """(where it ran, logits [n, vocab]) of the checkpoint."""
-    if find_spec("torch") and find_spec("transformers") and 4 * sum(map(_size, source.tensors.values())) <= TORCH_BYTES:
+    if not source.quantised_by and find_spec("torch") and find_spec("transformers") and 4 * sum(map(_size, source.tensors.values())) <= TORCH_BYTES:
         logits = torch_logits(source.folder, tokens)
         if logits is not None:
             return "transformers", logits
@@ -126,6 +135,10 @@ def _faulty_engine(folder, engine, got, tokens, limit):
 def sha256(path: Path) -> str:
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _limits(precision):
+    return OTHER_LIMITS.get(precision) or LIMITS[max(width for width in LIMITS if width <= bits_of(precision))]
 
 
 def _largest_bytes(source):

@@ -32,6 +32,9 @@ class Decoder:
     o_bias: bool
     mlp_bias: bool
     qk_norm: bool
+    activation: str = "silu"    # of the MLP's gate; "relu2" is max(gate, 0) ** 2
+    sub_norms: bool = False     # a norm before each layer's o and down projection
+    sparse_attention_output: bool = False  # only the larger half of every token's input of o is kept (BitNet a4.8)
 
     @property
     def window(self) -> int:
@@ -40,15 +43,14 @@ class Decoder:
 
 
 def read_decoder(config: dict, *, windows: tuple[int, ...] | None = None, qkv_bias: bool = False, o_bias: bool = False,
-                 mlp_bias: bool = False, qk_norm: bool = False) -> Decoder:
+                 mlp_bias: bool = False, qk_norm: bool = False, activation: str = "silu", sub_norms: bool = False,
+                 sparse_attention_output: bool = False) -> Decoder:
     """The sizes that all families name alike, and what the family says differs. ValueError names what is not supported."""
     missing = [key for key in REQUIRED if not config.get(key)]
     if missing:
         raise ValueError(f"config.json lacks {missing}")
-    if config.get("hidden_act", "silu") != "silu":
-        raise ValueError(f"hidden_act {config['hidden_act']!r} is not supported; supported: ['silu']")
-    if config.get("quantization_config"):
-        raise ValueError("an already quantised checkpoint (quantization_config) is not supported; give the float16 or bfloat16 one")
+    if config.get("hidden_act", activation) != activation:
+        raise ValueError(f"hidden_act {config['hidden_act']!r} is not supported; supported: [{activation!r}]")
     heads = config["num_attention_heads"]
     head_dim = config.get("head_dim") or config["hidden_size"] // heads
     kv_heads = config.get("num_key_value_heads") or heads
@@ -60,7 +62,7 @@ def read_decoder(config: dict, *, windows: tuple[int, ...] | None = None, qkv_bi
     return Decoder(config["vocab_size"], config["hidden_size"], config["intermediate_size"], layers, heads, kv_heads, head_dim,
                    config.get("rms_norm_eps", 1e-6), config["max_position_embeddings"], inverse_frequencies(config, head_dim),
                    bool(config.get("tie_word_embeddings", False)), windows or (0,) * layers, bool(qkv_bias), bool(o_bias),
-                   bool(mlp_bias), qk_norm)
+                   bool(mlp_bias), qk_norm, activation, sub_norms, sparse_attention_output)
 
 
 def build(decoder: Decoder, checkpoint: Checkpoint, formats: Formats, ctx_size: int) -> Graph:
@@ -127,13 +129,19 @@ class _Builder:
         out, _, _ = graph.add("cached_attention", f"{node}.attention",
                               [q, k, v, self.cos, self.sin, f"past_key.{layer}", f"past_value.{layer}", "positions"], attributes,
                               outputs=[f"{node}.attention.out", f"present_key.{layer}", f"present_value.{layer}"])
+        if d.sub_norms:
+            out = self._norm(f"{node}.attention_sub_norm", out, f"{prefix}.attn_sub_norm.weight", q_width)
+        if d.sparse_attention_output:
+            out = self._larger_half(f"{node}.larger_half", out, q_width)
         return self._project(f"{node}.o", out, f"{prefix}.o_proj", (f"{prefix}.o_proj",), (d.hidden_size,), q_width, d.o_bias)
 
     def _mlp(self, x, node, prefix):
         d = self.decoder
         parts, sizes = (f"{prefix}.gate_proj", f"{prefix}.up_proj"), (d.intermediate_size,) * 2
         x = self._project(f"{node}.gate_up", x, f"{prefix}.gate_up_proj", parts, sizes, d.hidden_size, d.mlp_bias)
-        x = self.graph.add("gated_activation", f"{node}.activation", [x], {"activation": "silu"})
+        x = self.graph.add("gated_activation", f"{node}.activation", [x], {"activation": d.activation})
+        if d.sub_norms:
+            x = self._norm(f"{node}.ffn_sub_norm", x, f"{prefix}.ffn_sub_norm.weight", d.intermediate_size)
         down = f"{prefix}.down_proj"
         return self._project(f"{node}.down", x, down, (down,), (d.hidden_size,), d.intermediate_size, d.mlp_bias)
 
@@ -152,6 +160,18 @@ class _Builder:
     def _norm(self, node, x, weight, width):
         scale = self.graph.value(weight, self.checkpoint.vector(weight, width))
         return self.graph.add("RMSNormalization", node, [x, scale], {"axis": -1, "epsilon": self.decoder.epsilon}, domain="")
+
+    def _larger_half(self, node, x, width):
+        """The half of every row that is largest in magnitude; zeros elsewhere."""
+        graph = self.graph
+        size = graph.add("Abs", f"{node}.size", [x], domain="")
+        count = graph.value(f"{node}.count", np.array([width // 2]))
+        largest, _ = graph.add("TopK", f"{node}.top", [size, count], {"axis": -1}, outputs=2, domain="")
+        last = graph.value(f"{node}.last", np.array([-1]))
+        least = graph.add("ReduceMin", f"{node}.least", [largest, last], domain="")
+        kept = graph.add("GreaterOrEqual", f"{node}.kept", [size, least], domain="")
+        zero = graph.value(f"{node}.zero", np.float32([0]))
+        return graph.add("Where", node, [kept, x, zero], domain="")
 
     def _head_norm(self, node, x, weight, heads):
         """RMS norm over every head on its own."""

@@ -9,15 +9,15 @@ from pathlib import Path
 import onnx
 import psutil
 
-from edgeattn.exporters.check import check, sha256
-from edgeattn.exporters.checkpoint import Checkpoint
+from edgeattn.exporters.check import check, divergence, sha256
+from edgeattn.exporters.checkpoint import open_checkpoint
 from edgeattn.exporters.decoder import build
 from edgeattn.exporters.families import read_architecture
-from edgeattn.exporters.functions import function_body
-from edgeattn.exporters.graph import Graph
+from edgeattn.exporters.functions import functions
+from edgeattn.exporters.mixed import load as load_mixed
+from edgeattn.exporters.prepare import prepare
 from edgeattn.exporters.targets import target_defaults
-from edgeattn.exporters.weights import Formats
-from edgeattn.ops import DOMAIN
+from edgeattn.exporters.weights import Formats, bits_of
 
 FORMAT_VERSION = 1
 LONGEST_CTX = 32768
@@ -25,20 +25,31 @@ COPIED = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", 
           "vocab.json", "merges.txt", "chat_template.jinja", "chat_template.json", "generation_config.json")
 
 
-def export(checkpoint: str | Path, folder: str | Path, precision: str = "int4", group_size: int = 32, target: str = "generic",
-           ctx_size: int | None = None, progress: Callable[[int, int], None] | None = None) -> dict:
-    """Export a checkpoint folder; returns what was written to edgeattn.json.
+def export(checkpoint: str | Path, folder: str | Path, precision: str | None = None, group_size: int = 32, target: str = "generic",
+           ctx_size: int | None = None, progress: Callable[[int, int], None] | None = None, quantiser: str = "auto",
+           calibration: str | Path | None = None, mixed: str = "auto", preparing: Callable[[str, int, int], None] | None = None) -> dict:
+    """Export a checkpoint folder or a GGUF file; returns what was written to edgeattn.json.
 
-    precision   "int4" (8-bit embedding and head), "int8", "fp16" or "fp32"
+    precision   "int2", "int3", "int4", "int8", "fp16", "fp32", or an average of bits as "int3.25"; of a checkpoint with ternary weights,
+                which stay as they are, "ternary", "fp16" or "fp32". By default "int4" or "ternary". The embedding and the head of intN and
+                of "ternary" have 8 bits
     group_size  weights of one output that share a scale: 16, 32, 64, 128 or 256
     target      a name in `targets.TARGETS`: sets recorded defaults only
     ctx_size    rows of the rotary tables; by default the model's own limit, at most 32768
     progress    called with (bytes written, bytes in all)
+    quantiser   a file of `quantisers`; "auto" takes "gptq" below 4 bits or with a calibration text, "rtn" otherwise
+    calibration UTF-8 text for quantisers that need one and for `mixed`; without it the model says some itself
+    mixed       a file of `mixed`, which gives every matrix its width so that the precision is the average; "auto" takes "loss" when
+                the precision is no width of its own
+    preparing   called with (what, done, total) before anything is written
+    Weights that are codes already stay as they are at "int4" and "int8", where a format of ours can hold them; `requantised` in
+    what is returned names the others.
     ValueError for what the user can mend; nothing half-written stays behind then.
     """
-    source, folder = Checkpoint(checkpoint), Path(folder).resolve()
+    source, folder = open_checkpoint(checkpoint), Path(folder).resolve()
     decoder = read_architecture(source)
-    formats = Formats(precision, group_size)
+    precision = _precision(source, precision)
+    formats = Formats(precision, group_size, _quantiser(quantiser, precision, calibration, mixed))
     defaults = target_defaults(target, precision)
     ctx_size = ctx_size or min(decoder.max_position, LONGEST_CTX)
     if not 1 <= ctx_size <= decoder.max_position:
@@ -50,17 +61,20 @@ def export(checkpoint: str | Path, folder: str | Path, precision: str = "int4", 
     remove_abandoned(folder.parent, f"{folder.name}.")
     try:
         work.mkdir()
-        graph.write(work, _functions(graph), progress)
-        for name in COPIED:
-            if (source.folder / name).is_file():
-                shutil.copyfile(source.folder / name, work / name)
-        onnx.checker.check_model(work / "model.onnx")
+        source.copy_files(COPIED, work)
         report = {"format_version": FORMAT_VERSION, "architecture": source.config["model_type"], "source": _source(source),
-                  "precision": precision, "group_size": group_size, "model": _model(decoder, source, ctx_size),
-                  "weights": formats.used, "target": target, "defaults": defaults,
-                  "files": {path.name: sha256(path) for path in sorted(work.iterdir())}, "verify": {}}
+                  "precision": precision, "group_size": group_size, "quantiser": formats.quantiser,
+                  "model": _model(decoder, source, ctx_size), "target": target, "defaults": defaults}
+        prepared, probe = prepare(source, decoder, formats, calibration, mixed, work, report, preparing)
+        graph = build(decoder, prepared, formats, ctx_size)
+        graph.write(work, functions(graph.nodes), progress)
+        onnx.checker.check_model(work / "model.onnx")
+        report |= {"weights": formats.used, "requantised": formats.requantised,
+                   "files": {path.name: sha256(path) for path in sorted(work.iterdir())}, "verify": {}}
         _write_report(work, report)
         report["verify"] = check(work, source, decoder)
+        if probe is not None:
+            report["mixed"]["measured_kl"] = divergence(work, source, decoder, probe)
         _write_report(work, report)
         _replace(work, folder)
     finally:  # also on Ctrl-C
@@ -68,16 +82,30 @@ def export(checkpoint: str | Path, folder: str | Path, precision: str = "int4", 
     return report
 
 
-def _functions(graph: Graph):
-    """The function of every operator of ours that the graph has."""
-    names = sorted({node.op_type for node in graph.nodes if node.domain == DOMAIN})
-    bits = {a.i for node in graph.nodes if node.op_type == "embedding_nbits" for a in node.attribute if a.name == "bits"}
-    return [function_body(name, *bits) for name in names]
+def _quantiser(name, precision, calibration, mixed):
+    """What "auto" means. Statistics win at every width, but cost a forward pass of text, too long a wait for what 4 bits gain."""
+    bits = bits_of(precision)
+    if bits is None and (calibration or (name, mixed) != ("auto", "auto")):
+        raise ValueError(f"{precision} rounds nothing: it takes no quantiser, no calibration text and no choice of widths; leave them out")
+    if mixed != "auto":
+        load_mixed(mixed)
+    if name == "auto":
+        return "gptq" if bits and (bits < 4 or calibration) else "rtn"
+    return name
+
+
+def _precision(source, wanted):
+    """The precision to export to; ValueError when the checkpoint's own does not allow the wanted one."""
+    own = getattr(source.quantised_by, "PRECISION", None)
+    if own and wanted not in (None, own, "fp16", "fp32"):
+        raise ValueError(f"{source.folder}: its weights are {own} and stay so; leave the precision out, or give fp16 or fp32 for the "
+                         "embedding and the head")
+    return wanted or own or "int4"
 
 
 def _source(source):
     return {"folder": source.folder.resolve().name, "name": source.config.get("_name_or_path", ""),
-            "config_sha256": sha256(source.folder / "config.json")}
+            "config_sha256": source.config_sha256}
 
 
 def _model(decoder, source, ctx_size):

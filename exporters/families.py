@@ -7,6 +7,10 @@ from edgeattn import exporters
 from edgeattn.exporters.checkpoint import Checkpoint
 from edgeattn.exporters.decoder import Decoder
 
+SIZES = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim",
+         "max_position_embeddings")
+LARGEST = 1 << 24  # of a size: no model comes near
+
 
 def families() -> list[str]:
     """The model_types that can be exported."""
@@ -16,15 +20,26 @@ def families() -> list[str]:
 
 def read_architecture(source: Checkpoint) -> Decoder:
     """The decoder that a checkpoint's config describes. ValueError for an unknown model_type or an unsupported feature."""
-    kind, path = source.config.get("model_type"), source.folder / "config.json"
+    kind, path = source.config.get("model_type"), source.described_by
     name = f"{exporters.__name__}.{kind}"
     known = isinstance(kind, str) and kind.isidentifier() and find_spec(name) is not None
     describe = getattr(import_module(name), "describe", None) if known else None
     if describe is None:
         raise ValueError(f"{path}: unknown model_type {kind!r}; supported: {families()}")
     try:
+        _check_sizes(source.config, len(source.tensors))
         return describe(source.config)
     except KeyError as error:
         raise ValueError(f"{path}: {error.args[0]!r} is missing") from None
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
+    except (TypeError, AttributeError, ArithmeticError) as error:
+        raise ValueError(f"{path}: a value is of the wrong kind ({error})") from None
+
+
+def _check_sizes(config, tensors):
+    """Sizes must be whole numbers, and small enough for nothing to be allocated that the tensors could not fill."""
+    for name in SIZES:
+        value, most = config.get(name), tensors if name == "num_hidden_layers" else LARGEST
+        if value is not None and (type(value) is not int or not 1 <= value <= most):
+            raise ValueError(f"{name} must be a whole number from 1 to {most}, got {str(value)[:40]}")

@@ -11,6 +11,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from edgeattn.graph import attributes
 from edgeattn.ops import DOMAIN, PANEL, load_kernel
+from edgeattn.reference.matmul_ternary import TILE
 
 SLAB_BYTES = 8 << 20  # of float64 weights in work at a time
 
@@ -78,7 +79,12 @@ def _evaluate(node, inputs):
 STANDARD = {
     "RMSNormalization": lambda x, weight, a: load_kernel("rms_normalization", "reference")(x, weight, epsilon=a["epsilon"]),
     "Add": lambda x, y, a: x + y,
-    "Gather": lambda x, indices, a: x[indices],
+    "Gather": lambda x, indices, a: x.take(indices, axis=a["axis"]),
+    "Abs": lambda x, a: np.abs(x),
+    "TopK": lambda x, count, a: [-np.sort(-x, axis=-1)[..., :int(count[0])], np.argsort(-x, axis=-1, kind="stable")[..., :int(count[0])]],
+    "ReduceMin": lambda x, axes, a: x.min(axis=tuple(axes), keepdims=True),
+    "GreaterOrEqual": lambda x, y, a: x >= y,
+    "Where": lambda condition, x, y, a: np.where(condition, x, y),
     "Reshape": lambda x, shape, a: x.reshape(shape),
     "Split": lambda x, sizes, a: np.split(x, np.cumsum(sizes)[:-1], axis=a["axis"]),
 }
@@ -115,8 +121,20 @@ def _matmul_nbits(x, codes, scales, zero_points=None, bias=None, *, bits, block_
     return _plus(np.concatenate([slab(start) for start in range(0, codes.shape[0], step)], axis=1)[:, :N], bias)
 
 
+def _matmul_ternary(x, codes, scales, bias=None, *, K, N, **options):
+    together = TILE if options.get("input_major") else PANEL  # outputs in one of the codes' first dimension
+    step = max(SLAB_BYTES // (4 * K * together), 1)
+
+    def slab(start):
+        n = min(step * together, N - start * together)
+        return load_kernel("matmul_ternary", "reference")(x, codes.rows(start, min(start + step, codes.shape[0])),
+                                                          scales.rows(start * together, start * together + n), K=K, N=n, **options)
+    return _plus(np.concatenate([slab(start) for start in range(0, codes.shape[0], step)], axis=1), bias)
+
+
 def _plus(x, bias):
     return x if bias is None else x + bias.rows()
 
 
-WEIGHTED = {"embedding": _embedding, "embedding_nbits": _embedding_nbits, "linear": _linear, "matmul_nbits": _matmul_nbits}
+WEIGHTED = {"embedding": _embedding, "embedding_nbits": _embedding_nbits, "linear": _linear, "matmul_nbits": _matmul_nbits,
+            "matmul_ternary": _matmul_ternary}

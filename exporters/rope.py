@@ -3,7 +3,7 @@ import math
 
 import numpy as np
 
-TYPES = ("default", "linear", "llama3")
+TYPES = ("default", "linear", "llama3", "divided")
 
 
 def inverse_frequencies(config: dict, head_dim: int) -> np.ndarray:
@@ -21,6 +21,8 @@ def inverse_frequencies(config: dict, head_dim: int) -> np.ndarray:
     frequencies = theta ** -(np.arange(0, head_dim, 2, dtype=np.float64) / head_dim)
     if kind == "linear":
         return frequencies / rope["factor"]
+    if kind == "divided":  # GGUF's form of llama3
+        return frequencies / np.array(rope["divisors"])
     return frequencies if kind == "default" else _llama3(frequencies, rope, config)
 
 

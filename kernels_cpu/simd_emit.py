@@ -6,7 +6,7 @@ than a register are taken apart into registers and joined again.
 import numpy as np
 from llvmlite import ir
 
-from edgeattn.kernels_cpu import LEVEL
+from edgeattn.kernels_cpu import ARM, LEVEL
 
 MACHINE = "neon" if LEVEL == "i8mm" else LEVEL  # i8mm adds one instruction, the rest is the same
 WIDTH = {"avx512": 16, "avxvnni": 8, "avx2": 8, "neon": 4, "plain": 4}[MACHINE]  # 32-bit lanes of one register
@@ -51,6 +51,15 @@ def join(builder, parts):
     while len(parts) > 1:
         parts = [pick(builder, a, b, range(2 * a.type.count)) for a, b in zip(parts[::2], parts[1::2])]
     return parts[0]
+
+
+def opaque(builder, v):
+    """v, about which LLVM knows nothing: an empty instruction on each of its registers."""
+    parts, register = [], {"avx512": "v"}.get(MACHINE, "w" if ARM else "x")
+    for i in range(0, v.type.count, piece := min(v.type.count, 4 * WIDTH)):
+        one = part(builder, v, i, piece)
+        parts.append(builder.asm(ir.FunctionType(one.type, [one.type]), "", f"={register},0", [one], False))
+    return join(builder, parts)
 
 
 def halving(builder, x, combine):

@@ -57,7 +57,8 @@ BREAK = {
     "rope type 'dynamic' is not supported": lambda c: edit_config(c, rope_parameters=None, rope_scaling=dict(type="dynamic", factor=4.0)),
     "'factor' is missing": lambda c: edit_config(c, rope_parameters=dict(rope_type="linear")),
     "hidden_act 'gelu' is not supported": lambda c: edit_config(c, hidden_act="gelu"),
-    "already quantised": lambda c: edit_config(c, quantization_config=dict(quant_method="gptq")),
+    "already quantised by 'fp8', which cannot be read; supported: \\['awq', 'gptq', 'hqq'\\]":
+        lambda c: edit_config(c, quantization_config=dict(quant_method="fp8")),
     "head_dim must be a multiple of 16, got 24": lambda c: edit_config(c, head_dim=24),
     "num_attention_heads must be a multiple of num_key_value_heads 3, got 4": lambda c: edit_config(c, num_key_value_heads=3),
     "lacks \\['hidden_size'\\]": lambda c: edit_config(c, hidden_size=None),
@@ -81,7 +82,7 @@ def test_missing_shard(tmp_path):
 
 
 @pytest.mark.parametrize("options, message", [
-    (dict(precision="int3"), "unknown precision 'int3'"), (dict(group_size=48), "group size must be one of"),
+    (dict(precision="int9"), "unknown precision 'int9'"), (dict(group_size=48), "group size must be one of"),
     (dict(target="toaster"), "unknown target 'toaster'; choose one of"),
     (dict(ctx_size=257), "ctx_size must be 1 to 256")])
 def test_wrong_option(tmp_path, checkpoint, options, message):

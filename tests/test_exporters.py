@@ -186,4 +186,4 @@ def test_numpy_forward_equals_transformers(tmp_path, case):
 
 
 def test_families():
-    assert families() == ["llama", "mistral", "qwen2", "qwen3"]
+    assert families() == ["bitnet", "llama", "mistral", "qwen2", "qwen3"]

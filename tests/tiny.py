@@ -25,6 +25,7 @@ FAMILIES = {
     "qwen2": ("qwen2", dict(tie_word_embeddings=True)),
     "qwen2_window": ("qwen2", dict(use_sliding_window=True, sliding_window=8, max_window_layers=1)),
     "qwen3": ("qwen3", {}),
+    "bitnet": ("bitnet", dict(attention_bias=True, rope_parameters=dict(rope_type="default", rope_theta=10000.0))),  # in floats
 }
 
 

@@ -38,10 +38,10 @@ def cached_attention(q, k, v, cos, sin, past_key, past_value, positions, *,
 
     distance = (past + np.arange(tokens))[:, None] - np.arange(past + tokens)
     hidden = (distance < 0) | ((distance >= window) if window else False)
-    grouped = q.reshape(tokens, kv_heads, -1, head_dim).astype(np.float64)
-    scores = np.einsum("thgd,hsd->hgts", grouped, key) * scale
+    grouped = q.reshape(tokens, kv_heads, -1, head_dim).transpose(1, 2, 0, 3).astype(np.float64)
+    scores = grouped @ key[:, None].swapaxes(2, 3) * scale
     scores[..., hidden] = -np.inf
     weights = np.exp(scores - scores.max(-1, keepdims=True))
     weights /= weights.sum(-1, keepdims=True)
-    out = np.einsum("hgts,hsd->thgd", weights, value).reshape(tokens, -1)
+    out = (weights @ value[:, None]).transpose(2, 0, 1, 3).reshape(tokens, -1)
     return out.astype(np.float32), key, value

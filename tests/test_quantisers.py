@@ -1,0 +1,97 @@
+"""Quantisers against their definitions, on random matrices and correlated inputs."""
+import numpy as np
+import pytest
+
+from edgeattn.exporters.quantisers import Statistics, dequantise, gptq, hqq, load, names, rtn
+
+
+def problem(n=24, k=96, tokens=400, dead=()):
+    """(weights [n, k], inputs [tokens, k] with correlations and a few large columns)."""
+    rng = np.random.default_rng()
+    x = rng.standard_normal((tokens, k // 3)) @ rng.standard_normal((k // 3, k)) + 0.3 * rng.standard_normal((tokens, k))
+    x *= np.exp(rng.standard_normal(k))
+    x[:, list(dead)] = 0
+    return rng.standard_normal((n, k)).astype(np.float32), x.astype(np.float32)
+
+
+def statistics(x):
+    return Statistics(x.T @ x / np.float32(len(x)), np.abs(x).mean(0))
+
+
+def loss(change, x):
+    return np.square(x.astype(np.float64) @ change.T).sum()
+
+
+def textbook(weight, hessian, bits, scales, block_size):
+    """The paper's algorithm in float64 as it is written: the inverse of the remaining H, updated after every column."""
+    k, zero = weight.shape[1], 1 << (bits - 1)
+    order = np.argsort(-np.diag(hessian), kind="stable")
+    rest, out = weight.astype(np.float64).copy(), np.zeros(weight.shape)
+    inverse = np.linalg.inv(hessian.astype(np.float64) + gptq.DAMPING * np.diag(hessian).mean() * np.eye(k))
+    for i in order:
+        scale = scales[:, i // block_size].astype(np.float64)
+        out[:, i] = np.clip(np.rint(rest[:, i] / scale), -zero, zero - 1) * scale
+        rest -= ((rest[:, i] - out[:, i]) / inverse[i, i])[:, None] * inverse[i]
+        inverse -= np.outer(inverse[:, i], inverse[i]) / inverse[i, i]
+    return out
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4])
+def test_gptq_equals_the_textbook(bits):
+    w, x = problem()
+    s = statistics(x)
+    codes, scales, zeros = gptq.quantise(w, bits, 32, s)
+    assert zeros is None
+    got, expected = dequantise(codes, scales, None, bits), textbook(w, s.hessian, bits, scales, 32)
+    assert np.isclose(got, expected, rtol=1e-5, atol=1e-6).mean() > 0.99  # a near tie may fall otherwise in float32, and change its row
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+@pytest.mark.parametrize("k", [96, 300])
+def test_gptq_loses_less_than_rounding(bits, k):
+    w, x = problem(k=k, tokens=1500, dead=(5, 40))
+    losses = [loss(dequantise(*method.quantise(w, bits, 32, statistics(x)), bits)[:, :k] - w, x) for method in (gptq, rtn)]
+    assert losses[0] < 0.8 * losses[1]
+
+
+def test_gptq_rows_do_not_depend_on_one_another():
+    w, x = problem()
+    s = statistics(x)
+    whole, parts = gptq.quantise(w, 3, 32, s), [gptq.quantise(part, 3, 32, s) for part in (w[:7], w[7:])]
+    np.testing.assert_array_equal(whole[1], np.concatenate([part[1] for part in parts]))
+    assert (whole[0] == np.concatenate([part[0] for part in parts])).mean() > 0.99
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4])
+def test_hqq_objective_falls(bits):
+    rng = np.random.default_rng()
+    w = rng.standard_t(4, (40, 128)).astype(np.float32)
+    codes, scales, zeros = hqq.quantise(w, bits, 64)
+    assert zeros.dtype == np.float16 and codes.max() < 1 << bits
+
+    def objective(restored):
+        return (np.abs(restored - w) ** hqq.P).sum()
+    blocks = w.reshape(40, 2, 64)
+    scale = scales.astype(np.float32)[..., None]
+    plain = -blocks.min(-1, keepdims=True) / scale
+    start = (np.clip(np.rint(blocks / scale + plain), 0, (1 << bits) - 1) - plain) * scale
+    assert objective(dequantise(codes, scales, zeros, bits)) < objective(start.reshape(w.shape))
+
+
+@pytest.mark.parametrize("name", names())
+@pytest.mark.parametrize("w", [np.zeros((3, 40)), np.full((3, 40), 2.5), np.full((3, 40), 1e-9)], ids=["zeros", "constant", "tiny"])
+def test_extreme_weights(name, w):
+    _, x = problem(k=39)
+    s = Statistics(np.eye(40, dtype=np.float32), np.ones(40, np.float32))
+    restored = dequantise(*load(name).quantise(w.astype(np.float32), 3, 32, s), 3)[:, :40]
+    np.testing.assert_allclose(restored, w, rtol=2e-3, atol=1e-6)
+
+
+def test_importance_of_columns_is_heeded():
+    rng = np.random.default_rng()
+    w, importance = rng.standard_normal((50, 64)).astype(np.float32), np.exp(2 * rng.standard_normal(64)).astype(np.float32)
+
+    def weighed(scales):
+        c = rtn.nearest(w.reshape(-1, 32), scales.astype(np.float32).reshape(-1), 3) * scales.astype(np.float32).reshape(-1, 1)
+        return (np.square(c.reshape(w.shape) - w) * importance).sum()
+    assert weighed(rtn.search(w, 3, 32, importance)) < weighed(rtn.search(w, 3, 32))
