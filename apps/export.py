@@ -22,6 +22,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
                         help="text like what the model will read, for gptq, awq and --mixed; without it the model says some itself")
     parser.add_argument("--mixed", default="auto", metavar="NAME", help="how widths for an average are chosen: loss, lim or zd (loss)")
     parser.add_argument("--group-size", type=options.whole(1), default=32, metavar="N", help="weights that share a scale (32)")
+    parser.add_argument("--ternary-layout", choices=options.TERNARY_LAYOUTS, default="panels",
+                        help="how ternary weights lie: panels (2 bits, any device); sparse (CPU: skips what is zero after squared ReLU); "
+                             "dense (CPU: sparse, and 1.6 bits)")
     parser.add_argument("--target", default="generic", metavar="NAME", help="the device whose defaults are recorded (generic)")
     parser.add_argument("-c", "--ctx-size", type=options.whole(1), metavar="N", help="longest context the export allows")
 
@@ -37,7 +40,7 @@ def main(args: argparse.Namespace) -> int:
     with Progress(f"exporting {checkpoint.name} to {args.output}", patience=0) as progress:
         report = export(checkpoint, args.output, precision=precision, group_size=args.group_size, target=args.target,
                         ctx_size=args.ctx_size, progress=progress.exporting, quantiser=args.quantiser, calibration=args.calibration,
-                        mixed=args.mixed, preparing=progress.preparing)
+                        mixed=args.mixed, preparing=progress.preparing, ternary_layout=args.ternary_layout)
     models.warn_requantised(report)
     print(summary(Path(args.output)))
     print(f"try it: edgeattn chat -m {args.output}", file=sys.stderr)
