@@ -17,7 +17,6 @@ from edgeattn.exporters.functions import functions
 from edgeattn.exporters.graph import Graph
 from edgeattn.exporters.targets import target_defaults
 from edgeattn.exporters.weights import Formats
-from edgeattn.ops import DOMAIN
 
 FORMAT_VERSION = 1
 LONGEST_CTX = 32768

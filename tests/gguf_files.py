@@ -95,3 +95,16 @@ def nano_vocabulary(tokenizer: dict, pre: str, template: str):
         writer.add_add_bos_token(False)
         writer.add_chat_template(template)
     return add
+
+
+def small_vocabulary(writer):
+    """SentencePiece: letters, a few pieces, bytes."""
+    tokens = ["<unk>", "<s>", "</s>", "▁", "t", "h", "e", "th", "▁the", "the", "a", "n", "d", "an", "and", "▁and"]
+    kinds = [gguf.TokenType.UNKNOWN, gguf.TokenType.CONTROL, gguf.TokenType.CONTROL] + [gguf.TokenType.NORMAL] * 13
+    writer.add_tokenizer_model("llama")
+    writer.add_token_list(tokens)
+    writer.add_token_scores([0.0] * 3 + [-float(i) for i in range(13)])
+    writer.add_token_types(kinds)
+    writer.add_bos_token_id(1)
+    writer.add_eos_token_id(2)
+    writer.add_unk_token_id(0)
