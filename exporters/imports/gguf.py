@@ -88,7 +88,7 @@ class GGUF:
     def _config(self):
         kind, settings = self.settings.get("general.architecture"), self.settings
         if kind not in ARCHITECTURES:
-            raise ValueError(f"{self.folder}: GGUF architecture {kind!r} cannot be read; supported: {list(ARCHITECTURES)}")
+            raise ValueError(f"{self.folder}: GGUF architecture {str(kind)[:40]!r} cannot be read; supported: {list(ARCHITECTURES)}")
         about = {name.removeprefix(f"{kind}."): value for name, value in settings.items() if name.startswith(f"{kind}.")}
         if about.get("expert_count"):
             raise ValueError(f"{self.folder}: a mixture of experts cannot be read")

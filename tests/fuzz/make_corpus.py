@@ -8,7 +8,7 @@ import tiny
 from gguf import GGMLQuantizationType as Type
 from importing import CORPUS
 
-SMALL = dict(vocab_size=16, hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=1, head_dim=16,
+SMALL = dict(vocab_size=16, hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=2, head_dim=16,
              max_position_embeddings=64)
 FOLDERS = {
     "gptq": [dict(bits=2, group=16, act_order=True), dict(bits=3, group=32), dict(bits=4, group=16, symmetric=True), dict(bits=8, group=-1)],
@@ -32,7 +32,7 @@ def main() -> None:
                 (CORPUS / loader / f"valid{i}").write_bytes(blob)
         (CORPUS / "gguf").mkdir(parents=True, exist_ok=True)
         for i, (case, narrow, wide) in enumerate(FILES):
-            model = tiny.tiny_model(case, **SMALL | dict(hidden_size=256, num_attention_heads=1, head_dim=32))
+            model = tiny.tiny_model(case, **SMALL | dict(hidden_size=256, num_attention_heads=1, num_key_value_heads=1, head_dim=32))
 
             def kind_of(name):
                 return Type[wide if "o_proj" not in name and "down" not in name else narrow]
