@@ -35,9 +35,10 @@ def check(folder: str | Path, source: Checkpoint, decoder: Decoder) -> dict:
     reference, logits = checkpoint_logits(source, decoder, tokens)
     engine, got = exported_logits(folder, tokens, _largest_bytes(source))
     report = {"checkpoint_in": reference, "export_in": engine, "tokens": len(tokens), **compare(got, logits)}
-    limit, layer_limit = LIMITS[config["precision"]]
+    own = LIMITS[config["precision"]]
+    limit, layer_limit = own if config.get("rounded", True) else min(own, LIMITS["int8"])  # imported codes add no error of their own
     if not report["rms_error"] <= limit:
-        where = faulty_layer(folder, source, decoder, tokens, layer_limit) or _faulty_engine(folder, engine, got, tokens, limit)
+        where = faulty_layer(folder, source, decoder, tokens, layer_limit) or _faulty_engine(folder, engine, got, tokens, own[0])
         if where:  # otherwise many layers, each within its precision, add up
             raise ValueError(f"the exported logits differ from those of {source.folder} by {report['rms_error']:.2g} of their standard "
                              f"deviation ({config['precision']}): {where}")

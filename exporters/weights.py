@@ -52,6 +52,7 @@ class Formats:
     group_size: int
     used: dict[str, str] = field(default_factory=dict)  # {initializer: "int4/32" ...}
     requantised: dict[str, str] = field(default_factory=dict)  # {initializer: how the checkpoint stored its codes}
+    rounded: bool = False  # whether a weight was quantised here to less than 8 bits
 
     def __post_init__(self):
         if self.precision not in PRECISIONS:
@@ -71,6 +72,7 @@ class Formats:
             self.used[name] = self.precision
             return _plain(graph, name, weight, {"fp16": "float16", "fp32": "float32"}[self.precision])
         bits = 8 if edge or self.precision == "int8" else 4
+        self.rounded |= bits < 8
         self.used[name] = f"int{bits}/{self.group_size}"
         return _quantised(graph, name, weight, bits, self.group_size)
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from edgeattn.exporters.checkpoint import open_checkpoint
 from edgeattn.exporters.decoder import build
-from edgeattn.exporters.families import read_architecture
+from edgeattn.exporters.families import families, read_architecture
 from edgeattn.exporters.weights import Formats
 
 CORPUS = Path(__file__).parent / "corpus"
@@ -127,6 +127,7 @@ def fuzz(loader: str) -> None:
     import sys
 
     import atheris
+    families()  # imports all there is, kernels too, which is no slow input's fault
     gguf, corpus = loader == "gguf", Path(tempfile.mkdtemp(prefix=f"fuzz-{loader}-"))
     for path in (CORPUS / loader).iterdir():
         shutil.copy(path, corpus)
