@@ -43,6 +43,13 @@ def write_gguf(model, path, kind_of, vocabulary=None, **extra) -> dict[str, np.n
     settings(writer, config)
     for key, value in extra.items():
         writer.add_uint32(key.format(arch=config.model_type), value)
+    if config.rope_parameters["rope_type"] == "llama3":
+        rotary = model.model.rotary_emb.inv_freq.numpy()
+        plain = config.rope_parameters["rope_theta"] ** (-np.arange(0, config.head_dim, 2) / config.head_dim)
+        writer.add_tensor("rope_freqs.weight", (plain / rotary).astype(np.float32))
+    if config.rope_parameters["rope_type"] == "linear":
+        writer.add_rope_scaling_type(gguf.RopeScalingType.LINEAR)
+        writer.add_rope_scaling_factor(config.rope_parameters["factor"])
     (vocabulary or (lambda w: w.add_tokenizer_model("no_vocab")))(writer)
     for name, parameter in model.state_dict().items():
         if name == "lm_head.weight" and config.tie_word_embeddings:

@@ -63,7 +63,7 @@ def mixed(name):
     return Type.Q4_K
 
 
-@pytest.mark.parametrize("case", ["llama", "llama_bias", "qwen2", "qwen3"])
+@pytest.mark.parametrize("case", ["llama", "llama_bias", "llama3_rope", "llama_linear_rope", "qwen2", "qwen3"])
 def test_export_equals_transformers(tmp_path, case):
     model = tiny.tiny_model(case, **SHAPE)
     exact = gguf_files.write_gguf(model, tmp_path / "model.gguf", mixed)

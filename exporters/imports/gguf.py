@@ -133,7 +133,7 @@ class GGUF:
 
     def _rows(self, name, n):
         """Which of the file's rows are rows 0 ... n of the weight; None for the same ones."""
-        if self.config["model_type"] != "llama" or not re.search(r"\.self_attn\.[qk]_proj\.", name):
+        if self.settings["general.architecture"] != "llama" or not re.search(r"\.self_attn\.[qk]_proj\.", name):
             return None
         heads = self.config["num_attention_heads" if ".q_proj." in name else "num_key_value_heads"]
         return np.arange(n).reshape(heads, -1, 2).swapaxes(1, 2).reshape(-1)

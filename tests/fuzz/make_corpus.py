@@ -17,7 +17,7 @@ FOLDERS = {
 }
 # Rows of 256, which most blocks need, but few of them; what is narrower gets one of two other types.
 FILES = [("llama", "Q4_0", "Q4_K"), ("llama", "Q8_0", "Q6_K"), ("qwen2", "Q4_1", "Q5_K"), ("qwen3", "Q5_0", "Q3_K"), ("llama_bias", "Q5_1", "Q2_K"),
-         ("llama", "F16", "TQ1_0"), ("llama", "BF16", "TQ2_0")]
+         ("llama", "F16", "TQ1_0"), ("llama3_rope", "BF16", "TQ2_0")]
 
 
 def main() -> None:
