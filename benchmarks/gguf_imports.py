@@ -22,8 +22,8 @@ from edgeattn.exporters.interpret import interpret
 
 NANO = Path(__file__).parent.parent / "models/nano"
 KINDS = ("Q8_0", "Q6_K", "Q5_K_M", "Q4_K_M", "Q4_0", "Q3_K_M", "Q2_K", "TQ2_0", "TQ1_0")
-PROMPT = ("The keeper of the lighthouse climbed the stairs each evening to light the lamp, and counted the ships that passed. In winter nobody "
-          "came, and he wrote letters to his sister.")
+PROMPT = ("The keeper of the lighthouse climbed the stairs each evening to light the lamp, and counted the ships that passed. In winter "
+          "nobody came, and he wrote letters to his sister.")
 
 
 def write_f16(path: Path) -> None:
@@ -57,7 +57,8 @@ def error(got: np.ndarray, expected: np.ndarray) -> float:
 def main() -> None:
     exports.check = lambda *_: {}  # what it would measure is measured here
     tokens = np.array(Tokenizer.from_file(str(NANO / "tokenizer.json")).encode(PROMPT).ids)
-    print(f"{len(tokens)} tokens\n\n| file | stored weights, exact arithmetic | edgeattn | llama.cpp | what the file itself lost of float16 |")
+    print(f"{len(tokens)} tokens\n")
+    print("| file | stored weights, exact arithmetic | edgeattn | llama.cpp | what the file itself lost of float16 |")
     print("|---|---:|---:|---:|---:|")
     with tempfile.TemporaryDirectory() as folder:
         folder = Path(folder)

@@ -82,7 +82,8 @@ def prompt_tokens(folder: Path, about: dict) -> np.ndarray:
 
 def checkpoint_logits(source: Checkpoint, decoder: Decoder, tokens: np.ndarray) -> tuple[str, np.ndarray]:
     """(where it ran, logits [n, vocab]) of the checkpoint."""
-    if not source.quantised_by and find_spec("torch") and find_spec("transformers") and 4 * sum(map(_size, source.tensors.values())) <= TORCH_BYTES:
+    small = not source.quantised_by and 4 * sum(map(_size, source.tensors.values())) <= TORCH_BYTES
+    if small and find_spec("torch") and find_spec("transformers"):
         logits = torch_logits(source.folder, tokens)
         if logits is not None:
             return "transformers", logits

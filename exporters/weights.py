@@ -27,7 +27,11 @@ class Table:
     def embed(self, graph: Graph, node: str, ids: str) -> str:
         """Rows of the weight."""
         op = "embedding_nbits" if self.attributes else "embedding"
-        return graph.add(op, node, [ids, *self.inputs], self.attributes)
+        out = graph.add(op, node, [ids, *self.inputs], self.attributes)
+        if self.order is not None:
+            back = graph.value(f"{node}.order", np.argsort(self.order))
+            out = graph.add("Gather", f"{node}.reorder", [out, back], {"axis": 1}, domain="")
+        return out
 
     def project(self, graph: Graph, node: str, x: str, bias: str | None = None, outputs: int | list[str] = 1) -> str:
         """x times the weight, transposed."""
@@ -66,11 +70,11 @@ class Formats:
         if weight.quantised and not self.precision.startswith("fp"):
             self.used[name] = f"int{weight.quantised.bits}/{weight.quantised.block_size}"
             return _imported(graph, name, weight.shape, weight.quantised)
-        if weight.stored_as:
-            self.requantised[name] = weight.stored_as
         if self.precision.startswith("fp"):
             self.used[name] = self.precision
             return _plain(graph, name, weight, {"fp16": "float16", "fp32": "float32"}[self.precision])
+        if weight.stored_as:
+            self.requantised[name] = weight.stored_as
         bits = 8 if edge or self.precision == "int8" else 4
         self.rounded |= bits < 8
         self.used[name] = f"int{bits}/{self.group_size}"
@@ -95,7 +99,8 @@ def _imported(graph, name, shape, quantised: Quantised):
     """Codes that a checkpoint has already, as they are."""
     (n, k), bits, block_size = shape, quantised.bits, quantised.block_size
     panels, blocks, zeros = -(-n // PANEL), -(-k // block_size), quantised.read(0, 1)[2]
-    specs = [Spec(name, "uint8", (panels, blocks, block_size * bits // 32, PANEL, 4)), Spec(f"{name}.scales", "float16", (panels, blocks, PANEL))]
+    specs = [Spec(name, "uint8", (panels, blocks, block_size * bits // 32, PANEL, 4)),
+             Spec(f"{name}.scales", "float16", (panels, blocks, PANEL))]
     if zeros is not None:
         kind = "uint8" if zeros.dtype == np.uint8 else "float16"
         specs.append(Spec(f"{name}.zero_points", kind, (panels, blocks, PANEL)))

@@ -96,7 +96,8 @@ def test_transformers_reads_the_same_model(tmp_path):
     assert error(logits(tmp_path / "out"), tiny.torch_logits(model, TOKENS)) < 1e-3
 
 
-TEXTS = ["The keeper of the lighthouse climbed 1234 stairs.", "  two  spaces\nand\n\n lines\t", "naïve café 北京 🙂 don't", "<|im_start|>user\nHi<|im_end|>"]
+TEXTS = ["The keeper of the lighthouse climbed 1234 stairs.", "  two  spaces\nand\n\n lines\t", "naïve café 北京 🙂 don't",
+         "<|im_start|>user\nHi<|im_end|>"]
 
 
 def test_nano_and_its_tokenizer(tmp_path, nano_checkpoint, edgeattn):

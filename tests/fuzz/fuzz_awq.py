@@ -1,4 +1,4 @@
-"""`PYTHONPATH=tests/fuzz sh benchmarks/gpu.sh python tests/fuzz/fuzz_awq.py -max_total_time=150 -rss_limit_mb=1024 -timeout=10`, with atheris installed."""
+"""Fuzzes the importer of awq with atheris; docs/imports.md has the command."""
 import atheris
 
 with atheris.instrument_imports(include=["edgeattn.exporters"]):

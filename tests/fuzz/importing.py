@@ -15,8 +15,8 @@ from edgeattn.exporters.families import families, read_architecture
 from edgeattn.exporters.weights import Formats
 
 CORPUS = Path(__file__).parent / "corpus"
-NASTY = (0, 1, -1, 2, 3, 7, 31, 255, 1 << 31, 1 << 63, (1 << 64) - 1, 1 << 200, 0.5, -1e308, float("nan"), float("inf"), "", "4", "\0", True,
-         None, [], {}, [[]], [1 << 40], {"a": 1})
+NASTY = (0, 1, -1, 2, 3, 7, 31, 255, 1 << 31, 1 << 63, (1 << 64) - 1, 1 << 200, 0.5, -1e308, float("nan"), float("inf"), "", "4", "\0",
+         True, None, [], {}, [[]], [1 << 40], {"a": 1})
 RAM = "/dev/shm"
 
 
