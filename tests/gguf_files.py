@@ -11,7 +11,8 @@ FACTORS = {"Q2_K": (80, 82), "Q3_K": (108,), "Q4_K": (0, 2), "Q5_K": (0, 2), "Q6
 
 
 def blocks(weight, kind: Type, rng):
-    """(bytes, the weights that they stand for): quantised where the package can, else random codes under sensible factors."""
+    """(bytes, the weights that they stand for): quantised where the package can, else random codes under sensible factors, smaller
+    than the weights: random minima give every block a mean, which makes a model sensitive."""
     try:
         raw = gguf.quants.quantize(weight, kind)
     except NotImplementedError:
@@ -21,7 +22,7 @@ def blocks(weight, kind: Type, rng):
             raw[:, at:at + 2] = rng.uniform(0.5, 1, (len(raw), 1)).astype(np.float16).view(np.uint8)
         spread = gguf.quants.dequantize(raw, kind).std()
         for at in FACTORS[kind.name]:
-            raw[:, at:at + 2] = (raw[:, at:at + 2].copy().view(np.float16) * np.float16(weight.std() / spread)).view(np.uint8)
+            raw[:, at:at + 2] = (raw[:, at:at + 2].copy().view(np.float16) * np.float16(0.4 * weight.std() / spread)).view(np.uint8)
         raw = raw.reshape(len(weight), -1)
     return raw, gguf.quants.dequantize(raw, kind).reshape(weight.shape)
 

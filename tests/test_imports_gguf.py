@@ -29,6 +29,11 @@ def error(got, expected):
     return np.sqrt(np.square(got - expected).mean()) / expected.std()
 
 
+def typical_error(got, expected):
+    """Of the token in the middle: random codes have large means, which activations rounded to int8 multiply, and a few tokens get far."""
+    return np.median(np.sqrt(np.square(got - expected).mean(axis=1))) / expected.std()
+
+
 def logits(folder):
     model = Model.load(folder, ctx_size=len(TOKENS))
     return model.forward([(model.new_sequence(), TOKENS)], "all")
@@ -71,7 +76,7 @@ def test_export_equals_transformers(tmp_path, case):
     report = export(tmp_path / "model.gguf", tmp_path / "out")
     assert not report["requantised"]
     assert error(exact_logits(tmp_path / "out"), expected) < 3e-2  # scales and zero points were rounded to float16
-    assert error(logits(tmp_path / "out"), expected) < 0.5  # random codes have large means, which coarse activations multiply
+    assert typical_error(logits(tmp_path / "out"), expected) < 0.3
     export(tmp_path / "model.gguf", tmp_path / "out", "fp32")
     assert error(logits(tmp_path / "out"), expected) < 1e-4
 
@@ -83,7 +88,7 @@ def test_every_width_runs(tmp_path, kind):
     expected = tiny.torch_logits(quantised.with_weights(model, exact), TOKENS)
     report = export(tmp_path / "model.gguf", tmp_path / "out", "int8")
     assert error(exact_logits(tmp_path / "out"), expected) < (3e-2 if kind.name in KQUANTS else 1e-5 if kind.name in EXACT else 0.1)
-    assert error(logits(tmp_path / "out"), expected) < (0.5 if kind.name in KQUANTS else 0.1)
+    assert typical_error(logits(tmp_path / "out"), expected) < (0.3 if kind.name in KQUANTS else 0.1)
     assert (f"int{TYPES[kind].bits}/{TYPES[kind].group}" if kind not in (Type.F16, Type.BF16, Type.Q3_K) else
             "int4/16" if kind is Type.Q3_K else "int8/32") in report["weights"].values()
 
