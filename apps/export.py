@@ -9,7 +9,8 @@ HELP = "turn a Hugging Face checkpoint or a GGUF file into a quantised ONNX fold
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("checkpoint", metavar="CHECKPOINT", help="folder with config.json and *.safetensors (also of GPTQ, AWQ or HQQ), a GGUF file, "
+    parser.add_argument("checkpoint", metavar="CHECKPOINT",
+                        help="folder with config.json and *.safetensors (also of GPTQ, AWQ or HQQ), a GGUF file, "
                         "or nano for the bundled model")
     parser.add_argument("-o", "--output", metavar="FOLDER", required=True, help="folder to write; an earlier export there is replaced")
     parser.add_argument("--precision", choices=options.PRECISIONS,

@@ -71,7 +71,7 @@ def export(checkpoint: str | Path, folder: str | Path, precision: str | None = N
         graph = build(decoder, prepared, formats, ctx_size)
         graph.write(work, functions(graph.nodes), progress)
         onnx.checker.check_model(work / "model.onnx")
-        report |= {"weights": formats.used, "requantised": formats.requantised,
+        report |= {"weights": formats.used, "requantised": formats.requantised, "rounded": formats.rounded,
                    "files": {path.name: sha256(path) for path in sorted(work.iterdir())}, "verify": {}}
         _write_report(work, report)
         report["verify"] = check(work, source, decoder)

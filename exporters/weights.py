@@ -34,7 +34,11 @@ class Table:
     def embed(self, graph: Graph, node: str, ids: str) -> str:
         """Rows of the weight."""
         op = "embedding_nbits" if self.attributes else "embedding"
-        return graph.add(op, node, [ids, *self.inputs], self.attributes)
+        out = graph.add(op, node, [ids, *self.inputs], self.attributes)
+        if self.order is not None:
+            back = graph.value(f"{node}.order", np.argsort(self.order))
+            out = graph.add("Gather", f"{node}.reorder", [out, back], {"axis": 1}, domain="")
+        return out
 
     def project(self, graph: Graph, node: str, x: str, bias: str | None = None, outputs: int | list[str] = 1) -> str:
         """x times the weight, transposed."""
@@ -83,6 +87,7 @@ class Formats:
     ternary_layout: str = "panels"  # see TERNARY_LAYOUTS
     used: dict[str, str] = field(default_factory=dict)  # {initializer: "int4/32" ...}
     requantised: dict[str, str] = field(default_factory=dict)  # {initializer: how the checkpoint stored its codes}
+    rounded: bool = False  # whether a weight was quantised here to less than 8 bits
 
     def __post_init__(self):
         self.bits = bits_of(self.precision)
@@ -106,14 +111,15 @@ class Formats:
         if weight.quantised and not self.precision.startswith("fp"):
             self.used[name] = f"int{weight.quantised.bits}/{weight.quantised.block_size}"
             return _imported(graph, name, weight.shape, weight.quantised)
-        if weight.stored_as:
-            self.requantised[name] = weight.stored_as
         if self.precision.startswith("fp"):
             self.used[name] = self.precision
             return _plain(graph, name, weight, {"fp16": "float16", "fp32": "float32"}[self.precision])
         if not edge:
             self.stored[name] = weight
+        if weight.stored_as:
+            self.requantised[name] = weight.stored_as
         bits = EDGE_BITS if edge else self.widths.get(name, self.bits)
+        self.rounded |= bits < EDGE_BITS
         self.used[name] = f"int{bits:g}/{self.group_size}"
         return self._quantised(graph, name, weight, int(bits), edge)
 

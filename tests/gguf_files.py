@@ -11,7 +11,8 @@ FACTORS = {"Q2_K": (80, 82), "Q3_K": (108,), "Q4_K": (0, 2), "Q5_K": (0, 2), "Q6
 
 
 def blocks(weight, kind: Type, rng):
-    """(bytes, the weights that they stand for): quantised where the package can, else random codes under sensible factors."""
+    """(bytes, the weights that they stand for): quantised where the package can, else random codes under sensible factors, smaller
+    than the weights: random minima give every block a mean, which makes a model sensitive."""
     try:
         raw = gguf.quants.quantize(weight, kind)
     except NotImplementedError:
@@ -21,7 +22,7 @@ def blocks(weight, kind: Type, rng):
             raw[:, at:at + 2] = rng.uniform(0.5, 1, (len(raw), 1)).astype(np.float16).view(np.uint8)
         spread = gguf.quants.dequantize(raw, kind).std()
         for at in FACTORS[kind.name]:
-            raw[:, at:at + 2] = (raw[:, at:at + 2].copy().view(np.float16) * np.float16(weight.std() / spread)).view(np.uint8)
+            raw[:, at:at + 2] = (raw[:, at:at + 2].copy().view(np.float16) * np.float16(0.4 * weight.std() / spread)).view(np.uint8)
         raw = raw.reshape(len(weight), -1)
     return raw, gguf.quants.dequantize(raw, kind).reshape(weight.shape)
 
@@ -43,6 +44,13 @@ def write_gguf(model, path, kind_of, vocabulary=None, **extra) -> dict[str, np.n
     settings(writer, config)
     for key, value in extra.items():
         writer.add_uint32(key.format(arch=config.model_type), value)
+    if config.rope_parameters["rope_type"] == "llama3":
+        rotary = model.model.rotary_emb.inv_freq.numpy()
+        plain = config.rope_parameters["rope_theta"] ** (-np.arange(0, config.head_dim, 2) / config.head_dim)
+        writer.add_tensor("rope_freqs.weight", (plain / rotary).astype(np.float32))
+    if config.rope_parameters["rope_type"] == "linear":
+        writer.add_rope_scaling_type(gguf.RopeScalingType.LINEAR)
+        writer.add_rope_scaling_factor(config.rope_parameters["factor"])
     (vocabulary or (lambda w: w.add_tokenizer_model("no_vocab")))(writer)
     for name, parameter in model.state_dict().items():
         if name == "lm_head.weight" and config.tie_word_embeddings:
@@ -95,3 +103,16 @@ def nano_vocabulary(tokenizer: dict, pre: str, template: str):
         writer.add_add_bos_token(False)
         writer.add_chat_template(template)
     return add
+
+
+def small_vocabulary(writer):
+    """SentencePiece: letters, a few pieces, bytes."""
+    tokens = ["<unk>", "<s>", "</s>", "▁", "t", "h", "e", "th", "▁the", "the", "a", "n", "d", "an", "and", "▁and"]
+    kinds = [gguf.TokenType.UNKNOWN, gguf.TokenType.CONTROL, gguf.TokenType.CONTROL] + [gguf.TokenType.NORMAL] * 13
+    writer.add_tokenizer_model("llama")
+    writer.add_token_list(tokens)
+    writer.add_token_scores([0.0] * 3 + [-float(i) for i in range(13)])
+    writer.add_token_types(kinds)
+    writer.add_bos_token_id(1)
+    writer.add_eos_token_id(2)
+    writer.add_unk_token_id(0)
