@@ -14,6 +14,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--precision", choices=options.PRECISIONS,
                         help="weights (int4, with an 8-bit embedding and head; ternary for a checkpoint that is)")
     parser.add_argument("--group-size", type=options.whole(1), default=32, metavar="N", help="weights that share a scale (32)")
+    parser.add_argument("--ternary-layout", choices=options.TERNARY_LAYOUTS, default="panels",
+                        help="how ternary weights lie: panels (2 bits, any device); sparse (CPU: skips what is zero after squared ReLU); "
+                             "dense (CPU: sparse, and 1.6 bits)")
     parser.add_argument("--target", default="generic", metavar="NAME", help="the device whose defaults are recorded (generic)")
     parser.add_argument("-c", "--ctx-size", type=options.whole(1), metavar="N", help="longest context the export allows")
 
@@ -27,7 +30,7 @@ def main(args: argparse.Namespace) -> int:
     from edgeattn.exporters.export import export
     with Progress(f"exporting {checkpoint.name} to {args.output}", patience=0) as progress:
         export(checkpoint, args.output, precision=args.precision, group_size=args.group_size, target=args.target,
-               ctx_size=args.ctx_size, progress=progress.exporting)
+               ternary_layout=args.ternary_layout, ctx_size=args.ctx_size, progress=progress.exporting)
     print(summary(Path(args.output)))
     print(f"try it: edgeattn chat -m {args.output}", file=sys.stderr)
     return 0

@@ -2,6 +2,7 @@
 import argparse
 import re
 
+TERNARY_LAYOUTS = ("panels", "sparse", "dense")
 PRECISIONS = ("int4", "int8", "fp16", "fp32", "ternary")
 KV_TYPES = ("f32", "f16", "int8", "int4", "int3", "int2")
 

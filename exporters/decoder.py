@@ -143,11 +143,11 @@ class _Builder:
         if d.sub_norms:
             x = self._norm(f"{node}.ffn_sub_norm", x, f"{prefix}.ffn_sub_norm.weight", d.intermediate_size)
         down = f"{prefix}.down_proj"
-        return self._project(f"{node}.down", x, down, (down,), (d.hidden_size,), d.intermediate_size, d.mlp_bias)
+        return self._project(f"{node}.down", x, down, (down,), (d.hidden_size,), d.intermediate_size, d.mlp_bias, d.activation == "relu2")
 
-    def _project(self, node, x, name, parts, sizes, width, biased):
+    def _project(self, node, x, name, parts, sizes, width, biased, many_zeros=False):
         """A projection; several parts become one, so that one kernel call computes them all."""
-        stored = self.formats.store(self.graph, f"{name}.weight", self._weights(parts, sizes, width))
+        stored = self.formats.store(self.graph, f"{name}.weight", self._weights(parts, sizes, width), many_zeros=many_zeros)
         bias = None
         if biased:
             vectors = [self.checkpoint.vector(f"{part}.bias", size) for part, size in zip(parts, sizes)]

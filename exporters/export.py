@@ -25,12 +25,13 @@ COPIED = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", 
 
 
 def export(checkpoint: str | Path, folder: str | Path, precision: str | None = None, group_size: int = 32, target: str = "generic",
-           ctx_size: int | None = None, progress: Callable[[int, int], None] | None = None) -> dict:
+           ternary_layout: str = "panels", ctx_size: int | None = None, progress: Callable[[int, int], None] | None = None) -> dict:
     """Export a checkpoint folder or a GGUF file; returns what was written to edgeattn.json.
 
     precision   "int4" (8-bit embedding and head), "int8", "fp16" or "fp32"; of a checkpoint with ternary weights, which stay as they
                 are, "ternary" (8-bit embedding and head), "fp16" or "fp32". By default "int4" or "ternary"
     group_size  weights of one output that share a scale: 16, 32, 64, 128 or 256
+    ternary_layout  of ternary weights, "panels", "sparse" or "dense": see `weights.TERNARY_LAYOUTS`
     target      a name in `targets.TARGETS`: sets recorded defaults only
     ctx_size    rows of the rotary tables; by default the model's own limit, at most 32768
     progress    called with (bytes written, bytes in all)
@@ -41,7 +42,7 @@ def export(checkpoint: str | Path, folder: str | Path, precision: str | None = N
     source, folder = open_checkpoint(checkpoint), Path(folder).resolve()
     decoder = read_architecture(source)
     precision = _precision(source, precision)
-    formats = Formats(precision, group_size)
+    formats = Formats(precision, group_size, ternary_layout)
     defaults = target_defaults(target, precision)
     ctx_size = ctx_size or min(decoder.max_position, LONGEST_CTX)
     if not 1 <= ctx_size <= decoder.max_position:

@@ -9,8 +9,11 @@ from edgeattn.exporters.graph import Graph, Spec, tensor_info
 from edgeattn.exporters.quantise import quantise_blocks
 from edgeattn.ops import PANEL
 from edgeattn.reference.matmul_nbits import pack_panels
-from edgeattn.reference.matmul_ternary import pack_ternary
+from edgeattn.reference.matmul_ternary import TILE, pack_ternary
 
+# How ternary weights lie: 2 bits in panels; the same, but where most inputs are zero input by input, so that those are not read; besides,
+# five weights to a byte for the others. Only the CPU kernels know the last two.
+TERNARY_LAYOUTS = ("panels", "sparse", "dense")
 PRECISIONS = ("int4", "int8", "fp16", "fp32", "ternary")
 GROUP_SIZES = (16, 32, 64, 128, 256)
 LARGEST_SCALE = 65504.0  # of float16
@@ -54,21 +57,25 @@ class Formats:
     the embedding's and the head's: 8 bits for "ternary"."""
     precision: str
     group_size: int
+    ternary_layout: str = "panels"  # see TERNARY_LAYOUTS
     used: dict[str, str] = field(default_factory=dict)  # {initializer: "int4/32" ...}
     requantised: dict[str, str] = field(default_factory=dict)  # {initializer: how the checkpoint stored its codes}
 
     def __post_init__(self):
         if self.precision not in PRECISIONS:
             raise ValueError(f"unknown precision {self.precision!r}; choose one of {list(PRECISIONS)}")
+        if self.ternary_layout not in TERNARY_LAYOUTS:
+            raise ValueError(f"unknown layout of ternary weights {self.ternary_layout!r}; choose one of {list(TERNARY_LAYOUTS)}")
         if self.group_size not in GROUP_SIZES:
             raise ValueError(f"group size must be one of {list(GROUP_SIZES)}, got {self.group_size}")
 
-    def store(self, graph: Graph, name: str, parts: list[Weight], edge: bool = False) -> Table:
-        """Plan the concatenation of `parts` as initializer `name`."""
+    def store(self, graph: Graph, name: str, parts: list[Weight], edge: bool = False, many_zeros: bool = False) -> Table:
+        """Plan the concatenation of `parts` as initializer `name`; `many_zeros`: most of what it is multiplied by is zero."""
         weight = concatenate(parts)
         if weight.ternary:
             self.used[name] = "ternary"
-            return _ternary(graph, name, weight)
+            sparse = many_zeros and self.ternary_layout != "panels"
+            return _ternary(graph, name, weight, dict(bits=1 if self.ternary_layout == "dense" and not sparse else 2, input_major=int(sparse)))
         if self.precision == "ternary" and not edge:
             raise ValueError(f"{name}: not a ternary weight, and only training makes one; choose one of {list(PRECISIONS[:-1])}")
         if weight.quantised and not self.precision.startswith("fp"):
@@ -118,16 +125,17 @@ def _imported(graph, name, shape, quantised: Quantised):
     return Table(shape, [spec.name for spec in specs], dict(bits=bits, block_size=block_size, K=k, N=n), quantised.order)
 
 
-def _ternary(graph, name, weight):
-    (n, k), bits = weight.shape, 2
+def _ternary(graph, name, weight, form):
+    (n, k), together = weight.shape, TILE if form["input_major"] else PANEL
 
     def slabs():
-        for start, stop in _slabs(weight):
-            yield (pack_ternary(weight.ternary.read(start, stop), bits=bits),)
-    panel = pack_ternary(np.zeros((PANEL, k), np.int8), bits=bits)
-    graph.stream([Spec(name, "uint8", (-(-n // PANEL), *panel.shape[1:]))], slabs)
+        step = max(SLAB_BYTES // (4 * k) // together, 1) * together
+        for start in range(0, n, step):
+            yield (pack_ternary(weight.ternary.read(start, min(start + step, n)), **form),)
+    first = pack_ternary(np.zeros((together, k), np.int8), **form)
+    graph.stream([Spec(name, "uint8", (-(-n // together), *first.shape[1:]))], slabs)
     scales = graph.value(f"{name}.scales", weight.ternary.scales)
-    return Table(weight.shape, [name, scales], dict(bits=bits, activation_bits=weight.ternary.activation_bits, K=k, N=n))
+    return Table(weight.shape, [name, scales], dict(**form, activation_bits=weight.ternary.activation_bits, K=k, N=n))
 
 
 def _quantised(graph, name, weight, bits, block_size):
