@@ -15,6 +15,7 @@ from edgeattn.exporters.checkpoint import Checkpoint
 from edgeattn.exporters.export import export
 from edgeattn.exporters.families import read_architecture
 from edgeattn.exporters.interpret import interpret
+from edgeattn.exporters.weights import TERNARY_LAYOUTS
 from edgeattn.runtime import Model, read_config
 
 TOKENS = np.random.default_rng(4).integers(0, tiny.SIZES["vocab_size"], 40)
@@ -68,9 +69,9 @@ def transformers_logits(folder, form, family, tokens):
     return tiny.torch_logits(model, tokens)
 
 
-def exported(folder, out, precision="fp32"):
+def exported(folder, out, precision="fp32", **options):
     """(folder, logits in NumPy): by default embedding and head are floats, so that nothing but the ternary layers rounds."""
-    export(folder, out, precision, 16)
+    export(folder, out, precision, 16, **options)
     return out, interpret(out, check._feeds(read_config(out)["model"], TOKENS), ["logits"])["logits"]
 
 
@@ -223,6 +224,16 @@ def test_mistakes(tmp_path, mistake):
     with pytest.raises(ValueError, match=message):
         export(folder, tmp_path / "out", precision)
     assert not [path for path in tmp_path.iterdir() if path != folder]
+
+
+@pytest.mark.parametrize("layout", [layout for layout in TERNARY_LAYOUTS if layout != "panels"])
+def test_layouts_mean_the_same(tmp_path, layout):
+    folder = save(tmp_path / "checkpoint", "multiplied")
+    _, expected = exported(folder, tmp_path / "panels")
+    out, logits = exported(folder, tmp_path / "out", ternary_layout=layout)
+    np.testing.assert_array_equal(logits, expected)
+    assert (out / "model.onnx.data").read_bytes() != (tmp_path / "panels/model.onnx.data").read_bytes()
+    np.testing.assert_allclose(check._onnxruntime_logits(out, TOKENS), check._onnxruntime_logits(tmp_path / "panels", TOKENS), atol=1e-4)
 
 
 def test_eight_bit_embedding_by_default(tmp_path):
