@@ -39,8 +39,9 @@ def check(folder: str | Path, source: Checkpoint, decoder: Decoder, device: str 
     engine, got = exported_logits(folder, tokens, _largest_bytes(source)) if on_cpu else (device, _device_logits(folder, tokens, device))
     report = {"checkpoint_in": reference, "export_in": engine, "tokens": len(tokens), **compare(got, logits)}
     # Whatever the precision of the embedding and head, ternary layers round activations: a float on an edge may go either way.
-    own = _limits("ternary" if "ternary" in config["weights"].values() else config["precision"])
-    limit, layer_limit = own if config.get("rounded", True) else min(own, LIMITS[8])  # imported codes add no error of their own
+    ternary = "ternary" in config["weights"].values()
+    own = _limits("ternary" if ternary else config["precision"])
+    limit, layer_limit = own if ternary or config.get("rounded", True) else min(own, LIMITS[8])  # imported codes add no error of their own
     if not report["rms_error"] <= limit:
         where = faulty_layer(folder, source, decoder, tokens, layer_limit) or _faulty_engine(folder, engine, got, tokens, own[0])
         if where:  # otherwise many layers, each within its precision, add up
