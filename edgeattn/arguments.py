@@ -9,6 +9,8 @@ CODES = {"silu": 0, "gelu_tanh": 1, "relu2": 2,
          "peak": 20, "rank": 21, "max_mass": 22,
          "head": 0, "layer": 1, "best": 2}
 
+TYPES = {"float32": 0, "float16": 1, "uint16": 1, "uint8": 2}  # halves come as their bits, too
+
 
 @dataclass(frozen=True)
 class Tensor:
@@ -53,5 +55,5 @@ def resolve_one(name: str, tensors: dict, attributes: dict, counts: tuple[str, .
     if field == "width":
         return tensor.shape[-1]
     if field == "type":
-        return {"float32": 0, "float16": 1, "uint16": 1}[tensor.type]
+        return TYPES[tensor.type]
     return tensor.shape[int(field)]

@@ -57,6 +57,8 @@ OPS = {op.name: op for op in (
     Op("linear", ("x", "weight", "bias?"), ("out",), (), lambda s, a: {"out": (*s["x"][:-1], s["weight"][0])}),
     Op("matmul_nbits", ("x", "codes", "scales", "zero_points?", "bias?"), ("out",), ("bits", "block_size", "K", "N"),
        lambda s, a: {"out": (*s["x"][:-1], a["N"])}),
+    Op("matmul_ternary", ("x", "codes", "scales", "bias?"), ("out",), ("bits", "activation_bits", "K", "N"),
+       lambda s, a: {"out": (*s["x"][:-1], a["N"])}),
     Op("gated_activation", ("x",), ("out",), ("activation",), lambda s, a: {"out": (*s["x"][:-1], s["x"][-1] // 2)}),
     Op("cached_attention", ("q", "k", "v", "cos", "sin", "past_key", "past_value", "positions"),
        ("out", "present_key", "present_value"),

@@ -13,7 +13,7 @@ from edgeattn.exporters.check import check, sha256
 from edgeattn.exporters.checkpoint import Checkpoint
 from edgeattn.exporters.decoder import build
 from edgeattn.exporters.families import read_architecture
-from edgeattn.exporters.functions import function_body
+from edgeattn.exporters.functions import functions
 from edgeattn.exporters.graph import Graph
 from edgeattn.exporters.targets import target_defaults
 from edgeattn.exporters.weights import Formats
@@ -50,7 +50,7 @@ def export(checkpoint: str | Path, folder: str | Path, precision: str = "int4", 
     remove_abandoned(folder.parent, f"{folder.name}.")
     try:
         work.mkdir()
-        graph.write(work, _functions(graph), progress)
+        graph.write(work, functions(graph.nodes), progress)
         for name in COPIED:
             if (source.folder / name).is_file():
                 shutil.copyfile(source.folder / name, work / name)
@@ -66,13 +66,6 @@ def export(checkpoint: str | Path, folder: str | Path, precision: str = "int4", 
     finally:  # also on Ctrl-C
         shutil.rmtree(work, ignore_errors=True)
     return report
-
-
-def _functions(graph: Graph):
-    """The function of every operator of ours that the graph has."""
-    names = sorted({node.op_type for node in graph.nodes if node.domain == DOMAIN})
-    bits = {a.i for node in graph.nodes if node.op_type == "embedding_nbits" for a in node.attribute if a.name == "bits"}
-    return [function_body(name, *bits) for name in names]
 
 
 def _source(source):

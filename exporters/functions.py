@@ -6,6 +6,10 @@ on a run-time input may be as large as a weight: `embedding_nbits` gathers whole
 import onnx
 from onnx import parser
 
+from edgeattn.exporters import functions_nbits, functions_ternary
+from edgeattn.graph import attributes
+from edgeattn.ops import DOMAIN, OPS
+
 OPSET = 23  # the first with RMSNormalization, RotaryEmbedding and Attention
 
 EMBEDDING = """
@@ -20,83 +24,20 @@ linear (x, weight, bias) => (out) {
   out = Gemm <transB = 1> (x, wide, bias)
 }"""
 
-# Panels [panels, blocks, steps, 16, 4] become MatMulNBits' B [N, blocks, bytes of a block] by a transpose of bytes.
-# accuracy_level is always 4: without it onnxruntime's 8-bit path on the CPU is a hundred times slower.
-# Exports are symmetric, so zero_points is never connected and has no use here.
-MATMUL_NBITS = """
-matmul_nbits <bits, block_size, K, N> (x, codes, scales, zero_points, bias) => (out) {
-  start = Constant <value_ints = [0]> ()
-  any = Constant <value_ints = [-1]> ()
-  four = Constant <value_ints = [4]> ()
-  n = Constant <value_int : int = @N> ()
-  end = Reshape (n, any)
-  blocks = Shape <start = 1, end = 2> (codes)
-  steps = Shape <start = 2, end = 3> (codes)
-  block_bytes = Mul (steps, four)
-  code_shape = Concat <axis = 0> (any, blocks, block_bytes)
-  codes_by_output = Transpose <perm = [0, 3, 1, 2, 4]> (codes)
-  all_codes = Reshape (codes_by_output, code_shape)
-  b = Slice (all_codes, start, end, start)
-  wide_scales = Cast <to = 1> (scales)
-  scales_by_output = Transpose <perm = [0, 2, 1]> (wide_scales)
-  scale_shape = Concat <axis = 0> (any, blocks)
-  all_scales = Reshape (scales_by_output, scale_shape)
-  s = Slice (all_scales, start, end, start)
-  out = com.microsoft.MatMulNBits <K : int = @K, N : int = @N, bits : int = @bits, block_size : int = @block_size,
-                                   accuracy_level = 4> (x, b, s, , , bias)
-}"""
-
-UNPACK = {
-    4: """
-  low_mask = Constant <value = uint8 {15}> ()
-  four = Constant <value = uint8 {4}> ()
-  low = BitwiseAnd (bytes, low_mask)
-  high = BitShift <direction = "RIGHT"> (bytes, four)
-  low_last = Unsqueeze (low, last)
-  high_last = Unsqueeze (high, last)
-  code = Concat <axis = -1> (low_last, high_last)
-  zero = Constant <value_float = 8.0> ()""",
-    8: """
-  code = Identity (bytes)
-  zero = Constant <value_float = 128.0> ()""",
-}
-
-EMBEDDING_NBITS = """
-embedding_nbits <bits, block_size, K, N> (ids, codes, scales, zero_points) => (out) {
-  lanes = Constant <value_int = 16> ()
-  start = Constant <value_ints = [0]> ()
-  last = Constant <value_ints = [-1]> ()
-  k = Constant <value_int : int = @K> ()
-  end = Reshape (k, last)
-  panel = Div (ids, lanes)
-  lane = Mod (ids, lanes)
-  index = Unsqueeze (lane, last)
-  panels = Gather (codes, panel)
-  by_lane = Transpose <perm = [0, 3, 1, 2, 4]> (panels)
-  bytes = GatherND <batch_dims = 1> (by_lane, index)
-  UNPACK
-  block_shape = Constant <value_ints = [0, 0, -1]> ()
-  blocks = Reshape (code, block_shape)
-  wide = Cast <to = 1> (blocks)
-  centred = Sub (wide, zero)
-  panel_scales = Gather (scales, panel)
-  scales_by_lane = Transpose <perm = [0, 2, 1]> (panel_scales)
-  scale = GatherND <batch_dims = 1> (scales_by_lane, index)
-  wide_scale = Cast <to = 1> (scale)
-  block_scale = Unsqueeze (wide_scale, last)
-  scaled = Mul (centred, block_scale)
-  row_shape = Constant <value_ints = [0, -1]> ()
-  rows = Reshape (scaled, row_shape)
-  out = Slice (rows, start, end, last)
-}"""
-
 GATED_ACTIVATION = """
 gated_activation <activation> (x) => (out) {
   gate, up = Split <axis = -1, num_outputs = 2> (x)
-  sigmoid = Sigmoid (gate)
-  silu = Mul (gate, sigmoid)
-  out = Mul (silu, up)
+  BODY
+  out = Mul (activated, up)
 }"""
+
+ACTIVATIONS = {
+    "silu": """sigmoid = Sigmoid (gate)
+  activated = Mul (gate, sigmoid)""",
+    "gelu_tanh": """activated = Gelu <approximate = "tanh"> (gate)""",
+    "relu2": """positive = Relu (gate)
+  activated = Mul (positive, positive)""",
+}
 
 # Attention's own is_causal and past are not used: a sliding window needs a mask of its own in any case.
 CACHED_ATTENTION = """
@@ -157,11 +98,38 @@ cached_attention <num_heads, kv_heads, head_dim, rotary_dim, interleaved, scale,
   out = Reshape (by_token, row_shape)
 }"""
 
-BODIES = {"embedding": EMBEDDING, "linear": LINEAR, "matmul_nbits": MATMUL_NBITS, "embedding_nbits": EMBEDDING_NBITS,
-          "gated_activation": GATED_ACTIVATION, "cached_attention": CACHED_ATTENTION}
+PLAIN = {"embedding": EMBEDDING, "linear": LINEAR, "cached_attention": CACHED_ATTENTION}
+OPERATORS = (*PLAIN, "matmul_nbits", "embedding_nbits", "matmul_ternary", "gated_activation")
 
 
-def function_body(name: str, embedding_bits: int = 8) -> onnx.FunctionProto:
-    """The function of operator `name`; `embedding_bits` (4 or 8) is how embedding_nbits decodes its bytes."""
-    text = BODIES[name].replace("UNPACK", UNPACK[embedding_bits].strip())
-    return parser.parse_function(f'<domain: "edgeattn", opset_import: ["" : {OPSET}, "com.microsoft" : 1]>{text}')
+def functions(nodes: list[onnx.NodeProto]) -> list[onnx.FunctionProto]:
+    """The function of every operator of ours that `nodes` use. An operator whose body depends on attributes or on which inputs are
+    connected has several, told apart by ONNX's `overload`, which this sets in the nodes too."""
+    found = {}
+    for node in nodes:
+        if node.domain == DOMAIN:
+            connected = {name.rstrip("?") for name, source in zip(OPS[node.op_type].inputs, node.input) if source}
+            text, node.overload = _body(node.op_type, attributes(node), connected)
+            found[node.op_type, node.overload] = text
+    return [_parse(text, overload) for (_, overload), text in sorted(found.items())]
+
+
+def _body(name, options, connected):
+    """(text of the function, its overload) for these attributes and with these inputs connected."""
+    zeros, bias = "zero_points" in connected, "bias" in connected
+    if name == "gated_activation":
+        return GATED_ACTIVATION.replace("BODY", ACTIVATIONS[options["activation"]]), options["activation"]
+    if name == "matmul_nbits":
+        return functions_nbits.matmul(options["bits"], zeros), ("3" if options["bits"] == 3 else "") + ("zeros" if zeros else "")
+    if name == "embedding_nbits":
+        return functions_nbits.embedding(options["bits"], zeros), str(options["bits"]) + ("zeros" if zeros else "")
+    if name == "matmul_ternary":
+        variant = options["bits"], options["activation_bits"], bias
+        return functions_ternary.matmul(*variant), "x".join(map(str, variant[:2])) + ("bias" if bias else "")
+    return PLAIN[name], ""
+
+
+def _parse(text, overload):
+    function = parser.parse_function(f'<domain: "edgeattn", opset_import: ["" : {OPSET}, "com.microsoft" : 1]>{text}')
+    function.overload = overload
+    return function

@@ -115,8 +115,19 @@ def _matmul_nbits(x, codes, scales, zero_points=None, bias=None, *, bits, block_
     return _plus(np.concatenate([slab(start) for start in range(0, codes.shape[0], step)], axis=1)[:, :N], bias)
 
 
+def _matmul_ternary(x, codes, scales, bias=None, *, K, N, **options):
+    step = max(SLAB_BYTES // (4 * K * PANEL), 1)
+
+    def slab(start):
+        n = min(step * PANEL, N - start * PANEL)
+        return load_kernel("matmul_ternary", "reference")(x, codes.rows(start, min(start + step, codes.shape[0])),
+                                                          scales.rows(start * PANEL, start * PANEL + n), K=K, N=n, **options)
+    return _plus(np.concatenate([slab(start) for start in range(0, codes.shape[0], step)], axis=1), bias)
+
+
 def _plus(x, bias):
     return x if bias is None else x + bias.rows()
 
 
-WEIGHTED = {"embedding": _embedding, "embedding_nbits": _embedding_nbits, "linear": _linear, "matmul_nbits": _matmul_nbits}
+WEIGHTED = {"embedding": _embedding, "embedding_nbits": _embedding_nbits, "linear": _linear, "matmul_nbits": _matmul_nbits,
+            "matmul_ternary": _matmul_ternary}

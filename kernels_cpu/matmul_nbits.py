@@ -3,22 +3,26 @@ import numpy as np
 from numba import carray, cfunc, float32, int8, int32, njit, uint8, uint16
 
 from edgeattn.kernels_cpu.gemm_nbits import COLUMNS, ROWS, SLICE, STEPS, gemm_strip
-from edgeattn.kernels_cpu.gemv_nbits import FEW, gemv_1_4, gemv_1_8, gemv_few_4, gemv_few_8
+from edgeattn.kernels_cpu.gemv_nbits import (FEW, NO_ZEROS, ZERO_BYTES, ZERO_HALVES, gemv_1_2, gemv_1_3, gemv_1_4, gemv_1_8, gemv_few_2,
+                                             gemv_few_3, gemv_few_4, gemv_few_8)
 from edgeattn.kernels_cpu.parallel import call_worker, parallel, worker
 from edgeattn.kernels_cpu.quantise import MAX_BLOCK, clear_row, quantise_row
 from edgeattn.kernels_cpu.simd import at
-from edgeattn.kernels_cpu.steps import STEP, aligned, call, thread_count
+from edgeattn.kernels_cpu.steps import STEP, TYPES, aligned, call, thread_count
 
 ARGS = ("x", "x.rows", "x.stride", "codes", "scales", "zero_points", "bias", "out", "out.stride", "bits", "block_size", "K", "N",
-        "workspace")
-(X, TOKENS, X_STRIDE, CODES, SCALES, ZERO_POINTS, BIAS, OUT, OUT_STRIDE, BITS, BLOCK_SIZE, K, N, WORKSPACE) = range(len(ARGS))
+        "workspace", "zero_points.type")
+(X, TOKENS, X_STRIDE, CODES, SCALES, ZERO_POINTS, BIAS, OUT, OUT_STRIDE, BITS, BLOCK_SIZE, K, N, WORKSPACE,
+ ZERO_TYPE) = range(len(ARGS))
 WIDE = 8192              # outputs from which the second slice of K costs more than it saves
 SERIAL_BYTES = 1 << 17  # weights that one thread reads sooner than a parallel region starts
 TILE_FLOATS = FEW * 16 * 8
+BYTES = TYPES["uint8"]
 
 
 def matmul_nbits(x, codes, scales, zero_points=None, bias=None, *, bits, block_size, K, N):
     out = aligned((len(x), N), np.float32)
+    zero_points = zero_points.view(np.uint16) if zero_points is not None and zero_points.dtype == np.float16 else zero_points
     tensors = dict(x=x, codes=codes, scales=scales.view(np.uint16), zero_points=zero_points, bias=bias, out=out)
     call(step, ARGS, tensors, dict(bits=bits, block_size=block_size, K=K, N=N), workspace_bytes=workspace_bytes)
     return out
@@ -71,6 +75,11 @@ def _weights(a):
     return at(uint8, a[CODES]), at(uint16, a[SCALES]), at(uint8, a[ZERO_POINTS])
 
 
+@njit(nogil=True, error_model="numpy")
+def _zeros_are(a):
+    return NO_ZEROS if a[ZERO_POINTS] == 0 else ZERO_BYTES if a[ZERO_TYPE] == BYTES else ZERO_HALVES
+
+
 @worker
 def quantise(a, tokens, depth, group, thread):
     """Tile `group` of activations; `depth` blocks to a slice of K."""
@@ -95,11 +104,20 @@ def gemv(a, tokens, parts, part, thread):
     out, bias, tile = at(float32, a[OUT]), at(float32, a[BIAS]), at(float32, _scratch(a, tokens, thread)[3])
     panels, blocks = (a[N] + 15) // 16, (a[K] + a[BLOCK_SIZE] - 1) // a[BLOCK_SIZE]
     sizes = (a[BLOCK_SIZE], blocks, panels * part // parts, panels * (part + 1) // parts, tokens, a[N], a[OUT_STRIDE])
-    flags = (a[ZERO_POINTS] != 0, a[BIAS] != 0)
-    if tokens == 1 and a[BITS] == 4:
-        gemv_1_4(weights, activations, bias, out, tile, sizes, flags)
-    elif tokens == 1:
-        gemv_1_8(weights, activations, bias, out, tile, sizes, flags)
+    flags = (_zeros_are(a), a[BIAS] != 0)
+    if tokens == 1:
+        if a[BITS] == 2:
+            gemv_1_2(weights, activations, bias, out, tile, sizes, flags)
+        elif a[BITS] == 3:
+            gemv_1_3(weights, activations, bias, out, tile, sizes, flags)
+        elif a[BITS] == 4:
+            gemv_1_4(weights, activations, bias, out, tile, sizes, flags)
+        else:
+            gemv_1_8(weights, activations, bias, out, tile, sizes, flags)
+    elif a[BITS] == 2:
+        gemv_few_2(weights, activations, bias, out, tile, sizes, flags)
+    elif a[BITS] == 3:
+        gemv_few_3(weights, activations, bias, out, tile, sizes, flags)
     elif a[BITS] == 4:
         gemv_few_4(weights, activations, bias, out, tile, sizes, flags)
     else:
@@ -114,7 +132,7 @@ def gemm(a, tokens, first, strip, thread):
     scratch = at(uint8, w), at(float32, ws), at(float32, wz), at(float32, tile), at(float32, floats)
     sizes = (a[BLOCK_SIZE], blocks, first, min(_depth(a[BLOCK_SIZE], a[K], a[N]), blocks - first), tokens, a[N], a[OUT_STRIDE])
     gemm_strip(_weights(a), _activations(a, tokens), at(float32, a[BIAS]), at(float32, a[OUT]), scratch, strip, a[BITS], sizes,
-               (a[ZERO_POINTS] != 0, a[BIAS] != 0))
+               (_zeros_are(a), a[BIAS] != 0))
 
 
 @njit(nogil=True, error_model="numpy")

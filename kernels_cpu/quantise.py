@@ -5,15 +5,33 @@ from numba import njit
 from edgeattn.kernels_cpu.simd import (BIAS, SIGNED_BYTES, convert, evens_odds, f32, hmax, hsum, i8, i32, load, nearest, splat, store, vabs,
                                        vmax, zeros)
 
-F16, I16, B8, B16 = f32(16), i32(16), i8(8), i8(16)
+F16, I16, B4, B8, B16 = f32(16), i32(16), i8(4), i8(8), i8(16)
 MAX_BLOCK = 256
-ZERO = {4: 8, 8: 0 if SIGNED_BYTES else 128}  # what the codes, as the dot products see them, are too large by
-ZERO4, ZERO8 = ZERO[4], ZERO[8]
+ZERO8 = 0 if SIGNED_BYTES else 128  # what 8-bit codes, as the dot products see them, are too large by
+
+
+@njit(nogil=True, error_model="numpy")
+def store_codes(codes, i, size, bits, rounded):
+    """16 codes of k = i ... of a block of `size`. A byte of weights holds neighbours of K, two of 4 bits, four of 2 (and 3): the lowest
+    bits of a register meet every second or fourth k. So first come the codes of those, then of the next ones."""
+    if bits == 8:
+        store(codes, i, convert(B16, rounded))
+        return
+    even, odd = evens_odds(rounded)
+    if bits == 4:
+        store(codes, i // 2, convert(B8, even))
+        store(codes, (size + i) // 2, convert(B8, odd))
+        return
+    (first, third), (second, fourth) = evens_odds(even), evens_odds(odd)
+    store(codes, i // 4, convert(B4, first))
+    store(codes, (size + i) // 4, convert(B4, second))
+    store(codes, (2 * size + i) // 4, convert(B4, third))
+    store(codes, (3 * size + i) // 4, convert(B4, fourth))
 
 
 @njit(nogil=True, error_model="numpy")
 def quantise_block(x, at, size, bits, codes):
-    """`size` floats from x[at] on to int8 codes; 4 bits: first those of even k, then of odd k. Returns scale, sum of codes.
+    """`size` floats from x[at] on to int8 codes, in the order that weights of `bits` want (store_codes). Returns scale, sum of codes.
 
     The arithmetic is the reference's, division included, so that both round alike.
     """
@@ -25,12 +43,7 @@ def quantise_block(x, at, size, bits, codes):
     for i in range(0, size, 16):
         rounded = nearest(load(F16, x, at + i) / divisor)[0]
         total += rounded
-        if bits == 4:  # a byte of weights holds two neighbours of K, so the low nibbles of a register meet the even k
-            even, odd = evens_odds(rounded)
-            store(codes, i // 2, convert(B8, even))
-            store(codes, (size + i) // 2, convert(B8, odd))
-        else:
-            store(codes, i, convert(B16, rounded))
+        store_codes(codes, i, size, bits, rounded)
     return scale, hsum(total)
 
 
@@ -43,7 +56,7 @@ def quantise_row(x, at, k, size, bits, codes, scales, starts, sums, tile, togeth
     Arrays are pointers; floats (256 float32) and bytes_ (256 int8, the same as int32 words) are scratch.
     """
     blocks, steps = (k + size - 1) // size, size // 4
-    zero = ZERO4 if bits == 4 else ZERO8
+    zero = ZERO8 if bits == 8 else 1 << (bits - 1)
     for b in range(blocks):
         source, first = x, at + b * size
         if b * size + size > k:  # the last block is shorter: pad with zeros

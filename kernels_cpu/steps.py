@@ -11,7 +11,7 @@ Names in ARGS:
     x.groups     product of the dimensions between the first and the last
     x.width      last dimension
     x.0, x.1 ..  that dimension, a constant
-    x.type       0 float32, 1 float16 (as uint16 bits)
+    x.type       0 float32, 1 float16 (as uint16 bits), 2 uint8
     epsilon ...  an attribute: an int, the bits of a float32 (read with `as_f32`) or a code from CODES
     others       an int looked up in `extra`, such as "workspace", "cache.k", "batch.slots"
 """
@@ -21,7 +21,7 @@ from numba import carray, get_num_threads, njit, types
 from numba.extending import intrinsic
 from numba.np.ufunc.parallel import _launch_threads
 
-from edgeattn.arguments import CODES, Tensor, resolve, resolve_one  # CODES and Tensor also for those who import them from here
+from edgeattn.arguments import CODES, TYPES, Tensor, resolve, resolve_one  # CODES, TYPES and Tensor also for those who import them from here
 
 _launch_threads()  # a step loaded from the cache finds the threading symbols only once the pool exists
 

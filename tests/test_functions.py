@@ -5,12 +5,13 @@ import onnxruntime
 import pytest
 from onnx import helper, numpy_helper
 
-from edgeattn.exporters.functions import BODIES, OPSET, function_body
+from edgeattn.exporters.functions import OPERATORS, OPSET, functions
 from edgeattn.ops import DOMAIN, OPS, load_kernel
 from edgeattn.reference.matmul_nbits import pack_panels, quantise_activations
+from edgeattn.reference.matmul_ternary import pack_ternary
 
 
-def session(name, arrays, attributes, constants, bits):
+def session(name, arrays, attributes, constants):
     """A model of one node; inputs named in `constants` are initializers."""
     inputs = [key if value is not None else "" for key, value in arrays.items()]
     outputs = list(OPS[name].outputs)
@@ -18,18 +19,24 @@ def session(name, arrays, attributes, constants, bits):
               for key, value in arrays.items() if value is not None and key not in constants]
     results = [helper.make_tensor_value_info(key, onnx.TensorProto.FLOAT, [None] * (3 if key.startswith("present") else 2))
                for key in outputs]
-    graph = helper.make_graph([helper.make_node(name, inputs, outputs, domain=DOMAIN, **attributes)], "one", values, results,
+    node = helper.make_node(name, inputs, outputs, domain=DOMAIN, **attributes)
+    bodies = functions([node])
+    graph = helper.make_graph([node], "one", values, results,
                               [numpy_helper.from_array(arrays[key], key) for key in constants if arrays[key] is not None])
-    model = helper.make_model(graph, functions=[function_body(name, bits)], ir_version=11, opset_imports=[
+    return onnxruntime.InferenceSession(model_of(graph, bodies), providers=["CPUExecutionProvider"])
+
+
+def model_of(graph, bodies):
+    model = helper.make_model(graph, functions=bodies, ir_version=11, opset_imports=[
         helper.make_opsetid("", OPSET), helper.make_opsetid(DOMAIN, 1), helper.make_opsetid("com.microsoft", 1)])
     onnx.checker.check_model(model)
-    return onnxruntime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
+    return model.SerializeToString()
 
 
-def agree(name, arrays, attributes=None, constants=(), bits=8, tolerance=1e-5):
+def agree(name, arrays, attributes=None, constants=(), tolerance=1e-5):
     attributes = attributes or {}
     feeds = {key: value for key, value in arrays.items() if value is not None and key not in constants}
-    got = session(name, arrays, attributes, constants, bits).run(None, feeds)
+    got = session(name, arrays, attributes, constants).run(None, feeds)
     expected = load_kernel(name, "reference")(*arrays.values(), **attributes)
     for a, b in zip(got, expected if isinstance(expected, tuple) else (expected,), strict=True):
         np.testing.assert_allclose(a, b, rtol=0, atol=tolerance * max(1, np.abs(b).max()))
@@ -49,22 +56,35 @@ def test_plain_weights(normal, dtype):
         agree("linear", dict(x=normal(5, 70), weight=weight, bias=bias), constants=["weight", "bias"])
 
 
-@pytest.mark.parametrize("bits", [4, 8])
-@pytest.mark.parametrize("block_size, k, n", [(16, 64, 32), (32, 70, 37), (64, 130, 50), (128, 256, 5), (256, 300, 17)])
-def test_quantised_weights(normal, bits, block_size, k, n):
+BLOCKS = [(16, 64, 32), (32, 70, 37), (64, 130, 50), (128, 256, 5), (256, 300, 17)]  # block size, K, N
+
+
+@pytest.mark.parametrize("bits, block_size, k, n", [(bits, *shape) for bits in (2, 3, 4, 8) for shape in BLOCKS[bits == 3:]])
+@pytest.mark.parametrize("zeros", [None, "whole", "half"])
+def test_quantised_weights(normal, bits, zeros, block_size, k, n):
     rng = np.random.default_rng(6)
-    codes, scales, _ = pack_panels(rng.integers(0, 1 << bits, (n, k), np.uint8), rng.random((n, -(-k // block_size))),
-                                   bits=bits, block_size=block_size)
+    blocks = -(-k // block_size)
+    points = {None: None, "whole": rng.integers(0, 1 << bits, (n, blocks), np.uint8), "half": rng.random((n, blocks)) * (1 << bits)}[zeros]
+    weights = dict(zip(("codes", "scales", "zero_points"), pack_panels(
+        rng.integers(0, 1 << bits, (n, k), np.uint8), rng.random((n, blocks)), points, bits=bits, block_size=block_size)))
     attributes = dict(bits=bits, block_size=block_size, K=k, N=n)
-    agree("embedding_nbits", dict(ids=np.array([0, n - 1, 1]), codes=codes, scales=scales), attributes, ["codes", "scales"], bits)
+    agree("embedding_nbits", dict(ids=np.array([0, n - 1, 1]), **weights), attributes, list(weights))
     x = quantise_activations(normal(5, k), block_size)  # what MatMulNBits does to them at accuracy level 4
     for bias in (None, normal(n)):
-        arrays = dict(x=x, codes=codes, scales=scales, zero_points=None, bias=bias)
-        agree("matmul_nbits", arrays, attributes, ["codes", "scales", "bias"], tolerance=1e-4)
+        agree("matmul_nbits", dict(x=x, **weights, bias=bias), attributes, [*weights, "bias"], tolerance=1e-4)
 
 
-def test_gated_activation(normal):
-    agree("gated_activation", dict(x=normal(3, 20) * 20), dict(activation="silu"))
+@pytest.mark.parametrize("activation_bits", [4, 8])
+@pytest.mark.parametrize("k, n", [(64, 32), (256, 50), (300, 5)])
+@pytest.mark.parametrize("bias", [False, True])
+def test_ternary_weights(normal, activation_bits, k, n, bias):
+    """Of 8 bits each block of each token holds the largest integer, which leaves onnxruntime's second rounding nothing to round."""
+    rng = np.random.default_rng(7)
+    arrays = dict(x=normal(5, k), codes=pack_ternary(rng.integers(-1, 2, (n, k), np.int8)), scales=rng.random(n).astype(np.float32) + 1)
+    arrays["x"][:, ::128] = 5
+    attributes = dict(bits=2, activation_bits=activation_bits, K=k, N=n)
+    agree("matmul_ternary", arrays | dict(bias=normal(n) if bias else None), attributes, ["codes", "scales", "bias"],
+          tolerance=1e-5 if activation_bits == 8 else 2e-2)
 
 
 @pytest.mark.parametrize("window", [0, 1, 4])
@@ -80,8 +100,32 @@ def test_cached_attention(normal, window, past, head_dim, rotary_dim, interleave
         past_value=normal(kv_heads, past, head_dim), positions=np.arange(past, past + tokens)), attributes)
 
 
-@pytest.mark.parametrize("name", BODIES)
+@pytest.mark.parametrize("name", OPERATORS)
 def test_signature_is_the_operator_tables(name):
-    function, op = function_body(name), OPS[name]
+    op = OPS[name]
+    options = dict(bits=2, activation_bits=8, activation="silu")
+    node = helper.make_node(name, [], [], domain=DOMAIN, **{key: value for key, value in options.items() if key in op.attributes})
+    function, = functions([node])
     assert list(function.input) == [key.rstrip("?") for key in op.inputs]
     assert (tuple(function.output), tuple(function.attribute)) == (op.outputs, op.attributes)
+
+
+def test_bodies_of_one_model_differ():
+    """Nodes of one operator with other bits, with and without zero points, each get their own function."""
+    rng, kinds = np.random.default_rng(8), [(2, True), (3, False), (3, True), (8, False)]
+    stored = [[array for array in pack_panels(
+        rng.integers(0, 1 << bits, (32, 64), np.uint8), rng.random((32, 2)) / 9, rng.integers(0, 1 << bits, (32, 2), np.uint8) if zeros else None,
+        bits=bits, block_size=32) if array is not None] for bits, zeros in kinds]
+    names = [[f"{i}.{j}" for j in range(len(arrays))] for i, arrays in enumerate(stored)]
+    nodes = [helper.make_node("matmul_nbits", ["x", *each], [f"y{i}"], domain=DOMAIN, bits=bits, block_size=32, K=64, N=32)
+             for i, (each, (bits, _)) in enumerate(zip(names, kinds))]
+    bodies = functions(nodes)
+    assert len(bodies) == 4
+    outputs = [helper.make_tensor_value_info(f"y{i}", onnx.TensorProto.FLOAT, [None] * 2) for i in range(4)]
+    graph = helper.make_graph(nodes, "four", [helper.make_tensor_value_info("x", onnx.TensorProto.FLOAT, [None, 64])], outputs,
+                              [numpy_helper.from_array(a, n) for arrays, each in zip(stored, names) for a, n in zip(arrays, each)])
+    x = quantise_activations(rng.standard_normal((5, 64), np.float32), 32)
+    got = onnxruntime.InferenceSession(model_of(graph, bodies), providers=["CPUExecutionProvider"]).run(None, dict(x=x))
+    for arrays, (bits, _), result in zip(stored, kinds, got):
+        expected = load_kernel("matmul_nbits", "reference")(x, *arrays, bits=bits, block_size=32, K=64, N=32)
+        np.testing.assert_allclose(result, expected, rtol=0, atol=1e-4)

@@ -7,6 +7,7 @@ import pytest
 
 from edgeattn.ops import OPS, load_kernel
 from edgeattn.reference.matmul_nbits import pack_panels, quantise_activations
+from edgeattn.reference.matmul_ternary import pack_ternary
 
 
 def normal(rng, *shape):
@@ -14,9 +15,11 @@ def normal(rng, *shape):
 
 
 def quantised(rng, n, k, bits, size, zeros=False):
-    """Random panels of codes, scales, zero points; weights of about 1 in size."""
+    """Random panels of codes, scales, zero points (`zeros` "half": floats between the codes); weights of about 1 in size."""
     blocks = -(-k // size)
     q, points = (rng.integers(0, 1 << bits, shape, np.uint8) for shape in ((n, k), (n, blocks)))
+    if zeros == "half":
+        points = points + rng.random(points.shape)
     return pack_panels(q, (rng.random((n, blocks)) + 0.5) / (1 << bits), points if zeros else None, bits=bits, block_size=size)
 
 
@@ -24,6 +27,15 @@ def matmul_nbits_case(rng, tokens, n, k, bits, size, zeros, bias):
     """Activations already rounded as the kernel rounds them, so that the exact reference is what it must give."""
     x = quantise_activations(normal(rng, tokens, k), size)
     return (x, *quantised(rng, n, k, bits, size, zeros), normal(rng, n) if bias else None), dict(bits=bits, block_size=size, K=k, N=n)
+
+
+def matmul_ternary_case(rng, tokens, n, k, bits, activation_bits, bias):
+    codes = pack_ternary(rng.integers(-1, 2, (n, k), np.int8), bits=bits)
+    x = normal(rng, tokens, k) * rng.lognormal(size=(tokens, 1)).astype(np.float32)
+    x[-1] = 0
+    x[0, 0] = 5
+    return (x, codes, (rng.random(n) + 0.5).astype(np.float32), normal(rng, n) if bias else None), dict(
+        bits=bits, activation_bits=activation_bits, K=k, N=n)
 
 
 def embedding_nbits_case(rng, tokens, n, k, bits, size, zeros):
@@ -158,16 +170,29 @@ CASES = {
     "gated_activation": [(activation, lambda rng, a=activation: ((normal(rng, 70, 2 * 301) * 5,), dict(activation=a)), tolerance)
                          for activation, tolerance in (("silu", 5e-5), ("gelu_tanh", 5e-5), ("relu2", 5e-4))],  # values up to 400; 8,000
     "matmul_nbits": [  # float32 sums over blocks: a few 1e-7 of sqrt(K), the size of the outputs
-        ("x".join(map(str, c[:5])) + ("-zeros" if c[5] else "") + ("-bias" if c[6] else ""),
+        ("x".join(map(str, c[:5])) + ("-zeros" if c[5] else "") + ("-half" if c[5] == "half" else "") + ("-bias" if c[6] else ""),
          lambda rng, c=c: matmul_nbits_case(rng, *c), 2e-6 * c[2] ** 0.5)
         for c in (  # tokens, N, K, bits, block size, zero points, bias: one, few and many tokens; odd panels; K not whole blocks
             (1, 64, 256, 4, 32, False, False), (1, 2050, 2048, 4, 32, False, True), (2, 33, 100, 4, 16, True, True),
             (5, 40, 1100, 4, 32, False, True), (70, 600, 2080, 4, 64, True, False), (7, 16, 77, 4, 256, False, False),
             (1, 77, 500, 8, 32, False, True), (4, 48, 2304, 8, 256, True, False), (13, 100, 1300, 8, 32, False, True),
-            (6, 50, 100, 8, 16, True, True), (300, 96, 512, 4, 128, False, False))],
+            (6, 50, 100, 8, 16, True, True), (300, 96, 512, 4, 128, False, False),
+            (1, 2050, 2048, 2, 32, False, True), (3, 33, 100, 2, 16, True, True), (70, 600, 2080, 2, 64, "half", False),
+            (7, 40, 77, 2, 16, False, True), (1, 77, 500, 2, 128, "half", True), (4, 48, 2304, 2, 256, True, False),
+            (1, 1030, 2080, 3, 32, False, True), (3, 33, 100, 3, 64, True, True), (70, 600, 2080, 3, 128, "half", False),
+            (7, 40, 77, 3, 32, True, True), (4, 48, 2304, 3, 256, False, False), (2, 50, 200, 4, 32, "half", True),
+            (9, 50, 200, 8, 64, "half", False))],
+    "matmul_ternary": [  # sums of integers are exact; a few roundings of float32 after them, of outputs up to 5 standard deviations
+        ("x".join(map(str, c[:5])) + ("-bias" if c[5] else ""), lambda rng, c=c: matmul_ternary_case(rng, *c), 1e-5 * c[2] ** 0.5)
+        for c in (  # tokens, N, K, bits, activation bits, bias
+            (2, 16, 16, 2, 8, False), (1, 2050, 2048, 2, 8, True), (3, 33, 100, 2, 8, True), (4, 200, 6912, 2, 8, False),
+            (5, 40, 1100, 2, 8, True), (70, 600, 2560, 2, 8, False), (13, 100, 77, 2, 4, True), (1, 50, 700, 2, 4, False),
+            (2, 16, 16, 1, 8, False), (1, 2050, 2048, 1, 8, True), (3, 33, 100, 1, 8, True), (4, 200, 6912, 1, 8, False),
+            (5, 40, 1100, 1, 8, True), (70, 600, 2560, 1, 4, False), (1, 50, 700, 1, 4, False))],
     "embedding_nbits": [  # one multiplication
         ("x".join(map(str, c[:5])) + ("-zeros" if c[5] else ""), lambda rng, c=c: embedding_nbits_case(rng, *c), 1e-6)
-        for c in ((1, 16, 64, 4, 32, False), (300, 90, 100, 8, 32, False), (9, 33, 77, 4, 16, True), (5, 40, 600, 8, 256, True))],
+        for c in ((1, 16, 64, 4, 32, False), (300, 90, 100, 8, 32, False), (9, 33, 77, 4, 16, True), (5, 40, 600, 8, 256, True),
+                  (20, 33, 77, 2, 16, True), (9, 40, 100, 2, 64, "half"), (20, 33, 77, 3, 32, False), (9, 40, 600, 3, 256, "half"))],
     "select_pages": [("-".join(map(str, c)), lambda rng, c=c: selection_case(rng, *c), 0) for c in (
         (2000, "bound", "head", 500, 1.0), (2000, "bound", "layer", 500, 0.5), (777, "mass", "head", 300, 1.0),
         (777, "mass", "layer", 300, 1.0), (1999, "recency", "head", 100, 1.0), (2015, "bound", "head", 3000, 1.0),

@@ -7,10 +7,11 @@ from edgeattn.kernels_cpu.matmul_nbits import ARGS, matmul_nbits, step, workspac
 from edgeattn.kernels_cpu.simd import BIAS, SIGNED_BYTES
 from edgeattn.kernels_cpu.steps import call
 from edgeattn.reference.matmul_nbits import matmul_nbits as reference
-from edgeattn.reference.matmul_nbits import pack_panels, quantise_activations
+from edgeattn.reference.matmul_nbits import pack_panels, quantise_activations, unpack_panels
 
 SHAPES = [  # tokens, N, K, bits, block size: each of the paths for 1, up to 4, and more tokens; large enough for several threads
-    (1, 1030, 544, 4, 32), (3, 1000, 544, 8, 32), (4, 520, 1100, 4, 64), (20, 300, 1100, 4, 32), (65, 77, 300, 8, 128)]
+    (1, 1030, 544, 4, 32), (3, 1000, 544, 8, 32), (4, 520, 1100, 4, 64), (20, 300, 1100, 4, 32), (65, 77, 300, 8, 128),
+    (1, 2050, 544, 2, 32), (30, 300, 1100, 2, 16), (3, 1000, 544, 3, 32), (20, 300, 1100, 3, 64)]
 
 
 @pytest.fixture
@@ -54,6 +55,27 @@ def test_rounds_activations_like_the_reference():
     x[0] = 0
     expected = reference(quantise_activations(x, 32), *weights, bias, **attributes)
     np.testing.assert_allclose(matmul_nbits(x, *weights, bias, **attributes), expected, rtol=0, atol=5e-5 * np.abs(x).max())
+
+
+@pytest.mark.parametrize("bits, size", [(2, 16), (2, 64), (3, 32), (3, 128), (4, 32), (8, 16)])
+@pytest.mark.parametrize("zeros", [None, "whole", "half"])
+def test_panels_hold_the_codes(bits, size, zeros):
+    """Each code comes back as itself, times a scale of its block, less its zero point."""
+    rng, n, k = np.random.default_rng(), 37, 300
+    blocks = -(-k // size)
+    q, scales = rng.integers(0, 1 << bits, (n, k), np.uint8), rng.random((n, blocks)).astype(np.float16)
+    points = {None: None, "whole": rng.integers(0, 1 << bits, (n, blocks), np.uint8), "half": rng.random((n, blocks)).astype(np.float16)}[zeros]
+    panels = pack_panels(q, scales, points, bits=bits, block_size=size)
+    assert panels[0].shape == (-(-n // 16), blocks, size * bits // 32, 16, 4) and panels[0].dtype == np.uint8
+    zero = np.full((n, blocks), 1 << (bits - 1)) if points is None else points
+    expected = (q - np.repeat(zero, size, 1)[:, :k].astype(np.float32)) * np.repeat(scales, size, 1)[:, :k].astype(np.float32)
+    np.testing.assert_array_equal(unpack_panels(*panels, bits=bits, block_size=size, K=k, N=n), expected)
+
+
+@pytest.mark.parametrize("bits, size, said", [(5, 32, "2, 3, 4 or 8 bits, got 5"), (3, 16, "blocks of 32 or more, got 16")])
+def test_formats_that_do_not_exist(bits, size, said):
+    with pytest.raises(ValueError, match=said):
+        pack_panels(np.zeros((16, 64), np.uint8), np.ones((16, 64 // size)), bits=bits, block_size=size)
 
 
 def test_the_largest_sums_fit():
