@@ -28,8 +28,17 @@ def matmul_nbits(x, codes, scales, zero_points=None, bias=None, *, bits, block_s
     return out
 
 
+def refuse(tensors, attributes) -> None:
+    """ValueError for what only the CPU multiplies."""
+    if attributes["bits"] not in (4, 8):
+        raise ValueError(f"weights of {attributes['bits']} bits are for the CPU: export with 4 or 8 for --device cuda")
+    if "zero_points" in tensors and tensors["zero_points"].type != "uint8":
+        raise ValueError("zero points that are no integers are for the CPU: use --device cpu")
+
+
 def workspace_bytes(tensors, attributes, rows, threads) -> int:
     """Quantised activations of `rows` tokens, whole tiles of them: codes, then the units' scales and sums."""
+    refuse(tensors, attributes)
     codes, info = _activation_bytes(rows, attributes["K"], attributes["block_size"])
     return codes + info
 
