@@ -1,8 +1,8 @@
 // Up to eight tokens times ternary weights: every weight is read once, 16 bytes a lane, straight from the stored panels.
 //
-// scales, bias, out float32. Four lanes share a step: lane % 4 has four outputs of it, lane / 4 is one of 8 steps. The warps of a block share
-// a panel: each has every other group of 8 steps; then comes the block's next panel. One token is quantised here, by every block, and fields
-// of two bits are masked where they are, so that their sums come out 4, 16 and 64 times as large. Several tokens: x_codes and info come
+// scales, bias, out float32. Four lanes share a step: lane % 4 has four outputs of it, lane / 4 is one of 8 steps. The warps of a block
+// share a panel: each has every other group of 8 steps; then comes the block's next panel. One token is quantised here, by every block,
+// and fields of two bits are masked where they are, so that their sums come out 4, 16 and 64 times as large. Several tokens: x_codes and info come
 // from quantise_tokens.cu, and fields are brought down, once for all of them. Grid: (blocks, groups of TOKENS tokens).
 #include "ternary.cuh"
 
@@ -48,8 +48,7 @@ __device__ __forceinline__ void gemv(const float* x, int k, int activation_bits,
                 const int at = min(step + i * stride, steps - 1);  // past the end words are 0, which adds nothing
 #pragma unroll
                 for (int t = 0; t < TOKENS; t++) {
-                    if (TOKENS > 1 && t >= tokens) break;
-                    const uint4 four = x_codes[(i64)t * steps + at];
+                    const uint4 four = x_codes[(i64)min(t, tokens - 1) * steps + at];  // no branch, so that loads overlap
                     const u32 activations[4] = {four.x, four.y, four.z, four.w};
 #pragma unroll
                     for (int o = 0; o < 4; o++)

@@ -11,10 +11,11 @@ from edgeattn.kernels_cuda.steps import Launch, call, ints, pointers
 ARGS = ("x", "x.rows", "x.stride", "codes", "codes.1", "scales", "bias", "out", "out.stride", "bits", "activation_bits", "K", "N",
         "workspace", "state")
 FEW = 8                  # tokens of one pass over the weights
-MANY = 17               # tokens from which the matrix units, whose tiles are COLUMNS tokens, are to be faster than passes of FEW
+MANY = 17                # tokens from which the matrix units, whose tiles are COLUMNS tokens, are to be faster than passes of FEW
 ROWS, COLUMNS = 64, 128  # the tile of gemm_ternary.cu
 WARPS = 32               # of gemv_ternary.cu that a processor holds at once
 SHARE = 32               # steps that a warp of gemv_ternary.cu has at least: what it asks for at a time
+MOST_WARPS = 8
 
 
 def matmul_ternary(x, codes, scales, bias=None, *, bits, activation_bits, K, N):
@@ -47,8 +48,8 @@ def launches(a: dict[str, int], most: dict) -> list[Launch]:
     if tokens >= MANY:
         grid = -(-a["N"] // ROWS), -(-tokens // COLUMNS), 1
         return [quantise, Launch(compile.function("gemm_ternary", "gemm_ternary"), grid, 256, args, overlap=True)]
-    group, warps = 1 if tokens == 1 else 4 if tokens <= 4 else FEW, 1
-    while warps < 8 and warps * 2 * SHARE <= steps:
+    group, warps = 1 if tokens == 1 else 4 if tokens <= 4 else FEW, MOST_WARPS if tokens == 1 else 1  # one token: all of them quantise it
+    while warps < MOST_WARPS and warps * 2 * SHARE <= steps:
         warps *= 2
     name, groups, shared = f"gemv_ternary_{group}", -(-tokens // group), steps * 16 if tokens == 1 else 0
     grid = min(-(-a["N"] // 16), max(1, device.about()["processors"] * WARPS // warps // groups)), groups, 1

@@ -19,7 +19,8 @@ __device__ __forceinline__ float finish(i32 sum, TokenInfo token, float scale, f
     return __fdiv_rn((float)(sum - token.centre), token.factor) * scale + bias;
 }
 
-// of() over all threads of the block, which must all be here; shared holds a value of each warp
+// of() over all threads of the block, which must all be here, and what they wrote to shared memory is there for all; shared holds a value of
+// each warp, and is free again after the block's next barrier
 template <class T, class Of> __device__ __forceinline__ T over_block(T mine, T* shared, Of of)
 {
 #pragma unroll
@@ -28,7 +29,6 @@ template <class T, class Of> __device__ __forceinline__ T over_block(T mine, T* 
     __syncthreads();
     mine = shared[0];
     for (int w = 1; w < blockDim.x / 32; w++) mine = of(mine, shared[w]);
-    __syncthreads();
     return mine;
 }
 
@@ -40,18 +40,26 @@ __device__ __forceinline__ float4 load4(const float* x, int first, int k, bool a
                        first + 3 < k ? x[first + 3] : 0.0f);
 }
 
+#define HELD 4  // float4 of a thread that are read once
+
 // A token by all threads of a block: the reference's quantise_tokens. codes: 4 * steps words, zeros past k.
 __device__ __forceinline__ TokenInfo quantise_token(const float* x, int k, int steps, int bits, u32* codes)
 {
     __shared__ double shared[MOST_WARPS];
+    __shared__ i32 sums[MOST_WARPS];
     const bool aligned = ((u64)x & 15) == 0 && k % 4 == 0;
+    float4 held[HELD];
+#pragma unroll
+    for (int i = 0; i < HELD; i++) held[i] = load4(x, 4 * (threadIdx.x + i * blockDim.x), k, aligned);
+    const auto value = [&](int i) { return i < HELD ? held[i] : load4(x, 4 * (threadIdx.x + i * blockDim.x), k, aligned); };
+    const int count = (steps * 4 + blockDim.x - 1) / blockDim.x;
     float factor;
     if (bits == 8) {
         float top = 0;
-        for (int i = threadIdx.x; i < steps * 4; i += blockDim.x) {
-            const float4 v = load4(x, 4 * i, k, aligned);
-            top = fmaxf(fmaxf(top, fmaxf(fabsf(v.x), fabsf(v.y))), fmaxf(fabsf(v.z), fabsf(v.w)));
-        }
+        const auto look = [&](float4 v) { top = fmaxf(fmaxf(top, fmaxf(fabsf(v.x), fabsf(v.y))), fmaxf(fabsf(v.z), fabsf(v.w))); };
+#pragma unroll
+        for (int i = 0; i < HELD; i++) look(held[i]);
+        for (int i = HELD; i < count; i++) look(value(i));
         top = over_block(top, (float*)shared, [](float a, float b) { return fmaxf(a, b); });
         factor = __fdiv_rn(127.0f, fmaxf(top, 1e-5f));
     } else {
@@ -63,8 +71,7 @@ __device__ __forceinline__ TokenInfo quantise_token(const float* x, int k, int s
     const float most = (float)((1 << (bits - 1)) - 1);
     const int lane = threadIdx.x % 32, own = lane % 4;
     i32 sum = 0;
-    for (int first = threadIdx.x - lane; first < steps * 4; first += blockDim.x) {  // whole warps: four lanes share a step
-        const float4 four = load4(x, 4 * (first + lane), k, aligned);
+    const auto write = [&](int i, float4 four) {  // four lanes share a step
         const float v[4] = {four.x, four.y, four.z, four.w};
         u32 mine = 0, word = 0;
 #pragma unroll
@@ -72,8 +79,12 @@ __device__ __forceinline__ TokenInfo quantise_token(const float* x, int k, int s
         sum = dot_signed(mine, 0x01010101, sum);
 #pragma unroll
         for (int j = 0; j < 4; j++) word |= (__shfl_sync(FULL_WARP, mine, lane - own + j) >> 8 * own & 255) << 8 * j;
-        if (first + lane < steps * 4) codes[first + lane] = word;
-    }
-    sum = over_block(sum, (i32*)shared, [](i32 a, i32 b) { return a + b; });
+        const int at = threadIdx.x + i * blockDim.x;
+        if (at < steps * 4) codes[at] = word;
+    };
+#pragma unroll
+    for (int i = 0; i < HELD; i++) write(i, held[i]);
+    for (int i = HELD; i < count; i++) write(i, value(i));
+    sum = over_block(sum, sums, [](i32 a, i32 b) { return a + b; });
     return {factor, CENTRE * sum};
 }
