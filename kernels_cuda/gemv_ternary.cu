@@ -2,8 +2,8 @@
 //
 // scales, bias, out float32. Four lanes share a step: lane % 4 has four outputs of it, lane / 4 is one of 8 steps. The warps of a block
 // share a panel: each has every other group of 8 steps; then comes the block's next panel. One token is quantised here, by every block,
-// and fields of two bits are masked where they are, so that their sums come out 4, 16 and 64 times as large. Several tokens: x_codes and info come
-// from quantise_tokens.cu, and fields are brought down, once for all of them. Grid: (blocks, groups of TOKENS tokens).
+// and fields of two bits are masked where they are, so that their sums come out 4, 16 and 64 times as large. Several tokens: x_codes and
+// info come from quantise_tokens.cu, and fields are brought down, once for all of them. Grid: (blocks, groups of TOKENS tokens).
 #include "ternary.cuh"
 
 #define UNDER_WAY 4  // groups of 8 steps that a lane asks for before it uses the first

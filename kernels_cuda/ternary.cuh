@@ -19,8 +19,8 @@ __device__ __forceinline__ float finish(i32 sum, TokenInfo token, float scale, f
     return __fdiv_rn((float)(sum - token.centre), token.factor) * scale + bias;
 }
 
-// of() over all threads of the block, which must all be here, and what they wrote to shared memory is there for all; shared holds a value of
-// each warp, and is free again after the block's next barrier
+// of() over all threads of the block, which must all be here; what they wrote to shared memory before is there for all. shared holds a
+// value of each warp, and is free again after the block's next barrier.
 template <class T, class Of> __device__ __forceinline__ T over_block(T mine, T* shared, Of of)
 {
 #pragma unroll
@@ -51,7 +51,7 @@ __device__ __forceinline__ TokenInfo quantise_token(const float* x, int k, int s
     float4 held[HELD];
 #pragma unroll
     for (int i = 0; i < HELD; i++) held[i] = load4(x, 4 * (threadIdx.x + i * blockDim.x), k, aligned);
-    const auto value = [&](int i) { return i < HELD ? held[i] : load4(x, 4 * (threadIdx.x + i * blockDim.x), k, aligned); };
+    const auto again = [&](int i) { return load4(x, 4 * (threadIdx.x + i * blockDim.x), k, aligned); };
     const int count = (steps * 4 + blockDim.x - 1) / blockDim.x;
     float factor;
     if (bits == 8) {
@@ -59,7 +59,7 @@ __device__ __forceinline__ TokenInfo quantise_token(const float* x, int k, int s
         const auto look = [&](float4 v) { top = fmaxf(fmaxf(top, fmaxf(fabsf(v.x), fabsf(v.y))), fmaxf(fabsf(v.z), fabsf(v.w))); };
 #pragma unroll
         for (int i = 0; i < HELD; i++) look(held[i]);
-        for (int i = HELD; i < count; i++) look(value(i));
+        for (int i = HELD; i < count; i++) look(again(i));
         top = over_block(top, (float*)shared, [](float a, float b) { return fmaxf(a, b); });
         factor = __fdiv_rn(127.0f, fmaxf(top, 1e-5f));
     } else {
@@ -84,7 +84,7 @@ __device__ __forceinline__ TokenInfo quantise_token(const float* x, int k, int s
     };
 #pragma unroll
     for (int i = 0; i < HELD; i++) write(i, held[i]);
-    for (int i = HELD; i < count; i++) write(i, value(i));
+    for (int i = HELD; i < count; i++) write(i, again(i));
     sum = over_block(sum, sums, [](i32 a, i32 b) { return a + b; });
     return {factor, CENTRE * sum};
 }
