@@ -63,8 +63,8 @@ template <int KIND> __device__ __forceinline__ constexpr float unit_of(int i)
     return KIND == F16 ? 1 : KIND == INT4 && i / 2 ? 16 * TINY : TINY;
 }
 
-// Weighted values of a page, p: the weights as `Queries` of tokens. Where a cache (CACHE) has quantised pages, sum[2 b + e] has the channels
-// 32 b + 2 g + e and the one 16 further, times unit_of(); `base`, of what minima add, in row b the block b of 32 channels.
+// Weighted values of a page, p: the weights as `Queries` of tokens. Where a cache (CACHE) has quantised pages, sum[2 b + e] has the
+// channels 32 b + 2 g + e and the one 16 further, times unit_of(); `base`, of what minima add, in row b the block b of 32 channels.
 template <int KIND, int D, int CACHE>
 __device__ __forceinline__ void weigh_codes(const u8* side, const Queries& p, float (&sum)[D / 16][4], float (&base)[2], int g, int j,
                                             int bits = KIND)

@@ -13,13 +13,12 @@ template <int D, int WARPS> struct Shared {
     float norms[HEADS], tops[WARPS][HEADS], sums[WARPS][HEADS], base[WARPS][HEADS][D / 32];
     float key[D], value[D], newest[HEADS];  // of the newest token; its scores
     i64 pools[POOLS * FIELDS];
-    const int *table, *list;    // of pages, and of those that are read: null where all from `first` on are
+    const int *table, *list;  // of pages, and of those that are read: null where all from `first` on are
     int first, end, head, row, used, range, ranges, low, slots, begin, stages, alone; // what registers need not hold all the time
     float scores[WARPS][HEADS * SCORE_STRIDE];
 };
 
-// q of the group: load() before pages are sent for, so that it does not wait behind them; then rotated, times scale * log2 e, to shared
-// memory: as floats, and for each lane as halves of q over its head's largest.
+// q of the group: rotated, times scale * log2 e, to shared memory: as floats, and for each lane as halves of q over its head's largest.
 template <int D, int WARPS> struct Prepared {
     Turn turns[HEADS / WARPS][D / 32];
 
@@ -173,9 +172,9 @@ __device__ __forceinline__ void attend_range(const Call& call, Shared<D, WARPS>&
     {
         Prepared<D, WARPS> prepared;
         Newest<D, WARPS> newest;
-        if (KIND == F16) prepared.load(call, shared.head, shared.row, position);  // elsewhere registers are short, and pages small
-        for (int i = 0; i + 1 < shared.stages; i++) send();
-        if (KIND != F16) prepared.load(call, shared.head, shared.row, position);
+        for (int i = 0; i + 1 < shared.stages; i++) send();  // older pages are not written within a step
+        wait_previous();
+        prepared.load(call, shared.head, shared.row, position);
         if (shared.alone) newest.load(call, shared.head, shared.row, position), newest.store(shared);
         prepared.store(call, shared);
         for (int h = warp; shared.alone && h < call.group(); h += WARPS) {
@@ -234,7 +233,8 @@ __device__ __forceinline__ void attend_range(const Call& call, Shared<D, WARPS>&
 #pragma unroll
     for (int tile = 0; tile < D / 16; tile++)
 #pragma unroll
-        for (int i = 0; i < 4; i++) out[(warp * HEADS + 2 * j + i % 2) * D + channel_of<KIND>(tile, i, g)] = sum[tile][i] * (1 / unit_of<KIND>(i));
+        for (int i = 0; i < 4; i++)
+            out[(warp * HEADS + 2 * j + i % 2) * D + channel_of<KIND>(tile, i, g)] = sum[tile][i] * (1 / unit_of<KIND>(i));
     if (g < D / 32) shared.base[warp][2 * j][g] = base[0], shared.base[warp][2 * j + 1][g] = base[1];
     __syncthreads();
     finish<D, WARPS>(call, shared, out, blockIdx.y, shared.head, shared.range, shared.ranges);
@@ -257,7 +257,7 @@ __device__ __forceinline__ void decode(const Call& call, int ranges, int stages)
     const int slots = runs ? at<int>(counts)[call.layer * call.kv_heads + head] - 1 : 0;
     const i64 position = runs ? at<i64>(call.positions)[row] : 0;
     release_next();
-    wait_previous();
+    if (selection || !runs) wait_previous();  // lists are made by the kernel before
     if (!runs) return;
     const int* list = selection ? call.list_row(s, head) : nullptr;
     const int listed = list ? list[COUNT] : ALL, low = call.first_visible(slots);
@@ -266,9 +266,8 @@ __device__ __forceinline__ void decode(const Call& call, int ranges, int stages)
     const int first = list ? 0 : low / PAGE, count = list ? listed : slots / PAGE + 1 - first;
     // a page for each warp, two before a second range is worth being merged
     const int size = max((count + ranges - 2) / (ranges - 1), count <= 2 * WARPS ? count : WARPS), used = (count + size - 1) / size;
-    const bool newest = range == ranges - 1;  // a block for a token of which no page is read
-    const bool alone = used == 1 && call.compensation == 0;
-    if (range >= used && (!newest || alone)) return;
+    const bool alone = used == 1 && call.compensation == 0, newest = range == ranges - 1;  // the newest token's block reads no page
+    if (range >= used && (!newest || alone)) return wait_previous();
     if (threadIdx.x == 0) {
         shared.table = table, shared.list = list, shared.first = first, shared.head = head, shared.row = row, shared.used = used;
         shared.range = range, shared.ranges = ranges, shared.low = low, shared.slots = slots, shared.stages = stages;
@@ -277,6 +276,7 @@ __device__ __forceinline__ void decode(const Call& call, int ranges, int stages)
     }
     __syncthreads();
     if (newest) {
+        wait_previous();
         attend_newest<D, WARPS>(call, shared, position);
     } else {
         attend_range<KIND, D, WARPS>(call, shared, position);

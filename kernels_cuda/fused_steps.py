@@ -7,9 +7,9 @@ import numpy as np
 from edgeattn.kernels_cuda import device
 
 AROUND = np.dtype([(name, "i8") for name in ("gain", "normal", "other", "sum", "gated", "next_codes", "next_scales", "next_code_bytes",
-                                             "next_scale_bytes")] + [("epsilon", "i4"), ("activation", "i4"), ("half", "i4"), ("spare", "i4")])
+                                             "next_scale_bytes")] + [(name, "i4") for name in ("epsilon", "activation", "half", "spare")])
 BEFORE, AFTER, NEXT = "before", "after", "next"  # in a product's arguments: those of the steps that it takes in, and of the next product
-ROW = 8192       # the longest that a product normalises: what a block's registers hold
+ROW = 4096       # the longest that a product normalises: what registers of the smallest block hold
 AHEAD = 1 / 3    # of the second-level cache, that weights sent for in advance may take
 
 
@@ -65,7 +65,8 @@ def around(a: dict) -> np.ndarray:
     """The kernel's struct Around for a product's arguments."""
     made = np.zeros((), AROUND)
     if before := a.get(BEFORE):
-        made["gain"], made["normal"], made["epsilon"] = before["weight"], before["out"], np.uint32(before["epsilon"] & 0xffffffff).view(np.int32)
+        made["gain"], made["normal"] = before["weight"], before["out"]
+        made["epsilon"] = np.uint32(before["epsilon"] & 0xffffffff).view(np.int32)
     after = a.get(AFTER, {})
     if "y" in after:
         made["other"], made["sum"] = after["y"] if after["x"] == a["out"] else after["x"], after["out"]
