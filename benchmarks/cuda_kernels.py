@@ -109,7 +109,7 @@ def matmul(n, k, bits, tokens, repeat):
     sets = [first] + [Weights(n, k, bits) for _ in range(count - 1)]
     x = normal(tokens, k)
     out, state = cp.full((tokens, n), np.nan, np.float32), cp.array([tokens], np.int64)
-    scratch = cp.empty(matmul_nbits.workspace_bytes({}, dict(K=k, block_size=32), tokens, 1), np.uint8)
+    scratch = cp.empty(matmul_nbits.workspace_bytes({}, dict(bits=bits, K=k, block_size=32), tokens, 1), np.uint8)
     each = [w.launches(x, out, state, scratch, tokens) for w in sets]
     steps.run(each[0])
     check(first, x, out)

@@ -26,6 +26,7 @@ class Step:
 class CpuBackend:
     device = "cpu"
     runs_segments = True  # nodes that no kernel knows run in onnxruntime, over the same memory
+    outlives = 0          # steps that a value keeps its place in the arena after the last one that reads it
     open_sequences = 64  # that may be open at once where memory is not limited: it is touched only when used
 
     def limits(self, options, sparse, prefill, about: dict) -> tuple:

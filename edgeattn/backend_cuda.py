@@ -18,6 +18,7 @@ from edgeattn.device_batch import TO_DEVICE, DeviceBatch
 from edgeattn.device_pages import DevicePages
 from edgeattn.device_sequence import DeviceSequence
 from edgeattn.kernels_cuda import device, page_pool, read_pages, seal_pages
+from edgeattn.kernels_cuda.fused_steps import fuse
 from edgeattn.kernels_cuda.steps import Graph, run
 
 CHUNK_BYTES = 16 << 20  # of a weight, copied at a time: the driver stages it, the host keeps no copy
@@ -80,6 +81,7 @@ class Table:
 class CudaBackend:
     device = "cuda"
     runs_segments = False
+    outlives = 3        # steps that a value keeps its place after the last one that reads it: those may become one (fused_steps.py)
     open_sequences = 4  # that may be open at once where memory is not limited: their newest pages have a place from the beginning
 
     def __init__(self):
@@ -216,10 +218,10 @@ class CudaBackend:
     def prepare(self, table: Table, bucket: Bucket, progress=None) -> list:
         """The launches of a bucket; compiles kernels where that has not happened yet."""
         if bucket not in table.launches:
-            found = []
-            for i, step in enumerate(table.steps):
+            found, steps = [], fuse(table.steps, bucket.most())
+            for i, step in enumerate(steps):
                 if progress:
-                    progress(step.operator, i, len(table.steps))
+                    progress(step.operator, i, len(steps))
                 found += step.launches(bucket)
             table.launches[bucket] = found
         return table.launches[bucket]

@@ -190,7 +190,8 @@ class Plan:
             for name in makes:
                 if name in self.values and self.values[name].root not in self._inputs:
                     made.setdefault(self.values[name].root, i)
-        offsets, size = place([(root, self._bytes(root), i, last[root]) for root, i in made.items()])
+        outlives = self.backend.outlives
+        offsets, size = place([(root, self._bytes(root), i, last[root] + outlives) for root, i in made.items()])
         self.arena = self.backend.allocate(size)
         start = self.backend.address(self.arena)
         self._address = {root: start + offset for root, offset in offsets.items()}

@@ -38,8 +38,8 @@ __device__ __forceinline__ void score_page(const u8* side, const uint4 (&queries
 #pragma unroll
         for (int u = 0; u < 2; u++) {
             const u32 w0 = KIND == F16 ? q[u][0] : w[u][0], w1 = KIND == F16 ? q[u][1] : w[u][1];
-            mma_f16(c[0], x.operand(u, 0).a, w0, w1);
-            mma_f16(c[1], x.operand(u, 1).a, w0, w1);
+            mma_f16(c[0], x.template operand<false>(u, 0).a, w0, w1);
+            mma_f16(c[1], x.template operand<false>(u, 1).a, w0, w1);
         }
     }
     float* of_head = scores + 2 * j * SCORE_STRIDE;
@@ -49,16 +49,23 @@ __device__ __forceinline__ void score_page(const u8* side, const uint4 (&queries
     } else {
 #pragma unroll
         for (int h = 0; h < 2; h++) {
+            constexpr float unit = 1 / TINY, further = KIND == INT4 ? unit / 16 : unit;
             float* to = of_head + h * SCORE_STRIDE + 2 * g;
-            *reinterpret_cast<float2*>(to) = make_float2(c[0][h] + base[h], c[1][h] + base[h]);
-            *reinterpret_cast<float2*>(to + 16) = make_float2(c[0][h + 2] + base[h], c[1][h + 2] + base[h]);
+            *reinterpret_cast<float2*>(to) = make_float2(fmaf(c[0][h], unit, base[h]), fmaf(c[1][h], unit, base[h]));
+            *reinterpret_cast<float2*>(to + 16) = make_float2(fmaf(c[0][h + 2], further, base[h]), fmaf(c[1][h + 2], further, base[h]));
         }
     }
 }
 
-// Weighted values of a page, p: the weights as `Queries` of tokens. Where a cache has quantised pages, sum[2 b + e] has the channels
-// 32 b + 2 g + e and the one 16 further; `base`, of what minima add, in row b the block b of 32 channels.
-template <int KIND, int D>
+// What the sums of values in register `i` are times, in a cache of `KIND` (page_fragments.cuh).
+template <int KIND> __device__ __forceinline__ constexpr float unit_of(int i)
+{
+    return KIND == F16 ? 1 : KIND == INT4 && i / 2 ? 16 * TINY : TINY;
+}
+
+// Weighted values of a page, p: the weights as `Queries` of tokens. Where a cache (CACHE) has quantised pages, sum[2 b + e] has the
+// channels 32 b + 2 g + e and the one 16 further, times unit_of(); `base`, of what minima add, in row b the block b of 32 channels.
+template <int KIND, int D, int CACHE>
 __device__ __forceinline__ void weigh_codes(const u8* side, const Queries& p, float (&sum)[D / 16][4], float (&base)[2], int g, int j,
                                             int bits = KIND)
 {
@@ -78,18 +85,19 @@ __device__ __forceinline__ void weigh_codes(const u8* side, const Queries& p, fl
 #pragma unroll
         for (int u = 0; u < 2; u++) {
             const u32 w0 = mul_halves(p[u][0], step[u][0]), w1 = mul_halves(p[u][1], step[u][1]);
-            mma_f16(sum[2 * b], x.operand(u, 0).a, w0, w1);
-            mma_f16(sum[2 * b + 1], x.operand(u, 1).a, w0, w1);
+            mma_f16(sum[2 * b], x.template operand<CACHE != INT4>(u, 0).a, w0, w1);
+            mma_f16(sum[2 * b + 1], x.template operand<CACHE != INT4>(u, 1).a, w0, w1);
         }
     }
 }
 
 // Values in halves, straight from a page of which `written` tokens are written, in the order of channels that codes have.
-template <int D>
+template <int D, int CACHE>
 __device__ __forceinline__ void weigh_far_halves(const u8* values, const Queries& p, int written, float (&sum)[D / 16][4], int g, int j)
 {
 #pragma unroll
-    for (int b = 0; b < D / 32; b++)
+    for (int b = 0; b < D / 32; b++) {
+        float own[2][4] = {};
 #pragma unroll 1
         for (int u = 0; u < 2; u++) {  // not unrolled, and the warp together: no more at once than there are registers
             const u32 w0 = u ? p[1][0] : p[0][0], w1 = u ? p[1][1] : p[0][1];
@@ -101,11 +109,13 @@ __device__ __forceinline__ void weigh_far_halves(const u8* values, const Queries
                 x[i] = t < written ? *reinterpret_cast<const u32*>(from) : 0;
                 y[i] = t < written ? *reinterpret_cast<const u32*>(from + 32) : 0;
             }
-            mma_f16(sum[2 * b], {low_halves(x[0], x[2]), low_halves(y[0], y[2]), low_halves(x[1], x[3]), low_halves(y[1], y[3])}, w0, w1);
-            mma_f16(sum[2 * b + 1], {high_halves(x[0], x[2]), high_halves(y[0], y[2]), high_halves(x[1], x[3]), high_halves(y[1], y[3])},
-                    w0, w1);
+            mma_f16(own[0], {low_halves(x[0], x[2]), low_halves(y[0], y[2]), low_halves(x[1], x[3]), low_halves(y[1], y[3])}, w0, w1);
+            mma_f16(own[1], {high_halves(x[0], x[2]), high_halves(y[0], y[2]), high_halves(x[1], x[3]), high_halves(y[1], y[3])}, w0, w1);
             __syncwarp();
         }
+#pragma unroll
+        for (int i = 0; i < 8; i++) sum[2 * b + i / 4][i % 4] = fmaf(own[i / 4][i % 4], unit_of<CACHE>(i % 4), sum[2 * b + i / 4][i % 4]);
+    }
 }
 
 // The same for caches of halves alone, with loads of 16 bytes: sum[4 f + m] has the channels 64 f + 8 g + 2 m and the next one.
@@ -153,12 +163,12 @@ __device__ __forceinline__ void weigh_any(const Page& page, const u8* side, cons
                                            float (&base)[2], int g, int j)
 {
     if (KIND == F16) return weigh_halves<D>(side, p, sum, g, j);
-    if (page.kind(V_KIND) == F16) return weigh_far_halves<D>(at<u8>(page.place(V)), p, written, sum, g, j);
-    if (KIND == INT4) return weigh_codes<INT4, D>(side, p, sum, base, g, j);
+    if (page.kind(V_KIND) == F16) return weigh_far_halves<D, KIND>(at<u8>(page.place(V)), p, written, sum, g, j);
+    if (KIND == INT4) return weigh_codes<INT4, D, KIND>(side, p, sum, base, g, j);
     const int bits = page.kind(V_KIND);
-    if (bits == INT8) return weigh_codes<INT8, D>(side, p, sum, base, g, j);
-    if (bits == INT4) return weigh_codes<INT4, D>(side, p, sum, base, g, j);
-    return weigh_codes<INT3, D>(side, p, sum, base, g, j, bits);
+    if (bits == INT8) return weigh_codes<INT8, D, KIND>(side, p, sum, base, g, j);
+    if (bits == INT4) return weigh_codes<INT4, D, KIND>(side, p, sum, base, g, j);
+    return weigh_codes<INT3, D, KIND>(side, p, sum, base, g, j, bits);
 }
 
 // The channel of register `i` of sum[tile].
@@ -183,7 +193,10 @@ template <int KIND, int D> __device__ __forceinline__ void fetch_side(const Page
         return;
     }
     const int kind = page.kind(side == K ? K_KIND : V_KIND), bytes = KIND == INT4 ? 16 * D : 4 * D * kind;
-    if (kind >= F16) return;
+    if (kind >= F16) {  // those are read where they are
+        for (int i = lane; i < D / 2; i += 32) prefetch_l2(at<u8>(page.place(side)) + 128 * i);
+        return;
+    }
     if (16 * lane < 4 * D) cp_async16(to + bytes + 16 * lane, at<u8>(page.place(side + 2)) + 16 * lane);
     const u8* from = at<u8>(page.place(side)) + 16 * lane;
 #pragma unroll 1

@@ -1,7 +1,7 @@
 // Decode attention: a block is one KV head of a sequence and one range of its pages, with all query heads of the group. Its warps take
 // pages in turn, which come through rings in shared memory, keys and values in turn, while others are computed on. The newest token is in
 // no page yet: a block of its own rotates it, attends to it and writes it. The last block of a KV head to end merges all of them, so that
-// a step is one launch.
+// a step is one launch. Of few pages there is one range, whose block has the newest token as well and nothing to merge with.
 //   grid    (kv_heads * (ranges + 1), sequences)    sequences with more than one row are left to the kernels of prefill
 //   block   32 * WARPS threads
 //   shared  Shared<D, WARPS>, then `stages` sides (side_bytes), 2 or 3, for each warp
@@ -11,15 +11,14 @@ template <int D, int WARPS> struct Shared {
     float q[HEADS][D];
     uint4 queries[D / 32][32];  // what each lane multiplies with 32 channels, the same for all warps
     float norms[HEADS], tops[WARPS][HEADS], sums[WARPS][HEADS], base[WARPS][HEADS][D / 32];
-    float key[D], value[D];
+    float key[D], value[D], newest[HEADS];  // of the newest token; its scores
     i64 pools[POOLS * FIELDS];
-    const int *table, *list;    // of pages, and of those that are read: null where all from `first` on are
-    int first, end, head, row, used, range, ranges, low, slots, begin, stages, spare; // what registers need not hold all the time
+    const int *table, *list;  // of pages, and of those that are read: null where all from `first` on are
+    int first, end, head, row, used, range, ranges, low, slots, begin, stages, alone; // what registers need not hold all the time
     float scores[WARPS][HEADS * SCORE_STRIDE];
 };
 
-// q of the group: load() before pages are sent for, so that it does not wait behind them; then rotated, times scale * log2 e, to shared
-// memory: as floats, and for each lane as halves of q over its head's largest.
+// q of the group: rotated, times scale * log2 e, to shared memory: as floats, and for each lane as halves of q over its head's largest.
 template <int D, int WARPS> struct Prepared {
     Turn turns[HEADS / WARPS][D / 32];
 
@@ -60,32 +59,54 @@ template <int D, int WARPS> struct Prepared {
     }
 };
 
-// The newest token, in halves as its page will hold it: into its page, and as if it were a range of its own.
-template <int D, int WARPS>
-__device__ __forceinline__ void newest_token(const Call& call, int s, int head, int row, int slot, int ranges, int used,
-                                             Shared<D, WARPS>& shared)
-{
-    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-    const i64 position = at<i64>(call.positions)[row];
-    const float* k = at<float>(call.k) + row * call.k_stride + head * D;
-    const float* v = at<float>(call.v) + row * call.v_stride + head * D;
-    const Page page(shared.pools, call.table(s, head)[slot / PAGE]);
-    for (int c = threadIdx.x; c < D; c += 32 * WARPS) {
-        const u16 key = float_to_half(rotated(call, k, position, c)), value = float_to_half(v[c]);
-        shared.key[c] = half_to_float(key), shared.value[c] = half_to_float(value);
-        at<u16>(page.place(K))[c * PAGE + slot % PAGE] = key, at<u16>(page.place(V))[slot % PAGE * D + c] = value;
+// The newest token, in halves as its page will hold it: a channel for each of the first D threads. store() writes it into its page; its key
+// and value are in shared memory after the next barrier.
+template <int D, int WARPS> struct Newest {
+    Turn turn;
+    float value;
+
+    __device__ __forceinline__ void load(const Call& call, int head, int row, i64 position)
+    {
+        if (threadIdx.x >= D) return;
+        turn.load(call, at<float>(call.k) + row * call.k_stride + head * D, position, threadIdx.x);
+        value = at<float>(call.v)[row * call.v_stride + head * D + threadIdx.x];
     }
-    __syncthreads();
-    for (int h = warp; h < call.group(); h += WARPS) {
-        float* partial = partial_of(call, ranges, s, head, used, h);
+    __device__ __forceinline__ void store(Shared<D, WARPS>& shared) const
+    {
+        const int c = threadIdx.x, slot = shared.slots;
+        if (c >= D) return;
+        const Page page(shared.pools, shared.table[slot / PAGE]);
+        const u16 key = float_to_half(turn.value()), half = float_to_half(value);
+        shared.key[c] = half_to_float(key), shared.value[c] = half_to_float(half);
+        at<u16>(page.place(K))[c * PAGE + slot % PAGE] = key, at<u16>(page.place(V))[slot % PAGE * D + c] = half;
+    }
+    static __device__ __forceinline__ float score(const Shared<D, WARPS>& shared, int h)  // by a warp
+    {
         float x = 0;
-        for (int c = lane; c < D; c += 32) x += shared.q[h][c] * shared.key[c], partial[c] = shared.value[c];
-        x = warp_sum(x);
-        if (lane == 0) partial[D] = x, partial[D + 1] = 1;
+        for (int c = threadIdx.x % 32; c < D; c += 32) x += shared.q[h][c] * shared.key[c];
+        return warp_sum(x);
+    }
+};
+
+// The newest token as if it were a range of its own.
+template <int D, int WARPS>
+__device__ __forceinline__ void attend_newest(const Call& call, Shared<D, WARPS>& shared, i64 position)
+{
+    Prepared<D, WARPS> prepared;
+    Newest<D, WARPS> newest;
+    prepared.load(call, shared.head, shared.row, position);
+    newest.load(call, shared.head, shared.row, position);
+    newest.store(shared);
+    prepared.store(call, shared);
+    for (int h = threadIdx.x / 32; h < call.group(); h += WARPS) {
+        float* partial = partial_of(call, shared.ranges, blockIdx.y, shared.head, shared.used, h);
+        for (int c = threadIdx.x % 32; c < D; c += 32) partial[c] = shared.value[c];
+        const float x = Newest<D, WARPS>::score(shared, h);
+        if (threadIdx.x % 32 == 0) partial[D] = x, partial[D + 1] = 1;
     }
 }
 
-// Results of the warps -> the range's partial result. out: [WARPS][HEADS][D].
+// Results of the warps -> the range's partial result, or of the only range the output. out: [WARPS][HEADS][D].
 template <int D, int WARPS>
 __device__ __forceinline__ void finish(const Call& call, const Shared<D, WARPS>& shared, const float* out, int s, int head, int range,
                                        int ranges)
@@ -95,6 +116,7 @@ __device__ __forceinline__ void finish(const Call& call, const Shared<D, WARPS>&
         float best = LOWEST, all = 0;
 #pragma unroll
         for (int w = 0; w < WARPS; w++) best = fmaxf(best, shared.tops[w][h]);
+        if (shared.alone) best = fmaxf(best, shared.newest[h]);
         float4 x = make_float4(0, 0, 0, 0);
 #pragma unroll
         for (int w = 0; w < WARPS; w++) {
@@ -102,6 +124,13 @@ __device__ __forceinline__ void finish(const Call& call, const Shared<D, WARPS>&
             const float4 y = *reinterpret_cast<const float4*>(out + (w * HEADS + h) * D + c);
             x.x += factor * (y.x + base), x.y += factor * (y.y + base), x.z += factor * (y.z + base), x.w += factor * (y.w + base);
             all += factor * shared.sums[w][h];
+        }
+        if (shared.alone) {
+            const float factor = exp2_fast(shared.newest[h] - best), inverse = 1 / (all + factor);
+            float* to = at<float>(call.out) + shared.row * call.out_stride + (head * call.group() + h) * D + c;
+            to[0] = (x.x + factor * shared.value[c]) * inverse, to[1] = (x.y + factor * shared.value[c + 1]) * inverse;
+            to[2] = (x.z + factor * shared.value[c + 2]) * inverse, to[3] = (x.w + factor * shared.value[c + 3]) * inverse;
+            continue;
         }
         float* partial = partial_of(call, ranges, s, head, range, h);
         *reinterpret_cast<float4*>(partial + c) = x;
@@ -140,11 +169,19 @@ __device__ __forceinline__ void attend_range(const Call& call, Shared<D, WARPS>&
         else cp_async_wait<1>();
         __syncwarp();
     };
-    Prepared<D, WARPS> prepared;
-    if (KIND == F16) prepared.load(call, shared.head, shared.row, position);  // elsewhere registers are short, and pages small
-    for (int i = 0; i + 1 < shared.stages; i++) send();
-    if (KIND != F16) prepared.load(call, shared.head, shared.row, position);
-    prepared.store(call, shared);
+    {
+        Prepared<D, WARPS> prepared;
+        Newest<D, WARPS> newest;
+        for (int i = 0; i + 1 < shared.stages; i++) send();  // older pages are not written within a step
+        wait_previous();
+        prepared.load(call, shared.head, shared.row, position);
+        if (shared.alone) newest.load(call, shared.head, shared.row, position), newest.store(shared);
+        prepared.store(call, shared);
+        for (int h = warp; shared.alone && h < call.group(); h += WARPS) {
+            const float x = Newest<D, WARPS>::score(shared, h);
+            if (lane == 0) shared.newest[h] = x;
+        }
+    }
 
     float sum[D / 16][4] = {}, base[2] = {}, top = LOWEST, total = 0;
     float* scores = shared.scores[warp];
@@ -196,7 +233,8 @@ __device__ __forceinline__ void attend_range(const Call& call, Shared<D, WARPS>&
 #pragma unroll
     for (int tile = 0; tile < D / 16; tile++)
 #pragma unroll
-        for (int i = 0; i < 4; i++) out[(warp * HEADS + 2 * j + i % 2) * D + channel_of<KIND>(tile, i, g)] = sum[tile][i];
+        for (int i = 0; i < 4; i++)
+            out[(warp * HEADS + 2 * j + i % 2) * D + channel_of<KIND>(tile, i, g)] = sum[tile][i] * (1 / unit_of<KIND>(i));
     if (g < D / 32) shared.base[warp][2 * j][g] = base[0], shared.base[warp][2 * j + 1][g] = base[1];
     __syncthreads();
     finish<D, WARPS>(call, shared, out, blockIdx.y, shared.head, shared.range, shared.ranges);
@@ -219,29 +257,30 @@ __device__ __forceinline__ void decode(const Call& call, int ranges, int stages)
     const int slots = runs ? at<int>(counts)[call.layer * call.kv_heads + head] - 1 : 0;
     const i64 position = runs ? at<i64>(call.positions)[row] : 0;
     release_next();
-    wait_previous();
+    if (selection || !runs) wait_previous();  // lists are made by the kernel before
     if (!runs) return;
     const int* list = selection ? call.list_row(s, head) : nullptr;
     const int listed = list ? list[COUNT] : ALL, low = call.first_visible(slots);
     if (listed == ALL) list = nullptr;
     // of `slots` older tokens; at least one page
     const int first = list ? 0 : low / PAGE, count = list ? listed : slots / PAGE + 1 - first;
-    const int size = (count + ranges - 2) / (ranges - 1), used = (count + size - 1) / size;
-    const bool newest = range == ranges - 1;  // a block for a token of which no page is read
-    if (range >= used && !newest) return;
+    // a page for each warp, two before a second range is worth being merged
+    const int size = max((count + ranges - 2) / (ranges - 1), count <= 2 * WARPS ? count : WARPS), used = (count + size - 1) / size;
+    const bool alone = used == 1 && call.compensation == 0, newest = range == ranges - 1;  // the newest token's block reads no page
+    if (range >= used && (!newest || alone)) return wait_previous();
     if (threadIdx.x == 0) {
         shared.table = table, shared.list = list, shared.first = first, shared.head = head, shared.row = row, shared.used = used;
         shared.range = range, shared.ranges = ranges, shared.low = low, shared.slots = slots, shared.stages = stages;
+        shared.alone = alone;
         shared.begin = range * size, shared.end = min(count, range * size + size);
     }
     __syncthreads();
     if (newest) {
-        Prepared<D, WARPS> prepared;
-        prepared.load(call, head, row, position);
-        prepared.store(call, shared);
-        newest_token<D, WARPS>(call, s, head, row, slots, ranges, used, shared);
+        wait_previous();
+        attend_newest<D, WARPS>(call, shared, position);
     } else {
         attend_range<KIND, D, WARPS>(call, shared, position);
+        if (shared.alone) return;
     }
     if (last_to_arrive(blockIdx.y * (int)call.kv_heads + shared.head, shared.used + 1))
         merge_ranges(call, blockIdx.y, blockIdx.y, shared.head, 0, call.group(), shared.row, shared.ranges, shared.used + 1,

@@ -2,6 +2,7 @@
 import numpy as np
 
 from edgeattn.kernels_cuda import compile
+from edgeattn.kernels_cuda.matmul_nbits import refuse
 from edgeattn.kernels_cuda.steps import Launch, call, ints, pointers
 
 ARGS = ("ids", "ids.rows", "codes", "scales", "zero_points", "out", "out.stride", "bits", "block_size", "K", "N", "state")
@@ -14,6 +15,12 @@ def embedding_nbits(ids, codes, scales, zero_points=None, *, bits, block_size, K
     tensors = dict(ids=ids, codes=codes, scales=scales.view(np.uint16), zero_points=zero_points, out=out)
     call(kernel, tensors, dict(bits=bits, block_size=block_size, K=K, N=N))
     return out
+
+
+def workspace_bytes(tensors, attributes, rows, threads) -> int:
+    """None; refuses what matmul_nbits does."""
+    refuse(tensors, attributes)
+    return 0
 
 
 def launches(a: dict[str, int], most: dict) -> list[Launch]:

@@ -5,9 +5,10 @@
 // units. A team of `team` warps shares a panel: each warp has every team-th group of 8 units. What a lane needs next is under way by
 // cp.async into a ring of its own in shared memory, STAGES groups, which costs no registers and no barriers. The first groups are asked
 // for before the kernel before has ended: weights do not depend on it.
-// Grid: (blocks, groups of TOKENS tokens). One token: its activations are quantised here, into shared memory. More: by quantise.cu before.
+// Grid: (blocks, groups of TOKENS tokens). One token: its activations are quantised here, into shared memory, and steps around the product
+// may be part of it (gemv_around.cuh). More: by quantise.cu before.
+#include "gemv_around.cuh"
 #include "panels.cuh"
-#include "quantise.cuh"
 
 #define EARLY 1  // groups of a ring that are asked for before the kernel before has ended
 
@@ -23,11 +24,11 @@ template <int BITS, int UNIT> struct Cursor {
     using S = Stage<BITS, UNIT>;
     const u8* codes;
     i64 block;       // of the panel's first, in scales and zero points
-    int unit, panel, stride, step;  // panels from one of the warp's to its next; units from one group to the next
+    int unit, place, stride, step, half;  // places of panels (gemv_around.cuh); units from one group to the next
 
     __device__ __forceinline__ void begin(const Weights& w, int first_unit)
     {
-        const int outputs = threadIdx.x & 3;
+        const int outputs = threadIdx.x & 3, panel = panel_of(place, half);
         unit = first_unit;
         codes = w.codes + ((i64)panel * w.units + unit) * S::BYTES + outputs * 16;
         block = (i64)panel * (w.units >> w.block_shift) * 16 + outputs * 4;
@@ -37,7 +38,7 @@ template <int BITS, int UNIT> struct Cursor {
     __device__ __forceinline__ void fetch(S& stage, const Weights& w, int first_unit)
     {
         const int lane = threadIdx.x & 31;
-        if (panel < w.panels) {
+        if (place < w.panels) {
             const bool valid = unit < w.units;
 #pragma unroll
             for (int s = 0; s < S::STEPS; s++) cp_async_or_zeros<16>(&stage.codes[s][lane], codes + s * 64, valid);
@@ -47,7 +48,7 @@ template <int BITS, int UNIT> struct Cursor {
             unit += step;
             codes += step * S::BYTES;
             if (unit - (lane >> 2) >= w.units) {  // the same for all lanes
-                panel += stride;
+                place = next_place(place, half, stride);
                 begin(w, first_unit);
             }
         }
@@ -118,8 +119,10 @@ struct Out {
 };
 
 // Sums of a panel over the lanes of a warp and the warps of a team, to memory. sums: [team's warps][TOKENS][16], another one the next time.
+// other: what is added to this thread's output of the panel; gate: its output of the panel before.
 template <int TOKENS>
-__device__ __forceinline__ void finish(float (&total)[TOKENS][4], float* sums, int team, int warp, int barrier, const Out& to, int panel)
+__device__ __forceinline__ void finish(float (&total)[TOKENS][4], float* sums, int team, int warp, int barrier, const Out& to, int panel,
+                                       const Around& around, float other, float& gate)
 {
     const int lane = threadIdx.x & 31;
 #pragma unroll
@@ -144,6 +147,10 @@ __device__ __forceinline__ void finish(float (&total)[TOKENS][4], float* sums, i
             float x = to.bias ? to.bias[output] : 0.0f;
             for (int w = 0; w < team; w++) x += sums[w * TOKENS * 16 + i];
             to.out[i / 16 * to.stride + output] = x;
+            if (TOKENS == 1 && around.sum) around.sum[output] = x + other;
+            if (TOKENS == 1 && panel >= around.half && around.gated)
+                around.gated[output - 16 * around.half] = activate(gate, around.activation) * x;
+            gate = x;
         }
     }
 }
@@ -178,28 +185,31 @@ __device__ __forceinline__ void quantise_row(const float* x, int k, int units, i
 
 template <int BITS, int UNIT, int TOKENS, int STAGES>
 __device__ __forceinline__ void gemv(const float* x, const u32* x_codes, const UnitInfo* x_info, i64 x_pitch, int info_pitch,
-                                     const Weights& w, Out to, const i64* state, int tokens_at, int k, int team_shift)
+                                     const Weights& w, Out to, const i64* state, int tokens_at, int k, int team_shift, const Around& around)
 {
     extern __shared__ uint4 shared[];
     using S = Stage<BITS, UNIT>;
     const int warps = blockDim.x / 32, lane = threadIdx.x & 31, block_warp = threadIdx.x / 32;
     const int team = 1 << team_shift, warp = block_warp & team - 1, own_team = block_warp >> team_shift;
-    const int teams = warps >> team_shift, first_panel = blockIdx.x * teams + own_team, stride = gridDim.x * teams;
+    const int teams = warps >> team_shift, first_team = blockIdx.x * teams + own_team, stride = gridDim.x * teams;
     S* ring = (S*)shared + block_warp * STAGES;
     float* sums = (float*)((S*)shared + warps * STAGES) + own_team * 2 * team * TOKENS * 16;
+    const int first_place = TOKENS == 1 && around.half ? 2 * first_team : first_team, half = TOKENS == 1 ? around.half : 0;
     u32* own_codes = (u32*)((S*)shared + warps * STAGES) + warps * 2 * TOKENS * 16;
     UnitInfo* own_info = (UnitInfo*)(own_codes + w.units * (UNIT / 4));
 
     // of this warp, in a panel
     const int first_unit = warp * 8 + lane / 4, groups = max(0, w.units - warp * 8 + team * 8 - 1 >> 3 + team_shift);
     Cursor<BITS, UNIT> cursor;
-    cursor.panel = groups > 0 ? first_panel : w.panels, cursor.stride = stride, cursor.step = team * 8;
+    cursor.place = groups > 0 ? first_place : w.panels, cursor.half = half, cursor.stride = stride, cursor.step = team * 8;
     cursor.begin(w, first_unit);
 #pragma unroll
     for (int s = 0; s < min(EARLY, STAGES - 1); s++) cursor.fetch(ring[s], w, first_unit);
     // Only EARLY groups are asked for before the activations, which would have to wait behind them.
     const int first_token = blockIdx.y * TOKENS;
     to.tokens = (int)state[tokens_at] - first_token;
+    if (TOKENS == 1 && around.gain && 32 * threadIdx.x < k) prefetch_l2(around.gain + 32 * threadIdx.x);
+    if (TOKENS == 1) send_for(around.next_codes, around.next_code_bytes), send_for(around.next_scales, around.next_scale_bytes);
     release_next();
     wait_previous();
     to.out += first_token * to.stride;
@@ -215,7 +225,12 @@ __device__ __forceinline__ void gemv(const float* x, const u32* x_codes, const U
     const UnitInfo* info = own_info;
     if (TOKENS == 1) {
         const bool fast = ((u64)x & 15) == 0 && k % 8 == 0 && w.block_shift == 0;
-        if (!fast)
+        float* warp_sums = (float*)((S*)shared + warps * STAGES);
+        if (around.gain && w.units * (UNIT / 8) <= blockDim.x)
+            quantise_normal<BITS, UNIT, 1>(x, around, k, w.units, own_codes, own_info, warp_sums, fetch_rest);
+        else if (around.gain)
+            quantise_normal<BITS, UNIT, 4>(x, around, k, w.units, own_codes, own_info, warp_sums, fetch_rest);
+        else if (!fast)
             quantise_row<BITS, UNIT, false, 1>(x, k, w.units, w.block_shift, own_codes, own_info, fetch_rest);
         else if (w.units * (UNIT / 8) <= 2 * blockDim.x)
             quantise_row<BITS, UNIT, true, 2>(x, k, w.units, w.block_shift, own_codes, own_info, fetch_rest);
@@ -231,8 +246,11 @@ __device__ __forceinline__ void gemv(const float* x, const u32* x_codes, const U
     }
 
     float total[TOKENS][4] = {};
+    float gate = 0, other = 0;
     int slot = 0;
-    for (int panel = first_panel, turn = 0; panel < w.panels; panel += stride, turn ^= 1) {
+    for (int place = first_place, turn = 0; place < w.panels; place = next_place(place, half, stride), turn ^= 1) {
+        const int panel = panel_of(place, half), output = panel * 16 + lane % 16;
+        if (TOKENS == 1 && around.other && warp == 0) other = output < to.n ? around.other[output] : 0.0f;  // before it is waited for
         for (int group = 0; group < groups; group++) {
             cp_async_wait<STAGES - 2>();
             const int unit = min((group * team + warp) * 8 + lane / 4, w.units - 1);
@@ -241,17 +259,17 @@ __device__ __forceinline__ void gemv(const float* x, const u32* x_codes, const U
             cursor.fetch(ring[slot == 0 ? STAGES - 1 : slot - 1], w, first_unit);  // into what was used up one group ago
             slot = slot == STAGES - 1 ? 0 : slot + 1;
         }
-        finish<TOKENS>(total, sums + turn * team * TOKENS * 16, team, warp, 1 + own_team, to, panel);
+        finish<TOKENS>(total, sums + turn * team * TOKENS * 16, team, warp, 1 + own_team, to, panel, around, other, gate);
     }
 }
 
 #define GEMV(BITS, UNIT, TOKENS, STAGES, BLOCKS)                                                                                  \
     KERNEL __launch_bounds__(256, BLOCKS) gemv_##BITS##_##UNIT##_##TOKENS(                                                        \
         const float* x, const u32* x_codes, const UnitInfo* x_info, i64 x_pitch, int info_pitch, Weights w, const float* bias,    \
-        float* out, i64 out_stride, const i64* state, int tokens_at, int k, int n, int team_shift)                        \
+        float* out, i64 out_stride, const i64* state, int tokens_at, int k, int n, int team_shift, Around around)                 \
     {                                                                                                                             \
         gemv<BITS, UNIT, TOKENS, STAGES>(x, x_codes, x_info, x_pitch, info_pitch, w, {bias, out, out_stride, n, 0}, state,        \
-                                         tokens_at, k, team_shift);                                                           \
+                                         tokens_at, k, team_shift, around);                                                       \
     }
 
 GEMV(4, 32, 1, 4, 2)

@@ -5,7 +5,7 @@ Few tokens: gemv_nbits.cu, which reads every weight once for up to FEW of them. 
 """
 import numpy as np
 
-from edgeattn.kernels_cuda import compile, device
+from edgeattn.kernels_cuda import compile, device, fused_steps
 from edgeattn.kernels_cuda.steps import Launch, call, ints, pointers
 
 ARGS = ("x", "x.rows", "x.stride", "codes", "scales", "zero_points", "bias", "out", "out.stride", "bits", "block_size", "K", "N",
@@ -28,8 +28,17 @@ def matmul_nbits(x, codes, scales, zero_points=None, bias=None, *, bits, block_s
     return out
 
 
+def refuse(tensors, attributes) -> None:
+    """ValueError for what only the CPU multiplies."""
+    if attributes["bits"] not in (4, 8):
+        raise ValueError(f"weights of {attributes['bits']} bits are for the CPU: export with 4 or 8 for --device cuda")
+    if "zero_points" in tensors and tensors["zero_points"].type != "uint8":
+        raise ValueError("zero points that are no integers are for the CPU: use --device cpu")
+
+
 def workspace_bytes(tensors, attributes, rows, threads) -> int:
     """Quantised activations of `rows` tokens, whole tiles of them: codes, then the units' scales and sums."""
+    refuse(tensors, attributes)
     codes, info = _activation_bytes(rows, attributes["K"], attributes["block_size"])
     return codes + info
 
@@ -95,11 +104,13 @@ def _gemv(a, tokens, weights, unit, group) -> Launch:
     activations, warps = units * (unit + 8) if group == 1 else 0, WARPS
     while warps > 1 and warps * (stage + 2 * group * 64) + activations > about["shared_bytes"]:
         warps //= 2
-    shared, team = warps * (stage + 2 * group * 64) + activations, min(warps, team_of(panels, units, about["processors"]))
-    grid = min(-(-panels * team // warps), about["processors"] * BLOCKS), -(-tokens // group), 1
+    nearby = fused_steps.around(a)
+    shares = int(nearby["half"]) or panels  # that teams share: panels, or pairs of them
+    shared, team = warps * (stage + 2 * group * 64) + activations, min(warps, team_of(shares, units, about["processors"]))
+    grid = min(-(-shares * team // warps), about["processors"] * BLOCKS), -(-tokens // group), 1
     x_codes, pitch, info, rows = (np.int64(0), np.int64(0), np.int64(0), np.int32(1)) if group == 1 else _places(a, tokens)
-    args = (*pointers(a, "x"), x_codes, info, pitch // 4, rows, weights, *pointers(a, "bias", "out", "out.stride", "state"),
-            *ints(a, "x.rows", "K", "N"), np.int32(team.bit_length() - 1))
+    args = (np.int64(fused_steps.row_of(a)), x_codes, info, pitch // 4, rows, weights, *pointers(a, "bias", "out", "out.stride", "state"),
+            *ints(a, "x.rows", "K", "N"), np.int32(team.bit_length() - 1), nearby)
     return Launch(compile.function("gemv_nbits", f"gemv_{a['bits']}_{unit}_{group}", shared), grid, 32 * warps, args, shared, overlap=True)
 
 

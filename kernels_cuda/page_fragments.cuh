@@ -21,17 +21,18 @@ __device__ __forceinline__ void paired(uint4 x, u32 (&to)[2][2]) {
     to[1][0] = low_halves(x.z, x.w), to[1][1] = high_halves(x.z, x.w);
 }
 
-// Bits of a word at `SHIFT` and 16 higher, MASK wide, as two halves. 0x6400 are the bits of 1024, whose last bit is worth 1.
-template <int BITS, int SHIFT> __device__ __forceinline__ u32 codes(u32 word) {
+// Codes become halves without arithmetic: their bits alone are tiny numbers, the code times TINY, which tensor cores multiply exactly. What
+// comes out is divided by TINY once. Codes that stand four bits higher (int4's columns 16 further, matrix rows g + 8) are 16 times larger.
+#define TINY 5.9604644775390625e-8f  // 2^-24, the last bit of a half
+
+template <int BITS, int SHIFT> __device__ __forceinline__ u32 codes(u32 word)
+{
     const u32 mask = ((1u << BITS) - 1) << SHIFT;
-    const u32 biased = (word & (mask | mask << 16)) | 0x64006400u;
-    if (SHIFT == 0) return sub_halves(biased, 0x64006400u);
-    if (SHIFT == 2) return fma_halves(biased, 0x34003400u, 0xDC00DC00u);  // / 4 - 256
-    if (SHIFT == 4) return fma_halves(biased, 0x2C002C00u, 0xD400D400u);  // / 16 - 64
-    return fma_halves(biased, 0x24002400u, 0xCC00CC00u);                  // / 64 - 16
+    return word & (mask | mask << 16);
 }
 
 // What one lane reads of 32 rows of `KIND`: of `rows` rows' codes from byte `from` of a side on, those from row 32 * block on.
+// ALIKE: all codes of an operand times TINY, int4's too.
 // FAR: straight from the page in device memory.
 template <int KIND, bool FAR> struct Codes;
 
@@ -41,8 +42,9 @@ template <> struct Codes<INT4, false> {
         for (int u = 0; u < 2; u++)
             step[u] = *reinterpret_cast<const uint2*>(side + swizzled<7>(from + (8 * block + 2 * j + u) * 64 + 8 * g));
     }
-    __device__ __forceinline__ Operand operand(int u, int second) const {
+    template <bool ALIKE> __device__ __forceinline__ Operand operand(int u, int second) const {
         const u32 x = second ? step[u].y : step[u].x, y = x >> 8;
+        if (ALIKE) return {{codes<4, 0>(x), codes<4, 0>(x >> 4), codes<4, 0>(y), codes<4, 0>(y >> 4)}};
         return {{codes<4, 0>(x), codes<4, 4>(x), codes<4, 0>(y), codes<4, 4>(y)}};
     }
 };
@@ -55,7 +57,7 @@ template <> struct Codes<INT8, false> {
             low[u] = *reinterpret_cast<const uint2*>(side + swizzled<7>(from + rows * 16 + (8 * block + 2 * j + u) * 64 + 8 * g));
         }
     }
-    __device__ __forceinline__ Operand operand(int u, int second) const {
+    template <bool ALIKE> __device__ __forceinline__ Operand operand(int u, int second) const {
         const u32 x = second ? high[u].y : high[u].x, y = second ? low[u].y : low[u].x;
         const u32 first = (x & 0x0F0F0F0Fu) << 4 | (y & 0x0F0F0F0Fu), other = (x & 0xF0F0F0F0u) | (y >> 4 & 0x0F0F0F0Fu);
         return {{codes<8, 0>(first), codes<8, 0>(other), codes<8, 0>(first >> 8), codes<8, 0>(other >> 8)}};
@@ -71,7 +73,7 @@ template <> struct Codes<INT3, false> {
         if (bits == INT3) top = *reinterpret_cast<const uint2*>(side + swizzled<7>(from + rows * 8 + (2 * block + j / 2) * 64 + 8 * g));
         top.x >>= 4 * (j & 1), top.y >>= 4 * (j & 1);  // each byte's upper bits may hold a neighbour's: masked below
     }
-    __device__ __forceinline__ Operand operand(int u, int second) const {
+    template <bool ALIKE> __device__ __forceinline__ Operand operand(int u, int second) const {
         const u32 x = (second ? both.y : both.x) >> 4 * u, t = (second ? top.y : top.x) >> 2 * u;
         const u32 first = (x & 0x03030303u) | (t & 0x01010101u) << 2, other = (x >> 2 & 0x03030303u) | (t & 0x02020202u) << 1;
         return {{codes<4, 0>(first), codes<4, 0>(other), codes<4, 0>(first >> 8), codes<4, 0>(other >> 8)}};
@@ -88,7 +90,7 @@ template <bool FAR> struct Codes<F16, FAR> {
                 row[u][i] = *reinterpret_cast<const uint2*>(side + swizzled<FAR ? 31 : 9>(place));
             }
     }
-    __device__ __forceinline__ Operand operand(int u, int second) const {
+    template <bool ALIKE> __device__ __forceinline__ Operand operand(int u, int second) const {
         const u32 x0 = second ? row[u][0].y : row[u][0].x, x1 = second ? row[u][1].y : row[u][1].x;
         const u32 x2 = second ? row[u][2].y : row[u][2].x, x3 = second ? row[u][3].y : row[u][3].x;
         return {{low_halves(x0, x2), high_halves(x0, x2), low_halves(x1, x3), high_halves(x1, x3)}};

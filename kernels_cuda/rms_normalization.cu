@@ -1,15 +1,11 @@
 // Root-mean-square normalisation of every row, or of every group of a row (a head). All float32.
 // rms_rows: a block a group; grid (rows, groups). rms_groups: a warp a group, for narrow ones; grid (rows, groups / warps of a block).
 #include "common.cuh"
+#include "normalization.cuh"
 
 #define WARPS 8
 
 #define EACH 4  // elements of a thread that stay in registers
-
-__device__ __forceinline__ float factor_of(float total, int width, float epsilon)
-{
-    return __fdiv_rn(1.0f, __fsqrt_rn(__fdiv_rn(total, (float)width) + epsilon));
-}
 
 // A group by `threads` threads, this one number `thread`. The weight is loaded before the kernel before has ended, x once. total_of(own
 // sum) adds up over the threads.

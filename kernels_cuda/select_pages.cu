@@ -202,13 +202,20 @@ extern "C" __global__ void __launch_bounds__(SELECT_THREADS) select_pages(CALL_P
     const int row = call.first_row(s), group = call.group(), slots = runs ? call.slots(s, head) : 0, total = a.total(slots);
     for (int i = threadIdx.x; i < POOLS * FIELDS; i += SELECT_THREADS) scoring.pools[i] = at<i64>(call.pools)[i];
     release_next();
-    wait_previous();
-    if (!runs) return;
-    int2 range = a.candidates(s, head, total);
+    int2 range = runs ? a.candidates(s, head, total) : make_int2(0, 0);
     if (a.score == MASS) range = make_int2(0, total);
     const int size = (max(range.y - range.x, 0) + (int)parts - 1) / (int)parts;
     const int begin = range.x + part * size, end = min(range.y, begin + size);
-    const bool scored = a.scoring(s, head);
+    const bool scored = runs && a.scoring(s, head);
+    if (scored && a.score == BOUND && a.index_width < 2 * depth) {  // what is scored is there when q is
+        __syncthreads();
+        for (int page = begin + threadIdx.x / 4; page < end; page += SELECT_THREADS / 4) {  // four lines of 128 bytes at most
+            const int entry = call.table(s, head)[page], line = 128 * (threadIdx.x % 4);
+            if (entry >= 0 && line < 4 * depth) prefetch_l2(at<u8>(Page(scoring.pools, entry).place(K_PARAMS)) + line);
+        }
+    }
+    wait_previous();
+    if (!runs) return;
     float* found = a.scores_of(s, head);
     if (scored && begin < end) {
         for (int n = threadIdx.x; n < group * depth; n += SELECT_THREADS)

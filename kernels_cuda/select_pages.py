@@ -13,7 +13,7 @@ SELECTION = (  # in the order of SELECTION_ARGS
     "score", "combine", "budget", "fraction", "recent", "reach", "reuse", "block", "workspace.softmax")
 ARGS = (*CALL, *(name for name in SELECTION if not name.startswith("workspace")), "selection.components")
 SCORES = "bound", "mass", "recency", "random", "peak"
-THREADS, SHARED = 512, 4 * (2048 + 1024 + 64 + 16 + 64 + 7)  # select_pages.cu, selection.cuh: Choosing
+THREADS, SHARED = 512, 4 * (2048 + 1024 + 64 + 16 + 64 + 8)  # select_pages.cu, selection.cuh: Choosing
 MOST_PAGES = 32768
 WORKSPACE_ROWS = "sequences"  # the count that `rows` of workspace_bytes is: only decode steps select
 

@@ -2,7 +2,7 @@
 import numpy as np
 import pytest
 from cuda_device import needs_cuda
-from test_kernels import CASES, logits, quantised, sample_with_nan
+from test_kernels import CASES, logits, matmul_ternary_case, quantised, sample_with_nan
 
 from edgeattn.kernels_cuda import add, gated_activation, matmul_nbits, rms_normalization, steps
 from edgeattn.ops import load_kernel
@@ -10,13 +10,19 @@ from edgeattn.reference.matmul_nbits import matmul_nbits as reference
 from edgeattn.reference.matmul_nbits import quantise_activations
 
 pytestmark = needs_cuda
-DENSE = ("add", "embedding", "embedding_nbits", "gather_rows", "gated_activation", "linear", "matmul_nbits", "rms_normalization", "sample")
+DENSE = ("add", "embedding", "embedding_nbits", "gather_rows", "gated_activation", "linear", "matmul_nbits", "matmul_ternary",
+         "rms_normalization", "sample")
 
 
 @pytest.mark.parametrize("name, case", [pytest.param(n, c, id=f"{n}-{c[0]}") for n in DENSE for c in CASES[n]])
 def test_kernel_matches_reference(name, case):
     _, build, tolerance = case
     args, attributes = build(np.random.default_rng())
+    if attributes.get("bits") in (1, 3) or attributes.get("bits") == 2 and name != "matmul_ternary" or any(
+            name.endswith("nbits") and x is not None and x.dtype == np.float16 for x in args[3:4]):
+        with pytest.raises(ValueError, match="CPU"):
+            load_kernel(name, "cuda")(*args, **attributes)
+        return
     expected = load_kernel(name, "reference")(*args, **attributes)
     np.testing.assert_allclose(load_kernel(name, "cuda")(*args, **attributes), expected, rtol=0, atol=tolerance)
 
@@ -124,6 +130,16 @@ def test_steps_that_overlap_keep_their_order(rows):
         expected[:, :width // 2] += load_kernel("gated_activation", "reference")(h, activation="silu")
     arrays.fetch(x)
     np.testing.assert_allclose(x, expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_matmul_ternary_of_any_shape(seed):
+    rng = np.random.default_rng()
+    tokens, activation_bits = int(rng.choice([1, 1, 2, 3, 5, 8, 9, 24, 25, 130, 300])), int(rng.choice([4, 8]))
+    n, k = (int(2 ** rng.uniform(0, 12)) for _ in range(2))
+    args, about = matmul_ternary_case(rng, tokens, n, k, 2, activation_bits, rng.random() < 0.5)
+    expected = load_kernel("matmul_ternary", "reference")(*args, **about)
+    np.testing.assert_allclose(load_kernel("matmul_ternary", "cuda")(*args, **about), expected, rtol=0, atol=2e-5 * about["K"] ** 0.5)
 
 
 @pytest.mark.parametrize("share", [0.1, 0.9, 1])

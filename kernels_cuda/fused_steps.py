@@ -1,0 +1,86 @@
+"""Decode steps of one token with fewer kernels: a product takes in the normalisation before it and the sum or gate behind it, and sends for
+the weights of the next one while it waits (gemv_around.cuh). All values are written as if every step had run by itself."""
+from dataclasses import replace
+
+import numpy as np
+
+from edgeattn.kernels_cuda import device
+
+AROUND = np.dtype([(name, "i8") for name in ("gain", "normal", "other", "sum", "gated", "next_codes", "next_scales", "next_code_bytes",
+                                             "next_scale_bytes")] + [(name, "i4") for name in ("epsilon", "activation", "half", "spare")])
+BEFORE, AFTER, NEXT = "before", "after", "next"  # in a product's arguments: those of the steps that it takes in, and of the next product
+ROW = 4096       # the longest that a product normalises: what registers of the smallest block hold
+AHEAD = 1 / 3    # of the second-level cache, that weights sent for in advance may take
+
+
+def fuse(steps: list, most: dict) -> list:
+    """Steps (backend_cuda.Step) of a bucket, `most` -> as many or fewer."""
+    found = []
+    for step in steps:
+        last = found[-1] if found else None
+        if last and step.operator == "matmul_nbits" and _normalises(last, step.arguments, most):
+            found[-1] = replace(step, arguments=step.arguments | {BEFORE: last.arguments})
+        elif last and last.operator == "matmul_nbits" and AFTER not in last.arguments and _follows(step, last.arguments, most):
+            found[-1] = replace(last, arguments=last.arguments | {AFTER: step.arguments})
+        else:
+            found.append(step)
+    products = [i for i, step in enumerate(found) if step.operator == "matmul_nbits" and _one(step.arguments, most)]
+    for i, following in zip(products, products[1:]):
+        found[i] = replace(found[i], arguments=found[i].arguments | {NEXT: found[following].arguments})
+    return found
+
+
+def _one(a, most) -> bool:
+    """Whether gemv_nbits.cu's kernel of one token runs a product."""
+    return most[a["x.rows"]] == 1 and a["block_size"] >= 32
+
+
+def _normalises(last, a, most) -> bool:
+    """Whether the step `last` makes a product's row by normalising one that the product writes nowhere near."""
+    n = last.arguments
+    return (last.operator == "rms_normalization" and _one(a, most) and n["x.rows"] == a["x.rows"] and n["out"] == a["x"]
+            and n["x.groups"] == 1 and n["x.width"] == a["K"] and a["block_size"] == 32 and a["K"] <= ROW and a["K"] % 8 == 0
+            and not (n["x"] | n["out"] | n["weight"]) % 16 and _apart(n["x"], a["K"], a["out"], a["N"]))
+
+
+def _follows(step, a, most) -> bool:
+    """Whether a step takes a product's row and writes nowhere near what the product reads."""
+    b = step.arguments
+    if step.operator not in ("add", "gated_activation") or not _one(a, most) or b["x.rows"] != a["x.rows"]:
+        return False
+    read, width = (a[BEFORE]["x"] if BEFORE in a else a["x"]), b["x.width"] // (1 if step.operator == "add" else 2)
+    if step.operator == "add" and (a["out"] not in (b["x"], b["y"]) or b["x"] == b["y"]):
+        return False
+    if step.operator == "gated_activation" and (b["x"] != a["out"] or a["N"] % 32):
+        return False
+    return b["x.width"] == a["N"] and _apart(read, a["K"], b["out"], width) and _apart(a["out"], a["N"], b["out"], width)
+
+
+def _apart(x: int, n: int, y: int, m: int) -> bool:
+    """Whether n floats at address x and m at y share none."""
+    return x + 4 * n <= y or y + 4 * m <= x
+
+
+def around(a: dict) -> np.ndarray:
+    """The kernel's struct Around for a product's arguments."""
+    made = np.zeros((), AROUND)
+    if before := a.get(BEFORE):
+        made["gain"], made["normal"] = before["weight"], before["out"]
+        made["epsilon"] = np.uint32(before["epsilon"] & 0xffffffff).view(np.int32)
+    after = a.get(AFTER, {})
+    if "y" in after:
+        made["other"], made["sum"] = after["y"] if after["x"] == a["out"] else after["x"], after["out"]
+    elif after:
+        made["gated"], made["activation"], made["half"] = after["out"], after["activation"], a["N"] // 32
+    if (following := a.get(NEXT)) and device.capability() >= 90:
+        room, panels = int(AHEAD * device.about()["l2_bytes"]), -(-following["N"] // 16)
+        size = panels * -(-following["K"] // following["block_size"]) * 16  # blocks
+        codes = min(size * following["block_size"] * following["bits"] // 8, room // 4096 * 4096)
+        made["next_codes"], made["next_code_bytes"] = following["codes"], codes
+        made["next_scales"], made["next_scale_bytes"] = following["scales"], min(2 * size, max(room - codes, 0) // 4096 * 4096)
+    return made
+
+
+def row_of(a: dict) -> int:
+    """Address of the row that a product reads."""
+    return a[BEFORE]["x"] if BEFORE in a else a["x"]

@@ -1,0 +1,73 @@
+// What a product with one token does besides, so that a decode step has fewer kernels to run one after the other: normalise its row first,
+// add another row or multiply by an activated gate afterwards, and send for the weights of the next product. What the steps in its place
+// would have written is written too, so that whoever reads it finds it. Pointers are null where nothing is to be done.
+#pragma once
+#include "activation.cuh"
+#include "normalization.cuh"
+#include "quantise.cuh"
+
+struct Around {  // fused_steps.py's AROUND
+    const float* gain;                    // x is normalised by it, into `normal`
+    float* normal;
+    const float* other;                   // the product plus `other`: `sum`
+    float* sum;
+    float* gated;                         // activation(first half of the product) * second half
+    const u8 *next_codes, *next_scales;   // of the next product
+    i64 next_code_bytes, next_scale_bytes;
+    float epsilon;
+    int activation, half, spare;          // half: panels of gates, each of which is followed by its other half's; 0: there are no gates
+};
+
+// Panels in the order in which a team has them: every stride-th, or every stride-th pair of a gate's panel and its other half's.
+__device__ __forceinline__ int panel_of(int place, int half) { return half ? (place >> 1) + (place & 1) * half : place; }
+__device__ __forceinline__ int next_place(int place, int half, int stride)
+{
+    return place + (half ? place & 1 ? 2 * stride - 1 : 1 : stride);
+}
+
+// Weights on their way to the second-level cache, a part for each block, while this kernel waits. Before sm_90 nothing.
+__device__ __forceinline__ void send_for(const u8* from, i64 bytes)
+{
+    constexpr i64 PIECE = 4096;
+    if (threadIdx.x % 32 || !from) return;
+    const i64 warps = blockDim.x / 32;
+    for (i64 at = (blockIdx.x * warps + threadIdx.x / 32) * PIECE; at < bytes; at += gridDim.x * warps * PIECE)
+        prefetch_l2_bulk(from + at, (u32)min(PIECE, bytes - at));
+}
+
+// quantise_row() of gemv_nbits.cu for a row that is normalised on the way, by all threads of a block, each of which has 8 * BATCH values at
+// most. sums: shared, a float for each warp. Aligned rows whose blocks are units.
+template <int BITS, int UNIT, int BATCH, class Then>
+__device__ __forceinline__ void quantise_normal(const float* x, const Around& around, int k, int units, u32* codes, UnitInfo* info,
+                                                float* sums, Then then)
+{
+    constexpr int PARTS = UNIT / 8;
+    const int round = blockDim.x / PARTS, lane = threadIdx.x & 31, part = lane % PARTS, first = threadIdx.x / PARTS;
+    float v[BATCH][8], gain[BATCH][8], total = 0;
+#pragma unroll
+    for (int i = 0; i < BATCH; i++) {
+        const int at = (first + i * round) * UNIT + part * 8;
+        load8<true>(v[i], x, at, k), load8<true>(gain[i], around.gain, at, k);
+    }
+    then();
+#pragma unroll
+    for (int i = 0; i < BATCH; i++)
+#pragma unroll
+        for (int e = 0; e < 8; e++) total += v[i][e] * v[i][e];
+    total = warp_sum(total);
+    if (lane == 0) sums[threadIdx.x / 32] = total;
+    __syncthreads();
+    const float factor = factor_of(warp_sum(lane < blockDim.x / 32 ? sums[lane] : 0.0f), k, around.epsilon);
+#pragma unroll
+    for (int i = 0; i < BATCH; i++) {
+        const int unit = first + i * round, at = unit * UNIT + part * 8;
+#pragma unroll
+        for (int e = 0; e < 8; e++) v[i][e] = v[i][e] * factor * gain[i][e];
+        if (blockIdx.x == 0 && at < k) {
+            *(float4*)(around.normal + at) = make_float4(v[i][0], v[i][1], v[i][2], v[i][3]);
+            *(float4*)(around.normal + at + 4) = make_float4(v[i][4], v[i][5], v[i][6], v[i][7]);
+        }
+        const UnitInfo made = quantise_unit<BITS, UNIT, true>(v[i], part, 0, codes + unit * (UNIT / 4), unit < units);
+        if (unit < units && part == 0) info[unit] = made;
+    }
+}
