@@ -26,7 +26,7 @@ from edgeattn.prefill_scheduler import PrefillOptions
 from edgeattn.runtime import Model
 from edgeattn.scheduler import SparseOptions
 
-SETTINGS = [("f16", "off", 0), ("int4", "off", 0), ("f16", "off", 32768), ("int4", "off", 32768), ("int4", "auto", 32768)]
+CASES = ["f16:off:0", "int4:off:0", "f16:off:32768", "int4:off:32768", "int4:auto:32768"]
 GREEDY = dict(temperature=0.0, top_k=0, top_p=1.0, min_p=0.0, repeat_penalty=1.0, uniform=0.0)
 NOTHING = np.zeros(0, np.int64)
 
@@ -113,13 +113,16 @@ def main():
     parser.add_argument("--shape", default="llama-3.2-1b", choices=SHAPES)
     parser.add_argument("-r", "--repeat", type=int, default=50)
     parser.add_argument("--engines", nargs="+", choices=("ours", "torch"), default=["ours", "torch"])
+    parser.add_argument("--cases", nargs="+", default=CASES,
+                        help="cache type:sparse attention, from the first token on:depth")
     parser.add_argument("--json", help="also write the figures there")
     args = parser.parse_args()
+    cases = [(kind, sparse, int(depth)) for kind, sparse, depth in (case.split(":") for case in args.cases)]
     figures = {"device": device.about(), "copy_gbs": copy_bandwidth(20), "steps": [], "torch": {}}
     print(figures["device"], f"copy {figures['copy_gbs']:.0f} GB/s", flush=True)
     with tempfile.TemporaryDirectory() as made:
         folder = Path(args.folder) if args.folder else write_export(args.shape, Path(made) / "export")
-        for kind, sparse, depth in SETTINGS if "ours" in args.engines else ():
+        for kind, sparse, depth in cases if "ours" in args.engines else ():
             found = ours(folder, kind, sparse, depth, args.repeat)
             figures["steps"].append(found)
             gc.collect()
@@ -132,7 +135,7 @@ def main():
             print("    " + ", ".join(f"{name} {us:.0f}" for name, us in longest), flush=True)
     save(args.json, figures)
     if "torch" in args.engines:
-        for depth, us in theirs(args.shape, sorted({depth for _, _, depth in SETTINGS}), args.repeat):
+        for depth, us in theirs(args.shape, sorted({depth for _, _, depth in cases}), args.repeat):
             figures["torch"][depth] = us
             ratios = ", ".join(f"{s['cache']} {s['sparse']} {us / s['step_us']:.2f}x" for s in figures["steps"] if s["depth"] == depth)
             print(f"torch float16 compiled, depth {depth}: {us:.1f} us; ours against it: {ratios}", flush=True)

@@ -11,7 +11,8 @@ from time import perf_counter
 
 import numpy as np
 
-from edgeattn.kernels_cuda import add, device, gated_activation, linear, matmul_nbits, rms_normalization, sample, steps
+from edgeattn.backend_cuda import Step
+from edgeattn.kernels_cuda import add, device, fused_steps, gated_activation, linear, matmul_nbits, rms_normalization, sample, steps
 
 SHAPES = [  # N, K, bits: 8B's, then those of a 1B model's layer and its head
     (4096, 14336, 4), (14336, 4096, 4), (4096, 4096, 4), (4096, 14336, 8),
@@ -80,12 +81,14 @@ class Weights:
         scales = self.scales[:panels].transpose(0, 2, 1).reshape(panels * 16, -1, 1)
         return ((q.astype(np.float64) - (1 << self.bits - 1)) * scales.astype(np.float64)).reshape(panels * 16, -1)[:count]
 
-    def launches(self, x, out, state, scratch, tokens):
+    def arguments(self, x, out, state, scratch):
         about = dict(bits=self.bits, block_size=self.block, K=self.k, N=self.n)
-        a = dict.fromkeys(matmul_nbits.ARGS, 0) | about | {
+        return dict.fromkeys(matmul_nbits.ARGS, 0) | about | {
             "x": x.data.ptr, "x.rows": 0, "x.stride": x.shape[1], "codes": self.codes.data.ptr, "scales": self.scales.data.ptr,
             "out": out.data.ptr, "out.stride": out.shape[1], "workspace": scratch.data.ptr, "state": state.data.ptr}
-        return matmul_nbits.launches(a, {0: tokens})
+
+    def launches(self, x, out, state, scratch, tokens):
+        return matmul_nbits.launches(self.arguments(x, out, state, scratch), {0: tokens})
 
 
 def check(weights, x, out):
@@ -155,53 +158,58 @@ class DecodeStep:
     def __init__(self, layers, width=2048, q=2048, kv=512, hidden=8192, vocab=128256):
         cp = device.cupy()
         self.state, self.scratch = cp.array([1], np.int64), cp.empty(1 << 20, np.uint8)
-        self.x, self.normal, self.qkv, self.wide, self.half, self.logits = (
-            normal(1, n) for n in (width, width, q + 2 * kv, 2 * hidden, hidden, vocab))
-        self.gain, self.weights, self.launches = cp.ones(width, np.float32), [], []
+        self.x, self.normal, self.product, self.sum, self.qkv, self.wide, self.half, self.logits = (
+            normal(1, n) for n in (width, width, width, width, q + 2 * kv, 2 * hidden, hidden, vocab))
+        self.gain, self.weights, self.steps = cp.ones(width, np.float32), [], []
         for _ in range(layers):
             self._norm()
             self._matmul(q + 2 * kv, width, 4, self.normal, self.qkv)
-            self._matmul(width, q, 4, self.qkv, self.normal)
-            self._add()
-            self._norm()
+            self._matmul(width, q, 4, self.qkv, self.product)
+            self._add(self.x, self.product, self.sum)
+            self._norm(self.sum)
             self._matmul(2 * hidden, width, 4, self.normal, self.wide)
-            gate = self._row(self.wide) | {"out": self.half.data.ptr, "out.stride": hidden, "activation": 0}
-            self.launches += gated_activation.launches(gate, {0: 1})
-            self._matmul(width, hidden, 4, self.half, self.normal)
-            self._add()
+            self._step("gated_activation", gated_activation, self._row(self.wide) | {
+                "out": self.half.data.ptr, "out.stride": hidden, "activation": 0})
+            self._matmul(width, hidden, 4, self.half, self.product)
+            self._add(self.sum, self.product, self.x)
         self._norm()
         self._matmul(vocab, width, 8, self.normal, self.logits)
-        self.bytes = sum(w.nbytes for w in self.weights)
+        self.bytes, most = sum(w.nbytes for w in self.weights), {0: 1}
+        self.launches, self.fused = ([launch for step in some for launch in step.kernel.launches(step.arguments, most)]
+                                     for some in (self.steps, fused_steps.fuse(self.steps, most)))
 
     def _row(self, x):
         return {"x": x.data.ptr, "x.rows": 0, "x.stride": x.shape[1], "x.width": x.shape[1], "x.groups": 1, "state": self.state.data.ptr}
 
-    def _norm(self):
-        epsilon = int(np.float32(1e-5).view(np.int32))
-        self.launches += rms_normalization.launches(self._row(self.x) | {
-            "weight": self.gain.data.ptr, "out": self.normal.data.ptr, "out.stride": self.x.shape[1], "epsilon": epsilon}, {0: 1})
+    def _step(self, operator, kernel, arguments):
+        self.steps.append(Step("", operator, kernel, arguments, 0))
 
-    def _add(self):
-        self.launches += add.launches(self._row(self.x) | {"y": self.normal.data.ptr, "y.stride": self.x.shape[1], "out": self.x.data.ptr,
-                                                           "out.stride": self.x.shape[1]}, {0: 1})
+    def _norm(self, x=None):
+        epsilon, x = int(np.float32(1e-5).view(np.int32)), self.x if x is None else x
+        self._step("rms_normalization", rms_normalization, self._row(x) | {
+            "weight": self.gain.data.ptr, "out": self.normal.data.ptr, "out.stride": x.shape[1], "epsilon": epsilon})
+
+    def _add(self, x, y, out):
+        self._step("add", add, self._row(x) | {"y": y.data.ptr, "y.stride": y.shape[1], "out": out.data.ptr, "out.stride": out.shape[1]})
 
     def _matmul(self, n, k, bits, x, out):
         self.weights.append(Weights(n, k, bits))
-        self.launches += self.weights[-1].launches(x, out, self.state, self.scratch, 1)
+        self._step("matmul_nbits", matmul_nbits, self.weights[-1].arguments(x, out, self.state, self.scratch))
 
     def measure(self, repeat):
-        """us of the step as a graph, of the same graph when no token is there, and without overlap; time_in_kernels of first and last."""
+        """us of the step as a graph: fused, when no token is there, each step by itself, and those without overlap; time_in_kernels of the
+        first and the last."""
         cp = device.cupy()
         stream = cp.cuda.Stream(non_blocking=True)
         with stream:
-            graph = steps.Graph(self.launches, stream)
+            graph, single = steps.Graph(self.fused, stream), steps.Graph(self.launches, stream)
             apart = steps.Graph([steps.replace(launch, overlap=False) for launch in self.launches], stream)
-            step, serial = median_us(lambda i: graph.launch(), repeat), median_us(lambda i: apart.launch(), repeat)
+            step, each, serial = (median_us(lambda i, g=g: g.launch(), repeat) for g in (graph, single, apart))
             profiled = [time_in_kernels(g.launch, stream) for g in (graph, apart)]
             self.state[0] = 0
             empty = median_us(lambda i: graph.launch(), repeat)
             self.state[0] = 1
-        return step, empty, serial, profiled
+        return step, empty, each, serial, profiled
 
 
 def time_in_kernels(launch, stream):
@@ -257,15 +265,16 @@ def main():
         print(f"sample of 128,256 with {chosen or 'no filter'}: {us:.1f} us")
         figures.append(dict(sample=chosen, us=us))
     made = DecodeStep(options.layers)
-    step, empty, serial, profiled = made.measure(options.repeat)
+    step, empty, each, serial, profiled = made.measure(options.repeat)
     rate = made.bytes / step / 1e3
-    print(f"step of {options.layers} layers and the head, {len(made.launches)} kernels, {made.bytes / 1e6:.0f} MB: {step:.1f} us, "
-          f"{rate:.0f} GB/s ({rate / copied:.0%} of copy); {serial:.1f} us without overlap; with no token {empty:.1f} us")
-    for name, found in zip(("with overlap", "without"), profiled):
+    print(f"step of {options.layers} layers and the head, {len(made.fused)} kernels, {made.bytes / 1e6:.0f} MB: {step:.1f} us, "
+          f"{rate:.0f} GB/s ({rate / copied:.0%} of copy), with no token {empty:.1f} us; by {len(made.launches)} kernels {each:.1f} us, "
+          f"without overlap {serial:.1f} us")
+    for name, found in zip(("fused", "apart"), profiled):
         if found:
             each = ", ".join(f"{kernel} {us:.1f}" for kernel, us in sorted(found[1].items()))
             print(f"{name}: a kernel runs {found[0]:.1%} of the step; us of each: {each}")
-    figures.append(dict(step_us=step, empty_us=empty, serial_us=serial, bytes=made.bytes, kernels=len(made.launches),
+    figures.append(dict(step_us=step, empty_us=empty, each_us=each, serial_us=serial, bytes=made.bytes, kernels=len(made.fused),
                         in_kernels=profiled))
     if options.json:
         with open(options.json, "w") as file:

@@ -18,7 +18,7 @@ __device__ __forceinline__ void score_page(const u8* side, const uint4 (&queries
 {
     float c[2][4] = {}, base[4] = {};
     const u8* params = side + 4 * D * bits;
-#pragma unroll(FAR ? 1 : D / 32)  // as many loads at once as there are registers
+#pragma unroll(FAR ? 2 : D / 32)  // as many loads at once as there are registers
     for (int block = 0; block < D / 32; block++) {
         Codes<KIND, FAR> x;
         x.load(side, 0, block, D, g, j, bits);
@@ -98,8 +98,8 @@ __device__ __forceinline__ void weigh_far_halves(const u8* values, const Queries
 #pragma unroll
     for (int b = 0; b < D / 32; b++) {
         float own[2][4] = {};
-#pragma unroll 1
-        for (int u = 0; u < 2; u++) {  // not unrolled, and the warp together: no more at once than there are registers
+#pragma unroll(D == 64 ? 2 : 1)
+        for (int u = 0; u < 2; u++) {
             const u32 w0 = u ? p[1][0] : p[0][0], w1 = u ? p[1][1] : p[0][1];
             u32 x[4], y[4];
 #pragma unroll
@@ -111,8 +111,8 @@ __device__ __forceinline__ void weigh_far_halves(const u8* values, const Queries
             }
             mma_f16(own[0], {low_halves(x[0], x[2]), low_halves(y[0], y[2]), low_halves(x[1], x[3]), low_halves(y[1], y[3])}, w0, w1);
             mma_f16(own[1], {high_halves(x[0], x[2]), high_halves(y[0], y[2]), high_halves(x[1], x[3]), high_halves(y[1], y[3])}, w0, w1);
-            __syncwarp();
         }
+        __syncwarp();  // the warp together: no more at once than there are registers
 #pragma unroll
         for (int i = 0; i < 8; i++) sum[2 * b + i / 4][i % 4] = fmaf(own[i / 4][i % 4], unit_of<CACHE>(i % 4), sum[2 * b + i / 4][i % 4]);
     }

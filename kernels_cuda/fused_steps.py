@@ -10,7 +10,7 @@ AROUND = np.dtype([(name, "i8") for name in ("gain", "normal", "other", "sum", "
                                              "next_scale_bytes")] + [(name, "i4") for name in ("epsilon", "activation", "half", "spare")])
 BEFORE, AFTER, NEXT = "before", "after", "next"  # in a product's arguments: those of the steps that it takes in, and of the next product
 ROW = 4096       # the longest that a product normalises: what registers of the smallest block hold
-AHEAD = 1 / 3    # of the second-level cache, that weights sent for in advance may take
+AHEAD = 0        # of the second-level cache, that weights sent for in advance may take
 
 
 def fuse(steps: list, most: dict) -> list:

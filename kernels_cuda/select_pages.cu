@@ -1,7 +1,7 @@
 // Which pages a decode step reads of each KV head: scores of its pages, and the best of them as a list.
 // A block scores a part of a head's pages; the last one of a head to end chooses, or the last one of a sequence where heads choose
 // together.
-//   grid (kv_heads * parts, sequences), block 512 threads
+//   grid (kv_heads * parts, sequences), block 256 threads: two fit a processor, or one beside another kernel's
 //   bound    q's product with the middle of each channel's range, and `reach` times the most that the range can add (Quest, arXiv
 //            2406.10774): of the parameters of quantised keys alone, or of rows of an index, which are made here when they are first
 //            needed
@@ -189,7 +189,7 @@ __device__ __forceinline__ void share_mass(const Selection& a, Scoring& shared, 
     __syncthreads();
 }
 
-extern "C" __global__ void __launch_bounds__(SELECT_THREADS) select_pages(CALL_PARAMETERS SELECTION_ARGS(AS_PARAMETER) i64 parts)
+extern "C" __global__ void __launch_bounds__(SELECT_THREADS, 2) select_pages(CALL_PARAMETERS SELECTION_ARGS(AS_PARAMETER) i64 parts)
 {
     extern __shared__ float4 memory[];
     Scoring& scoring = *reinterpret_cast<Scoring*>(memory);

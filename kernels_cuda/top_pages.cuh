@@ -2,8 +2,8 @@
 #pragma once
 #include "attention_merge.cuh"
 
-#define SELECT_THREADS 512
-#define OWN 8          // scores that a thread holds in registers while it chooses; beyond 4,096 pages it reads them again
+#define SELECT_THREADS 256
+#define OWN 16         // scores that a thread holds in registers while it chooses; beyond 4,096 pages it reads them again
 #define MOST_CANDIDATES 32768
 #define BIN_BITS 11
 #define BINS (1 << BIN_BITS)
