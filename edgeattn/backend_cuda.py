@@ -29,12 +29,13 @@ NEVER = 1 << 40         # tokens
 
 @dataclass(frozen=True)
 class Bucket:
-    """The largest counts that launches serve. sparse: whether pages are selected."""
+    """The largest counts that launches serve. sparse: whether pages are selected; listed: whether prompts read what lists say."""
     tokens: int
     rows: int
     sequences: int
     slots: int
     sparse: bool
+    listed: bool = False
 
     @property
     def decodes(self) -> bool:
@@ -43,7 +44,7 @@ class Bucket:
 
     def most(self) -> dict:
         """As kernels' launches() want it."""
-        found = {"tokens": self.tokens, "rows": self.rows, "sequences": self.sequences, "slots": self.slots}
+        found = {"tokens": self.tokens, "rows": self.rows, "sequences": self.sequences, "slots": self.slots, "listed": self.listed}
         return found | {i: found.get(name, 0) for i, name in enumerate(COUNTS)}
 
 
@@ -60,6 +61,8 @@ class Step:
         most = bucket.most()
         rows = [self.arguments[name] for name in self.kernel.ARGS if name.endswith(".rows")]
         if not all(most[row] for row in rows) or self.operator == "select_pages" and not bucket.sparse:
+            return []
+        if getattr(self.kernel, "FOR_PROMPTS", False) and not bucket.listed:
             return []
         return self.kernel.launches(self.arguments, most)
 
@@ -199,7 +202,7 @@ class CudaBackend:
         tokens, rows, sequences = (int(n) for n in state[:3])
         most = len(batch.token_ids), len(batch.logit_rows), len(batch.row_starts) - 1  # scratch memory is no larger
         tokens, rows, sequences = (min(_power(n), limit) for n, limit in zip((tokens, rows, sequences), most))
-        return Bucket(tokens, rows, sequences, max(SMALLEST_SLOTS, _power(batch.slots)), batch.sparse)
+        return Bucket(tokens, rows, sequences, max(SMALLEST_SLOTS, _power(batch.slots)), batch.sparse, batch.listed > 0)
 
     def launch(self, table: Table, bucket: Bucket) -> None:
         if bucket in table.graphs:
@@ -229,8 +232,8 @@ class CudaBackend:
         self.release_maps()
         chunk = min(_power(len(self._batch.token_ids)), len(self._batch.token_ids))
         for table in tables:
-            for tokens, sparse in ((1, True), (1, False), (chunk, False)):
-                self.prepare(table, Bucket(tokens, 1, 1, SMALLEST_SLOTS, sparse), progress)
+            for tokens, *kind in ((1, True), (1, False), (chunk, False), *([(chunk, False, True)] if self._batch.holds_lists else [])):
+                self.prepare(table, Bucket(tokens, 1, 1, SMALLEST_SLOTS, *kind), progress)
 
     def fetch(self, tensor: Tensor, rows: int) -> np.ndarray:
         """The first rows of a float32 value, as the device has computed it."""

@@ -5,6 +5,7 @@ from edgeattn.cache.options import CacheOptions
 from edgeattn.kernels_cuda.attention_call import HEADS
 from edgeattn.kernels_cuda.cached_attention import MOST_DEPTH
 from edgeattn.kernels_cuda.select_pages import SCORES
+from edgeattn.policies import load_policy, policy_names
 
 INDEXES = "", "bounds"
 
@@ -29,6 +30,15 @@ def decode_refusal(policy, heads: int = 1, kv_heads: int = 1) -> str:
     return f"the GPU's kernels take {HEADS} query heads a KV head at most" if heads > HEADS * kv_heads else ""
 
 
+def prefill_refusal(policy, correction: str | None = None, heads: int = 1, kv_heads: int = 1) -> str:
+    """Why what a prefill policy chooses cannot be found there."""
+    if not policy.operators():
+        return "the GPU has no kernels that choose in this way yet"
+    if (correction or policy.correction) != "none":
+        return "the GPU's kernels do not correct what is not read yet"
+    return f"the GPU's kernels take {HEADS} query heads a KV head at most" if heads > HEADS * kv_heads else ""
+
+
 def check(options: CacheOptions, sparse, prefill, about: dict) -> tuple[CacheOptions, str, str]:
     """What the user chose (SparseOptions, PrefillOptions) -> the cache's options, and why sparse decode steps and sparse prompts give way,
     if they were not asked for by name. ValueError: a model or a cache that cannot be on the GPU."""
@@ -37,7 +47,9 @@ def check(options: CacheOptions, sparse, prefill, about: dict) -> tuple[CacheOpt
             raise ValueError(why)
     policy = sparse.policy()
     dense = decode_refusal(policy, about["num_heads"], about["kv_heads"]) if policy else ""
-    return replace(options, eviction="none"), dense, "" if prefill.method == "off" else PREFILL
+    policy = prefill.policy()
+    whole = prefill_refusal(policy, prefill.correction, about["num_heads"], about["kv_heads"]) if policy else ""
+    return replace(options, eviction="none"), dense, whole
 
 
 def model_refusal(about: dict) -> str:
@@ -47,12 +59,10 @@ def model_refusal(about: dict) -> str:
     return ""
 
 
-PREFILL = "the GPU reads prompts whole"  # why prefill policies do not run there
-
-
-def matrix_lines(policies, load) -> list[str]:
-    """What runs on the GPU, for people. policies: names of decode policies; load(name) -> the policy."""
-    works = [name for name in policies if not decode_refusal(load(name))]
+def matrix_lines() -> list[str]:
+    """What runs on the GPU, for people."""
+    works, reads = ([name for name in policy_names(kind) if not refusal(load_policy(kind, name))]
+                    for kind, refusal in (("decode", decode_refusal), ("prefill", prefill_refusal)))
     return ["--device cuda: --kv-storage kivi --kv-heads none --kv-eviction none, any -ctk and -ctv",
-            f"--device cuda: --sparse-attention off {' '.join(works)}; --sparse-prefill off",
+            f"--device cuda: --sparse-attention off {' '.join(works)}; --sparse-prefill off {' '.join(reads)}",
             "all other methods are refused there before a model is loaded"]
