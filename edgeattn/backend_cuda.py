@@ -24,6 +24,7 @@ CHUNK_BYTES = 16 << 20  # of a weight, copied at a time: the driver stages it, t
 SMALLEST_SLOTS = 256    # of a bucket
 SELECTION_S = 17e-6     # that choosing pages adds to a layer's attention, measured on an H200
 EFFECTIVE = 0.6         # of the memory's nominal rate, that attention reads at
+SCORING_BYTES, SCORING_COPIES = 32 << 20, 6  # of device memory for eviction's scores at a time; arrays as large as the keys at once
 NEVER = 1 << 40         # tokens
 
 
@@ -265,6 +266,17 @@ class CudaBackend:
     def read(self, table, head_dim: int, entries: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         with self.stream:
             return tuple(x.get() for x in read_pages.run(table, head_dim, entries))
+
+    def floats(self, table, head_dim: int, entries: np.ndarray) -> tuple:
+        """read(), left on the device: NumPy's functions, called with arrays of CuPy, compute there."""
+        with self.stream:
+            return read_pages.run(table, head_dim, entries)
+
+    def fetched(self, scores) -> np.ndarray:
+        return scores.get(stream=self.stream) if hasattr(scores, "get") else scores
+
+    def scored_together(self, heads: int, numbers: int) -> int:
+        return max(1, min(heads, SCORING_BYTES // (SCORING_COPIES * 4 * numbers)))
 
     def mirror(self, sequence) -> DeviceSequence:
         return DeviceSequence(sequence, self.stream)

@@ -1,7 +1,6 @@
 """What does not run on a GPU yet, in one line each, before anything is loaded. The CPU has all of it."""
-from dataclasses import replace
-
-from edgeattn.cache.options import CacheOptions
+from edgeattn.cache.layer_budget import RULES
+from edgeattn.cache.options import CacheOptions, evictions
 from edgeattn.kernels_cuda.attention_call import HEADS
 from edgeattn.kernels_cuda.cached_attention import MOST_DEPTH
 from edgeattn.kernels_cuda.select_pages import SCORES
@@ -14,9 +13,9 @@ def cache_refusal(options: CacheOptions) -> str:
     """Why a cache with these options cannot be kept there; "" where it can."""
     asked = [flag for flag, found in (
         (f"--kv-storage {options.storage}", options.storage != "kivi"),
-        (f"--kv-eviction {options.eviction}", options.eviction not in ("auto", "none")),
+        (f"--kv-eviction {options.eviction}", options.releases or options.method != "none" and bool(options.eviction_policy().mass)),
         (f"--kv-heads {options.heads}", options.heads != "none"),
-        (f"--kv-layer-budget {options.layer_budget}", options.layer_budget != "uniform"),
+        (f"--kv-layer-budget {options.layer_budget}", options.shares_layers and bool(RULES[options.layer_budget].mass)),
         ("--kv-progressive", options.progressive > 0)) if found]
     return f"{' and '.join(asked)} cannot run on the GPU yet: leave out, or use --device cpu" if asked else ""
 
@@ -39,9 +38,9 @@ def prefill_refusal(policy, correction: str | None = None, heads: int = 1, kv_he
     return f"the GPU's kernels take {HEADS} query heads a KV head at most" if heads > HEADS * kv_heads else ""
 
 
-def check(options: CacheOptions, sparse, prefill, about: dict) -> tuple[CacheOptions, str, str]:
-    """What the user chose (SparseOptions, PrefillOptions) -> the cache's options, and why sparse decode steps and sparse prompts give way,
-    if they were not asked for by name. ValueError: a model or a cache that cannot be on the GPU."""
+def check(options: CacheOptions, sparse, prefill, about: dict) -> tuple[str, str]:
+    """What the user chose (SparseOptions, PrefillOptions) -> why sparse decode steps and sparse prompts give way, if they were not asked for
+    by name. ValueError: a model or a cache that cannot be on the GPU."""
     for why in (model_refusal(about), cache_refusal(options)):
         if why:
             raise ValueError(why)
@@ -49,7 +48,7 @@ def check(options: CacheOptions, sparse, prefill, about: dict) -> tuple[CacheOpt
     dense = decode_refusal(policy, about["num_heads"], about["kv_heads"]) if policy else ""
     policy = prefill.policy()
     whole = prefill_refusal(policy, prefill.correction, about["num_heads"], about["kv_heads"]) if policy else ""
-    return replace(options, eviction="none"), dense, whole
+    return dense, whole
 
 
 def model_refusal(about: dict) -> str:
@@ -63,6 +62,7 @@ def matrix_lines() -> list[str]:
     """What runs on the GPU, for people."""
     works, reads = ([name for name in policy_names(kind) if not refusal(load_policy(kind, name))]
                     for kind, refusal in (("decode", decode_refusal), ("prefill", prefill_refusal)))
-    return ["--device cuda: --kv-storage kivi --kv-heads none --kv-eviction none, any -ctk and -ctv",
+    drops = [name for name in evictions() if not load_policy("eviction", name).mass]
+    return [f"--device cuda: --kv-storage kivi --kv-heads none --kv-eviction none {' '.join(drops)}, any -ctk and -ctv",
             f"--device cuda: --sparse-attention off {' '.join(works)}; --sparse-prefill off {' '.join(reads)}",
             "all other methods are refused there before a model is loaded"]

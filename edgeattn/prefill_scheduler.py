@@ -105,7 +105,7 @@ class PrefillScheduler:
     """
 
     def __init__(self, options: PrefillOptions, layers: int, kv_heads: int = 1):
-        self.kv_heads, self.options, self.policy = options, options.policy()
+        self.options, self.policy, self.kv_heads = options, options.policy(), kv_heads
         self.min_len = self.policy.min_len if options.min_len is None else options.min_len
         self.correction = options.correction or self.policy.correction
         self.assets, self.times, self.chunks = None, None, [0, 0]

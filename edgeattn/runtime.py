@@ -54,7 +54,8 @@ class Model:
         sparse, prefill = sparse or SparseOptions(), prefill or PrefillOptions()
         self.backend = make_backend(device)
         self.device = self.backend.device
-        options, dense_because, whole_because = self.backend.limits(cache or CacheOptions(), sparse, prefill, about)
+        options = cache or CacheOptions()
+        dense_because, whole_because = self.backend.limits(options, sparse, prefill, about)
         classes = None if options.heads == "none" else head_classes(self.folder, self.config, options.retrieval)
         selection = None
         self.scheduler = None if sparse.method == "off" else Scheduler(sparse, *shape[:2])

@@ -6,7 +6,7 @@ from imitated_gpu import make_backend
 from edgeattn import backend_cuda, devices, runtime
 from edgeattn.cache import session
 from edgeattn.cache.options import CacheOptions
-from edgeattn.cuda_limits import PREFILL, cache_refusal, check, decode_refusal
+from edgeattn.cuda_limits import cache_refusal, check, decode_refusal, prefill_refusal
 from edgeattn.generation import Generation, SamplerOptions
 from edgeattn.policies import load_policy
 from edgeattn.prefill_scheduler import PrefillOptions
@@ -26,11 +26,11 @@ def tokens(n):
 @pytest.fixture
 def load(monkeypatch, nano_int4):
     """load("cuda"), load("cpu"): the same model with the same options."""
-    def loaded(device, cache="f16", sparse=None, **more):
+    def loaded(device, cache="f16", sparse=None, budget=None, eviction="auto", **more):
         if device == "cuda":
             monkeypatch.setattr(runtime, "make_backend", lambda name: make_backend(monkeypatch))
         k, _, v = cache.partition("/")
-        options = dict(cache=CacheOptions(k, v or k), ctx_size=1024, ubatch=128, threads=1, sparse=sparse or SparseOptions("off"),
+        options = dict(cache=CacheOptions(k, v or k, budget=budget, eviction=eviction), ctx_size=1024, ubatch=128, threads=1, sparse=sparse or SparseOptions("off"),
                        prefill=PrefillOptions("off"))
         model = Model.load(nano_int4, device=device, **options | more)
         monkeypatch.setattr(runtime, "make_backend", devices.make_backend)
@@ -123,6 +123,24 @@ def test_tokens_chosen_in_place_are_those_chosen_here(load, options, nano_int4):
     assert texts[0] == texts[1] and len(texts[0]) == 12
 
 
+@pytest.mark.parametrize("eviction", ["auto", "l2_norm", "random", "streaming_llm"])
+@pytest.mark.parametrize("cache", ["f16", "int4"])
+def test_a_full_cache_drops_the_cpu_s_tokens(load, cache, eviction):
+    """A prompt of several times the budget, decoded tokens; going back over more than is there loses everything, as on the CPU."""
+    ids, more, found = tokens(700), tokens(70), []
+    for device in ("cpu", "cuda"):
+        model = load(device, cache, budget=1_400_000 if cache == "f16" else 1_000_000, eviction=eviction)
+        a = model.new_sequence()
+        got = [model.forward([(a, ids)], "all")]
+        got += [model.forward([(a, more[i:i + 1])]) for i in range(70)]
+        assert a.counts.max() < 400 < a.length == 770
+        got += [a.counts.copy(), a.positions.copy()]
+        assert model.truncate(a, 769) in (0, 769)
+        found.append([*got, model.forward([(a, more)])])
+    for expected, got in zip(*found, strict=True):
+        np.testing.assert_array_equal(got, expected)
+
+
 def test_sparse_steps_count_what_they_read(load):
     figures = []
     for device in ("cpu", "cuda"):
@@ -199,7 +217,7 @@ def test_caches_that_only_the_cpu_keeps(options, said):
 
 @pytest.mark.parametrize("kind", ["f32", "f16", "int8", "int4", "int3", "int2"])
 def test_caches_that_a_gpu_keeps(kind):
-    assert not cache_refusal(CacheOptions(kind, kind)) and not cache_refusal(CacheOptions(budget=1 << 24))
+    assert not cache_refusal(CacheOptions(kind, kind)) and not cache_refusal(CacheOptions(kind, kind, budget=1 << 24))
 
 
 @pytest.mark.parametrize("name, works", [("auto", True), ("quest", True), ("tidal_decode", True), ("sink_window", True), ("oracle", True),
@@ -209,11 +227,19 @@ def test_decode_policies(name, works):
     assert decode_refusal(load_policy("decode", name), 72, 8)
 
 
+@pytest.mark.parametrize("name, options, works", [
+    ("auto", {}, True), ("auto", {"part": 0.5}, True), ("hip", {}, False), ("moa", {}, False)])
+def test_prefill_policies(name, options, works):
+    policy = load_policy("prefill", name, options)
+    assert (not prefill_refusal(policy)) == works and prefill_refusal(policy, "tail") and prefill_refusal(policy, None, 72, 8)
+
+
 def test_what_gives_way_and_what_does_not():
     about = {"head_dim": 64, "num_heads": 32, "kv_heads": 8}
-    options, dense, whole = check(CacheOptions(budget=1 << 24), SparseOptions(), PrefillOptions(), about)
-    assert (options.method, dense, whole) == ("none", "", PREFILL)
-    assert check(CacheOptions(), SparseOptions("off"), PrefillOptions("off"), about)[1:] == ("", "")
+    assert check(CacheOptions(budget=1 << 24), SparseOptions(), PrefillOptions(), about) == ("", "")
+    assert check(CacheOptions(), SparseOptions("off"), PrefillOptions("off"), about) == ("", "")
+    dense, whole = check(CacheOptions(), SparseOptions(), PrefillOptions(), about | {"kv_heads": 2})
+    assert "8 query heads" in dense and "8 query heads" in whole
     with pytest.raises(ValueError, match="--device cpu"):
         check(CacheOptions(), SparseOptions(), PrefillOptions(), about | {"head_dim": 512})
     with pytest.raises(ValueError, match="--kv-heads razor"):

@@ -123,3 +123,25 @@ def test_everything_is_read_where_the_policy_says_so():
     found, _, (read, pairs) = prompts.run(load_policy("prefill", "auto", {"part": 1.0, "fraction": 1.0}))
     np.testing.assert_array_equal(found[0], np.broadcast_to(causal(150, 850), found[0].shape))
     assert read == pairs
+
+
+@pytest.mark.parametrize("kind, head_dim", [("f16", 64), ("f16", 80), ("f32", 128)])
+def test_tokens_move_to_earlier_slots(kind, head_dim):
+    """As after an eviction, several KV heads at once: what HostPages.move does."""
+    from edgeattn.cache.pages import HostPages
+    from edgeattn.kernels_cuda import device, move_tokens
+    from edgeattn.kernels_cuda.page_pool import Pages
+    xp, page_format = device.cupy(), PageFormat(head_dim, kind, kind)
+    pages, host, numbers, parts = Pages(page_format, 60), HostPages(page_format, 60), RNG.permutation(60), []
+    for array, copy in zip(pages.arrays().values(), host.arrays().values()):
+        copy[:] = RNG.integers(0, 256, copy.shape)
+        array[:] = xp.asarray(copy)
+    for count in (20, 1, 7, 30):
+        own, numbers = numbers[:count], numbers[count:]
+        keep = np.sort(RNG.permutation(PAGE * count)[:RNG.integers(1, PAGE * count)])
+        places = [own[slots // PAGE] * PAGE + slots % PAGE for slots in (keep, np.arange(len(keep)))]
+        parts.append([x[keep != np.arange(len(keep))] for x in places])
+    move_tokens.run(pages, parts)
+    host.move(parts)
+    for array, copy in zip(pages.arrays().values(), host.arrays().values()):
+        np.testing.assert_array_equal(array.get(), copy)
