@@ -22,7 +22,8 @@ from edgeattn.kernels_cuda.prefill_call import LIST_ROW, QUERIES, most_blocks
 from edgeattn.page_formats import PAGE, PageFormat
 from edgeattn.policies import load_policy
 
-SETTINGS = [("auto", {"fraction": 0.19}), ("auto", {"fraction": 0.1})]
+SETTINGS = [("auto", {"fraction": 0.19}), ("auto", {"fraction": 0.1}), ("xattention", {"tau": 0.19}), ("xattention", {"tau": 0.19, "stride": 16}),
+            ("sale", {"threshold": 0.0006})]
 
 
 class Prompt:

@@ -99,9 +99,9 @@ class CpuBackend:
 
     floats = read  # where eviction policies compute
 
-    def fetched(self, scores: np.ndarray) -> np.ndarray:
-        """What an eviction policy has made of floats()."""
-        return scores
+    def scored(self, scores, heads) -> np.ndarray:
+        """What an eviction policy makes of floats()."""
+        return scores(heads)
 
     def scored_together(self, heads: int, numbers: int) -> int:
         """How many of so many KV heads, of `numbers` floats each, an eviction policy scores at once."""

@@ -25,6 +25,7 @@ SMALLEST_SLOTS = 256    # of a bucket
 SELECTION_S = 17e-6     # that choosing pages adds to a layer's attention, measured on an H200
 EFFECTIVE = 0.6         # of the memory's nominal rate, that attention reads at
 SCORING_BYTES, SCORING_COPIES = 32 << 20, 6  # of device memory for eviction's scores at a time; arrays as large as the keys at once
+PROMPT_FLOPS = 2e10     # of attention that a chunk must save a layer for choosing to pay: both grow with processors and clock. Not measured
 NEVER = 1 << 40         # tokens
 
 
@@ -170,6 +171,13 @@ class CudaBackend:
         rate = EFFECTIVE * 2e6 * about["memory_clock_mhz"] * about["memory_bus_bits"] / 8
         return next((n for n in range(256, 1 << 20, 256) if n - policy.tokens(n) >= SELECTION_S * rate / token_bytes), NEVER)
 
+    def lists_from(self, policy, token_flops: float) -> int:
+        """Tokens in the context from which a prefill policy saves a layer more than it costs: an estimate. token_flops: of a chunk's
+        attention to one token."""
+        if policy.tokens(0) is None:
+            return policy.min_len
+        return next((n for n in range(256, 1 << 20, 256) if n - policy.tokens(n) >= PROMPT_FLOPS / token_flops), NEVER)
+
     def batch(self, max_tokens: int, max_rows: int, max_sequences: int, cache) -> DeviceBatch:
         cells = int(np.prod(cache.shape))
         self._batch = DeviceBatch(max_tokens, max_rows, max_sequences, cells, cache.plan.max_pages, self.stream)
@@ -272,8 +280,10 @@ class CudaBackend:
         with self.stream:
             return read_pages.run(table, head_dim, entries)
 
-    def fetched(self, scores) -> np.ndarray:
-        return scores.get(stream=self.stream) if hasattr(scores, "get") else scores
+    def scored(self, scores, heads) -> np.ndarray:
+        with self.stream:
+            found = scores(heads)
+            return found.get() if hasattr(found, "get") else found
 
     def scored_together(self, heads: int, numbers: int) -> int:
         return max(1, min(heads, SCORING_BYTES // (SCORING_COPIES * 4 * numbers)))

@@ -129,7 +129,10 @@ class PrefillScheduler:
 
     def arguments(self) -> dict[str, int]:
         """What those need, under the names used in ARGS."""
-        return {"prefill.stats": self._backend.address(self._counters)} if self._backend else {}
+        if not self._backend:
+            return {}
+        found = {"prefill.stats": self._backend.address(self._counters)}
+        return found | {f"prefill.{name}": self._backend.address(array) for name, array in (self.assets or {}).items()}
 
     def between(self, batch, sparse: list, choose):
         """What Plan.run is to call before each layer's attention, None for nothing. sparse: as in choose(); choose(sparse, layer) is called

@@ -80,7 +80,10 @@ class Model:
         self.prefill = self._prefill(prefill, whole_because or prefill_refusal(options, about["window"]), about)
         self.cache = KVCache(*shape, options, self.ubatch, classes, selection, self.backend)
         self.ubatch, self.ctx_size = self.cache.plan.chunk, self.cache.capacity
-        if self.prefill and prefill.min_len is None and self.device == "cpu" and not self.prefill.reads_all(self.ctx_size):
+        if self.prefill and prefill.min_len is None and self.device != "cpu":
+            token_flops = 4 * self.ubatch * about["num_heads"] * about["head_dim"]
+            self.prefill.min_len = self.backend.lists_from(self.prefill.policy, token_flops)
+        elif self.prefill and prefill.min_len is None and not self.prefill.reads_all(self.ctx_size):
             from edgeattn.prefill_crossover import settle as begin_prefill  # loads the kernels of lists
             begin_prefill(self.prefill, options, about["num_heads"], about["kv_heads"], about["head_dim"], self.threads)
         if self.prefill and prefill.method == "auto" and (self.ctx_size <= self.prefill.min_len or self.prefill.reads_all(self.ctx_size)):

@@ -177,7 +177,8 @@ def test_greedy_generation_in_place_is_that_of_fetched_logits(load, nano_int4, t
     model.free(a)
 
 
-@pytest.mark.parametrize("method, options", [("auto", {"budget": 128, "least": 64, "fraction": 0.1, "recent": 1})])
+@pytest.mark.parametrize("method, options", [("auto", {"budget": 128, "least": 64, "fraction": 0.1, "recent": 1}),
+                                             ("xattention", {"tau": 0.7}), ("sale", {"threshold": 0.03})])
 @pytest.mark.parametrize("cache", ["f16", "int4"])
 def test_a_prompt_that_reads_a_part(nano_int4, text, cache, method, options):
     found, read = [], []

@@ -62,7 +62,7 @@ def evict(cache, sequence) -> None:
             together = cache.backend.scored_together(len(alike), int(count) * cache.head_dim)
             for heads in (alike[i:i + together] for i in range(0, len(alike), together)):
                 view = Heads(cache, sequence, layer, heads, carry)
-                scores = cache.backend.fetched(cache.eviction.scores(view))
+                scores = cache.backend.scored(cache.eviction.scores, view)
                 moves += [_drop(cache, sequence, view, int(head), i, scores[i]) for i, head in enumerate(heads)]
     if moves:
         cache.pools[0].pages.move(moves)
