@@ -54,7 +54,7 @@ def _matrix():
     for reason, triples in refused.items():
         print(f"\nrefused: {', '.join(triples)}\n  {reason}")
     from edgeattn.cuda_limits import matrix_lines
-    print("\n" + "\n".join(matrix_lines(policy_names("decode"), lambda name: load_policy("decode", name))))
+    print("\n" + "\n".join(matrix_lines()))
     works = sum(not c.refused for c in cells)
     print(f"\n--sparse-attention {' '.join(policy_names('decode'))}")
     print(f"\n--sparse-prefill {' '.join(policy_names('prefill'))}")

@@ -30,8 +30,8 @@ class CpuBackend:
     open_sequences = 64  # that may be open at once where memory is not limited: it is touched only when used
 
     def limits(self, options, sparse, prefill, about: dict) -> tuple:
-        """(the cache's options, why sparse decode steps and sparse prompts give way); everything runs here."""
-        return options, "", ""
+        """Why sparse decode steps and sparse prompts give way; everything runs here."""
+        return "", ""
 
     # ---- memory -----------------------------------------------------------------------------------------------------
     def allocate(self, size: int) -> np.ndarray:
@@ -97,6 +97,16 @@ class CpuBackend:
     def read(self, table, head_dim: int, entries: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """K [pages, head_dim, 32] and V [pages, 32, head_dim], float32."""
         return read_pages.run(table, head_dim, entries)
+
+    floats = read  # where eviction policies compute
+
+    def scored(self, scores, heads) -> np.ndarray:
+        """What an eviction policy makes of floats()."""
+        return scores(heads)
+
+    def scored_together(self, heads: int, numbers: int) -> int:
+        """How many of so many KV heads, of `numbers` floats each, an eviction policy scores at once."""
+        return heads
 
     def mirror(self, sequence) -> None:
         """What kernels read of a sequence where its arrays are out of their reach; nothing here."""

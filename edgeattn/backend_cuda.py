@@ -25,17 +25,20 @@ CHUNK_BYTES = 16 << 20  # of a weight, copied at a time: the driver stages it, t
 SMALLEST_SLOTS = 256    # of a bucket
 SELECTION_S = 17e-6     # that choosing pages adds to a layer's attention, measured on an H200
 EFFECTIVE = 0.6         # of the memory's nominal rate, that attention reads at
+SCORING_BYTES, SCORING_COPIES = 32 << 20, 6  # of device memory for eviction's scores at a time; arrays as large as the keys at once
+PROMPT_FLOPS = 2e10     # of attention that a chunk must save a layer for choosing to pay: both grow with processors and clock. Not measured
 NEVER = 1 << 40         # tokens
 
 
 @dataclass(frozen=True)
 class Bucket:
-    """The largest counts that launches serve. sparse: whether pages are selected."""
+    """The largest counts that launches serve. sparse: whether pages are selected; listed: whether prompts read what lists say."""
     tokens: int
     rows: int
     sequences: int
     slots: int
     sparse: bool
+    listed: bool = False
 
     @property
     def decodes(self) -> bool:
@@ -44,7 +47,7 @@ class Bucket:
 
     def most(self) -> dict:
         """As kernels' launches() want it."""
-        found = {"tokens": self.tokens, "rows": self.rows, "sequences": self.sequences, "slots": self.slots}
+        found = {"tokens": self.tokens, "rows": self.rows, "sequences": self.sequences, "slots": self.slots, "listed": self.listed}
         return found | {i: found.get(name, 0) for i, name in enumerate(COUNTS)}
 
 
@@ -61,6 +64,8 @@ class Step:
         most = bucket.most()
         rows = [self.arguments[name] for name in self.kernel.ARGS if name.endswith(".rows")]
         if not all(most[row] for row in rows) or self.operator == "select_pages" and not bucket.sparse:
+            return []
+        if getattr(self.kernel, "FOR_PROMPTS", False) and not bucket.listed:
             return []
         return self.kernel.launches(self.arguments, most)
 
@@ -168,6 +173,13 @@ class CudaBackend:
         rate = EFFECTIVE * 2e6 * about["memory_clock_mhz"] * about["memory_bus_bits"] / 8
         return next((n for n in range(256, 1 << 20, 256) if n - policy.tokens(n) >= SELECTION_S * rate / token_bytes), NEVER)
 
+    def lists_from(self, policy, token_flops: float) -> int:
+        """Tokens in the context from which a prefill policy saves a layer more than it costs: an estimate. token_flops: of a chunk's
+        attention to one token."""
+        if policy.tokens(0) is None:
+            return policy.min_len
+        return next((n for n in range(256, 1 << 20, 256) if n - policy.tokens(n) >= PROMPT_FLOPS / token_flops), NEVER)
+
     def batch(self, max_tokens: int, max_rows: int, max_sequences: int, cache) -> DeviceBatch:
         cells = int(np.prod(cache.shape))
         self._batch = DeviceBatch(max_tokens, max_rows, max_sequences, cells, cache.plan.max_pages, self.stream)
@@ -201,7 +213,7 @@ class CudaBackend:
         tokens, rows, sequences = (int(n) for n in state[:3])
         most = len(batch.token_ids), len(batch.logit_rows), len(batch.row_starts) - 1  # scratch memory is no larger
         tokens, rows, sequences = (min(_power(n), limit) for n, limit in zip((tokens, rows, sequences), most))
-        return Bucket(tokens, rows, sequences, max(SMALLEST_SLOTS, _power(batch.slots)), batch.sparse)
+        return Bucket(tokens, rows, sequences, max(SMALLEST_SLOTS, _power(batch.slots)), batch.sparse, batch.listed > 0)
 
     def launch(self, table: Table, bucket: Bucket) -> None:
         if bucket in table.graphs:
@@ -231,8 +243,8 @@ class CudaBackend:
         self.release_maps()
         chunk = min(_power(len(self._batch.token_ids)), len(self._batch.token_ids))
         for table in tables:
-            for tokens, sparse in ((1, True), (1, False), (chunk, False)):
-                self.prepare(table, Bucket(tokens, 1, 1, SMALLEST_SLOTS, sparse), progress)
+            for tokens, *kind in ((1, True), (1, False), (chunk, False), *([(chunk, False, True)] if self._batch.holds_lists else [])):
+                self.prepare(table, Bucket(tokens, 1, 1, SMALLEST_SLOTS, *kind), progress)
 
     def fetch(self, tensor: Tensor, rows: int) -> np.ndarray:
         """The first rows of a float32 value, as the device has computed it."""
@@ -264,6 +276,19 @@ class CudaBackend:
     def read(self, table, head_dim: int, entries: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         with self.stream:
             return tuple(x.get() for x in read_pages.run(table, head_dim, entries))
+
+    def floats(self, table, head_dim: int, entries: np.ndarray) -> tuple:
+        """read(), left on the device: NumPy's functions, called with arrays of CuPy, compute there."""
+        with self.stream:
+            return read_pages.run(table, head_dim, entries)
+
+    def scored(self, scores, heads) -> np.ndarray:
+        with self.stream:
+            found = scores(heads)
+            return found.get() if hasattr(found, "get") else found
+
+    def scored_together(self, heads: int, numbers: int) -> int:
+        return max(1, min(heads, SCORING_BYTES // (SCORING_COPIES * 4 * numbers)))
 
     def mirror(self, sequence) -> DeviceSequence:
         return DeviceSequence(sequence, self.stream)

@@ -1,10 +1,10 @@
 """What does not run on a GPU yet, in one line each, before anything is loaded. The CPU has all of it."""
-from dataclasses import replace
-
-from edgeattn.cache.options import CacheOptions
+from edgeattn.cache.layer_budget import RULES
+from edgeattn.cache.options import CacheOptions, evictions
 from edgeattn.kernels_cuda.attention_call import HEADS
 from edgeattn.kernels_cuda.cached_attention import MOST_DEPTH
 from edgeattn.kernels_cuda.select_pages import SCORES
+from edgeattn.policies import load_policy, policy_names
 
 INDEXES = "", "bounds"
 
@@ -13,9 +13,9 @@ def cache_refusal(options: CacheOptions) -> str:
     """Why a cache with these options cannot be kept there; "" where it can."""
     asked = [flag for flag, found in (
         (f"--kv-storage {options.storage}", options.storage != "kivi"),
-        (f"--kv-eviction {options.eviction}", options.eviction not in ("auto", "none")),
+        (f"--kv-eviction {options.eviction}", options.releases or options.method != "none" and bool(options.eviction_policy().mass)),
         (f"--kv-heads {options.heads}", options.heads != "none"),
-        (f"--kv-layer-budget {options.layer_budget}", options.layer_budget != "uniform"),
+        (f"--kv-layer-budget {options.layer_budget}", options.shares_layers and bool(RULES[options.layer_budget].mass)),
         ("--kv-progressive", options.progressive > 0)) if found]
     return f"{' and '.join(asked)} cannot run on the GPU yet: leave out, or use --device cpu" if asked else ""
 
@@ -29,15 +29,26 @@ def decode_refusal(policy, heads: int = 1, kv_heads: int = 1) -> str:
     return f"the GPU's kernels take {HEADS} query heads a KV head at most" if heads > HEADS * kv_heads else ""
 
 
-def check(options: CacheOptions, sparse, prefill, about: dict) -> tuple[CacheOptions, str, str]:
-    """What the user chose (SparseOptions, PrefillOptions) -> the cache's options, and why sparse decode steps and sparse prompts give way,
-    if they were not asked for by name. ValueError: a model or a cache that cannot be on the GPU."""
+def prefill_refusal(policy, correction: str | None = None, heads: int = 1, kv_heads: int = 1) -> str:
+    """Why what a prefill policy chooses cannot be found there."""
+    if not policy.operators():
+        return "the GPU has no kernels that choose in this way yet"
+    if (correction or policy.correction) != "none":
+        return "the GPU's kernels do not correct what is not read yet"
+    return f"the GPU's kernels take {HEADS} query heads a KV head at most" if heads > HEADS * kv_heads else ""
+
+
+def check(options: CacheOptions, sparse, prefill, about: dict) -> tuple[str, str]:
+    """What the user chose (SparseOptions, PrefillOptions) -> why sparse decode steps and sparse prompts give way, if they were not asked for
+    by name. ValueError: a model or a cache that cannot be on the GPU."""
     for why in (model_refusal(about), cache_refusal(options)):
         if why:
             raise ValueError(why)
     policy = sparse.policy()
     dense = decode_refusal(policy, about["num_heads"], about["kv_heads"]) if policy else ""
-    return replace(options, eviction="none"), dense, "" if prefill.method == "off" else PREFILL
+    policy = prefill.policy()
+    whole = prefill_refusal(policy, prefill.correction, about["num_heads"], about["kv_heads"]) if policy else ""
+    return dense, whole
 
 
 def model_refusal(about: dict) -> str:
@@ -47,12 +58,11 @@ def model_refusal(about: dict) -> str:
     return ""
 
 
-PREFILL = "the GPU reads prompts whole"  # why prefill policies do not run there
-
-
-def matrix_lines(policies, load) -> list[str]:
-    """What runs on the GPU, for people. policies: names of decode policies; load(name) -> the policy."""
-    works = [name for name in policies if not decode_refusal(load(name))]
-    return ["--device cuda: --kv-storage kivi --kv-heads none --kv-eviction none, any -ctk and -ctv",
-            f"--device cuda: --sparse-attention off {' '.join(works)}; --sparse-prefill off",
+def matrix_lines() -> list[str]:
+    """What runs on the GPU, for people."""
+    works, reads = ([name for name in policy_names(kind) if not refusal(load_policy(kind, name))]
+                    for kind, refusal in (("decode", decode_refusal), ("prefill", prefill_refusal)))
+    drops = [name for name in evictions() if not load_policy("eviction", name).mass]
+    return [f"--device cuda: --kv-storage kivi --kv-heads none --kv-eviction none {' '.join(drops)}, any -ctk and -ctv",
+            f"--device cuda: --sparse-attention off {' '.join(works)}; --sparse-prefill off {' '.join(reads)}",
             "all other methods are refused there before a model is loaded"]

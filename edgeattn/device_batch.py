@@ -3,6 +3,8 @@ import numpy as np
 
 from edgeattn.batch import COUNTS, HELD, Batch
 from edgeattn.kernels_cuda import device
+from edgeattn.kernels_cuda.prefill_call import BLOCK_PLACE, CHUNK_FIELDS, PAGE_PLACE, QUERIES, WHOLE, list_ints, most_blocks
+from edgeattn.page_formats import PAGE
 
 ALIGNED = 64
 TO_DEVICE = 1  # cudaMemcpyHostToDevice
@@ -37,18 +39,23 @@ class DeviceBatch(Batch):
 
     slots    cached tokens of the longest sequence, new ones included
     sparse   whether some sequence reads what is selected
+    listed   blocks of queries of prompts that read what lists say
+    chunks   [sequences, CHUNK_FIELDS] int64, of those: where blocks and pages are numbered from, and how many last blocks read everything
     """
 
     def __init__(self, max_tokens: int, max_rows: int, max_sequences: int, cells: int, columns: int, stream):
         """cells: (layer, KV head) pairs; columns: pages of a page list."""
         xp = device.cupy()
         fixed = 8 * (2 * max_tokens + max_rows + (len(HELD) + 2) * max_sequences + len(COUNTS)) + 4 * (max_sequences + 1)
+        fixed += 8 * CHUNK_FIELDS * max_sequences
         with stream:
-            self._memory = Pinned(fixed + 16 * ALIGNED + 2 * ALIGNED + 8 * max_sequences * cells)
+            self._memory = Pinned(fixed + 17 * ALIGNED + 2 * ALIGNED + 8 * max_sequences * cells)
         self._lists = Pinned(4 * cells * columns + ALIGNED, on_device=False)
         self._stream, self._sent = stream, xp.cuda.Event(disable_timing=True)
-        self._mirrors, self.slots, self.sparse = [], 0, False
+        self._prompts, self._cells, self._columns = None, cells, columns
+        self._mirrors, self.slots, self.sparse, self.listed, self._listed_pages = [], 0, False, 0, 0
         super().__init__(max_tokens, max_rows, max_sequences)
+        self.chunks = self._memory.array((max_sequences, CHUNK_FIELDS), np.int64)
         self._each = self._memory.array((max_sequences, 2, cells), np.int32)  # last: what no sequence uses is not sent
 
     def _array(self, length, dtype):
@@ -62,14 +69,37 @@ class DeviceBatch(Batch):
 
     def arguments(self) -> dict[str, int]:
         """What CUDA kernels do not read is 0, which some of them look at."""
-        none = ("attention_mass", "compensation", "confidence", "value_sums", "prefill_lists")
-        return super().arguments() | {f"batch.{name}": 0 for name in none}
+        none = ("attention_mass", "compensation", "confidence", "value_sums", *(() if self.holds_lists else ("prefill_lists",)))
+        return super().arguments() | {f"batch.{name}": 0 for name in none} | {"batch.chunks": self.address(self.chunks)}
+
+    @property
+    def holds_lists(self) -> bool:
+        return self._prompts is not None
+
+    def hold_lists(self, kv_heads: int) -> None:
+        """Make room for what prompts read (list_prompt)."""
+        self._each_list = list_ints(kv_heads, self._columns)
+        with self._stream:
+            self._prompts = device.cupy().zeros(most_blocks(len(self.token_ids)) * self._each_list, np.int32)
+
+    def list_prompt(self, place: int, slots: int, tokens: int, whole: int) -> bool:
+        """Have the newest `tokens` of the sequence at `place`, which holds `slots`, read what is chosen; the last `whole` blocks of them
+        everything. False where there is no room for its pages: kernels' scratch is for as many as one sequence may have."""
+        pages = -(-slots // PAGE)
+        if self._listed_pages + pages > self._columns:
+            return False
+        about = self.chunks[place]
+        about[BLOCK_PLACE], about[PAGE_PLACE], about[WHOLE] = self.listed, self._listed_pages, whole
+        self.prefill_lists[place] = self._prompts.data.ptr + 4 * self._each_list * self.listed
+        self.listed += -(-tokens // QUERIES)
+        self._listed_pages += pages
+        return True
 
     def clear(self) -> None:
         """The memory may be written once the last call's copies are done."""
         self._sent.synchronize()
         super().clear()
-        self._mirrors, self.slots, self.sparse, self._lists.used = [], 0, False, 0
+        self._mirrors, self.slots, self.sparse, self.listed, self._listed_pages, self._lists.used = [], 0, False, 0, 0, 0
 
     def add(self, sequence, token_ids, logit_rows, probes: int = 0, sparse: bool = False) -> None:
         super().add(sequence, token_ids, logit_rows, probes, sparse)

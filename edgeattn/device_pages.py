@@ -1,7 +1,7 @@
 """Pages that lie on a GPU: the same bytes as the host's, reached by copies."""
 import numpy as np
 
-from edgeattn.kernels_cuda import device
+from edgeattn.kernels_cuda import device, move_tokens
 from edgeattn.kernels_cuda.page_pool import Pages
 from edgeattn.page_formats import PageFormat
 
@@ -23,6 +23,12 @@ class DevicePages(Pages):
             for array in self.arrays().values():
                 if array.size:
                     array[target] = array[source]
+
+
+    def move(self, parts: list[tuple[np.ndarray, np.ndarray]]) -> None:
+        """As HostPages.move, where a part is tokens in the order of the text, each of which goes to an earlier slot."""
+        with self._stream:
+            move_tokens.run(self, parts)
 
 
 class Stored:

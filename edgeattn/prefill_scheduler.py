@@ -1,11 +1,12 @@
 """What a prompt reads: for each chunk and layer a policy's plan, made between the operators of that layer, as lists that attention reads.
 
 A chunk has hundreds of tokens, so unlike decode's policies (scheduler.py) these are NumPy: what they take is counted and shown beside what
-attention takes. A chunk stays dense below `min_len` tokens, and where it has few tokens, which see everything.
+attention takes. On a GPU they name operators, as decode's do, which write the lists there. A chunk stays dense below `min_len` tokens, and
+where it has few tokens, which see everything.
 """
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from time import perf_counter
 from typing import ClassVar
 
@@ -103,17 +104,44 @@ class PrefillScheduler:
     figures() what sparse chunks read, and how long choosing took
     """
 
-    def __init__(self, options: PrefillOptions, layers: int):
-        self.options, self.policy = options, options.policy()
+    def __init__(self, options: PrefillOptions, layers: int, kv_heads: int = 1):
+        self.options, self.policy, self.kv_heads = options, options.policy(), kv_heads
         self.min_len = self.policy.min_len if options.min_len is None else options.min_len
         self.correction = options.correction or self.policy.correction
         self.assets, self.times, self.chunks = None, None, [0, 0]
         self.kept, self.seconds = np.zeros((layers, 2)), np.zeros(layers)  # densities: of query heads, of what is read; summed over chunks
         self._lists, self._means = [], []  # what kernels read until the next layer
+        self._backend = None
 
     def load(self, folder, config: dict) -> None:
         """What the policy needs of the model's calibration. ValueError: it is not there, or another model's."""
         self.assets = self.policy.load(folder, config)
+
+    def prepare(self, backend, batch, max_pages: int) -> None:
+        """On a GPU (backend_cuda.py): memory for lists and counters there."""
+        self._backend, self._max_pages = backend, max_pages
+        self._counters, self._pairs = backend.counters(self.kept.shape), np.zeros(self.kept.shape)
+        batch.hold_lists(self.kv_heads)
+
+    def operators(self, layer: int) -> list[tuple[str, dict]]:
+        """What runs before a layer's attention; nothing on the CPU."""
+        return [(name, about | {"pages": self._max_pages}) for name, about in self.policy.operators()] if self._backend else []
+
+    def arguments(self) -> dict[str, int]:
+        """What those need, under the names used in ARGS."""
+        if not self._backend:
+            return {}
+        found = {"prefill.stats": self._backend.address(self._counters)}
+        return found | {f"prefill.{name}": self._backend.address(array) for name, array in (self.assets or {}).items()}
+
+    def between(self, batch, sparse: list, choose):
+        """What Plan.run is to call before each layer's attention, None for nothing. sparse: as in choose(); choose(sparse, layer) is called
+        on the CPU."""
+        if not self._backend:
+            return partial(choose, sparse) if sparse else None
+        for place, sequence, _, count, last in sparse:
+            batch.list_prompt(place, int(sequence.counts.max()), count, LAST * last)
+        return None
 
     def reads_all(self, tokens: int) -> bool:
         """Whether the policy says that so many tokens are read whole."""
@@ -157,16 +185,26 @@ class PrefillScheduler:
                                    self.policy.of_head(self.assets, head, group))
                 for head in range(len(keys))]
 
+    def _collect(self):
+        """What a GPU has counted, pairs read and all pairs: as if every sparse chunk had read the same part."""
+        if self._backend:
+            self._pairs += self._backend.take_counters(self._counters)
+            self.kept[:] = (max(1, self.chunks[1]) * self._pairs[:, :1] / np.maximum(self._pairs[:, 1:], 1))
+
     def figures(self) -> dict[str, float]:
         """Since the last call, over sparse chunks: density of the plans and of what is read (pairs of all that a causal mask leaves), and
         seconds that choosing took."""
+        self._collect()
         count, found = max(1, self.chunks[1]), self.kept.mean(0)
         result = {"density": float(found[0] / count), "read": float(found[1] / count), "seconds": float(self.seconds.sum())}
         self.kept[:], self.seconds[:], self.chunks = 0, 0, [0, 0]
+        if self._backend:
+            self._pairs[:] = 0
         return result
 
     def explain(self) -> Iterator[str]:
         """What was decided, line by line; counters go on."""
+        self._collect()
         fields = ", ".join(f"{name} {value}" for name, value in vars(self.policy).items())
         yield f"sparse prefill {self.options.method} ({fields})" + ("" if self.assets is None else ", fitted to this model")
         if self.times:

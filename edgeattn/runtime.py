@@ -1,6 +1,5 @@
 """Load an exported folder and run it: prefill and decode of any number of sequences through one forward call."""
 import json
-from functools import partial
 from pathlib import Path
 
 import numba
@@ -55,7 +54,8 @@ class Model:
         sparse, prefill = sparse or SparseOptions(), prefill or PrefillOptions()
         self.backend = make_backend(device)
         self.device = self.backend.device
-        options, dense_because, whole_because = self.backend.limits(cache or CacheOptions(), sparse, prefill, about)
+        options = cache or CacheOptions()
+        dense_because, whole_because = self.backend.limits(options, sparse, prefill, about)
         classes = None if options.heads == "none" else head_classes(self.folder, self.config, options.retrieval)
         selection = None
         self.scheduler = None if sparse.method == "off" else Scheduler(sparse, *shape[:2])
@@ -80,7 +80,10 @@ class Model:
         self.prefill = self._prefill(prefill, whole_because or prefill_refusal(options, about["window"]), about)
         self.cache = KVCache(*shape, options, self.ubatch, classes, selection, self.backend)
         self.ubatch, self.ctx_size = self.cache.plan.chunk, self.cache.capacity
-        if self.prefill and prefill.min_len is None and not self.prefill.reads_all(self.ctx_size):
+        if self.prefill and prefill.min_len is None and self.device != "cpu":
+            token_flops = 4 * self.ubatch * about["num_heads"] * about["head_dim"]
+            self.prefill.min_len = self.backend.lists_from(self.prefill.policy, token_flops)
+        elif self.prefill and prefill.min_len is None and not self.prefill.reads_all(self.ctx_size):
             from edgeattn.prefill_crossover import settle as begin_prefill  # loads the kernels of lists
             begin_prefill(self.prefill, options, about["num_heads"], about["kv_heads"], about["head_dim"], self.threads)
         if self.prefill and prefill.method == "auto" and (self.ctx_size <= self.prefill.min_len or self.prefill.reads_all(self.ctx_size)):
@@ -96,6 +99,8 @@ class Model:
             elif sparse.min_len is None:
                 from edgeattn.crossover import settle  # loads the kernels of selections
                 settle(self.scheduler, options, about["num_heads"], about["head_dim"], self.threads)
+        if self.prefill and self.device != "cpu":
+            self.prefill.prepare(self.backend, self._batch, self.cache.plan.max_pages)
         self.plan = self._plan(progress)
 
     def _prefill(self, prefill, refused, about):
@@ -105,7 +110,7 @@ class Model:
             return None
         if self.whole_because:
             raise ValueError(f"--sparse-prefill {prefill.method}: {self.whole_because}: use --sparse-prefill off")
-        made = PrefillScheduler(prefill, about["num_layers"])
+        made = PrefillScheduler(prefill, about["num_layers"], about["kv_heads"])
         made.load(self.folder, self.config)
         return made
 
@@ -121,13 +126,13 @@ class Model:
         batch = self._batch
         inputs = {"token_ids": batch.token_ids, "positions": batch.positions, "logit_rows": batch.logit_rows}
         counts = {"tokens": self.ubatch, "rows": self._max_rows, "sequences": MAX_SEQUENCES, "probes": 0}
-        before = self.scheduler.operators if self.scheduler else lambda layer: []
-        return Plan(read_graph(self.folder), before, batch.arguments(), self._layer_arguments, inputs, counts, self.threads, progress,
+        choosing = [found for found in (self.scheduler, self.prefill) if found]
+        return Plan(read_graph(self.folder), lambda layer: [one for found in choosing for one in found.operators(layer)], batch.arguments(), self._layer_arguments, inputs, counts, self.threads, progress,
                     self.backend)
 
     def _layer_arguments(self, layer):
         own = self.backend.cache_arguments(self.cache.plan.formats) | {"prefill.sparse": int(self.prefill is not None)}
-        return (self.cache.arguments(layer) | own
+        return (self.cache.arguments(layer) | own | (self.prefill.arguments() if self.prefill else {})
                 | (self.scheduler.arguments(layer) if self.scheduler else {"selection.group": -1}))
 
     # ---- sequences ----------------------------------------------------------------------------------------------
@@ -182,7 +187,7 @@ class Model:
                 if self.prefill and len(ids) > 1 and self.prefill.wants(sequence, end - start, end == len(ids)):
                     listed.append((place, sequence, int(self._batch.state[0]), end - start, end == len(ids)))
                 self._batch.add(sequence, ids[start:end], rows, self.cache.probes_for(sequence, end - start), sparse)
-            self.plan.run(self._batch.state, partial(self._choose, listed) if listed else None)
+            self.plan.run(self._batch.state, self.prefill.between(self._batch, listed, self._choose) if listed else None)
             for i, start, end, _ in chunk:
                 self.cache.settle(work[i][0], end - start)
             if fetch:

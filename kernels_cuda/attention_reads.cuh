@@ -3,6 +3,9 @@
 #include "attention_call.cuh"
 
 #define QUERY_BLOCK 64  // query tokens that one list of prefill is for (prefill_plan.py)
+// What a chunk of a prompt reads, of one sequence and layer: for each KV head and block of queries a row of four int32, where its pages
+// begin (in int32 from the first row on), how many there are, and the same of its single slots.
+#define LIST_ROW 4
 
 __device__ __forceinline__ int sequence_of(const Call& call, int row)
 {
@@ -27,9 +30,9 @@ struct Reads {
             if (list) pages = list + HEADER, page_count = list[COUNT], first = 0;
         } else if (lists) {
             const int blocks = (rows + QUERY_BLOCK - 1) / QUERY_BLOCK;
-            const int* starts = at<int>(lists) + 2 * (head * blocks + (row - call.first_row(s)) / QUERY_BLOCK);
-            pages = at<int>(lists) + starts[0], columns = at<int>(lists) + starts[1], first = 0;
-            page_count = starts[1] - starts[0], column_count = starts[2] - starts[1];
+            const int* about = at<int>(lists) + LIST_ROW * (head * blocks + (row - call.first_row(s)) / QUERY_BLOCK);
+            pages = at<int>(lists) + about[0], columns = at<int>(lists) + about[2], first = 0;
+            page_count = about[1], column_count = about[3];
         }
     }
     __device__ __forceinline__ int parts() const { return page_count + (column_count + 31) / 32; }

@@ -51,14 +51,14 @@ def launches(a: dict[str, int], most: dict) -> list[Launch]:
     sequences, tokens, slots = most[a["batch.sequences"]], most[a["q.rows"]], most["slots"]
     group = a["num_heads"] // a["kv_heads"]
     fast = a["cache.kinds"] != ANY and a["head_dim"] in (64, 128) and group <= HEADS and not a["cache.keys_rotated"]
-    found = []
+    found, listed = [], most.get("listed", False)  # then who chose has written the new tokens of prompts
     if fast:
         found.append(_decode(a, sequences, slots))
     if tokens > 1 and fast and not a["batch.compensation"]:
-        found += [_write(a, tokens, MORE_ROWS), _prefill(a, tokens, sequences)]
+        found += [*([] if listed else [write(a, tokens, MORE_ROWS)]), _prefill(a, tokens, sequences, listed)]
     elif tokens > 1 or not fast:
         which = MORE_ROWS if fast else ONE_ROW | MORE_ROWS
-        found += [_write(a, tokens, which), _rows(a, tokens, slots, which)]
+        found += [write(a, tokens, which), _rows(a, tokens, slots, which)]
     return found
 
 
@@ -82,15 +82,15 @@ def _decode(a, sequences, slots):
     return Launch(kernel, (a["kv_heads"] * (ranges + 1), sequences, 1), 32 * WARPS[kinds], args, sizes[stages], overlap=True)
 
 
-def _write(a, tokens, which):
+def write(a: dict[str, int], tokens: int, which: int) -> Launch:
     """New keys, rotated, and values into their pages."""
     kernel = compile.function("attention_rows", "write_tokens")
     return Launch(kernel, (a["kv_heads"], tokens, 1), 128, (*call_args(a), np.int64(which)), overlap=True)
 
 
-def _prefill(a, tokens, sequences):
+def _prefill(a, tokens, sequences, listed):
     each = QUERY_ROWS // (a["num_heads"] // a["kv_heads"])  # tokens of a block
-    if a["batch.prefill_lists"]:
+    if listed:
         each = min(QUERY_BLOCK, 1 << each.bit_length() - 1)
     shared = 2 * KEYS * a["head_dim"] * 2 * 2 + 8 * KEYS
     kernel = compile.function("attention_prefill", f"prefill_{a['head_dim']}", shared)

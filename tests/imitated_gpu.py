@@ -95,7 +95,8 @@ def cupy():
 
 def make_backend(monkeypatch):
     """CudaBackend, whose steps are the CPU's over the "device's" addresses. Sampling is the CPU's too."""
-    from edgeattn import device_sampling
+    from edgeattn import device_pages, device_sampling
+    from edgeattn.cache.pages import HostPages
     from edgeattn.backend_cuda import CudaBackend, Table
     from edgeattn.kernels_cuda import attention_call, cached_attention, device
     module = cupy()
@@ -104,6 +105,7 @@ def make_backend(monkeypatch):
     monkeypatch.setattr(device, "cupy", lambda: module)
     monkeypatch.setattr(device_sampling.sample, "launches", lambda a, most: a)
     monkeypatch.setattr(device_sampling, "run", sample)
+    monkeypatch.setattr(device_pages.move_tokens, "run", HostPages.move)
 
     class Imitation(CudaBackend):
         copies = module.cuda.runtime.copies
@@ -141,6 +143,7 @@ def make_backend(monkeypatch):
 
         def read(self, table, head_dim, entries):
             return read_pages.run(np.asarray(table), head_dim, entries)
+        floats = read
     return Imitation()
 
 

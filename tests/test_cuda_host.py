@@ -6,7 +6,7 @@ from imitated_gpu import make_backend
 from edgeattn import backend_cuda, devices, runtime
 from edgeattn.cache import session
 from edgeattn.cache.options import CacheOptions
-from edgeattn.cuda_limits import PREFILL, cache_refusal, check, decode_refusal
+from edgeattn.cuda_limits import cache_refusal, check, decode_refusal, prefill_refusal
 from edgeattn.generation import Generation, SamplerOptions
 from edgeattn.policies import load_policy
 from edgeattn.prefill_scheduler import PrefillOptions
@@ -26,11 +26,11 @@ def tokens(n):
 @pytest.fixture
 def load(monkeypatch, nano_int4):
     """load("cuda"), load("cpu"): the same model with the same options."""
-    def loaded(device, cache="f16", sparse=None, **more):
+    def loaded(device, cache="f16", sparse=None, budget=None, eviction="auto", **more):
         if device == "cuda":
             monkeypatch.setattr(runtime, "make_backend", lambda name: make_backend(monkeypatch))
         k, _, v = cache.partition("/")
-        options = dict(cache=CacheOptions(k, v or k), ctx_size=1024, ubatch=128, threads=1, sparse=sparse or SparseOptions("off"),
+        options = dict(cache=CacheOptions(k, v or k, budget=budget, eviction=eviction), ctx_size=1024, ubatch=128, threads=1, sparse=sparse or SparseOptions("off"),
                        prefill=PrefillOptions("off"))
         model = Model.load(nano_int4, device=device, **options | more)
         monkeypatch.setattr(runtime, "make_backend", devices.make_backend)
@@ -123,6 +123,24 @@ def test_tokens_chosen_in_place_are_those_chosen_here(load, options, nano_int4):
     assert texts[0] == texts[1] and len(texts[0]) == 12
 
 
+@pytest.mark.parametrize("eviction", ["auto", "l2_norm", "random", "streaming_llm"])
+@pytest.mark.parametrize("cache", ["f16", "int4"])
+def test_a_full_cache_drops_the_cpu_s_tokens(load, cache, eviction):
+    """A prompt of several times the budget, decoded tokens; going back over more than is there loses everything, as on the CPU."""
+    ids, more, found = tokens(700), tokens(70), []
+    for device in ("cpu", "cuda"):
+        model = load(device, cache, budget=1_400_000 if cache == "f16" else 1_000_000, eviction=eviction)
+        a = model.new_sequence()
+        got = [model.forward([(a, ids)], "all")]
+        got += [model.forward([(a, more[i:i + 1])]) for i in range(70)]
+        assert a.counts.max() < 400 < a.length == 770
+        got += [a.counts.copy(), a.positions.copy()]
+        assert model.truncate(a, 769) in (0, 769)
+        found.append([*got, model.forward([(a, more)])])
+    for expected, got in zip(*found, strict=True):
+        np.testing.assert_array_equal(got, expected)
+
+
 def test_sparse_steps_count_what_they_read(load):
     figures = []
     for device in ("cpu", "cuda"):
@@ -149,12 +167,13 @@ def launches_of(monkeypatch, model):
     monkeypatch.setattr(device, "about", lambda: {"processors": 132, "shared_bytes": 227 << 10})
     buckets = [backend_cuda.Bucket(*numbers) for numbers in (
         (1, 1, 1, 256, False), (1, 1, 1, 1024, True), (4, 4, 4, 512, True), (128, 1, 1, 1024, False), (128, 0, 2, 1024, False),
-        (64, 64, 1, 256, False))]
+        (64, 64, 1, 256, False), (128, 1, 1, 1024, False, True), (128, 0, 2, 512, False, True))]
     return {bucket: [launch for step in model for launch in step.launches(bucket)] for bucket in buckets}
 
 
-@pytest.mark.parametrize("cache", ["f16", "int8", "int4"])
-def test_launches_of_every_bucket(monkeypatch, nano_int4, cache):
+@pytest.mark.parametrize("cache, choosing, prefill", [
+    ("f16", "means", ("auto", {"budget": 64})), ("int8", "antidiagonals", ("xattention", {})), ("int4", "excess", ("sale", {}))])
+def test_launches_of_every_bucket(monkeypatch, nano_int4, cache, choosing, prefill):
     kept = []
 
     def make(name):
@@ -171,10 +190,13 @@ def test_launches_of_every_bucket(monkeypatch, nano_int4, cache):
                 return backend_cuda.CudaBackend.table(self, made, workspace)
         return Recording()
     monkeypatch.setattr(runtime, "make_backend", make)
-    model = Model.load(nano_int4, cache=CacheOptions(cache, cache), ctx_size=1024, ubatch=128, sparse=QUEST, prefill=PrefillOptions("off"),
-                       device="cuda")
+    model = Model.load(nano_int4, cache=CacheOptions(cache, cache), ctx_size=1024, ubatch=128, sparse=QUEST,
+                       prefill=PrefillOptions(*prefill, 0), device="cuda")
     made = launches_of(monkeypatch, kept)
+    chosen = f"choose_by_{choosing}"
     for bucket, launches in made.items():
+        names = [launch.function.name for launch in launches]
+        assert (chosen in names) == bucket.listed and names.count("write_tokens") == names.count("prefill_64")
         names = {launch.function.name for launch in launches}
         assert all(min(launch.grid) > 0 for launch in launches)
         assert ("select_pages" in names) == bucket.sparse
@@ -184,7 +206,8 @@ def test_launches_of_every_bucket(monkeypatch, nano_int4, cache):
     held = model.backend._batch
     assert first.arguments["batch.slot_counts"] == held.address(held.held["slot_counts"])
     assert first.arguments["state"] == held.address(held.state)
-    assert first.arguments["batch.compensation"] == first.arguments["batch.prefill_lists"] == 0
+    assert first.arguments["batch.compensation"] == 0
+    assert first.arguments["batch.prefill_lists"] == held.address(held.prefill_lists)
 
 
 # ---- what is refused -------------------------------------------------------------------------------------------------
@@ -199,7 +222,7 @@ def test_caches_that_only_the_cpu_keeps(options, said):
 
 @pytest.mark.parametrize("kind", ["f32", "f16", "int8", "int4", "int3", "int2"])
 def test_caches_that_a_gpu_keeps(kind):
-    assert not cache_refusal(CacheOptions(kind, kind)) and not cache_refusal(CacheOptions(budget=1 << 24))
+    assert not cache_refusal(CacheOptions(kind, kind)) and not cache_refusal(CacheOptions(kind, kind, budget=1 << 24))
 
 
 @pytest.mark.parametrize("name, works", [("auto", True), ("quest", True), ("tidal_decode", True), ("sink_window", True), ("oracle", True),
@@ -209,11 +232,19 @@ def test_decode_policies(name, works):
     assert decode_refusal(load_policy("decode", name), 72, 8)
 
 
+@pytest.mark.parametrize("name, options, works", [
+    ("auto", {}, True), ("sale", {}, True), ("xattention", {}, True), ("xattention", {"stride": 4}, False), ("hip", {}, False)])
+def test_prefill_policies(name, options, works):
+    policy = load_policy("prefill", name, options)
+    assert (not prefill_refusal(policy)) == works and prefill_refusal(policy, "tail") and prefill_refusal(policy, None, 72, 8)
+
+
 def test_what_gives_way_and_what_does_not():
     about = {"head_dim": 64, "num_heads": 32, "kv_heads": 8}
-    options, dense, whole = check(CacheOptions(budget=1 << 24), SparseOptions(), PrefillOptions(), about)
-    assert (options.method, dense, whole) == ("none", "", PREFILL)
-    assert check(CacheOptions(), SparseOptions("off"), PrefillOptions("off"), about)[1:] == ("", "")
+    assert check(CacheOptions(budget=1 << 24), SparseOptions(), PrefillOptions(), about) == ("", "")
+    assert check(CacheOptions(), SparseOptions("off"), PrefillOptions("off"), about) == ("", "")
+    dense, whole = check(CacheOptions(), SparseOptions(), PrefillOptions(), about | {"kv_heads": 2})
+    assert "8 query heads" in dense and "8 query heads" in whole
     with pytest.raises(ValueError, match="--device cpu"):
         check(CacheOptions(), SparseOptions(), PrefillOptions(), about | {"head_dim": 512})
     with pytest.raises(ValueError, match="--kv-heads razor"):
@@ -227,6 +258,30 @@ def test_where_sparse_decode_begins(monkeypatch, clock, bus, begins):
     monkeypatch.setattr(device, "about", lambda: {"memory_clock_mhz": clock, "memory_bus_bits": bus})
     found = make_backend(monkeypatch).sparse_from(load_policy("decode", "auto"), 1294)
     assert begins[0] < found < begins[1]
+
+
+def test_where_prompts_begin_to_read_a_part(monkeypatch):
+    """The longer a chunk and the wider a layer, the sooner; who reads as much as there is never does."""
+    backend, auto = make_backend(monkeypatch), load_policy("prefill", "auto")
+    found = [backend.lists_from(auto, 4 * chunk * 32 * 64) for chunk in (256, 512, 2048)]
+    assert found == sorted(found, reverse=True) and 4_000 < found[1] < 8_000
+    assert backend.lists_from(load_policy("prefill", "auto", {"fraction": 1.0}), 1e6) > 1 << 30
+    assert backend.lists_from(load_policy("prefill", "xattention"), 1e6) == load_policy("prefill", "xattention").min_len
+
+
+def test_a_call_tells_which_prompts_read_lists(monkeypatch):
+    """Blocks and pages are numbered on over the sequences that have lists, as far as kernels' scratch goes."""
+    from types import SimpleNamespace
+    cache = SimpleNamespace(shape=(2, 2), plan=SimpleNamespace(max_pages=20))
+    batch = make_backend(monkeypatch).batch(256, 4, 4, cache)
+    assert batch.arguments()["batch.prefill_lists"] == 0
+    batch.hold_lists(2)
+    assert batch.arguments()["batch.prefill_lists"] == batch.address(batch.prefill_lists)
+    assert batch.list_prompt(0, 320, 70, 0) and batch.list_prompt(2, 300, 64, 2) and not batch.list_prompt(3, 64, 64, 0)
+    np.testing.assert_array_equal(batch.chunks[[0, 2]], [[0, 0, 0], [2, 10, 2]])
+    assert batch.prefill_lists[2] - batch.prefill_lists[0] == 4 * 2 * 2 * (4 + 20) and batch.listed == 3
+    batch.clear()
+    assert batch.listed == 0 and batch.list_prompt(1, 640, 64, 0)
 
 
 def test_devices_by_name(monkeypatch):

@@ -177,9 +177,49 @@ def test_greedy_generation_in_place_is_that_of_fetched_logits(load, nano_int4, t
     model.free(a)
 
 
+@pytest.mark.parametrize("method, options", [("auto", {"budget": 128, "least": 64, "fraction": 0.1, "recent": 1}),
+                                             ("xattention", {"tau": 0.7}), ("sale", {"threshold": 0.03})])
+@pytest.mark.parametrize("cache", ["f16", "int4"])
+def test_a_prompt_that_reads_a_part(nano_int4, text, cache, method, options):
+    found, read = [], []
+    for device, chosen in (("cpu", method), ("cuda", method), ("cuda", "off")):
+        model = Model.load(nano_int4, device=device, cache=CacheOptions(cache, cache), ctx_size=1024, ubatch=256,
+                           sparse=SPARSE["dense"], prefill=PrefillOptions(chosen, options if chosen != "off" else {}, 0))
+        a = model.new_sequence()
+        found.append(np.concatenate([model.forward([(a, text)], "all"), model.forward([(a, text[:1])])]))
+        read += [model.prefill.figures()["read"]] if model.prefill else []
+    error = close(found[1], found[0], 2 * CLOSE)
+    whole = np.sqrt(np.square(found[2] - found[0]).mean(-1)).mean() / found[0].std()
+    print(f"{cache} {method}: {error:.4f}, of what reads everything {whole:.4f}; read {read}")
+    assert error < whole / 2 and abs(read[1] - read[0]) < 0.05 and read[1] < 0.9
+
+
+@pytest.mark.parametrize("eviction", ["key_diff", "l2_norm", "streaming_llm"])
+@pytest.mark.parametrize("cache", ["f16", "int4"])
+def test_a_full_cache_drops_tokens(nano_int4, text, cache, eviction):
+    """Of scores that nearly equal others go; sets are compared, and where tokens go by position alone logits too."""
+    held, found = [], []
+    for device in ("cpu", "cuda"):
+        budget = 1_400_000 if cache == "f16" else 1_000_000
+        model = Model.load(nano_int4, device=device, cache=CacheOptions(cache, cache, budget=budget, eviction=eviction), ctx_size=1024,
+                           ubatch=128, sparse=SPARSE["dense"], prefill=PrefillOptions("off"))
+        a = model.new_sequence()
+        got = [model.forward([(a, text[:500])])]
+        got += [model.forward([(a, [token])]) for token in text[500:600]]
+        assert a.counts.max() < 400
+        held.append([set(a.positions[place][:a.counts[place]].tolist()) for place in np.ndindex(a.counts.shape)])
+        found.append(np.concatenate(got))
+        k, v = (np.stack([model.cache.read(a, 0, 0)[i] for i in range(2)]) for _ in range(2))
+        assert np.isfinite(k).all() and np.isfinite(v).all()
+    both = [len(a & b) / max(len(a), len(b)) for a, b in zip(*held)]
+    print(f"{cache} {eviction}: {min(both):.3f}")
+    assert min(both) > (0.999 if eviction == "streaming_llm" else 0.8) and np.mean(both) > 0.95
+    close(found[1], found[0], CLOSE if eviction == "streaming_llm" else 0.3)
+
+
 def test_a_budget_limits_the_cache_and_memory_is_told(nano_int4):
     model = Model.load(nano_int4, cache=CacheOptions(budget=2 << 20), ctx_size=4096, device="cuda")
-    assert model.cache.options.method == "none" and model.cache.total_bytes <= 2 << 20
+    assert model.cache.options.method == "key_diff" and model.cache.total_bytes <= 2 << 20
     memory = model.memory()
     assert memory["weights"] <= memory["device"] and memory["rss"] >= memory["runtime"] > 0
     sequence = model.new_sequence()

@@ -4,8 +4,7 @@ from functools import cached_property
 import numpy as np
 
 from edgeattn.cache.layer_budget import share_limits
-from edgeattn.cache.sealing import move_tokens
-from edgeattn.kernels_cpu import read_pages
+from edgeattn.cache.sealing import moved_tokens
 from edgeattn.kernels_cpu.page_pool import RELEASED
 from edgeattn.page_formats import PAGE
 
@@ -34,7 +33,8 @@ class Heads:
     @cached_property
     def _floats(self):
         pages = -(-self.slots // PAGE)
-        k, v = read_pages.run(self._cache.table, self._cache.head_dim, self._sequence.tables[self.layer, self.heads, :pages].ravel())
+        entries = self._sequence.tables[self.layer, self.heads, :pages].ravel()
+        k, v = self._cache.backend.floats(self._cache.table, self._cache.head_dim, entries)
         shape = (len(self.heads), pages * PAGE, self._cache.head_dim)
         return k.transpose(0, 2, 1).reshape(shape)[:, :self.slots], v.reshape(shape)[:, :self.slots]
 
@@ -49,7 +49,7 @@ def evict(cache, sequence) -> None:
     """Bring every head that exceeds its limit under it, by at least a page, so that the next time is a page of tokens away."""
     if sequence.limits is not None and not sequence.limits.any():
         sequence.limits[:] = share_limits(cache, sequence)
-    excess, carry = np.maximum(0, sequence.counts - cache.limits(sequence)), {}
+    excess, carry, moves = np.maximum(0, sequence.counts - cache.limits(sequence)), {}, []
     if cache.plan.classes is not None:
         drop_oldest(cache, sequence, -(-np.where(cache.plan.classes, 0, excess) // PAGE))
         excess *= cache.plan.classes
@@ -58,11 +58,14 @@ def evict(cache, sequence) -> None:
     for layer in np.flatnonzero(excess.any(1)):
         members = np.flatnonzero(excess[layer])
         for count in np.unique(sequence.counts[layer, members]):
-            heads = members[sequence.counts[layer, members] == count]
-            view = Heads(cache, sequence, layer, heads, carry)
-            scores = cache.eviction.scores(view)
-            for i, head in enumerate(heads):
-                _drop(cache, sequence, view, int(head), i, scores[i])
+            alike = members[sequence.counts[layer, members] == count]
+            together = cache.backend.scored_together(len(alike), int(count) * cache.head_dim)
+            for heads in (alike[i:i + together] for i in range(0, len(alike), together)):
+                view = Heads(cache, sequence, layer, heads, carry)
+                scores = cache.backend.scored(cache.eviction.scores, view)
+                moves += [_drop(cache, sequence, view, int(head), i, scores[i]) for i, head in enumerate(heads)]
+    if moves:
+        cache.pools[0].pages.move(moves)
     sequence.exact_from = sequence.length
 
 
@@ -75,6 +78,7 @@ def drop_oldest(cache, sequence, pages) -> None:
         cache.release(table[1:1 + n])
         sequence.moved((layer, head), 1)
         table[1:-n], table[-n:] = table[1 + n:], RELEASED
+        sequence.relisted(1)
         for plane in (sequence.positions, *(sequence.mass if sequence.mass is not None else ())):
             if plane is not None:
                 plane[layer, head, PAGE:-n * PAGE] = plane[layer, head, (1 + n) * PAGE:]
@@ -84,7 +88,7 @@ def drop_oldest(cache, sequence, pages) -> None:
 
 def _compensate(cache, held, entries):
     """Add the tokens of pages that go to the mean key and value that stand for them (RazorAttention)."""
-    k, v = read_pages.run(cache.table, cache.head_dim, entries)
+    k, v = cache.backend.read(cache.table, cache.head_dim, entries)
     count = len(entries) * PAGE
     held[0] += count
     held[1:] += (np.r_[k.mean((0, 2)), v.mean((0, 1))] - held[1:]) * (count / held[0])
@@ -103,7 +107,7 @@ def _drop(cache, sequence, view, head, i, scores):
     keep[free[gone]] = False
     for page in gone_pages:
         keep[PAGE * (page + 1):PAGE * (page + 2)] = False
-    _compact(cache, sequence, layer, head, keep, gone_pages + 1, sealed)
+    return _compact(cache, sequence, layer, head, keep, gone_pages + 1, sealed)
 
 
 def _cheapest(pages, tokens, excess):
@@ -119,7 +123,7 @@ def _cheapest(pages, tokens, excess):
 
 
 def _compact(cache, sequence, layer, head, keep, gone_pages, sealed):
-    """Close the gaps: quantised pages move up in the list; tokens in pages of floats move to the first free places."""
+    """Close the gaps: quantised pages move up in the list; tokens in pages of floats are to move to the first free places -> which."""
     table = sequence.tables[layer, head]
     cache.release(table[gone_pages])
     left = np.delete(np.arange(sealed.stop // PAGE), gone_pages)  # page 0 and the quantised pages that stay
@@ -135,10 +139,13 @@ def _compact(cache, sequence, layer, head, keep, gone_pages, sealed):
     sequence.sealed[layer, head] -= len(gone_pages)
     places = np.arange(stop if stop > PAGE else 0, len(keep))
     stay = places[keep[places]]
-    move_tokens(cache, sequence, layer, head, stay, places[:len(stay)])
+    moves = moved_tokens(sequence, layer, head, stay, places[:len(stay)])
     count = len(keep) - (len(places) - len(stay))
     used, before = -(-count // PAGE), -(-len(keep) // PAGE)
     cache.release(table[used:before])
     table[used:before] = RELEASED
     sequence.counts[layer, head] = count
-    sequence.moved((layer, head), min(*gone_pages[:1].tolist(), *(places[:1] // PAGE).tolist(), used))
+    first = min(*gone_pages[:1].tolist(), *(places[:1] // PAGE).tolist(), used)
+    sequence.moved((layer, head), first)
+    sequence.relisted(first, last)
+    return moves

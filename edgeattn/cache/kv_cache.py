@@ -228,7 +228,7 @@ class KVCache:
         if length < sequence.exact_from:
             length = 0
         if 0 < length < sequence.length:
-            if length % PAGE and sequence.tables[0, 0, length // PAGE] == RELEASED and (sequence.counts == sequence.length).all():
+            if length % PAGE and (sequence.counts == sequence.length).all() and sequence.tables[0, 0, length // PAGE] == RELEASED:
                 length = length // PAGE * PAGE  # nor can a released page
         gone = sequence.length - length
         counts = np.maximum(sequence.counts - gone, 0) if length else np.zeros_like(sequence.counts)

@@ -2,7 +2,7 @@
 import numpy as np
 
 from edgeattn.kernels_cpu.page_pool import Pages
-from edgeattn.page_formats import PageFormat
+from edgeattn.page_formats import PAGE, PageFormat
 
 
 class CacheFull(RuntimeError):
@@ -19,6 +19,16 @@ class HostPages(Pages):
     def copy(self, source: np.ndarray, target: np.ndarray) -> None:
         for array in self.arrays().values():
             array[target] = array[source]
+
+    def move(self, parts: list[tuple[np.ndarray, np.ndarray]]) -> None:
+        """Tokens of pages of floats from places to places, 32 * page + slot within it; those of a part are all read before one is written."""
+        item = np.uint16 if self.format.k_type == "f16" else np.float32
+        k = self.k.view(item).reshape(-1, self.format.head_dim, PAGE)
+        v = self.v.view(item).reshape(-1, PAGE, self.format.width)
+        for sources, targets in parts:
+            a, b, from_slot, to_slot = sources // PAGE, targets // PAGE, sources % PAGE, targets % PAGE
+            k[b, :, to_slot] = k[a, :, from_slot]
+            v[b, to_slot] = v[a, from_slot]
 
 
 class PagePool:

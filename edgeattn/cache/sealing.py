@@ -80,21 +80,16 @@ def _sort(cache, sequence, layer, head, first):
     if storage.anchors:
         scores[:cache.options.sink_tokens] = np.inf
     best = np.argsort(-scores, kind="stable").reshape(-1, PAGE)
-    move_tokens(cache, sequence, layer, head, slots[np.sort(best, 1).ravel()], slots)
+    cache.pools[0].pages.move([moved_tokens(sequence, layer, head, slots[np.sort(best, 1).ravel()], slots)])
 
 
-def move_tokens(cache, sequence, layer, head, sources, targets) -> None:
-    """Tokens of one KV head from slots to slots, all in pages of floats that are the sequence's own; sources are read before any is
-    written."""
-    table, pool = sequence.tables[layer, head], cache.pools[0]
-    item = np.uint16 if cache.options.float_type == "f16" else np.float32
-    k = pool.pages.k.view(item).reshape(-1, cache.head_dim, PAGE)
-    v = pool.pages.v.view(item).reshape(-1, PAGE, pool.format.width)
-    moved = sources != targets
+def moved_tokens(sequence, layer, head, sources, targets) -> tuple[np.ndarray, np.ndarray]:
+    """Tokens of one KV head are to go from slots to slots, all in pages of floats that are the sequence's own: what is known of them goes;
+    -> their places in the pool before and after, for HostPages.move."""
+    table, moved = sequence.tables[layer, head], sources != targets
     sources, targets = sources[moved], targets[moved]
-    a, b = table[sources // PAGE] // POOLS, table[targets // PAGE] // POOLS
-    k[b, :, targets % PAGE] = k[a, :, sources % PAGE]
-    v[b, targets % PAGE] = v[a, sources % PAGE]
+    places = tuple(table[slots // PAGE] // POOLS * PAGE + slots % PAGE for slots in (sources, targets))
     for plane in (sequence.positions, *(sequence.mass if sequence.mass is not None else ())):
         if plane is not None:
             plane[layer, head, targets] = plane[layer, head, sources]
+    return places

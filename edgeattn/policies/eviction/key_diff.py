@@ -10,7 +10,7 @@ class KeyDiff:
 
     def scores(self, heads):
         unit = normalised(heads.keys())
-        return -np.einsum("hsd,hd->hs", unit, normalised(unit.mean(axis=1)))
+        return -(unit * normalised(unit.mean(axis=1))[:, None]).sum(axis=2)
 
 
 def normalised(x):

@@ -54,6 +54,11 @@ class PrefillPolicy:
         blocks = blocks & causal(n, m) | forced(n, m, self.sink, self.recent)
         return PrefillPlan(blocks, None if columns is None else columns & ~spread(blocks, m) & (np.arange(m) < ends(n, m)[:, None]), n, m)
 
+    def operators(self) -> list[tuple[str, dict]]:
+        """What chooses the same on a GPU, before a layer's attention: kernels of kernels_cuda and their attributes. None: the CPU alone
+        has it."""
+        return []
+
     def tokens(self, seen: int) -> int | None:
         """How many tokens a block of queries reads of `seen`; None where that depends on what they are."""
 

@@ -39,6 +39,10 @@ class Auto(PrefillPolicy):
     def tokens(self, seen):
         return min(seen, max(self.budget, int(self.fraction * seen)))
 
+    def operators(self):
+        return [("choose_by_means", {"sink": self.sink, "recent": self.recent, "part": float(self.part), "fraction": float(self.fraction),
+                                     "least": -(-self.least // PAGE), "budget": -(-self.budget // PAGE)})]
+
     def select(self, q, k, scale, layer=0, assets=None):
         k, n = LayerKeys.of(k), q.shape[1]
         seen, kept = causal(n, k.tokens), forced(n, k.tokens, self.sink, self.recent)

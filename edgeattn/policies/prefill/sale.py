@@ -41,6 +41,9 @@ class Sale(PrefillPolicy):
         if self.bits not in (4, 8):
             raise ValueError(f"bits must be 4 or 8, got {self.bits}")
 
+    def operators(self):
+        return [("choose_by_excess", {"sink": self.sink, "recent": self.recent, "threshold": float(self.threshold)})]
+
     def select(self, q, k, scale, layer=0, assets=None):
         keys, (heads, n, _) = LayerKeys.of(k).stored(), q.shape
         threshold = np.full(heads, self.threshold) if assets is None else assets[NAME][layer][:heads]

@@ -31,6 +31,12 @@ class Xattention(PrefillPolicy):
         if self.stride not in (1, 2, 4, 8, 16, 32):
             raise ValueError(f"stride must be a power of two up to {PAGE}, got {self.stride}")
 
+    def operators(self):
+        if self.stride < 8:
+            return []
+        about = {"sink": self.sink, "recent": self.recent, "stride": self.stride, "tau": float(self.tau)}
+        return [("choose_by_antidiagonals", about)]
+
     def select(self, q, k, scale, layer=0, assets=None):
         keys, n = LayerKeys.of(k).stored(), q.shape[1]
         weights = antidiagonal_weights.run(q, keys, keys.mean(n), scale, self.stride)

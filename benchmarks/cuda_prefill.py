@@ -1,0 +1,128 @@
+"""Prompts that read a part, choosing included, beside dense ones and torch's attention, on the GPU at hand, in one run.
+
+    python benchmarks/cuda_prefill.py        (where edgeattn is not installed: sh benchmarks/gpu.sh python3 benchmarks/cuda_prefill.py)
+
+One layer of 32 query heads over 8 KV heads of 128 channels, random queries, keys and values. Ours writes the new tokens, chooses and attends;
+torch attends alone. A prompt with nothing before it, and chunks behind cached tokens. Medians of CUDA events, of the whole and of each
+kernel. Attention over what was chosen is compared with float32 on some rows; "read" is the part of the pairs of query and key.
+"""
+import argparse
+import json
+import warnings
+from importlib import import_module
+
+import numpy as np
+import torch
+from cuda_attention import ABOUT, HEAD_DIM, HEADS, KV_HEADS, fill, torch_us
+from cuda_kernels import median_us
+
+from edgeattn.kernels_cuda import cached_attention, device, steps
+from edgeattn.kernels_cuda.paged_cache import PagedCache
+from edgeattn.kernels_cuda.prefill_call import LIST_ROW, QUERIES, most_blocks
+from edgeattn.page_formats import PAGE, PageFormat
+from edgeattn.policies import load_policy
+
+SETTINGS = [("auto", {"fraction": 0.19}), ("auto", {"fraction": 0.1}), ("xattention", {"tau": 0.19}), ("xattention", {"tau": 0.19, "stride": 16}),
+            ("sale", {"threshold": 0.0006})]
+
+
+class Prompt:
+    """The newest `tokens` of a sequence behind `depth` others."""
+
+    def __init__(self, depth, tokens):
+        xp, self.tokens, self.depth = device.cupy(), tokens, depth
+        self.cache = PagedCache([PageFormat(HEAD_DIM)], KV_HEADS, [depth], [tokens])
+        fill(self.cache.pools[0])
+        self.max_pages = self.cache.tables.shape[2]
+        self.tensors = {name: xp.asarray(torch.randn(tokens, n * HEAD_DIM, device="cuda"))
+                        for name, n in {"q": HEADS, "k": KV_HEADS, "v": KV_HEADS}.items()}
+        self.tensors |= {"out": xp.zeros((tokens, HEADS * HEAD_DIM), np.float32),
+                         "cos": xp.ones((depth + tokens, HEAD_DIM // 2), np.float32),
+                         "sin": xp.zeros((depth + tokens, HEAD_DIM // 2), np.float32)}
+        self.positions, self.stats = depth + xp.arange(tokens, dtype=np.int64), xp.zeros((1, 2), np.int64)
+        self.chunks = xp.zeros((1, 3), np.int64)
+        self.lists = xp.zeros(most_blocks(tokens) * KV_HEADS * (LIST_ROW + self.max_pages), np.int32)
+        self.place = xp.asarray([self.lists.data.ptr], np.int64)
+
+    def launches(self, policy):
+        """Of a policy, or of dense attention."""
+        extra = {"batch.positions": self.positions.data.ptr}
+        if policy is None:
+            return self.cache.launches(cached_attention, self.tensors, ABOUT, extra)
+        extra |= {"batch.chunks": self.chunks.data.ptr, "batch.prefill_lists": self.place.data.ptr, "prefill.stats": self.stats.data.ptr}
+        found, bucket = [], self.cache.bucket
+        self.cache.bucket = lambda: bucket() | {"listed": True}
+        for name, about in policy.operators():
+            kernel = import_module(f"edgeattn.kernels_cuda.{name}")
+            found += self.cache.launches(kernel, self.tensors, ABOUT | about | {"pages": self.max_pages}, extra)
+        found += self.cache.launches(cached_attention, self.tensors, ABOUT, extra)
+        self.cache.bucket = bucket
+        return found
+
+    def error(self, listed):
+        """Of 64 rows, against float32 over what they read."""
+        rows = torch.randint(0, self.tokens, (64,), device="cuda")
+        k, v = (torch.as_tensor(x, device="cuda") for x in self.cache.read(0))
+        q = torch.as_tensor(self.tensors["q"], device="cuda").reshape(self.tokens, KV_HEADS, -1, HEAD_DIM)[rows]
+        scores = torch.einsum("rhgd,hmd->rhgm", q, k) * HEAD_DIM ** -0.5
+        seen = torch.arange(k.shape[1], device="cuda") <= (self.depth + rows)[:, None]
+        seen = seen[:, None].repeat(1, KV_HEADS, 1)
+        if listed:
+            lists, blocks = self.lists.get(), -(-self.tokens // QUERIES)
+            for i, row in enumerate(rows.tolist()):
+                for head in range(KV_HEADS):
+                    begin, count = lists[LIST_ROW * (head * blocks + row // QUERIES):][:2]
+                    pages = torch.zeros(self.max_pages, dtype=torch.bool)
+                    pages[torch.as_tensor(lists[begin:begin + count]).long()] = True
+                    seen[i, head] &= pages.repeat_interleave(PAGE)[:k.shape[1]].cuda()
+        weights = torch.softmax(scores.masked_fill(~seen[:, :, None], float("-inf")), -1)
+        expected = torch.einsum("rhgm,hmd->rhgd", weights, v).flatten()
+        got = torch.as_tensor(self.tensors["out"], device="cuda")[rows].flatten()
+        return float((got - expected).norm() / expected.norm())
+
+
+def measure(prompt, settings, repeat, reference):
+    for name, options in [("dense", {}), *settings]:
+        policy = None if name == "dense" else load_policy("prefill", name, options)
+        launches = prompt.launches(policy)
+        prompt.tensors["out"].fill(np.nan)
+        prompt.stats.fill(0)
+        steps.run(launches)
+        device.cupy().cuda.Device().synchronize()
+        read, pairs = prompt.stats.get()[0].tolist() if policy else (1, 1)
+        error = prompt.error(policy is not None)
+        us = median_us(lambda i: steps.run(launches), repeat)
+        parts = {}
+        for launch in launches:
+            label = getattr(launch.function, "name", "kernel")
+            parts[label] = parts.get(label, 0) + median_us(lambda i: steps.run([launch]), repeat)
+        label = " ".join([name, *(f"{key} {value}" for key, value in options.items())])
+        print(f"{prompt.depth:>7} {prompt.tokens:>6} {label:>28} {100 * read / pairs:6.1f} % {us / 1e3:9.3f} ms {reference / us:6.2f}x torch  "
+              f"error {error:.1e}  " + ", ".join(f"{key} {value / 1e3:.3f}" for key, value in parts.items()), flush=True)
+        yield dict(depth=prompt.depth, tokens=prompt.tokens, setting=label, read=read / pairs, us=us, torch_us=reference, error=error,
+                   parts=parts)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--prompts", type=int, nargs="*", default=[32768])
+    parser.add_argument("--chunk", type=int, nargs="*", default=[512, 2048], help="tokens of chunks behind --depth others")
+    parser.add_argument("--depth", type=int, nargs="*", default=[4096, 30720])
+    parser.add_argument("-r", "--repeat", type=int, default=7)
+    parser.add_argument("--json")
+    args = parser.parse_args()
+    warnings.filterwarnings("ignore", message="For dense input")
+    print(device.about(), f"torch {torch.__version__}")
+    print(f"{'behind':>7} {'tokens':>6} {'':>28} {'read':>8} {'':>12}")
+    found = []
+    for depth, tokens in [(0, tokens) for tokens in args.prompts] + [(depth, tokens) for depth in args.depth for tokens in args.chunk]:
+        reference = torch_us(tokens, 1, args.repeat, tokens)[0] if depth == 0 else float("nan")
+        found += measure(Prompt(depth, tokens), SETTINGS, args.repeat, reference)
+        device.cupy().get_default_memory_pool().free_all_blocks()
+    if args.json:
+        with open(args.json, "w", encoding="utf-8") as file:
+            json.dump(dict(device=device.about(), results=found), file, indent=1)
+
+
+if __name__ == "__main__":
+    main()
