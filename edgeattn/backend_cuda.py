@@ -142,6 +142,10 @@ class CudaBackend:
         """What this process has allocated on the device, and whether that is the host's memory as well."""
         return device.cupy().get_default_memory_pool().total_bytes(), device.about()["integrated"]
 
+    def free_bytes(self) -> tuple[int, bool]:
+        """What the device has left for anybody, and whether that is the host's memory as well."""
+        return device.cupy().cuda.runtime.memGetInfo()[0], device.about()["integrated"]
+
     def bandwidth(self, size: int = 256 << 20, repeats: int = 10) -> float:
         """Bytes per second that a copy within the device's memory reads and writes."""
         xp = device.cupy()

@@ -197,9 +197,17 @@ class Plan:
         self._address = {root: start + offset for root, offset in offsets.items()}
         self._address |= {name: self.backend.address(array) for name, array in self._inputs.items()}
 
-    def _bytes(self, root):
+    def touched_bytes(self, counts: dict[str, int]) -> int:
+        """Memory between operators and of their scratch that a call with these counts touches."""
+        found, end = self.workspace.nbytes, 0
+        for start, size in sorted((at, self._bytes(root, counts)) for root, at in self._address.items() if root not in self._inputs):
+            found += max(0, start + size - max(start, end))
+            end = max(end, start + size)
+        return found
+
+    def _bytes(self, root, counts=None):
         value = self.values[root]
-        rows = self.max_counts.get(value.shape[0], value.shape[0])
+        rows = (counts or self.max_counts).get(value.shape[0], value.shape[0])
         return -(-rows * int(np.prod(value.shape[1:], dtype=np.int64)) * value.dtype.itemsize // 64) * 64
 
     def tensor(self, name: str) -> Tensor:

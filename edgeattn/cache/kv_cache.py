@@ -74,12 +74,17 @@ class KVCache:
 
     def read_bytes(self, tokens: float) -> float:
         """What a dense decode step reads with `tokens` in the cache, if nothing was evicted: payload and parameters (of deltas at most)."""
+        return self.shape[0] * self.shape[1] * float(self.head_bytes(tokens))
+
+    def head_bytes(self, tokens: float | np.ndarray) -> np.ndarray:
+        """Pages of a KV head that holds so many tokens: payload and parameters (of deltas at most)."""
+        if len(self.pools) == 1:
+            return np.asarray(tokens) * (self.pools[0].format.page_bytes / PAGE)
         kept = PAGE + self.options.window  # what stays floats, and behind it what fills a group of pages
-        kept = kept + (tokens - kept) % (PAGE * self.storage.group) if len(self.pools) > 1 else tokens
-        order = self.storage.pages() if len(self.pools) > 1 else [0]
-        sealed = sum(self.pools[1 + i].format.page_bytes for i in order) / len(order) if len(self.pools) > 1 else 0
-        each = min(tokens, kept) * self.pools[0].format.page_bytes + max(0, tokens - kept) * sealed
-        return self.shape[0] * self.shape[1] * each / PAGE
+        kept = kept + (tokens - kept) % (PAGE * self.storage.group)
+        order = self.storage.pages()
+        sealed = sum(self.pools[1 + i].format.page_bytes for i in order) / len(order)
+        return (np.minimum(tokens, kept) * self.pools[0].format.page_bytes + np.maximum(0, tokens - kept) * sealed) / PAGE
 
     def arguments(self, layer: int) -> dict[str, int]:
         """What kernels need to reach the pages, under the names used in ARGS."""
