@@ -9,7 +9,7 @@ from edgeattn.kernels_cuda import compile, device
 from edgeattn.kernels_cuda.steps import Launch, call, ints, pointers
 
 ARGS = ("x", "x.rows", "x.stride", "codes", "codes.1", "scales", "bias", "out", "out.stride", "bits", "activation_bits", "K", "N",
-        "workspace", "state")
+        "workspace", "state", "input_major")
 FEW = 8                  # tokens of one pass over the weights
 MANY = 17                # tokens from which the matrix units, whose tiles are COLUMNS tokens, are to be faster than passes of FEW
 ROWS, COLUMNS = 64, 128  # the tile of gemm_ternary.cu
@@ -18,26 +18,26 @@ SHARE = 32               # steps that a warp of gemv_ternary.cu has at least: wh
 MOST_WARPS = 8
 
 
-def matmul_ternary(x, codes, scales, bias=None, *, bits, activation_bits, K, N):
+def matmul_ternary(x, codes, scales, bias=None, *, bits, activation_bits, K, N, input_major=0):
     from edgeattn.kernels_cuda import matmul_ternary as kernel
     out = np.empty((len(x), N), np.float32)
-    call(kernel, dict(x=x, codes=codes, scales=scales, bias=bias, out=out), dict(bits=bits, activation_bits=activation_bits, K=K, N=N))
+    call(kernel, dict(x=x, codes=codes, scales=scales, bias=bias, out=out), dict(bits=bits, activation_bits=activation_bits, K=K, N=N, input_major=input_major))
     return out
 
 
 def workspace_bytes(tensors, attributes, rows, threads) -> int:
     """The tokens' codes, whole tiles of them, then what goes with each token."""
-    _check(attributes["bits"])
+    _check(attributes)
     return -(-rows // COLUMNS) * COLUMNS * (tensors["codes"].shape[1] * 16 + 8)
 
 
-def _check(bits):
-    if bits != 2:
-        raise ValueError("five ternary weights to a byte are for the CPU: export with two bits for --device cuda")
+def _check(about):
+    if about["bits"] != 2 or about.get("input_major"):
+        raise ValueError("this layout of ternary weights is for the CPU: export with --ternary-layout panels for --device cuda")
 
 
 def launches(a: dict[str, int], most: dict) -> list[Launch]:
-    _check(a["bits"])
+    _check(a)
     tokens, steps = most[a["x.rows"]], a["codes.1"]
     x_codes, info = np.int64(a["workspace"]), np.int64(a["workspace"] + -(-tokens // COLUMNS) * COLUMNS * steps * 16)
     quantise = Launch(compile.function("quantise_tokens", "quantise_tokens"), (tokens, 1, 1), 256,

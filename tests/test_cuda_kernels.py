@@ -18,7 +18,7 @@ DENSE = ("add", "embedding", "embedding_nbits", "gather_rows", "gated_activation
 def test_kernel_matches_reference(name, case):
     _, build, tolerance = case
     args, attributes = build(np.random.default_rng())
-    if attributes.get("bits") in (1, 3) or attributes.get("bits") == 2 and name != "matmul_ternary" or any(
+    if attributes.get("input_major") or attributes.get("bits") in (1, 3) or attributes.get("bits") == 2 and name != "matmul_ternary" or any(
             name.endswith("nbits") and x is not None and x.dtype == np.float16 for x in args[3:4]):
         with pytest.raises(ValueError, match="CPU"):
             load_kernel(name, "cuda")(*args, **attributes)
