@@ -1,16 +1,13 @@
-"""Decode steps of one token with fewer kernels: a product takes in the normalisation before it and the sum or gate behind it, and sends for
-the weights of the next one while it waits (gemv_around.cuh). All values are written as if every step had run by itself."""
+"""Decode steps of one token with fewer kernels: a product takes in the normalisation before it and the sum or gate behind it
+(gemv_around.cuh). All values are written as if every step had run by itself."""
 from dataclasses import replace
 
 import numpy as np
 
-from edgeattn.kernels_cuda import device
-
-AROUND = np.dtype([(name, "i8") for name in ("gain", "normal", "other", "sum", "gated", "next_codes", "next_scales", "next_code_bytes",
-                                             "next_scale_bytes")] + [(name, "i4") for name in ("epsilon", "activation", "half", "spare")])
-BEFORE, AFTER, NEXT = "before", "after", "next"  # in a product's arguments: those of the steps that it takes in, and of the next product
+AROUND = np.dtype([(name, "i8") for name in ("gain", "normal", "other", "sum", "gated")]
+                  + [(name, "i4") for name in ("epsilon", "activation", "half", "spare")])  # the kernel's struct of that name
+BEFORE, AFTER = "before", "after"  # in a product's arguments: those of the steps that it takes in
 ROW = 4096       # the longest that a product normalises: what registers of the smallest block hold
-AHEAD = 0        # of the second-level cache, that weights sent for in advance may take
 
 
 def fuse(steps: list, most: dict) -> list:
@@ -24,9 +21,6 @@ def fuse(steps: list, most: dict) -> list:
             found[-1] = replace(last, arguments=last.arguments | {AFTER: step.arguments})
         else:
             found.append(step)
-    products = [i for i, step in enumerate(found) if step.operator == "matmul_nbits" and _one(step.arguments, most)]
-    for i, following in zip(products, products[1:]):
-        found[i] = replace(found[i], arguments=found[i].arguments | {NEXT: found[following].arguments})
     return found
 
 
@@ -48,7 +42,7 @@ def _follows(step, a, most) -> bool:
     b = step.arguments
     if step.operator not in ("add", "gated_activation") or not _one(a, most) or b["x.rows"] != a["x.rows"]:
         return False
-    read, width = (a[BEFORE]["x"] if BEFORE in a else a["x"]), b["x.width"] // (1 if step.operator == "add" else 2)
+    read, width = row_of(a), b["x.width"] // (1 if step.operator == "add" else 2)
     if step.operator == "add" and (a["out"] not in (b["x"], b["y"]) or b["x"] == b["y"]):
         return False
     if step.operator == "gated_activation" and (b["x"] != a["out"] or a["N"] % 32):
@@ -72,12 +66,6 @@ def around(a: dict) -> np.ndarray:
         made["other"], made["sum"] = after["y"] if after["x"] == a["out"] else after["x"], after["out"]
     elif after:
         made["gated"], made["activation"], made["half"] = after["out"], after["activation"], a["N"] // 32
-    if (following := a.get(NEXT)) and device.capability() >= 90:
-        room, panels = int(AHEAD * device.about()["l2_bytes"]), -(-following["N"] // 16)
-        size = panels * -(-following["K"] // following["block_size"]) * 16  # blocks
-        codes = min(size * following["block_size"] * following["bits"] // 8, room // 4096 * 4096)
-        made["next_codes"], made["next_code_bytes"] = following["codes"], codes
-        made["next_scales"], made["next_scale_bytes"] = following["scales"], min(2 * size, max(room - codes, 0) // 4096 * 4096)
     return made
 
 

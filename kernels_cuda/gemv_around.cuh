@@ -1,6 +1,6 @@
 // What a product with one token does besides, so that a decode step has fewer kernels to run one after the other: normalise its row first,
-// add another row or multiply by an activated gate afterwards, and send for the weights of the next product. What the steps in its place
-// would have written is written too, so that whoever reads it finds it. Pointers are null where nothing is to be done.
+// add another row or multiply by an activated gate afterwards. What the steps in its place would have written is written too, so that
+// whoever reads it finds it. Pointers are null where nothing is to be done.
 #pragma once
 #include "activation.cuh"
 #include "normalization.cuh"
@@ -12,27 +12,16 @@ struct Around {  // fused_steps.py's AROUND
     const float* other;                   // the product plus `other`: `sum`
     float* sum;
     float* gated;                         // activation(first half of the product) * second half
-    const u8 *next_codes, *next_scales;   // of the next product
-    i64 next_code_bytes, next_scale_bytes;
     float epsilon;
     int activation, half, spare;          // half: panels of gates, each of which is followed by its other half's; 0: there are no gates
 };
+static_assert(sizeof(Around) == 56, "as fused_steps.py writes it");
 
 // Panels in the order in which a team has them: every stride-th, or every stride-th pair of a gate's panel and its other half's.
 __device__ __forceinline__ int panel_of(int place, int half) { return half ? (place >> 1) + (place & 1) * half : place; }
 __device__ __forceinline__ int next_place(int place, int half, int stride)
 {
     return place + (half ? place & 1 ? 2 * stride - 1 : 1 : stride);
-}
-
-// Weights on their way to the second-level cache, a part for each block, while this kernel waits. Before sm_90 nothing.
-__device__ __forceinline__ void send_for(const u8* from, i64 bytes)
-{
-    constexpr i64 PIECE = 4096;
-    if (threadIdx.x % 32 || !from) return;
-    const i64 warps = blockDim.x / 32;
-    for (i64 at = (blockIdx.x * warps + threadIdx.x / 32) * PIECE; at < bytes; at += gridDim.x * warps * PIECE)
-        prefetch_l2_bulk(from + at, (u32)min(PIECE, bytes - at));
 }
 
 // quantise_row() of gemv_nbits.cu for a row that is normalised on the way, by all threads of a block, each of which has 8 * BATCH values at

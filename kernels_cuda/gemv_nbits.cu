@@ -209,7 +209,6 @@ __device__ __forceinline__ void gemv(const float* x, const u32* x_codes, const U
     const int first_token = blockIdx.y * TOKENS;
     to.tokens = (int)state[tokens_at] - first_token;
     if (TOKENS == 1 && around.gain && 32 * threadIdx.x < k) prefetch_l2(around.gain + 32 * threadIdx.x);
-    if (TOKENS == 1) send_for(around.next_codes, around.next_code_bytes), send_for(around.next_scales, around.next_scale_bytes);
     release_next();
     wait_previous();
     to.out += first_token * to.stride;

@@ -1,7 +1,7 @@
 // Which pages a decode step reads of each KV head: scores of its pages, and the best of them as a list.
 // A block scores a part of a head's pages; the last one of a head to end chooses, or the last one of a sequence where heads choose
 // together.
-//   grid (kv_heads * parts, sequences), block 256 threads: two fit a processor, or one beside another kernel's
+//   grid (kv_heads * parts, sequences), block 512 threads
 //   bound    q's product with the middle of each channel's range, and `reach` times the most that the range can add (Quest, arXiv
 //            2406.10774): of the parameters of quantised keys alone, or of rows of an index, which are made here when they are first
 //            needed
@@ -189,7 +189,7 @@ __device__ __forceinline__ void share_mass(const Selection& a, Scoring& shared, 
     __syncthreads();
 }
 
-extern "C" __global__ void __launch_bounds__(SELECT_THREADS, 2) select_pages(CALL_PARAMETERS SELECTION_ARGS(AS_PARAMETER) i64 parts)
+extern "C" __global__ void __launch_bounds__(SELECT_THREADS) select_pages(CALL_PARAMETERS SELECTION_ARGS(AS_PARAMETER) i64 parts)
 {
     extern __shared__ float4 memory[];
     Scoring& scoring = *reinterpret_cast<Scoring*>(memory);
@@ -202,20 +202,13 @@ extern "C" __global__ void __launch_bounds__(SELECT_THREADS, 2) select_pages(CAL
     const int row = call.first_row(s), group = call.group(), slots = runs ? call.slots(s, head) : 0, total = a.total(slots);
     for (int i = threadIdx.x; i < POOLS * FIELDS; i += SELECT_THREADS) scoring.pools[i] = at<i64>(call.pools)[i];
     release_next();
-    int2 range = runs ? a.candidates(s, head, total) : make_int2(0, 0);
+    wait_previous();
+    if (!runs) return;
+    int2 range = a.candidates(s, head, total);
     if (a.score == MASS) range = make_int2(0, total);
     const int size = (max(range.y - range.x, 0) + (int)parts - 1) / (int)parts;
     const int begin = range.x + part * size, end = min(range.y, begin + size);
-    const bool scored = runs && a.scoring(s, head);
-    if (scored && a.score == BOUND && a.index_width < 2 * depth) {  // what is scored is there when q is
-        __syncthreads();
-        for (int page = begin + threadIdx.x / 4; page < end; page += SELECT_THREADS / 4) {  // four lines of 128 bytes at most
-            const int entry = call.table(s, head)[page], line = 128 * (threadIdx.x % 4);
-            if (entry >= 0 && line < 4 * depth) prefetch_l2(at<u8>(Page(scoring.pools, entry).place(K_PARAMS)) + line);
-        }
-    }
-    wait_previous();
-    if (!runs) return;
+    const bool scored = a.scoring(s, head);
     float* found = a.scores_of(s, head);
     if (scored && begin < end) {
         for (int n = threadIdx.x; n < group * depth; n += SELECT_THREADS)

@@ -3,7 +3,7 @@ import numpy as np
 
 from edgeattn.arguments import CODES
 from edgeattn.kernels_cuda import compile, device
-from edgeattn.kernels_cuda.attention_call import BLOCKS, CALL, HEADS, call_args, processors
+from edgeattn.kernels_cuda.attention_call import CALL, HEADS, call_args, processors
 from edgeattn.kernels_cuda.paged_cache import COUNT, HEADER, PagedCache
 from edgeattn.kernels_cuda.steps import Launch
 from edgeattn.page_formats import PAGE, PageFormat
@@ -13,7 +13,7 @@ SELECTION = (  # in the order of SELECTION_ARGS
     "score", "combine", "budget", "fraction", "recent", "reach", "reuse", "block", "workspace.softmax")
 ARGS = (*CALL, *(name for name in SELECTION if not name.startswith("workspace")), "selection.components")
 SCORES = "bound", "mass", "recency", "random", "peak"
-THREADS, SHARED = 256, 4 * (2048 + 1024 + 64 + 8 + 64 + 8)  # select_pages.cu, selection.cuh: Choosing
+THREADS, SHARED = 512, 4 * (2048 + 1024 + 64 + 16 + 64 + 7)  # select_pages.cu, selection.cuh: Choosing
 MOST_PAGES = 32768
 WORKSPACE_ROWS = "sequences"  # the count that `rows` of workspace_bytes is: only decode steps select
 
@@ -61,7 +61,7 @@ def launches(a: dict[str, int], most: dict) -> list[Launch]:
     if a["selection.group"] < 0:
         return []
     sequences, places = most[a["batch.sequences"]], most[a["batch.sequences"]] * a["kv_heads"]
-    parts = max(1, min(64, BLOCKS * processors() // places, -(-most["slots"] // (PAGE * THREADS // 32))))
+    parts = max(1, min(64, processors() // places, -(-most["slots"] // (PAGE * THREADS // 32))))
     made = a | {"workspace.scores": a["workspace"], "workspace.softmax": a["workspace"] + _score_bytes(places, a["cache.max_pages"])}
     args = (*call_args(a), *(np.int64(made[name]) for name in SELECTION), np.int64(parts))
     kernel = compile.function("select_pages", "select_pages", SHARED)

@@ -46,7 +46,6 @@ def test_a_layer_has_four_products():
              plus(6 << 10, 10 << 10, 11 << 10, 64)]
     made = fused_steps.fuse(layer, {0: 1})
     assert operators(made) == ["norm matmul_nbits", "cached_attention", "matmul_nbits and", "norm matmul_nbits and", "matmul_nbits and"]
-    assert [s.arguments.get(fused_steps.NEXT, {}).get("N") for s in made] == [64, None, 192, 64, None]
     assert fused_steps.fuse(layer, {0: 2}) == layer
 
 
