@@ -2,9 +2,9 @@
 
     python benchmarks/cuda_prefill.py        (where edgeattn is not installed: sh benchmarks/gpu.sh python3 benchmarks/cuda_prefill.py)
 
-One layer of 32 query heads over 8 KV heads of 128 channels, random queries, keys and values. Ours writes the new tokens, chooses and attends;
-torch attends alone. A prompt with nothing before it, and chunks behind cached tokens. Medians of CUDA events, of the whole and of each
-kernel. Attention over what was chosen is compared with float32 on some rows; "read" is the part of the pairs of query and key.
+One layer of 32 query heads over 8 KV heads of 128 channels, random queries, keys and values. Ours writes the new tokens, chooses and
+attends; torch attends alone. A prompt with nothing before it, and chunks behind cached tokens. Medians of CUDA events, of the whole and of
+each kernel. Attention over what was chosen is compared with float32 on some rows; "read" is the part of the pairs of query and key.
 """
 import argparse
 import json
@@ -22,8 +22,8 @@ from edgeattn.kernels_cuda.prefill_call import LIST_ROW, QUERIES, most_blocks
 from edgeattn.page_formats import PAGE, PageFormat
 from edgeattn.policies import load_policy
 
-SETTINGS = [("auto", {"fraction": 0.19}), ("auto", {"fraction": 0.1}), ("xattention", {"tau": 0.19}), ("xattention", {"tau": 0.19, "stride": 16}),
-            ("sale", {"threshold": 0.0006})]
+SETTINGS = [("auto", {"fraction": 0.19}), ("auto", {"fraction": 0.1}), ("xattention", {"tau": 0.19}),
+            ("xattention", {"tau": 0.19, "stride": 16}), ("sale", {"threshold": 0.0006})]
 
 
 class Prompt:
@@ -97,8 +97,9 @@ def measure(prompt, settings, repeat, reference):
             label = getattr(launch.function, "name", "kernel")
             parts[label] = parts.get(label, 0) + median_us(lambda i: steps.run([launch]), repeat)
         label = " ".join([name, *(f"{key} {value}" for key, value in options.items())])
-        print(f"{prompt.depth:>7} {prompt.tokens:>6} {label:>28} {100 * read / pairs:6.1f} % {us / 1e3:9.3f} ms {reference / us:6.2f}x torch  "
-              f"error {error:.1e}  " + ", ".join(f"{key} {value / 1e3:.3f}" for key, value in parts.items()), flush=True)
+        print(f"{prompt.depth:>7} {prompt.tokens:>6} {label:>28} {100 * read / pairs:6.1f} % {us / 1e3:9.3f} ms "
+              f"{reference / us:6.2f}x torch  error {error:.1e}  " + ", ".join(f"{key} {x / 1e3:.3f}" for key, x in parts.items()),
+              flush=True)
         yield dict(depth=prompt.depth, tokens=prompt.tokens, setting=label, read=read / pairs, us=us, torch_us=reference, error=error,
                    parts=parts)
 

@@ -13,7 +13,7 @@ def cache_refusal(options: CacheOptions) -> str:
     """Why a cache with these options cannot be kept there; "" where it can."""
     asked = [flag for flag, found in (
         (f"--kv-storage {options.storage}", options.storage != "kivi"),
-        (f"--kv-eviction {options.eviction}", options.releases or options.method != "none" and bool(options.eviction_policy().mass)),
+        (f"--kv-eviction {options.eviction}", options.releases or options.method != "none" and options.eviction_policy().mass),
         (f"--kv-heads {options.heads}", options.heads != "none"),
         (f"--kv-layer-budget {options.layer_budget}", options.shares_layers and bool(RULES[options.layer_budget].mass)),
         ("--kv-progressive", options.progressive > 0)) if found]
@@ -39,8 +39,8 @@ def prefill_refusal(policy, correction: str | None = None, heads: int = 1, kv_he
 
 
 def check(options: CacheOptions, sparse, prefill, about: dict) -> tuple[str, str]:
-    """What the user chose (SparseOptions, PrefillOptions) -> why sparse decode steps and sparse prompts give way, if they were not asked for
-    by name. ValueError: a model or a cache that cannot be on the GPU."""
+    """What the user chose (SparseOptions, PrefillOptions) -> why sparse decode steps and sparse prompts give way, if they were not asked
+    for by name. ValueError: a model or a cache that cannot be on the GPU."""
     for why in (model_refusal(about), cache_refusal(options)):
         if why:
             raise ValueError(why)

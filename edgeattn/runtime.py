@@ -54,8 +54,7 @@ class Model:
         sparse, prefill = sparse or SparseOptions(), prefill or PrefillOptions()
         self.backend = make_backend(device)
         self.device = self.backend.device
-        options = cache or CacheOptions()
-        dense_because, whole_because = self.backend.limits(options, sparse, prefill, about)
+        dense_because, whole_because = self.backend.limits(options := cache or CacheOptions(), sparse, prefill, about)
         classes = None if options.heads == "none" else head_classes(self.folder, self.config, options.retrieval)
         selection = None
         self.scheduler = None if sparse.method == "off" else Scheduler(sparse, *shape[:2])
@@ -81,8 +80,7 @@ class Model:
         self.cache = KVCache(*shape, options, self.ubatch, classes, selection, self.backend)
         self.ubatch, self.ctx_size = self.cache.plan.chunk, self.cache.capacity
         if self.prefill and prefill.min_len is None and self.device != "cpu":
-            token_flops = 4 * self.ubatch * about["num_heads"] * about["head_dim"]
-            self.prefill.min_len = self.backend.lists_from(self.prefill.policy, token_flops)
+            self.prefill.min_len = self.backend.lists_from(self.prefill.policy, 4 * self.ubatch * about["num_heads"] * about["head_dim"])
         elif self.prefill and prefill.min_len is None and not self.prefill.reads_all(self.ctx_size):
             from edgeattn.prefill_crossover import settle as begin_prefill  # loads the kernels of lists
             begin_prefill(self.prefill, options, about["num_heads"], about["kv_heads"], about["head_dim"], self.threads)
@@ -126,9 +124,9 @@ class Model:
         batch = self._batch
         inputs = {"token_ids": batch.token_ids, "positions": batch.positions, "logit_rows": batch.logit_rows}
         counts = {"tokens": self.ubatch, "rows": self._max_rows, "sequences": MAX_SEQUENCES, "probes": 0}
-        choosing = [found for found in (self.scheduler, self.prefill) if found]
-        return Plan(read_graph(self.folder), lambda layer: [one for found in choosing for one in found.operators(layer)], batch.arguments(), self._layer_arguments, inputs, counts, self.threads, progress,
-                    self.backend)
+        before = [found.operators for found in (self.scheduler, self.prefill) if found]
+        return Plan(read_graph(self.folder), lambda layer: [one for operators in before for one in operators(layer)], batch.arguments(),
+                    self._layer_arguments, inputs, counts, self.threads, progress, self.backend)
 
     def _layer_arguments(self, layer):
         own = self.backend.cache_arguments(self.cache.plan.formats) | {"prefill.sparse": int(self.prefill is not None)}

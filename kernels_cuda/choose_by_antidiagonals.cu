@@ -3,8 +3,8 @@
 // their score one product of S * head_dim channels, in halves: keys as they lie in their pages, where eight tokens of a channel are
 // neighbours, queries brought into the same form, each stride backwards.
 //   arrange_queries  arranged [num_heads][query blocks of all sequences][head_dim][64] halves. Grid (query blocks, num_heads, sequences)
-//   edge_scores      edges [num_heads][query blocks][64 / S rows][2] float32: of the columns that a row may see in part, over the pairs that
-//                    it sees. The same grid; block 128
+//   edge_scores      edges [num_heads][query blocks][64 / S rows][2] float32: of the columns that a row may see in part, over the pairs
+//                    that it sees. The same grid; block 128
 //   score_strides    sums [rows][max_pages] halves, each page's exponentials less the row's largest score among 32 columns, and these,
 //                    tops [rows][max_pages / S] float32.  Grid (tiles of 64 columns, tiles of 128 rows, kv_heads * sequences), block 256
 //   choose_by_antidiagonals  the lists: of each query head as many pages as cover a part of the rows' softmax weights.
@@ -31,7 +31,10 @@ struct Strides {
 };
 
 // The query at place `j` of a block: token, counted from the block's first; the last one stands for those that lack.
-__device__ __forceinline__ int token_at(int j, int stride, int rows) { return min(j / stride * stride + stride - 1 - j % stride, rows - 1); }
+__device__ __forceinline__ int token_at(int j, int stride, int rows)
+{
+    return min(j / stride * stride + stride - 1 - j % stride, rows - 1);
+}
 
 KERNEL arrange_queries(CALL_PARAMETERS CHOICE_PARAMETERS STRIDE_PARAMETERS i64 unused)
 {
@@ -46,7 +49,8 @@ KERNEL arrange_queries(CALL_PARAMETERS CHOICE_PARAMETERS STRIDE_PARAMETERS i64 u
     const int first = call.first_row(s) + here.first;
     for (int n = threadIdx.x; n < QUERY_BLOCK * depth; n += blockDim.x) {
         const int row = first + token_at(n % QUERY_BLOCK, (int)strides.span, here.rows);
-        const float x = rotated(call, at<float>(call.q) + row * call.q_stride + head * depth, at<i64>(call.positions)[row], n / QUERY_BLOCK);
+        const float* query = at<float>(call.q) + row * call.q_stride + head * depth;
+        const float x = rotated(call, query, at<i64>(call.positions)[row], n / QUERY_BLOCK);
         to[n] = float_to_half(x * call.scale() * LOG2E);
     }
 }
@@ -95,7 +99,8 @@ __device__ __forceinline__ void fetch_rows(const Call& call, const Strides& stri
 }
 
 // The same of keys, of the pages `first` on; `count` there are.
-__device__ __forceinline__ void fetch_columns(const Call& call, const Strides& strides, const int* table, int first, int count, int c0, u8* to)
+__device__ __forceinline__ void fetch_columns(const Call& call, const Strides& strides, const int* table, int first, int count, int c0,
+                                              u8* to)
 {
     const int parts = (int)strides.span / 8, channels = SLICES / parts, depth = (int)call.head_dim;
     const auto place = [&](int page, int channel, int piece) {  // of eight tokens
@@ -109,7 +114,8 @@ __device__ __forceinline__ void fetch_columns(const Call& call, const Strides& s
             continue;
         }
         const Page held(call.pools, entry);
-        if (held.kind(K_KIND) == F16) cp_async16(place(page, channel, n % 4), at<u8>(held.place(K) + (c0 + channel) * 2 * PAGE + 16 * (n % 4)));
+        if (held.kind(K_KIND) == F16)
+            cp_async16(place(page, channel, n % 4), at<u8>(held.place(K) + (c0 + channel) * 2 * PAGE + 16 * (n % 4)));
         else if (channel % 4 == 0 && n % 4 < 2) {  // four channels, two times eight tokens
             const int quad = (c0 + channel) / 4, x = n % 4;
             const i64 params = held.place(K_PARAMS) + 8 * quad;

@@ -28,8 +28,8 @@ def workspace_bytes(tensors, attributes, rows, threads) -> int:
 def launches(a: dict[str, int], most: dict) -> list[Launch]:
     prefill_call.check(a)
     if not a["cache.kinds"] or a["head_dim"] not in HEAD_DIMS or a["stride"] not in STRIDES or a["cache.keys_rotated"]:
-        raise ValueError(f"CUDA kernels score strides of {', '.join(map(str, STRIDES))} tokens and heads of {HEAD_DIMS} channels, over pages of "
-                         "halves and of codes by channel; choose another --sparse-prefill")
+        raise ValueError(f"CUDA kernels score strides of {', '.join(map(str, STRIDES))} tokens and heads of {HEAD_DIMS} channels, over "
+                         "pages of halves and of codes by channel; choose another --sparse-prefill")
     (blocks, kv_heads, sequences), pages, stride = prefill_call.blocks_grid(a, most), prefill_call.pages_of(a, most), a["stride"]
     places = prefill_call.most_blocks(most[a["q.rows"]])
     offsets = np.cumsum([0, *_parts(a["num_heads"], a["head_dim"], places, a["cache.max_pages"], stride)])[:4]

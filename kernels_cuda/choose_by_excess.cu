@@ -1,6 +1,6 @@
-// Which pages a prompt's queries read, by estimates of all scores in eight bits (SALE, arXiv 2505.24179; the references are score_excess and
-// policies/prefill/sale.py, whose four bits take no less here). The pages that are read anyhow give each row the sum that its scores with
-// all other keys are held against.
+// Which pages a prompt's queries read, by estimates of all scores in eight bits (SALE, arXiv 2505.24179; the references are
+// score_excess and policies/prefill/sale.py, whose four bits take no less here). The pages that are read anyhow give each row the sum
+// that its scores with all other keys are held against.
 //   mean_of_keys     key_mean [sequences][kv_heads][head_dim] float32, of the first new tokens. Grid (kv_heads, sequences), block 128
 //   round_keys       keys [pages of all sequences][kv_heads][32][head_dim] bytes, less that mean, key_steps [the same][32] float32.
 //                    Grid (pages, kv_heads, sequences), block 256

@@ -37,8 +37,8 @@ def launches(a: dict[str, int], most: dict) -> list[Launch]:
     args = (*prefill_call.choice_args(a), *(np.int64(x) for x in (*starts, places, a["prefill.sale_thresholds"], a["threshold"], 0)))
 
     def launch(name, grid, threads, shared=0):
-        return Launch(compile.function("choose_by_excess", name, shared + (prefill_call.STATIC if shared else 0)), grid, threads, args, shared,
-                      overlap=True)
+        kernel = compile.function("choose_by_excess", name, shared + (prefill_call.STATIC if shared else 0))
+        return Launch(kernel, grid, threads, args, shared, overlap=True)
     pairs = kv_heads * -(-(heads // kv_heads) // PAIR)
     return [prefill_call.write(a, most), launch("mean_of_keys", (kv_heads, sequences, 1), 128),
             launch("round_keys", (pages, kv_heads, sequences), 256), launch("round_queries", (blocks, heads, sequences), 256),

@@ -22,7 +22,8 @@ def workspace_bytes(tensors, attributes, rows, threads) -> int:
 
 def launches(a: dict[str, int], most: dict) -> list[Launch]:
     prefill_call.check(a)
-    (blocks, kv_heads, sequences), pages, common = prefill_call.blocks_grid(a, most), prefill_call.pages_of(a, most), prefill_call.choice_args(a)
+    (blocks, kv_heads, sequences), pages = prefill_call.blocks_grid(a, most), prefill_call.pages_of(a, most)
+    common = prefill_call.choice_args(a)
     means = np.int64(a["workspace"])
     scores = means + _means_bytes(a["pages"], kv_heads, a["head_dim"])
     places, shared = np.int64(prefill_call.most_blocks(most[a["q.rows"]])), 5 * pages
@@ -30,4 +31,5 @@ def launches(a: dict[str, int], most: dict) -> list[Launch]:
     choose = compile.function("choose_by_means", "choose_by_means", shared + prefill_call.STATIC)
     return [prefill_call.write(a, most),
             Launch(compile.function("choose_by_means", "mean_keys"), (pages, kv_heads, sequences), 128, (*common, means), overlap=True),
-            Launch(choose, (blocks, kv_heads, sequences), prefill_call.THREADS, (*common, means, scores, places, *own), shared, overlap=True)]
+            Launch(choose, (blocks, kv_heads, sequences), prefill_call.THREADS, (*common, means, scores, places, *own), shared,
+                   overlap=True)]

@@ -6,8 +6,8 @@ from edgeattn.kernels_cuda.steps import Launch, run as run_launches
 
 
 def run(pages, parts: list[tuple[np.ndarray, np.ndarray]]) -> None:
-    """pages: page_pool.py's, of floats; parts: (sources, targets), places 32 * page + slot of one KV head's tokens, in the order of the text,
-    each going to an earlier slot."""
+    """pages: page_pool.py's, of floats; parts: (sources, targets), places 32 * page + slot of one KV head's tokens, in the order of the
+    text, each going to an earlier slot."""
     xp, page_format = device.cupy(), pages.format
     starts = np.cumsum([0, *(len(sources) for sources, _ in parts)])
     if not starts[-1]:

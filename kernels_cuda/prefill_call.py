@@ -31,8 +31,8 @@ def choice_args(a: dict[str, int]) -> tuple:
 
 def check(a: dict[str, int]) -> None:
     if a["num_heads"] // a["kv_heads"] > HEADS or a["cache.max_pages"] > MOST_PAGES:
-        raise ValueError(f"CUDA kernels choose what a prompt reads for {HEADS} query heads a KV head and {MOST_PAGES * PAGE} tokens at most; "
-                         "use --sparse-prefill off")
+        raise ValueError(f"CUDA kernels choose what a prompt reads for {HEADS} query heads a KV head and {MOST_PAGES * PAGE} tokens at "
+                         "most; use --sparse-prefill off")
 
 
 def write(a: dict[str, int], most: dict) -> Launch:

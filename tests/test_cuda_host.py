@@ -6,7 +6,7 @@ from imitated_gpu import make_backend
 from edgeattn import backend_cuda, devices, runtime
 from edgeattn.cache import session
 from edgeattn.cache.options import CacheOptions
-from edgeattn.cuda_limits import cache_refusal, check, decode_refusal, prefill_refusal
+from edgeattn.cuda_limits import cache_refusal, check, decode_refusal
 from edgeattn.generation import Generation, SamplerOptions
 from edgeattn.policies import load_policy
 from edgeattn.prefill_scheduler import PrefillOptions
@@ -30,8 +30,8 @@ def load(monkeypatch, nano_int4):
         if device == "cuda":
             monkeypatch.setattr(runtime, "make_backend", lambda name: make_backend(monkeypatch))
         k, _, v = cache.partition("/")
-        options = dict(cache=CacheOptions(k, v or k, budget=budget, eviction=eviction), ctx_size=1024, ubatch=128, threads=1, sparse=sparse or SparseOptions("off"),
-                       prefill=PrefillOptions("off"))
+        options = dict(cache=CacheOptions(k, v or k, budget=budget, eviction=eviction), ctx_size=1024, ubatch=128, threads=1,
+                       sparse=sparse or SparseOptions("off"), prefill=PrefillOptions("off"))
         model = Model.load(nano_int4, device=device, **options | more)
         monkeypatch.setattr(runtime, "make_backend", devices.make_backend)
         return model
@@ -232,13 +232,6 @@ def test_decode_policies(name, works):
     assert decode_refusal(load_policy("decode", name), 72, 8)
 
 
-@pytest.mark.parametrize("name, options, works", [
-    ("auto", {}, True), ("sale", {}, True), ("xattention", {}, True), ("xattention", {"stride": 4}, False), ("hip", {}, False)])
-def test_prefill_policies(name, options, works):
-    policy = load_policy("prefill", name, options)
-    assert (not prefill_refusal(policy)) == works and prefill_refusal(policy, "tail") and prefill_refusal(policy, None, 72, 8)
-
-
 def test_what_gives_way_and_what_does_not():
     about = {"head_dim": 64, "num_heads": 32, "kv_heads": 8}
     assert check(CacheOptions(budget=1 << 24), SparseOptions(), PrefillOptions(), about) == ("", "")
@@ -258,30 +251,6 @@ def test_where_sparse_decode_begins(monkeypatch, clock, bus, begins):
     monkeypatch.setattr(device, "about", lambda: {"memory_clock_mhz": clock, "memory_bus_bits": bus})
     found = make_backend(monkeypatch).sparse_from(load_policy("decode", "auto"), 1294)
     assert begins[0] < found < begins[1]
-
-
-def test_where_prompts_begin_to_read_a_part(monkeypatch):
-    """The longer a chunk and the wider a layer, the sooner; who reads as much as there is never does."""
-    backend, auto = make_backend(monkeypatch), load_policy("prefill", "auto")
-    found = [backend.lists_from(auto, 4 * chunk * 32 * 64) for chunk in (256, 512, 2048)]
-    assert found == sorted(found, reverse=True) and 4_000 < found[1] < 8_000
-    assert backend.lists_from(load_policy("prefill", "auto", {"fraction": 1.0}), 1e6) > 1 << 30
-    assert backend.lists_from(load_policy("prefill", "xattention"), 1e6) == load_policy("prefill", "xattention").min_len
-
-
-def test_a_call_tells_which_prompts_read_lists(monkeypatch):
-    """Blocks and pages are numbered on over the sequences that have lists, as far as kernels' scratch goes."""
-    from types import SimpleNamespace
-    cache = SimpleNamespace(shape=(2, 2), plan=SimpleNamespace(max_pages=20))
-    batch = make_backend(monkeypatch).batch(256, 4, 4, cache)
-    assert batch.arguments()["batch.prefill_lists"] == 0
-    batch.hold_lists(2)
-    assert batch.arguments()["batch.prefill_lists"] == batch.address(batch.prefill_lists)
-    assert batch.list_prompt(0, 320, 70, 0) and batch.list_prompt(2, 300, 64, 2) and not batch.list_prompt(3, 64, 64, 0)
-    np.testing.assert_array_equal(batch.chunks[[0, 2]], [[0, 0, 0], [2, 10, 2]])
-    assert batch.prefill_lists[2] - batch.prefill_lists[0] == 4 * 2 * 2 * (4 + 20) and batch.listed == 3
-    batch.clear()
-    assert batch.listed == 0 and batch.list_prompt(1, 640, 64, 0)
 
 
 def test_devices_by_name(monkeypatch):

@@ -14,7 +14,8 @@ RNG = np.random.default_rng()
 LAST = 2
 METHODS = {"auto": ("auto", {"budget": 256, "least": 64, "fraction": 0.2, "recent": 3}, 0.01),
            "strides of 8": ("xattention", {"tau": 0.6}, 0.02), "strides of 16": ("xattention", {"tau": 0.5, "stride": 16}, 0.02),
-           "scan": ("sale", {"threshold": 0.05, "bits": 8}, 0.02), "strides of 32": ("xattention", {"tau": 0.4, "stride": 32, "recent": 1}, 0.02)}  # name, options, part of pages that may differ
+           "strides of 32": ("xattention", {"tau": 0.4, "stride": 32, "recent": 1}, 0.02),
+           "scan": ("sale", {"threshold": 0.05, "bits": 8}, 0.02)}  # policy, options, part of the pages that may differ
 
 
 class Prompts:

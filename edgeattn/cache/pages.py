@@ -21,7 +21,7 @@ class HostPages(Pages):
             array[target] = array[source]
 
     def move(self, parts: list[tuple[np.ndarray, np.ndarray]]) -> None:
-        """Tokens of pages of floats from places to places, 32 * page + slot within it; those of a part are all read before one is written."""
+        """Tokens of pages of floats from places to places, 32 * page + slot in it; those of a part are all read before one is written."""
         item = np.uint16 if self.format.k_type == "f16" else np.float32
         k = self.k.view(item).reshape(-1, self.format.head_dim, PAGE)
         v = self.v.view(item).reshape(-1, PAGE, self.format.width)
