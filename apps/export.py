@@ -5,11 +5,13 @@ from pathlib import Path
 
 from edgeattn.apps import options
 
-HELP = "turn a Hugging Face checkpoint into a quantised ONNX folder"
+HELP = "turn a Hugging Face checkpoint or a GGUF file into a quantised ONNX folder"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("checkpoint", metavar="CHECKPOINT", help="folder with config.json and *.safetensors, or nano for the bundled model")
+    parser.add_argument("checkpoint", metavar="CHECKPOINT",
+                        help="folder with config.json and *.safetensors (also of GPTQ, AWQ or HQQ), a GGUF file, "
+                        "or nano for the bundled model")
     parser.add_argument("-o", "--output", metavar="FOLDER", required=True, help="folder to write; an earlier export there is replaced")
     parser.add_argument("--precision", choices=options.PRECISIONS,
                         help="weights (int4, with an 8-bit embedding and head; ternary for a checkpoint that is)")
@@ -29,8 +31,9 @@ def main(args: argparse.Namespace) -> int:
         raise ValueError(f"{checkpoint}: is an export already; give the Hugging Face checkpoint it was made from")
     from edgeattn.exporters.export import export
     with Progress(f"exporting {checkpoint.name} to {args.output}", patience=0) as progress:
-        export(checkpoint, args.output, precision=args.precision, group_size=args.group_size, target=args.target,
-               ternary_layout=args.ternary_layout, ctx_size=args.ctx_size, progress=progress.exporting)
+        report = export(checkpoint, args.output, precision=args.precision, group_size=args.group_size, target=args.target,
+                        ternary_layout=args.ternary_layout, ctx_size=args.ctx_size, progress=progress.exporting)
+    models.warn_requantised(report)
     print(summary(Path(args.output)))
     print(f"try it: edgeattn chat -m {args.output}", file=sys.stderr)
     return 0

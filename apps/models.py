@@ -21,7 +21,7 @@ def cache_folder() -> Path:
 
 
 def find(name: str | None) -> Path:
-    """The folder that -m means, exported or a checkpoint; ValueError says what else to give."""
+    """What -m means: a folder, exported or a checkpoint, or a GGUF file; ValueError says what else to give."""
     if not name:  # whatever the current folder holds
         return _bundled(BUNDLED[0])
     path = Path(name).expanduser()
@@ -30,8 +30,10 @@ def find(name: str | None) -> Path:
             return path
         raise ValueError(f"{path}: neither an exported folder (edgeattn.json) nor a Hugging Face checkpoint (config.json)")
     if path.is_file():
-        hint = "GGUF files are not read; " if path.suffix == ".gguf" else ""
-        raise ValueError(f"{path}: is a file; {hint}give the folder of a Hugging Face checkpoint or of an export")
+        with open(path, "rb") as file:
+            if file.read(4) == b"GGUF":
+                return path
+        raise ValueError(f"{path}: is a file, but not GGUF; give the folder of a Hugging Face checkpoint or of an export, or a GGUF file")
     if str(path) in BUNDLED:
         return _bundled(str(path))
     hint = f"; to download it: hf download {name} --local-dir {path.name}" if str(name).count("/") == 1 and name[0] not in "./~" else ""
@@ -67,7 +69,8 @@ def _fingerprint(checkpoint):
     """Changes whenever the checkpoint's files, the exporters or the layout of weights do."""
     from edgeattn import exporters, ops
     from edgeattn.reference import matmul_nbits, matmul_ternary
-    files = sorted(p for p in checkpoint.iterdir() if p.suffix in (".safetensors", ".json", ".jinja", ".model"))
+    folder = checkpoint if checkpoint.is_dir() else checkpoint.parent  # a GGUF file's tokenizer may lie beside it
+    files = sorted(p for p in folder.iterdir() if p.suffix in (".safetensors", ".json", ".jinja", ".model") or p == checkpoint)
     about = [f"{p.name} {p.stat().st_size} {p.stat().st_mtime_ns}" for p in files]
     sources = [*sorted(Path(exporters.__file__).parent.rglob("*.py")), *(Path(m.__file__) for m in (matmul_nbits, matmul_ternary, ops))]
     return "\n".join(about + [hashlib.sha256(p.read_bytes()).hexdigest() for p in sources])
@@ -78,7 +81,16 @@ def _export(checkpoint, folder, precision, stem):
     remove_abandoned(folder.parent, stem)  # also what a killed export of other files left
     to = f" to {precision}" if precision else ""
     with Progress(f"exporting {checkpoint.name}{to} (once)", patience=0) as progress:
-        export(checkpoint, folder, precision=precision, progress=progress.exporting)
+        report = export(checkpoint, folder, precision=precision, progress=progress.exporting)
+    warn_requantised(report)
+
+
+def warn_requantised(report: dict) -> None:
+    """One line on stderr when an export quantised again what was quantised before."""
+    if report["requantised"]:
+        kinds = ", ".join(sorted(set(report["requantised"].values())))
+        print(f"quantised again, with loss, because no format here holds their codes: {len(report['requantised'])} tensors ({kinds})",
+              file=sys.stderr)
 
 
 def load(args: argparse.Namespace, ctx_size: int | None = None, chat: bool = False):

@@ -39,8 +39,8 @@ def unescape(text: str) -> str:
 
 def add_model(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("model")
-    group.add_argument("-m", "--model", metavar="FOLDER", help="an exported folder, or a Hugging Face checkpoint (exported once, to the "
-                       "user's cache); the bundled nano by default")
+    group.add_argument("-m", "--model", metavar="FOLDER", help="an exported folder, or a Hugging Face checkpoint or GGUF file (exported "
+                       "once, to the user's cache); the bundled nano by default")
     group.add_argument("--precision", choices=PRECISIONS, help="for a checkpoint: what to export it to (int4; ternary weights stay so)")
     group.add_argument("-c", "--ctx-size", type=whole(0), metavar="N", help="tokens that the cache holds (0 or none: all the model allows)")
     group.add_argument("-t", "--threads", type=whole(1), metavar="N", help="threads (one for each core)")

@@ -36,9 +36,11 @@ def check(folder: str | Path, source: Checkpoint, decoder: Decoder) -> dict:
     engine, got = exported_logits(folder, tokens, _largest_bytes(source))
     report = {"checkpoint_in": reference, "export_in": engine, "tokens": len(tokens), **compare(got, logits)}
     # Whatever the precision of the embedding and head, ternary layers round activations: a float on an edge may go either way.
-    limit, layer_limit = LIMITS["ternary" if "ternary" in config["weights"].values() else config["precision"]]
+    ternary = "ternary" in config["weights"].values()
+    own = LIMITS["ternary" if ternary else config["precision"]]
+    limit, layer_limit = own if ternary or config.get("rounded", True) else min(own, LIMITS["int8"])  # imported codes add no error
     if not report["rms_error"] <= limit:
-        where = faulty_layer(folder, source, decoder, tokens, layer_limit) or _faulty_engine(folder, engine, got, tokens, limit)
+        where = faulty_layer(folder, source, decoder, tokens, layer_limit) or _faulty_engine(folder, engine, got, tokens, own[0])
         if where:  # otherwise many layers, each within its precision, add up
             raise ValueError(f"the exported logits differ from those of {source.folder} by {report['rms_error']:.2g} of their standard "
                              f"deviation ({config['precision']}): {where}")
@@ -82,7 +84,8 @@ def prompt_tokens(folder: Path, about: dict) -> np.ndarray:
 
 def checkpoint_logits(source: Checkpoint, decoder: Decoder, tokens: np.ndarray) -> tuple[str, np.ndarray]:
     """(where it ran, logits [n, vocab]) of the checkpoint."""
-    if not source.quantised_by and find_spec("torch") and find_spec("transformers") and 4 * sum(map(_size, source.tensors.values())) <= TORCH_BYTES:
+    small = not source.quantised_by and 4 * sum(map(_size, source.tensors.values())) <= TORCH_BYTES
+    if small and find_spec("torch") and find_spec("transformers"):
         logits = torch_logits(source.folder, tokens)
         if logits is not None:
             return "transformers", logits

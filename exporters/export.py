@@ -59,7 +59,8 @@ def export(checkpoint: str | Path, folder: str | Path, precision: str | None = N
         onnx.checker.check_model(work / "model.onnx")
         report = {"format_version": FORMAT_VERSION, "architecture": source.config["model_type"], "source": _source(source),
                   "precision": precision, "group_size": group_size, "model": _model(decoder, source, ctx_size),
-                  "weights": formats.used, "requantised": formats.requantised, "target": target, "defaults": defaults,
+                  "weights": formats.used, "requantised": formats.requantised, "rounded": formats.rounded,
+                  "target": target, "defaults": defaults,
                   "files": {path.name: sha256(path) for path in sorted(work.iterdir())}, "verify": {}}
         _write_report(work, report)
         report["verify"] = check(work, source, decoder)

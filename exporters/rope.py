@@ -22,7 +22,10 @@ def inverse_frequencies(config: dict, head_dim: int) -> np.ndarray:
     if kind == "linear":
         return frequencies / rope["factor"]
     if kind == "divided":  # GGUF's form of llama3
-        return frequencies / np.array(rope["divisors"])
+        divisors = np.array(rope["divisors"])
+        if divisors.shape != frequencies.shape or not (np.isfinite(divisors) & (divisors > 0)).all():
+            raise ValueError(f"the rope frequencies' divisors must be {len(frequencies)} positive numbers, got {len(divisors)}")
+        return frequencies / divisors
     return frequencies if kind == "default" else _llama3(frequencies, rope, config)
 
 

@@ -31,7 +31,11 @@ class Table:
     def embed(self, graph: Graph, node: str, ids: str) -> str:
         """Rows of the weight."""
         op = "embedding_nbits" if self.attributes else "embedding"
-        return graph.add(op, node, [ids, *self.inputs], self.attributes)
+        out = graph.add(op, node, [ids, *self.inputs], self.attributes)
+        if self.order is not None:
+            back = graph.value(f"{node}.order", np.argsort(self.order))
+            out = graph.add("Gather", f"{node}.reorder", [out, back], {"axis": 1}, domain="")
+        return out
 
     def project(self, graph: Graph, node: str, x: str, bias: str | None = None, outputs: int | list[str] = 1) -> str:
         """x times the weight, transposed."""
@@ -60,6 +64,7 @@ class Formats:
     ternary_layout: str = "panels"  # see TERNARY_LAYOUTS
     used: dict[str, str] = field(default_factory=dict)  # {initializer: "int4/32" ...}
     requantised: dict[str, str] = field(default_factory=dict)  # {initializer: how the checkpoint stored its codes}
+    rounded: bool = False  # whether a weight was quantised here to less than 8 bits
 
     def __post_init__(self):
         if self.precision not in PRECISIONS:
@@ -75,18 +80,20 @@ class Formats:
         if weight.ternary:
             self.used[name] = "ternary"
             sparse = many_zeros and self.ternary_layout != "panels"
-            return _ternary(graph, name, weight, dict(bits=1 if self.ternary_layout == "dense" and not sparse else 2, input_major=int(sparse)))
+            bits = 1 if self.ternary_layout == "dense" and not sparse else 2
+            return _ternary(graph, name, weight, dict(bits=bits, input_major=int(sparse)))
         if self.precision == "ternary" and not edge:
             raise ValueError(f"{name}: not a ternary weight, and only training makes one; choose one of {list(PRECISIONS[:-1])}")
         if weight.quantised and not self.precision.startswith("fp"):
             self.used[name] = f"int{weight.quantised.bits}/{weight.quantised.block_size}"
             return _imported(graph, name, weight.shape, weight.quantised)
-        if weight.stored_as:
-            self.requantised[name] = weight.stored_as
         if self.precision.startswith("fp"):
             self.used[name] = self.precision
             return _plain(graph, name, weight, {"fp16": "float16", "fp32": "float32"}[self.precision])
+        if weight.stored_as:
+            self.requantised[name] = weight.stored_as
         bits = 8 if edge or self.precision == "int8" else 4
+        self.rounded |= bits < 8
         self.used[name] = f"int{bits}/{self.group_size}"
         return _quantised(graph, name, weight, bits, self.group_size)
 
@@ -109,7 +116,8 @@ def _imported(graph, name, shape, quantised: Quantised):
     """Codes that a checkpoint has already, as they are."""
     (n, k), bits, block_size = shape, quantised.bits, quantised.block_size
     panels, blocks, zeros = -(-n // PANEL), -(-k // block_size), quantised.read(0, 1)[2]
-    specs = [Spec(name, "uint8", (panels, blocks, block_size * bits // 32, PANEL, 4)), Spec(f"{name}.scales", "float16", (panels, blocks, PANEL))]
+    specs = [Spec(name, "uint8", (panels, blocks, block_size * bits // 32, PANEL, 4)),
+             Spec(f"{name}.scales", "float16", (panels, blocks, PANEL))]
     if zeros is not None:
         kind = "uint8" if zeros.dtype == np.uint8 else "float16"
         specs.append(Spec(f"{name}.zero_points", kind, (panels, blocks, PANEL)))

@@ -34,7 +34,7 @@ ROW = Row("llama int4", 18 << 20, 26_700_000, 2, "f16", 512, "tg128", 5, 123.456
     ("generate -p x -m /no/such/folder", "/no/such/folder: no such folder"),
     ("generate -p x -m org/name", "hf download org/name"),
     ("generate -p x -m {empty}", "neither an exported folder"),
-    ("generate -p x -m {empty}/model.gguf", "GGUF files are not read"),
+    ("generate -p x -m {empty}/model.gguf", "is a file, but not GGUF"),
     ("generate -p x --temp hot", "invalid float value: 'hot'"),
     ("generate -p x --temp nan", "temperature must be a number, got nan"),
     ("generate -p x --top-p 2", "top_p must be more than 0, at most 1, got 2.0"),

@@ -57,7 +57,8 @@ BREAK = {
     "rope type 'dynamic' is not supported": lambda c: edit_config(c, rope_parameters=None, rope_scaling=dict(type="dynamic", factor=4.0)),
     "'factor' is missing": lambda c: edit_config(c, rope_parameters=dict(rope_type="linear")),
     "hidden_act 'gelu' is not supported": lambda c: edit_config(c, hidden_act="gelu"),
-    "already quantised": lambda c: edit_config(c, quantization_config=dict(quant_method="gptq")),
+    "already quantised by 'fp8', which cannot be read; supported: \\['awq', .*'gptq', 'hqq'\\]":
+        lambda c: edit_config(c, quantization_config=dict(quant_method="fp8")),
     "head_dim must be a multiple of 16, got 24": lambda c: edit_config(c, head_dim=24),
     "num_attention_heads must be a multiple of num_key_value_heads 3, got 4": lambda c: edit_config(c, num_key_value_heads=3),
     "lacks \\['hidden_size'\\]": lambda c: edit_config(c, hidden_size=None),

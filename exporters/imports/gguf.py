@@ -88,7 +88,7 @@ class GGUF:
     def _config(self):
         kind, settings = self.settings.get("general.architecture"), self.settings
         if kind not in ARCHITECTURES:
-            raise ValueError(f"{self.folder}: GGUF architecture {kind!r} cannot be read; supported: {list(ARCHITECTURES)}")
+            raise ValueError(f"{self.folder}: GGUF architecture {str(kind)[:40]!r} cannot be read; supported: {list(ARCHITECTURES)}")
         about = {name.removeprefix(f"{kind}."): value for name, value in settings.items() if name.startswith(f"{kind}.")}
         if about.get("expert_count"):
             raise ValueError(f"{self.folder}: a mixture of experts cannot be read")
@@ -97,7 +97,8 @@ class GGUF:
         if arrays:
             raise ValueError(f"{self.folder}: {SIZES[arrays[0]]} is not one number for all layers, which is not supported")
         embedding = self.tensors.get("token_embd.weight")
-        config |= {"model_type": kind, "_name_or_path": str(settings.get("general.name", "")), "vocab_size": embedding.shape[0] if embedding else 0,
+        config |= {"model_type": kind, "_name_or_path": str(settings.get("general.name", "")),
+                   "vocab_size": embedding.shape[0] if embedding else 0,
                    "tie_word_embeddings": "output.weight" not in self.tensors, "attention_bias": "blk.0.attn_q.bias" in self.tensors,
                    "mlp_bias": "blk.0.ffn_gate.bias" in self.tensors, "rope_parameters": self._rope(about),
                    "bos_token_id": settings.get("tokenizer.ggml.bos_token_id"), "eos_token_id": self._ends()}
@@ -106,7 +107,8 @@ class GGUF:
             config["head_dim"] = about["attention.key_length"]
         width = config.get("head_dim") or config.get("hidden_size", 0) // max(config.get("num_attention_heads", 1), 1)
         if about.get("rope.dimension_count", width) != width or about.get("attention.value_length", width) != width:
-            raise ValueError(f"{self.folder}: heads of {width} that are rotated in part, or whose values are of another size, are not supported")
+            raise ValueError(f"{self.folder}: heads of {width} that are rotated in part, or whose values are of another size, are not "
+                             "supported")
         return config
 
     def _rope(self, about):
@@ -116,7 +118,8 @@ class GGUF:
         if "rope.scaling.factor" in about:
             rope["factor"] = about["rope.scaling.factor"]
         if "rope_freqs.weight" in self.tensors:  # Llama 3's scaling, as what each frequency is divided by
-            rope |= {"rope_type": "divided", "divisors": self.vector("rope_freqs.weight", self.tensors["rope_freqs.weight"].shape[-1]).tolist()}
+            size = self.tensors["rope_freqs.weight"].shape[-1]
+            rope |= {"rope_type": "divided", "divisors": self.vector("rope_freqs.weight", size).tolist()}
         return rope
 
     def _ends(self):
@@ -128,12 +131,13 @@ class GGUF:
         if entry is None:
             raise ValueError(f"{self.folder}: tensor {_gguf_name(name)!r} is missing; the file is incomplete or of another architecture")
         if entry.shape != tuple(shape):
-            raise ValueError(f"{self.folder}: {_gguf_name(name)!r} has shape {list(entry.shape)}, the file's settings ask for {list(shape)}")
+            raise ValueError(f"{self.folder}: {_gguf_name(name)!r} has shape {list(entry.shape)}, the file's settings ask for "
+                             f"{list(shape)}")
         return entry
 
     def _rows(self, name, n):
         """Which of the file's rows are rows 0 ... n of the weight; None for the same ones."""
-        if self.config["model_type"] != "llama" or not re.search(r"\.self_attn\.[qk]_proj\.", name):
+        if self.settings["general.architecture"] != "llama" or not re.search(r"\.self_attn\.[qk]_proj\.", name):
             return None
         heads = self.config["num_attention_heads" if ".q_proj." in name else "num_key_value_heads"]
         return np.arange(n).reshape(heads, -1, 2).swapaxes(1, 2).reshape(-1)

@@ -105,7 +105,8 @@ def _q6_k(raw):
 def _tq1_0(raw):
     """Five trits a byte as a fraction of 256: each trit is what times three carries over; the last four bytes hold four."""
     powers = np.array([1, 3, 9, 27, 81], np.uint8)[:, None]
-    parts = [(raw[:, None, first:last] * powers[:trits]).reshape(len(raw), -1) for first, last, trits in ((0, 32, 5), (32, 48, 5), (48, 52, 4))]
+    parts = [(raw[:, None, first:last] * powers[:trits]).reshape(len(raw), -1)
+             for first, last, trits in ((0, 32, 5), (32, 48, 5), (48, 52, 4))]
     trits = np.concatenate(parts, axis=1).astype(np.uint16) * np.uint16(3) >> np.uint16(8)
     return trits.astype(np.uint8) + np.uint8(1), _half(raw[:, 52:54]), None
 

@@ -17,7 +17,7 @@ import numpy as np
 
 SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 STRING, ARRAY = 8, 9
-MOST_DIMENSIONS = 4
+MOST_DIMENSIONS, LONGEST_NAME = 4, 64  # of tensors
 
 
 @dataclass(frozen=True)
@@ -117,7 +117,7 @@ class _Reader:
         return [self.string() for _ in range(self.count(n, 8))]
 
     def tensor(self):
-        name, dimensions = self.string(), self.scalar("<I")
+        name, dimensions = self.string()[:LONGEST_NAME], self.scalar("<I")
         if not 1 <= dimensions <= MOST_DIMENSIONS:
             raise ValueError(f"{self.path}: {name!r} has {dimensions} dimensions; the file is damaged")
         shape = self.scalars(f"<{dimensions}Q")
