@@ -26,9 +26,9 @@ def main():
     plan, whole, inside, kinds = model.plan, [], [], defaultdict(list)
     run = plan.run
 
-    def timed(state):
+    def timed(state, before_attention=None):
         start = time.perf_counter()
-        run(state)
+        run(state, before_attention)
         inside.append(time.perf_counter() - start)
     plan.run = timed
     for _ in range(args.r + 1):

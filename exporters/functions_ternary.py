@@ -1,7 +1,7 @@
 """Function bodies of ternary weights; see functions.py for what bodies must heed.
 
-onnxruntime's 2-bit product reads the same bytes as ours; the dense form, and that stored input by input, are turned into these when a file
-is opened, which takes memory for four times the codes of one matrix. It rounds activations to int8 once more, per block of 128: those of a token are integers
+onnxruntime's 2-bit product reads the same bytes as ours. The dense form, and that stored input by input, are turned into these at every call:
+folded when a file is opened, as other weights are, the steps on the way would all be held at once, twenty times the file. It rounds activations to int8 once more, per block of 128: those of a token are integers
 already, so this adds at most as much error as the model's own rounding; nothing that runs at the speed of 2 bits avoids it.
 """
 MATMUL = """
@@ -51,24 +51,31 @@ PANELS = """
   code_shape = Concat <axis = 0> (any, blocks, block_bytes)
   all_codes = Reshape (codes_by_output, code_shape)"""
 
-DIGITS = """
+# The codes, depending on x as far as onnxruntime can tell.
+UNFOLDED = """
+  tokens = Shape <start = 0, end = 1> (x)
+  nothing = Mul (tokens, start)
+  nothing_bits = Cast <to = 2> (nothing)
+  live_codes = BitwiseOr (codes, nothing_bits)"""
+
+DIGITS = UNFOLDED + """
   table = Constant <value = uint8[256, 5] {TABLE}> ()
-  indices = Cast <to = 6> (codes)
+  indices = Cast <to = 6> (live_codes)
   digits = Gather (table, indices)
   in_order = Transpose <perm = [0, 2, 1, 4, 3]> (digits)
   step_k = Constant <value_ints = [20]> ()
   steps = Shape <start = 1, end = 2> (codes)
   stored_k = Mul (steps, step_k)"""
 
-INPUTS = """
+INPUTS = UNFOLDED + """
   m3 = Constant <value = uint8 {3}> ()
   t2 = Constant <value = uint8 {2}> ()
   t4 = Constant <value = uint8 {4}> ()
   t6 = Constant <value = uint8 {6}> ()
-  moved1 = BitShift <direction = "RIGHT"> (codes, t2)
-  moved2 = BitShift <direction = "RIGHT"> (codes, t4)
-  moved3 = BitShift <direction = "RIGHT"> (codes, t6)
-  field0 = BitwiseAnd (codes, m3)
+  moved1 = BitShift <direction = "RIGHT"> (live_codes, t2)
+  moved2 = BitShift <direction = "RIGHT"> (live_codes, t4)
+  moved3 = BitShift <direction = "RIGHT"> (live_codes, t6)
+  field0 = BitwiseAnd (live_codes, m3)
   field1 = BitwiseAnd (moved1, m3)
   field2 = BitwiseAnd (moved2, m3)
   last0 = Unsqueeze (field0, any)

@@ -94,8 +94,8 @@ def trit_dots(typingctx, acc, chains, columns, steps, codes, at, gap, a, first):
             for c, pointer in enumerate(_rows(context, builder, sig.args[4], codes_in, start, gap_in, n_columns)):
                 state = _codes8(builder, emit.load(builder, pointer, bytes_ir))
                 for n in range(6):
-                    if n:  # opaque: LLVM would compute 27 * state ... by multiplications, which bytes do not have
-                        state = emit.opaque(builder, builder.add(builder.add(state, state), state))
+                    if n:  # opaque: LLVM would make it multiplications, which are slow for bytes
+                        state = builder.add(emit.opaque(builder, builder.add(state, state)), state)
                     for part in ((0, 1) if n < 5 else (1,)):
                         for r in range(n_rows):
                             i = (part * n_chains + n % n_chains) * count + r * n_columns + c

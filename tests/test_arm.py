@@ -15,10 +15,10 @@ ARM = str(TESTS / "arm64-python")
 PACKAGES = [f"numba=={numba.__version__}", "numpy", "pytest"]
 A76, A76_I8MM = "", "ARM64_FEATURES=+neon,+dotprod,+fullfp16,+i8mm "
 PARTS = {  # run side by side, for two cores; what starts further processes cannot be emulated
-    "nbits": [A76 + "{} tests/test_kernels.py -k nbits",
+    "nbits": [A76 + "{} tests/test_kernels.py -k 'nbits or ternary'",
               A76 + "{} tests/test_nbits.py tests/test_simd.py -k 'not level and not process and not cache'",
-              A76_I8MM + "{} tests/test_kernels.py tests/test_simd.py -k 'matmul_nbits or instructions'"],
-    "others": [A76 + "{} tests/test_kernels.py tests/test_floats.py -k 'not nbits and not every'",
+              A76_I8MM + "{} tests/test_kernels.py tests/test_simd.py -k 'matmul_nbits or ternary or instructions'"],
+    "others": [A76 + "{} tests/test_kernels.py tests/test_floats.py -k 'not nbits and not ternary and not every'",
                A76 + "{} tests/test_attention.py -k 'batch and f16'",
                A76 + "{} tests/test_kv_attention.py -k 'read_as_they_are and (int8-kivi-64 or int4-kivi-64 or int3-hadamard-48)'"],
 }

@@ -11,9 +11,9 @@ import pytest
 from numba import boolean, float32, int8, int32, int64, njit, types, uint8, uint16
 
 from edgeattn import kernels_cpu
-from edgeattn.kernels_cpu import LEVEL, available_levels, cache_key, compile_features, linux_arm_features
+from edgeattn.kernels_cpu import LEVEL, available_levels, cache_key, compile_features, linux_arm_features, matmul_ternary
 from edgeattn.kernels_cpu.gemm_nbits import sweep4
-from edgeattn.kernels_cpu.gemv_nbits import gemv_1_4, gemv_1_8
+from edgeattn.kernels_cpu.gemv_nbits import gemv_1_2, gemv_1_3, gemv_1_4, gemv_1_8
 from edgeattn.kernels_cpu.simd import SIGNED_BYTES, convert, dot4, dot8, f32, hsum, i8, i32, load, load_half, nearest, store, u8
 
 TESTS = Path(__file__).parent
@@ -45,6 +45,19 @@ def test_expected_instructions():
         text = assembly(function, weights, ACTIVATIONS, *(FLOATS,) * 3, types.UniTuple(int64, 7), types.UniTuple(boolean, 2))
         assert re.search(wanted, text)
         assert not re.search(never, text)
+
+
+@pytest.mark.parametrize("function", [gemv_1_2, gemv_1_3, matmul_ternary.gemv_1_2, matmul_ternary.gemv_1_1],
+                         ids=["2 bits", "3 bits", "ternary", "five to a byte"])
+def test_expected_instructions_of_few_bits(function):
+    of_digits = function is matmul_ternary.gemv_1_1
+    scales = uint16 if function in (gemv_1_2, gemv_1_3) else float32
+    weights = types.Tuple([types.CPointer(t) for t in (uint8, scales, uint8)])
+    text = assembly(function, weights, ACTIVATIONS, *(FLOATS,) * 3, types.UniTuple(int64, 7), types.Tuple((int64, boolean)))
+    assert re.search(PROMISES[LEVEL][1 if of_digits else 0], text)
+    assert not re.search(PROMISES[LEVEL][2], text)
+    if of_digits and LEVEL != "plain":  # tripling bytes takes additions
+        assert not re.search(r"vpmullw|\bmul\s+v\d+\.16b|gf2p8", text)
 
 
 def test_expected_instructions_of_many_tokens():
@@ -129,7 +142,7 @@ def test_level(level):
     if level == LEVEL:
         pytest.skip("the level of all other tests")
     files = [str(TESTS / f"test_{name}.py") for name in ("simd", "nbits", "kernels", "attention")]
-    chosen = "simd or nbits" + (f" or {FLOAT_KERNELS}" if level in ("avx2", "plain") else "")
+    chosen = "simd or nbits or ternary" + (f" or {FLOAT_KERNELS}" if level in ("avx2", "plain") else "")
     done = python("-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *files, "-k", chosen, EDGEATTN_SIMD=level, NUMBA_NUM_THREADS="3")
     assert done.returncode == 0, done.stdout[-3000:]
 
