@@ -45,7 +45,7 @@ def main():
     args = ap.parse_args()
     torch.compiler.set_stance("force_eager")
     for folder in args.folders:
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).float().eval()  # also what is float8
+        model = torch.nn.Module.float(AutoModelForCausalLM.from_pretrained(folder).eval())  # also what is float8
         tokenizer, rng = AutoTokenizer.from_pretrained(folder), np.random.default_rng(0)
         ids = tokenizer(open(args.text, encoding="utf-8").read())["input_ids"]
         step = len(ids) // max(args.windows, 1)
