@@ -86,7 +86,7 @@ def main() -> int:
     windows = [ids[i * step:i * step + args.window] for i in range(args.windows)]
     dense, sparse = replace(decoder, sparse_attention_output=False), replace(decoder, sparse_attention_output=True)
     zeros = Zeros(decoder)
-    runs = [("int8 for all layers (b1.58)", dense, zeros), ("int8, larger half into o", sparse, quantise_tokens_8),
+    runs = [("as the checkpoint rounds, all of the input of o", dense, zeros), ("int8, larger half into o", sparse, quantise_tokens_8),
             ("int4 into q, k, v, gate, up", dense, narrow(4)), ("the same, larger half into o (a4.8)", sparse, narrow(4)),
             *((f"int4, {share:.0%} of the tokens at 8 bits, {choose}", dense, narrow(4, share, choose))
               for share in (0.25, 0.5) for choose in ("worst", "any"))]

@@ -23,7 +23,8 @@ def lookup(rng, tokenizer, ids, length):
     """A chat whose text hides one code and asks for it, and the code."""
     name, code = f"{rng.choice(ADJECTIVES)} {rng.choice(NOUNS)}", str(rng.integers(10_000, 100_000))
     start, at = int(rng.integers(0, len(ids) - length)), int(rng.integers(0, length))
-    text = tokenizer.decode(ids[start:start + at]) + f" The secret code of the {name} is {code}." + tokenizer.decode(ids[start + at:start + length])
+    before, after = (tokenizer.decode(ids[a:b]) for a, b in ((start, start + at), (start + at, start + length)))
+    text = f"{before} The secret code of the {name} is {code}.{after}"
     return [{"role": "user", "content": f"{text}\nWhat is the secret code of the {name}?"}], code
 
 
@@ -44,7 +45,7 @@ def main():
     args = ap.parse_args()
     torch.compiler.set_stance("force_eager")
     for folder in args.folders:
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).float().eval()  # also what is float8
+        model = torch.nn.Module.float(AutoModelForCausalLM.from_pretrained(folder).eval())  # also what is float8
         tokenizer, rng = AutoTokenizer.from_pretrained(folder), np.random.default_rng(0)
         ids = tokenizer(open(args.text, encoding="utf-8").read())["input_ids"]
         step = len(ids) // max(args.windows, 1)

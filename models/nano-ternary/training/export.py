@@ -17,9 +17,9 @@ def main(weights, teacher, out):
     (out / "tokenizer.json").write_text(json.dumps(tokenizer, ensure_ascii=False, separators=(",", ":")))
     shutil.copyfile(weights, out / "model.safetensors")
     config = json.loads((teacher / "config.json").read_text())
-    config = {key: config[key] for key in ("attention_bias", "attention_dropout", "bos_token_id", "dtype", "eos_token_id", "initializer_range",
-                                           "max_position_embeddings", "pad_token_id", "tie_word_embeddings", "transformers_version",
-                                           "use_cache")}
+    config = {key: config[key] for key in (
+        "attention_bias", "attention_dropout", "bos_token_id", "dtype", "eos_token_id", "initializer_range", "max_position_embeddings",
+        "pad_token_id", "tie_word_embeddings", "transformers_version", "use_cache")}
     about = {"quant_method": "bitnet", "linear_class": "autobitlinear", "quantization_mode": "offline", "modules_to_not_convert": None}
     config |= CONFIG | {"architectures": ["BitNetForCausalLM"], "model_type": "bitnet", "hidden_act": "relu2", "rms_norm_eps": EPS,
                         "rope_parameters": {"rope_theta": THETA, "rope_type": "default"}, "quantization_config": about}
