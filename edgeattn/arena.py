@@ -20,3 +20,12 @@ def _first_fit(live, size):
             break
         start = max(start, high)
     return start
+
+
+def covered(spans: list[tuple[int, int]]) -> int:
+    """How much lies in one of the spans (start, end) at least."""
+    found, reached = 0, 0
+    for start, end in sorted(spans):
+        found += max(0, end - max(start, reached))
+        reached = max(reached, end)
+    return found

@@ -6,7 +6,7 @@ steps becomes a CUDA graph when it comes a second time; the first time compiles 
 lies in device memory (device_batch.py), so a graph is launched as it is.
 """
 import mmap
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from importlib import import_module
 
 import numpy as np
@@ -15,6 +15,7 @@ from edgeattn import cuda_limits
 from edgeattn.arguments import Tensor, resolve_one
 from edgeattn.batch import COUNTS
 from edgeattn.device_batch import TO_DEVICE, DeviceBatch
+from edgeattn.device_launches import Bucket, Step, Table
 from edgeattn.device_pages import DevicePages
 from edgeattn.device_sequence import DeviceSequence
 from edgeattn.kernels_cuda import device, page_pool, read_pages, seal_pages
@@ -28,59 +29,6 @@ EFFECTIVE = 0.7         # of the memory's nominal rate, that attention reads at 
 SCORING_BYTES, SCORING_COPIES = 32 << 20, 6  # of device memory for eviction's scores at a time; arrays as large as the keys at once
 PROMPT_FLOPS = 2e10     # of attention that a chunk must save a layer for choosing to pay: both grow with processors and clock. Not measured
 NEVER = 1 << 40         # tokens
-
-
-@dataclass(frozen=True)
-class Bucket:
-    """The largest counts that launches serve. sparse: whether pages are selected; listed: whether prompts read what lists say."""
-    tokens: int
-    rows: int
-    sequences: int
-    slots: int
-    sparse: bool
-    listed: bool = False
-
-    @property
-    def decodes(self) -> bool:
-        """Whether every sequence has one token."""
-        return self.tokens == self.sequences
-
-    def most(self) -> dict:
-        """As kernels' launches() want it."""
-        found = {"tokens": self.tokens, "rows": self.rows, "sequences": self.sequences, "slots": self.slots, "listed": self.listed}
-        return found | {i: found.get(name, 0) for i, name in enumerate(COUNTS)}
-
-
-@dataclass(frozen=True)
-class Step:
-    """One native operator: which node it came from, and the ints that its ARGS mean."""
-    name: str
-    operator: str
-    kernel: object
-    arguments: dict
-    workspace_bytes: int
-
-    def launches(self, bucket: Bucket) -> list:
-        most = bucket.most()
-        rows = [self.arguments[name] for name in self.kernel.ARGS if name.endswith(".rows")]
-        if not all(most[row] for row in rows) or self.operator == "select_pages" and not bucket.sparse:
-            return []
-        if getattr(self.kernel, "FOR_PROMPTS", False) and not bucket.listed:
-            return []
-        return self.kernel.launches(self.arguments, most)
-
-
-class Table:
-    """Consecutive steps, and what was made of them for each bucket."""
-
-    def __init__(self, steps: list[Step]):
-        self.steps, self.launches, self.graphs, self.ran = steps, {}, {}, set()
-
-    def __len__(self) -> int:
-        return len(self.steps)
-
-    def __getitem__(self, part: slice) -> "Table":
-        return Table(self.steps[part])
 
 
 class CudaBackend:

@@ -9,7 +9,7 @@ from time import perf_counter
 
 import numpy as np
 
-from edgeattn.arena import place
+from edgeattn.arena import covered, place
 from edgeattn.arguments import Tensor
 from edgeattn.backend_cpu import CpuBackend
 from edgeattn.batch import COUNTS
@@ -199,11 +199,8 @@ class Plan:
 
     def touched_bytes(self, counts: dict[str, int]) -> int:
         """Memory between operators and of their scratch that a call with these counts touches."""
-        found, end = self.workspace.nbytes, 0
-        for start, size in sorted((at, self._bytes(root, counts)) for root, at in self._address.items() if root not in self._inputs):
-            found += max(0, start + size - max(start, end))
-            end = max(end, start + size)
-        return found
+        spans = [(at, at + self._bytes(root, counts)) for root, at in self._address.items() if root not in self._inputs]
+        return covered(spans) + self.workspace.nbytes
 
     def _bytes(self, root, counts=None):
         value = self.values[root]

@@ -21,7 +21,8 @@ MOST_WARPS = 8
 def matmul_ternary(x, codes, scales, bias=None, *, bits, activation_bits, K, N, input_major=0):
     from edgeattn.kernels_cuda import matmul_ternary as kernel
     out = np.empty((len(x), N), np.float32)
-    call(kernel, dict(x=x, codes=codes, scales=scales, bias=bias, out=out), dict(bits=bits, activation_bits=activation_bits, K=K, N=N, input_major=input_major))
+    call(kernel, dict(x=x, codes=codes, scales=scales, bias=bias, out=out),
+         dict(bits=bits, activation_bits=activation_bits, K=K, N=N, input_major=input_major))
     return out
 
 
