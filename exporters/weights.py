@@ -75,7 +75,8 @@ class Formats:
         if weight.ternary:
             self.used[name] = "ternary"
             sparse = many_zeros and self.ternary_layout != "panels"
-            return _ternary(graph, name, weight, dict(bits=1 if self.ternary_layout == "dense" and not sparse else 2, input_major=int(sparse)))
+            bits = 1 if self.ternary_layout == "dense" and not sparse else 2
+            return _ternary(graph, name, weight, dict(bits=bits, input_major=int(sparse)))
         if self.precision == "ternary" and not edge:
             raise ValueError(f"{name}: not a ternary weight, and only training makes one; choose one of {list(PRECISIONS[:-1])}")
         if weight.quantised and not self.precision.startswith("fp"):
