@@ -68,8 +68,9 @@ quarter_dots, three_bit_dots = _dots(False), _dots(True)
 # ---- five ternary digits to a byte ------------------------------------------------------------------------------------
 # A byte is the fraction 0.d0 d1 d2 d3 d4 in base 3, in units of 1 / 256, rounded up: with s0 that byte, s1 = 3 * s0 mod 256 and so on,
 # digit d_n is what overflows, (3 * s_n - s_n+1) / 256. So sum_n d_n * x_n needs no digits: it is 1 / 256 of sum_n s_n * y_n over the six s,
-# where y_n = 3 * x_n - x_n-1 (x_-1 = x_5 = 0), and a step from one s to the next is two additions of bytes. y takes 10 bits: 4 * high + low, both
-# int8, of which the last y needs low alone. Where codes are signed, s - 128 takes the place of s: 3 * (s - 128) = 3 * s - 128 mod 256.
+# where y_n = 3 * x_n - x_n-1 (x_-1 = x_5 = 0), and a step from one s to the next is two additions of bytes. y takes 10 bits: 4 * high
+# + low, both int8, of which the last y needs low alone. Where codes are signed, s - 128 takes the place of s: 3 * (s - 128) = 3 * s - 128
+# mod 256.
 WORDS = 11  # of 4 activations for a step: high of y0 ... y4, low of y0 ... y5
 
 
