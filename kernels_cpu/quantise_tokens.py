@@ -66,7 +66,8 @@ def trit_words(codes, size, to):
 
 
 @njit(nogil=True, error_model="numpy")
-def quantise_token(x, at, k, padded, depth, form, activation_bits, codes, scales, starts, tile, together, group, groups, row, scratch, trits):
+def quantise_token(x, at, k, padded, depth, form, activation_bits, codes, scales, starts, tile, together, group, groups, row, scratch,
+                   trits):
     """The row of k floats from x[at] on into row `row` of tile `group`: `tile` rows, interleaved by `together` steps of 4 bytes.
 
     K, padded, lies in slices of `depth`, a slice after all groups of the one before: codes int32 [slice, group, step, row]. Per [slice,
