@@ -1,7 +1,7 @@
 """Times matmul_ternary at the shapes of BitNet-2B: python benchmarks/ternary.py [-t THREADS] [--tokens 1,512] [--repeats N]
 
 Random ternary weights, in as many copies as no cache holds. Each round times, turn by turn: our kernel, a plain prefetched read of the
-same bytes (few tokens), onnxruntime's 2-bit MatMulNBits (accuracy_level 4, blocks of 128, one scale an output repeated). Ours and onnxruntime's
+same bytes (few tokens), onnxruntime's 2-bit MatMulNBits (accuracy_level 4, blocks of 128, one scale an output repeated). Both products
 include the rounding of activations. Medians; ratios are those of medians.
 """
 import argparse
@@ -59,7 +59,8 @@ class OnnxRuntime:
                        numpy_helper.from_array(np.ones((n, blocks), np.float32), "s")]
             graph = helper.make_graph([node], "one", [helper.make_tensor_value_info("x", TensorProto.FLOAT, [tokens, k])],
                                       [helper.make_tensor_value_info("y", TensorProto.FLOAT, [tokens, n])], tensors)
-            model = helper.make_model(graph, ir_version=11, opset_imports=[helper.make_opsetid("", 23), helper.make_opsetid("com.microsoft", 1)])
+            opsets = [helper.make_opsetid("", 23), helper.make_opsetid("com.microsoft", 1)]
+            model = helper.make_model(graph, ir_version=11, opset_imports=opsets)
             options = onnxruntime.SessionOptions()
             options.intra_op_num_threads = threads
             options.add_session_config_entry("session.intra_op.allow_spinning", "0")
@@ -85,7 +86,8 @@ def main():
         set_num_threads(options.threads)
     threads, rng = get_num_threads(), np.random.default_rng(0)
     print(f"{LEVEL}, {threads} threads")
-    print(f"{'':12} {'N':>6} {'K':>5} {'tokens':>6} {'form':>6} {'us':>8} {'GFLOP/s':>8} {'GB/s':>6} {'read':>6} share {'onnxruntime us':>15} ratio")
+    print(f"{'':12} {'N':>6} {'K':>5} {'tokens':>6} {'form':>6} {'us':>8} {'GFLOP/s':>8} {'GB/s':>6} {'read':>6} share "
+          f"{'onnxruntime us':>15} ratio")
     for tokens in map(int, options.tokens.split(",")):
         for name, (n, k) in SHAPES.items():
             x = aligned((tokens, k), np.float32)

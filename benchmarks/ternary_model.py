@@ -1,4 +1,8 @@
-"""Prefill and decode of BitNet-2B's shape beside llama.cpp's TQ2_0: python benchmarks/ternary_model.py EXPORT... --gguf FILE --peer-python PYTHON
+"""Prefill and decode of BitNet-2B's shape beside llama.cpp's TQ2_0.
+
+    python benchmarks/ternary_model.py EXPORT... --gguf FILE --peer-python PYTHON
+
+PYTHON has llama-cpp-python and gguf. The files are made by
 
     python benchmarks/random_checkpoint.py bitnet-2b CHECKPOINT
     edgeattn export CHECKPOINT -o EXPORT --ternary-layout dense

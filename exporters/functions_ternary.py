@@ -1,8 +1,9 @@
 """Function bodies of ternary weights; see functions.py for what bodies must heed.
 
-onnxruntime's 2-bit product reads the same bytes as ours. The dense form, and that stored input by input, are turned into these at every call:
-folded when a file is opened, as other weights are, the steps on the way would all be held at once, twenty times the file. It rounds activations to int8 once more, per block of 128: those of a token are integers
-already, so this adds at most as much error as the model's own rounding; nothing that runs at the speed of 2 bits avoids it.
+onnxruntime's 2-bit product reads the same bytes as ours. It rounds activations to int8 once more, per block of 128: those of a token are
+integers already, so this adds at most as much error as the model's own rounding; nothing that runs at the speed of 2 bits avoids it.
+The dense form, and that stored input by input, are turned into these bytes at every call: were they folded when a file is opened, as other
+weights are, the steps on the way would all be held at once, twenty times the file.
 """
 MATMUL = """
 matmul_ternary <bits, activation_bits, K, N, input_major> (x, codes, scales, bias) => (out) {

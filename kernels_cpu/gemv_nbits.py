@@ -149,8 +149,9 @@ def _build_outputs(rows, lanes, streams, bits, halves):
 def build(rows, lanes, streams, bits, halves=True):
     """gemv(weights, activations, bias, out, tile, sizes, flags) for up to `rows` tokens, whose activations lie in tiles of `rows`.
 
-    weights (codes, scales, which `halves` says are float16, zero points); activations (codes, scales, starts, sums); tile is scratch; sizes (block size, blocks,
-    first panel, last panel + 1, tokens, N, elements from one row of out to the next); flags (which zero points, has bias).
+    weights (codes, scales, which `halves` says are float16, zero points); activations (codes, scales, starts, sums); tile is scratch;
+    sizes (block size, blocks, first panel, last panel + 1, tokens, N, elements from one row of out to the next); flags (which zero points,
+    has bias).
     """
     outputs, put = _build_outputs(rows, lanes, streams, bits, halves), _build_put(lanes)
 

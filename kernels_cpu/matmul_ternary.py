@@ -60,8 +60,8 @@ def _padded(steps, form):
 
 @njit(nogil=True, error_model="numpy")
 def _unit(form):
-    """What K is padded to a multiple of."""
-    return 16 if form == INPUTS else 40 if form == 1 else 128
+    """What slices of K are a multiple of: of steps of weights, and of the 16 floats that quantise_slice takes at a time."""
+    return 16 if form == INPUTS else 80 if form == 1 else 128
 
 
 @njit(nogil=True, error_model="numpy")
@@ -78,7 +78,7 @@ def _places(tokens, padded, n, form):
         per_token = list_bytes_of(padded) if form == INPUTS else padded // 20 * 4 * WORDS
     codes = (n + 15) // 16 * 64
     scales = codes + (rows * per_token + 63) // 64 * 64
-    floats = (rows * (padded // _unit(form)) * 4 + 63) // 64 * 64
+    floats = (rows * ((padded + _unit(form) - 1) // _unit(form)) * 4 + 63) // 64 * 64
     return codes, scales, scales + floats, scales + 2 * floats
 
 
@@ -89,7 +89,7 @@ def _depth(padded, form, tokens):
         return padded
     unit = _unit(form)
     slices = (padded + SLICE // unit * unit - 1) // (SLICE // unit * unit)
-    return (padded // unit + slices - 1) // slices * unit
+    return ((padded + unit - 1) // unit + slices - 1) // slices * unit
 
 
 @njit(nogil=True, error_model="numpy")

@@ -32,7 +32,8 @@ def factor_of(x, at, k, activation_bits):
 
 @njit(nogil=True, error_model="numpy")
 def quantise_slice(x, at, k, size, factor, form, activation_bits, codes):
-    """`size` codes, of which k from x[at] on and then zeros, in the order of K, or in that which 2-bit weights want; returns their sum."""
+    """`size` codes, of which k from x[at] on and then zeros, in the order of K, or in that which 2-bit weights want; returns their sum.
+    A size that is no multiple of 16 is rounded up, and must not be less than k then."""
     total, many = zeros(I16, 1)[0], splat(F, factor)
     for i in range(0, size, 16):
         value = load(F, x, at + i) if i + 16 <= k else load_some(F, x, at + i, max(k - i, 0))
@@ -65,7 +66,8 @@ def trit_words(codes, size, to):
 
 
 @njit(nogil=True, error_model="numpy")
-def quantise_token(x, at, k, padded, depth, form, activation_bits, codes, scales, starts, tile, together, group, groups, row, scratch, trits):
+def quantise_token(x, at, k, padded, depth, form, activation_bits, codes, scales, starts, tile, together, group, groups, row, scratch,
+                   trits):
     """The row of k floats from x[at] on into row `row` of tile `group`: `tile` rows, interleaved by `together` steps of 4 bytes.
 
     K, padded, lies in slices of `depth`, a slice after all groups of the one before: codes int32 [slice, group, step, row]. Per [slice,

@@ -66,16 +66,17 @@ quarter_dots, three_bit_dots = _dots(False), _dots(True)
 
 
 # ---- five ternary digits to a byte ------------------------------------------------------------------------------------
-# A byte is the fraction 0.d0 d1 d2 d3 d4 in base 3, in units of 1 / 256, rounded up: with s0 that byte, s1 = 3 * s0 mod 256 and so on, digit
-# d_n is what overflows, (3 * s_n - s_n+1) / 256. So sum_n d_n * x_n needs no digits: it is 1 / 256 of sum_n s_n * y_n over the six s, where
-# y_n = 3 * x_n - x_n-1 (x_-1 = x_5 = 0), and a step from one s to the next is two additions of bytes. y takes 10 bits: 4 * high + low, both
-# int8, of which the last y needs low alone. Where codes are signed, s - 128 takes the place of s: 3 * (s - 128) = 3 * s - 128 mod 256.
+# A byte is the fraction 0.d0 d1 d2 d3 d4 in base 3, in units of 1 / 256, rounded up: with s0 that byte, s1 = 3 * s0 mod 256 and so on,
+# digit d_n is what overflows, (3 * s_n - s_n+1) / 256. So sum_n d_n * x_n needs no digits: it is 1 / 256 of sum_n s_n * y_n over the six s,
+# where y_n = 3 * x_n - x_n-1 (x_-1 = x_5 = 0), and a step from one s to the next is two additions of bytes. y takes 10 bits: 4 * high
+# + low, both int8, of which the last y needs low alone. Where codes are signed, s - 128 takes the place of s: 3 * (s - 128) = 3 * s - 128
+# mod 256.
 WORDS = 11  # of 4 activations for a step: high of y0 ... y4, low of y0 ... y5
 
 
 @intrinsic(prefer_literal=True)
 def trit_dots(typingctx, acc, chains, columns, steps, codes, at, gap, a, first):
-    """acc plus products of `steps` steps of codes, column c's at `at + c * gap`, and activations at `first`: int32 words [step, WORDS, row].
+    """acc plus products of `steps` steps of codes, column c's at `at + c * gap`, and activations at `first`: words [step, WORDS, row].
 
     acc is [high or low, chain, row, column]: `chains` sums side by side hide the latency.
     """
@@ -111,7 +112,8 @@ def trit_totals(typingctx, acc, start, chains):
         vec, n = start.dtype.ir, _count(chains)
         parts, out = _unpack(builder, args[0], acc.count), []
         for i, total in enumerate(_unpack(builder, args[1], start.count)):
-            high, low = (reduce(builder.add, parts[(part * n) * start.count + i:(part + 1) * n * start.count:start.count]) for part in (0, 1))
+            size = n * start.count
+            high, low = (reduce(builder.add, parts[part * size + i:(part + 1) * size:start.count]) for part in (0, 1))
             total = builder.add(builder.add(total, low), builder.shl(high, emit.constant(vec, 2)))
             out.append(builder.add(builder.ashr(total, emit.constant(vec, 8)), emit.constant(vec, int(emit.BIAS))))
         return _pack(context, builder, start, out)

@@ -21,7 +21,7 @@ from numba import carray, get_num_threads, njit, types
 from numba.extending import intrinsic
 from numba.np.ufunc.parallel import _launch_threads
 
-from edgeattn.arguments import CODES, TYPES, Tensor, resolve, resolve_one  # CODES, TYPES and Tensor also for those who import them from here
+from edgeattn.arguments import CODES, TYPES, Tensor, resolve, resolve_one  # some for those who import them from here
 
 _launch_threads()  # a step loaded from the cache finds the threading symbols only once the pool exists
 

@@ -115,9 +115,11 @@ def test_signature_is_the_operator_tables(name):
 def test_bodies_of_one_model_differ():
     """Nodes of one operator with other bits, with and without zero points, each get their own function."""
     rng, kinds = np.random.default_rng(8), [(2, True), (3, False), (3, True), (8, False)]
-    stored = [[array for array in pack_panels(
-        rng.integers(0, 1 << bits, (32, 64), np.uint8), rng.random((32, 2)) / 9, rng.integers(0, 1 << bits, (32, 2), np.uint8) if zeros else None,
-        bits=bits, block_size=32) if array is not None] for bits, zeros in kinds]
+
+    def codes(bits, k):
+        return rng.integers(0, 1 << bits, (32, k), np.uint8)
+    stored = [[array for array in pack_panels(codes(bits, 64), rng.random((32, 2)) / 9, codes(bits, 2) if zeros else None, bits=bits,
+                                              block_size=32) if array is not None] for bits, zeros in kinds]
     names = [[f"{i}.{j}" for j in range(len(arrays))] for i, arrays in enumerate(stored)]
     nodes = [helper.make_node("matmul_nbits", ["x", *each], [f"y{i}"], domain=DOMAIN, bits=bits, block_size=32, K=64, N=32)
              for i, (each, (bits, _)) in enumerate(zip(names, kinds))]

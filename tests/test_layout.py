@@ -22,7 +22,8 @@ LAYERS = [  # a file may import only from its own row or the rows above
     ["edgeattn.exporters"],
     ["edgeattn.apps"],
 ]
-HELPERS = {"__init__", "steps", "parallel", "simd", "simd_bits", "simd_emit", "simd_pairs", "floats", "float_tiles", "quantise", "quantise_tokens", "ternary_inputs", "gemm_nbits",
+HELPERS = {"__init__", "steps", "parallel", "simd", "simd_bits", "simd_emit", "simd_pairs", "floats", "float_tiles", "quantise",
+           "quantise_tokens", "ternary_inputs", "gemm_nbits",
            "estimate_bytes", "stored_keys", "gemv_nbits", "attention_bytes", "attention_call", "attention_write", "attention_decode",
            "attention_prefill", "attention_prefill_int8", "attention_scores_int8", "attention_softmax",
            "attention_thresholds", "attention_compensation", "attention_fold", "attention_mass", "hadamard", "page_expand", "key_means",

@@ -64,7 +64,8 @@ def test_panels_hold_the_codes(bits, size, zeros):
     rng, n, k = np.random.default_rng(), 37, 300
     blocks = -(-k // size)
     q, scales = rng.integers(0, 1 << bits, (n, k), np.uint8), rng.random((n, blocks)).astype(np.float16)
-    points = {None: None, "whole": rng.integers(0, 1 << bits, (n, blocks), np.uint8), "half": rng.random((n, blocks)).astype(np.float16)}[zeros]
+    points = {None: None, "whole": rng.integers(0, 1 << bits, (n, blocks), np.uint8),
+              "half": rng.random((n, blocks)).astype(np.float16)}[zeros]
     panels = pack_panels(q, scales, points, bits=bits, block_size=size)
     assert panels[0].shape == (-(-n // 16), blocks, size * bits // 32, 16, 4) and panels[0].dtype == np.uint8
     zero = np.full((n, blocks), 1 << (bits - 1)) if points is None else points

@@ -1,4 +1,6 @@
 """matmul_ternary inside larger arrays, its packed forms, the largest sums, and rounding against float64."""
+from pathlib import Path
+
 import numpy as np
 import pytest
 from numba import config, get_num_threads, set_num_threads
@@ -88,3 +90,21 @@ def test_forms_that_do_not_exist(about, said):
         pack_ternary(np.zeros((16, 64), np.int8), **about)
     with pytest.raises(ValueError, match="at most 32768 inputs"):
         pack_ternary(np.zeros((1, MAX_K + 1), np.int8))
+
+
+def test_exports_of_every_layout_agree(tmp_path):
+    from edgeattn.exporters.export import export
+    from edgeattn.runtime import Model
+    checkpoint, tokens = Path(__file__).parent.parent / "models/nano-ternary", np.arange(2, 40)
+    found = {}
+    for layout in ("panels", "sparse", "dense"):
+        assert export(checkpoint, tmp_path / layout, ternary_layout=layout)["verify"]["rms_error"] < 0.1
+        model = Model.load(tmp_path / layout, ctx_size=64)
+        sequence = model.new_sequence()
+        prompt = model.forward([(sequence, tokens)], "all")
+        found[layout] = np.concatenate([prompt, model.forward([(sequence, np.array([7]))], "all")])
+    for layout in ("sparse", "dense"):
+        np.testing.assert_allclose(found[layout], found["panels"], rtol=0, atol=1e-2 * found["panels"].std())
+    assert (tmp_path / "dense/model.onnx.data").stat().st_size < (tmp_path / "panels/model.onnx.data").stat().st_size
+    with pytest.raises(ValueError, match="unknown layout of ternary weights 'rows'"):
+        export(checkpoint, tmp_path / "other", ternary_layout="rows")
