@@ -178,6 +178,7 @@ def test_bundled_model_is_the_default(tmp_path, monkeypatch):
     assert models.find(None).samefile(NANO)
     (tmp_path / "nano").rmdir()
     assert models.find(None) == models.find("nano") and (models.find(None) / "model.safetensors").samefile(NANO / "model.safetensors")
+    assert (models.find("nano-ternary") / "model.safetensors").is_file()
 
 
 # ---- bench ---------------------------------------------------------------------------------------------------------
