@@ -11,10 +11,8 @@ from teacher import EPS, THETA
 def main(weights, teacher, out):
     teacher, out = Path(teacher), Path(out)
     out.mkdir(parents=True, exist_ok=True)
-    for name in ("chat_template.jinja", "generation_config.json", "tokenizer_config.json"):
+    for name in ("chat_template.jinja", "generation_config.json", "tokenizer.json", "tokenizer_config.json"):
         shutil.copyfile(teacher / name, out / name)
-    tokenizer = json.loads((teacher / "tokenizer.json").read_text())  # without the spaces
-    (out / "tokenizer.json").write_text(json.dumps(tokenizer, ensure_ascii=False, separators=(",", ":")))
     shutil.copyfile(weights, out / "model.safetensors")
     config = json.loads((teacher / "config.json").read_text())
     config = {key: config[key] for key in (
