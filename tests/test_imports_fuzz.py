@@ -8,20 +8,29 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parent / "fuzz"))
 from importing import CORPUS, damage, read  # noqa: E402
+from make_corpus import write  # noqa: E402
 
 LOADERS = ("gptq", "awq", "hqq", "gguf")
 
 
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory):
+    """Valid checkpoints, made now."""
+    folder = tmp_path_factory.mktemp("corpus")
+    write(folder)
+    return folder
+
+
 @pytest.mark.parametrize("loader", LOADERS)
-def test_corpus(loader):
-    for path in sorted((CORPUS / loader).iterdir()):
+def test_corpus(corpus, loader):
+    for path in [*sorted((corpus / loader).iterdir()), *sorted((CORPUS / loader).iterdir())]:
         refused = read(path.read_bytes(), loader == "gguf")
         assert (refused is None) == path.name.startswith("valid"), f"{path.name}: {refused}"
 
 
 @pytest.mark.parametrize("loader", LOADERS)
-def test_damaged_at_random(loader):
-    valid, seed, refused = [path.read_bytes() for path in sorted((CORPUS / loader).glob("valid*"))], random.randrange(1 << 32), 0
+def test_damaged_at_random(corpus, loader):
+    valid, seed, refused = [path.read_bytes() for path in sorted((corpus / loader).glob("valid*"))], random.randrange(1 << 32), 0
     tracemalloc.start()
     for i in range(200):
         rng = random.Random(seed + i)

@@ -1,4 +1,4 @@
-"""Writes the valid checkpoints that fuzzing starts from: one layer, a few thousand weights."""
+"""Writes the valid checkpoints that fuzzing starts from: one layer, a few thousand weights. What was found lies beside them, in the repository."""
 import tempfile
 from pathlib import Path
 
@@ -21,24 +21,24 @@ FILES = [("llama", "Q4_0", "Q4_K"), ("llama", "Q8_0", "Q6_K"), ("qwen2", "Q4_1",
          ("llama_bias", "Q5_1", "Q2_K"), ("llama", "F16", "TQ1_0"), ("llama3_rope", "BF16", "TQ2_0")]
 
 
-def main() -> None:
+def write(corpus: Path) -> None:
     with tempfile.TemporaryDirectory() as folder:
         folder = Path(folder)
         for loader, cases in FOLDERS.items():
-            (CORPUS / loader).mkdir(parents=True, exist_ok=True)
+            (corpus / loader).mkdir(parents=True, exist_ok=True)
             for i, options in enumerate(cases):
                 tiny.save_tiny("llama", folder, **SMALL)
                 quantised.quantise_folder(folder, getattr(quantised, loader), **options)
                 blob = (folder / "config.json").read_bytes() + b"\0" + (folder / "model.safetensors").read_bytes()
-                (CORPUS / loader / f"valid{i}").write_bytes(blob)
-        (CORPUS / "gguf").mkdir(parents=True, exist_ok=True)
+                (corpus / loader / f"valid{i}").write_bytes(blob)
+        (corpus / "gguf").mkdir(parents=True, exist_ok=True)
         for i, (case, narrow, wide) in enumerate(FILES):
             model = tiny.tiny_model(case, **SMALL | dict(hidden_size=256, num_attention_heads=1, num_key_value_heads=1, head_dim=32))
 
             def kind_of(name):
                 return Type[wide if "o_proj" not in name and "down" not in name else narrow]
-            gguf_files.write_gguf(model, CORPUS / "gguf" / f"valid{i}", kind_of, gguf_files.small_vocabulary if i % 2 else None)
+            gguf_files.write_gguf(model, corpus / "gguf" / f"valid{i}", kind_of, gguf_files.small_vocabulary if i % 2 else None)
 
 
 if __name__ == "__main__":
-    main()
+    write(CORPUS)
