@@ -1,4 +1,5 @@
-"""Writes the valid checkpoints that fuzzing starts from: one layer, a few thousand weights. What was found lies beside them, in the repository."""
+"""Writes the valid checkpoints that fuzzing starts from: one layer, a few thousand weights. What was found lies beside them, in the
+repository."""
 import tempfile
 from pathlib import Path
 
