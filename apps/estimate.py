@@ -1,10 +1,13 @@
 """edgeattn estimate: the memory that a model will take here, told before it reads a token."""
 import argparse
 import json
+import sys
+import time
 
 from edgeattn.apps import options
 
 HELP = "predict the memory that a model and its KV cache take with a full context, without running it"
+COMPILED = 5  # seconds of loading that say that kernels were compiled
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -15,7 +18,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def main(args: argparse.Namespace) -> int:
     from edgeattn.apps import models
     from edgeattn.memory_estimate import estimate
+    start = time.perf_counter()
     model, _ = models.load(args)
+    if time.perf_counter() - start > COMPILED:
+        print("kernels were compiled just now, which took memory: ask again for what a run will take", file=sys.stderr)
     found = estimate(model)
     print(json.dumps(found.as_dict()) if args.json else "\n".join(_lines(model, found)))
     return 0

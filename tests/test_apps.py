@@ -55,7 +55,7 @@ ROW = Row("llama int4", 18 << 20, 26_700_000, 2, "f16", 512, "tg128", 5, 123.456
     ("bench -o xml", "invalid choice: 'xml'"),
     ("export", "required: CHECKPOINT, -o/--output"),
     ("export /no/such/folder -o x", "/no/such/folder: no such folder"),
-    ("export nano -o {tmp}/x --precision int3", "invalid choice: 'int3'"),
+    ("export nano -o {tmp}/x --precision int5", "invalid choice: 'int5'"),
     ("export nano -o {tmp}/x --target toaster", "unknown target 'toaster'"),
     ("export nano -o {tmp}/x --group-size 7", "group"),
     ("export nano -o {empty}", "is not an earlier export"),
@@ -144,11 +144,12 @@ def test_unescape():
 
 # ---- checkpoints, once ---------------------------------------------------------------------------------------------
 def test_checkpoint_is_exported_once_and_again_when_it_changes(tmp_path, monkeypatch):
-    def quick(source, target, precision, progress):
+    def quick(source, target, precision, **_):
         if precision == "int8":
             raise ValueError("disk on fire")
         target.mkdir(parents=True)
         (target / "edgeattn.json").touch()
+        return {"requantised": {}}
     monkeypatch.setattr("edgeattn.exporters.export.export", quick)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     checkpoint = shutil.copytree(NANO, tmp_path / "mine", ignore=shutil.ignore_patterns("training"))
