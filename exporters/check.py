@@ -36,7 +36,7 @@ def check(folder: str | Path, source: Checkpoint, decoder: Decoder, device: str 
     tokens = prompt_tokens(folder, config["model"])
     reference, logits = checkpoint_logits(source, decoder, tokens)
     on_cpu = device == "cpu"
-    engine, got = exported_logits(folder, tokens, _largest_bytes(source)) if on_cpu else (device, _device_logits(folder, tokens, device))
+    engine, got = exported_logits(folder, tokens, _largest_bytes(source)) if on_cpu else (device, _runtime_logits(folder, tokens, device))
     report = {"checkpoint_in": reference, "export_in": engine, "tokens": len(tokens), **compare(got, logits)}
     # Whatever the precision of the embedding and head, ternary layers round activations: a float on an edge may go either way.
     ternary = "ternary" in config["weights"].values()
@@ -61,7 +61,8 @@ def verify(folder: str | Path, checkpoint: str | Path | None = None, device: str
         source = open_checkpoint(checkpoint)
         return check(folder, source, read_architecture(source), device)
     tokens = prompt_tokens(folder, config["model"])
-    got, expected = _device_logits(folder, tokens, device), _onnxruntime_logits(folder, tokens)
+    given = [] if device == "cpu" else [device]
+    got, expected = _runtime_logits(folder, tokens, *given), _onnxruntime_logits(folder, tokens)
     return {"export_in": "edgeattn", "against": "onnxruntime", "tokens": len(tokens), **compare(got, expected)}
 
 
@@ -157,11 +158,7 @@ def _log_softmax(logits):
     return shifted - np.log(np.exp(shifted).sum(-1, keepdims=True))
 
 
-def _runtime_logits(folder, tokens):
-    return _device_logits(folder, tokens, "cpu")
-
-
-def _device_logits(folder, tokens, device):
+def _runtime_logits(folder, tokens, device="cpu"):
     model = Model.load(folder, ctx_size=len(tokens), device=device)
     return model.forward([(model.new_sequence(), tokens)], "all")
 
