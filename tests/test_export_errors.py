@@ -49,7 +49,8 @@ BREAK = {
     "found \\['pytorch_model.bin'\\]": lambda c: (c / "model.safetensors").rename(c / "pytorch_model.bin"),
     "config.json: not found": lambda c: (c / "config.json").unlink(),
     "not valid JSON": lambda c: cut(c / "config.json", 50),
-    "unknown model_type 'mixtral'; supported: \\['bitnet', 'llama', 'mistral', 'qwen2', 'qwen3'\\]": lambda c: edit_config(c, model_type="mixtral"),
+    "unknown model_type 'mixtral'; supported: \\['bitnet', 'llama', 'mistral', 'qwen2', 'qwen3'\\]":
+        lambda c: edit_config(c, model_type="mixtral"),
     "unknown model_type 'graph'": lambda c: edit_config(c, model_type="graph"),
     "unknown model_type '..": lambda c: edit_config(c, model_type="../evil"),
     "has shape \\[150, 64\\], config.json asks for \\[151, 64\\]": lambda c: edit_config(c, vocab_size=151),
