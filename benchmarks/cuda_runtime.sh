@@ -1,5 +1,5 @@
 #!/bin/sh
-# All that shows whether --device cuda works and how fast it is, for a GPU machine that is lent by the minute and where edgeattn is not
+# All that shows whether --device cuda works and how fast it is, for a GPU machine that is rented by the minute and where edgeattn is not
 # installed: sh benchmarks/cuda_runtime.sh [FOLDER FOR LOGS]. Takes about four minutes; groups of tests run beside each other, each in a
 # process of its own, because an illegal address ends a process's use of the GPU.
 cd "$(dirname "$0")/.." || exit 1

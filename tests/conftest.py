@@ -21,7 +21,7 @@ def nano_checkpoint():
 @pytest.fixture(scope="session")
 def nano_export(tmp_path_factory):
     """A function: precision -> the folder of nano exported to it. EDGEATTN_TEST_EXPORTS names a folder where nano-<precision> may be ready,
-    for machines that are lent by the minute."""
+    for machines that are rented by the minute."""
     ready = Path(os.environ.get("EDGEATTN_TEST_EXPORTS", "no such folder"))
     made = {path.name.removeprefix("nano-"): path for path in ready.glob("nano-*")}
 
