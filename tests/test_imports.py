@@ -90,7 +90,7 @@ def test_export_equals_the_dequantised_model(tmp_path, pack, options):
     report = export(tmp_path / "checkpoint", tmp_path / "out", "int8")  # of what is not quantised yet
     lossy = options.get("axis") == 0  # groups over outputs become floats, and those new codes
     for engine in (exact_logits, logits, stock_logits):
-        assert error(engine(tmp_path / "out"), expected) < (0.03 if engine is exact_logits and not lossy else 0.15), engine
+        assert error(engine(tmp_path / "out"), expected) < (0.05 if engine is exact_logits and not lossy else 0.15), engine
     assert bool(report["requantised"]) == lossy
     export(tmp_path / "checkpoint", tmp_path / "out", "fp32")
     assert error(logits(tmp_path / "out"), expected) < 1e-4
@@ -169,7 +169,7 @@ def test_dynamic_widths_and_a_head_of_codes(tmp_path):
     report = export(tmp_path, tmp_path / "out", "int8")
     assert report["weights"]["lm_head.weight"] == "int8/32"
     assert list(report["requantised"].values()) == ["floats + gptq 3 bits, groups of 32"] * 2  # up beside a gate that is floats
-    assert error(exact_logits(tmp_path / "out"), tiny.torch_logits(quantised.with_weights(model, exact), TOKENS)) < 0.03
+    assert error(exact_logits(tmp_path / "out"), tiny.torch_logits(quantised.with_weights(model, exact), TOKENS)) < 0.05
 
 
 def test_orders_that_differ_are_quantised_again(tmp_path, edgeattn):
