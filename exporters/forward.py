@@ -10,7 +10,7 @@ from edgeattn.reference.cached_attention import cached_attention
 from edgeattn.reference.matmul_ternary import quantise_tokens
 from edgeattn.reference.rms_normalization import rms_normalization
 
-SLAB_BYTES = 8 << 20  # of float32 weights in memory at a time
+SLAB_BYTES = 4 << 20  # of float32 weights in memory at a time
 
 
 def forward(checkpoint: Checkpoint, decoder: Decoder, tokens: np.ndarray) -> Iterator[tuple[str, np.ndarray]]:

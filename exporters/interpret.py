@@ -13,7 +13,7 @@ from edgeattn.graph import attributes
 from edgeattn.ops import DOMAIN, PANEL, load_kernel
 from edgeattn.reference.matmul_ternary import TILE
 
-SLAB_BYTES = 8 << 20  # of float64 weights in work at a time
+SLAB_BYTES = 4 << 20  # of float64 weights in work at a time
 
 
 def interpret(folder: str | Path, feeds: dict[str, np.ndarray], outputs: list[str],
