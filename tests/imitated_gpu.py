@@ -22,6 +22,9 @@ class Array(np.ndarray):
     def get(self):
         return np.array(self, subok=False)
 
+    def set(self, x):
+        self[...] = x
+
 
 class Stream:
     ptr = 0
@@ -46,6 +49,11 @@ class Event:
     def record(self, stream):
         pass
 
+    def synchronize(self):
+        pass
+
+
+class Device:
     def synchronize(self):
         pass
 
@@ -85,10 +93,11 @@ def asarray(x, dtype=None):
 
 def cupy():
     """A module of the name, new for each test."""
-    cuda = SimpleNamespace(Stream=Stream, Event=Event, runtime=Runtime(), alloc_pinned_memory=lambda size: bytearray(size),
+    cuda = SimpleNamespace(Stream=Stream, Event=Event, Device=Device, runtime=Runtime(), alloc_pinned_memory=lambda size: bytearray(size),
                            get_current_stream=Stream)
     pool = SimpleNamespace(total_bytes=lambda: 0)
-    return SimpleNamespace(cuda=cuda, zeros=array, full=lambda shape, value, dtype: array(shape, dtype, value), asarray=asarray,
+    return SimpleNamespace(cuda=cuda, zeros=array, full=lambda shape, value, dtype=np.float64: array(shape, dtype, value), asarray=asarray,
+                           ones=lambda shape, dtype: array(shape, dtype, 1), arange=lambda *given: asarray(np.arange(*given)),
                            empty=lambda shape, dtype: array(shape, dtype, 0xaa if dtype == np.uint8 else 7), minimum=np.minimum,
                            get_default_memory_pool=lambda: pool)
 
