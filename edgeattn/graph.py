@@ -1,4 +1,5 @@
 """An exported folder's graph: nodes, and initializers as arrays over the memory-mapped weight file."""
+import math
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -6,6 +7,8 @@ import numpy as np
 import onnx
 from google.protobuf.message import DecodeError
 from onnx import TensorProto, helper, numpy_helper
+
+from edgeattn.folder import inside
 
 
 @dataclass
@@ -18,8 +21,9 @@ class Graph:
 
 
 def read_graph(folder: Path) -> Graph:
-    """ValueError when model.onnx or its data file is missing or cut short."""
-    path = folder / "model.onnx"
+    """ValueError when model.onnx or its data file is missing or cut short, when weights lie outside the folder, or when the file could do
+    more than compute: see `_check_nodes`."""
+    path = inside(folder, "model.onnx")
     if not path.is_file():
         raise ValueError(f"{folder}: no model.onnx there; give a folder made by `edgeattn export`")
     try:
@@ -27,28 +31,55 @@ def read_graph(folder: Path) -> Graph:
     except DecodeError as error:
         raise ValueError(f"{path}: not a readable ONNX file ({error}); export the model again") from None
     maps: dict[str, np.ndarray] = {}
-    initializers = {tensor.name: _initializer(tensor, folder, maps) for tensor in proto.graph.initializer}
+    try:
+        initializers = {tensor.name: _initializer(tensor, folder, maps) for tensor in proto.graph.initializer}
+        _check_nodes(proto, initializers)
+    except (ValueError, TypeError, LookupError, ArithmeticError) as error:
+        known = str(error).startswith(str(folder))
+        raise ValueError(str(error) if known else f"{path}: {' '.join(str(error).split())[:300]}; export the model again") from None
     return Graph(folder, proto, initializers, sum(m.size for m in maps.values()))
 
 
 def _initializer(tensor: TensorProto, folder: Path, maps: dict[str, np.ndarray]) -> np.ndarray:
+    dtype = helper.tensor_dtype_to_np_dtype(tensor.data_type)
+    if dtype.hasobject or dtype.kind not in "fiub" or min(tensor.dims, default=1) < 0:
+        raise ValueError(f"{tensor.name[:80]!r} is a tensor of {dtype} {list(tensor.dims)}, which weights are not")
     if tensor.data_location != TensorProto.EXTERNAL:
         return numpy_helper.to_array(tensor)
     where = {entry.key: entry.value for entry in tensor.external_data}
-    name, offset = where["location"], int(where.get("offset", 0))
+    name, offset, size = where.get("location", ""), int(where.get("offset", 0)), math.prod(tensor.dims) * dtype.itemsize
     if name not in maps:
-        if Path(name).name != name:  # a downloaded folder must not make us read other files
-            raise ValueError(f"{folder / 'model.onnx'}: the weights' location must be a file of the same folder, got {name!r}; "
-                             "export the model again")
-        if not (folder / name).is_file():
+        path = inside(folder, name)  # a downloaded folder must not make us read other files
+        if not path.is_file():
             raise ValueError(f"{folder}: {name}, the weights of model.onnx, is missing; export the model again")
-        maps[name] = np.memmap(folder / name, np.uint8, mode="r")
-    dtype = helper.tensor_dtype_to_np_dtype(tensor.data_type)
-    size = int(np.prod(tensor.dims, dtype=np.int64)) * dtype.itemsize
+        maps[name] = np.memmap(path, np.uint8, mode="r") if path.stat().st_size else np.empty(0, np.uint8)
+    if offset < 0 or offset % dtype.itemsize:
+        raise ValueError(f"{tensor.name[:80]!r} begins at byte {offset} of {name}, where no {dtype} can")
     if offset + size > maps[name].size:
         raise ValueError(f"{folder}: {name} is cut short ({tensor.name} ends at byte {offset + size}, "
                          f"the file at {maps[name].size}); export or copy the model again")
     return maps[name][offset:offset + size].view(dtype).reshape(tuple(tensor.dims))
+
+
+def _check_nodes(proto, initializers):
+    """Names are given once, so that nothing is written where something else lies; nodes hold no graphs (loops never end), name no other
+    file's tensors, and functions do not call functions (a few lines would unfold to billions)."""
+    taken = {value.name for value in proto.graph.input} | set(initializers)
+    for node in proto.graph.node:
+        for name in filter(None, node.output):
+            if name in taken:
+                raise ValueError(f"{name[:80]!r} is made more than once")
+            taken.add(name)
+    ours = {(function.domain, function.name) for function in proto.functions}
+    for node in (*proto.graph.node, *(node for function in proto.functions for node in function.node)):
+        for a in node.attribute:
+            if a.HasField("g") or a.graphs:
+                raise ValueError(f"{node.op_type[:80]!r} holds a graph of its own, which is not supported")
+            sparse = [part for s in (a.sparse_tensor, *a.sparse_tensors) for part in (s.values, s.indices)]
+            if any(t.data_location == TensorProto.EXTERNAL for t in (a.t, *a.tensors, *sparse)):
+                raise ValueError(f"{node.op_type[:80]!r} reads a tensor from another file, which is not supported")
+    if any((node.domain, node.op_type) in ours for function in proto.functions for node in function.node):
+        raise ValueError("a function calls another one, which is not supported")
 
 
 def attributes(node: onnx.NodeProto) -> dict:

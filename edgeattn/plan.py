@@ -3,6 +3,7 @@
 Every node becomes a step of one operator, a view (Split, Reshape: no work at all), or part of an onnxruntime segment. Consecutive
 steps form one table, which a backend makes and runs (backend_cpu.py, backend_cuda.py): between operators no Python runs.
 """
+import math
 from dataclasses import dataclass
 from functools import partial
 from time import perf_counter
@@ -13,12 +14,13 @@ from edgeattn.arena import covered, place
 from edgeattn.arguments import Tensor
 from edgeattn.backend_cpu import CpuBackend
 from edgeattn.batch import COUNTS
+from edgeattn.contract import check_node
 from edgeattn.graph import Graph, attributes
 from edgeattn.ops import DOMAIN, OPS
 from edgeattn.segments import Segment
+from edgeattn.views import is_view, view_shapes
 
 STANDARD = {op.onnx: op for op in OPS.values() if op.onnx}
-VIEWS = ("Split", "Reshape", "Identity")
 DEFAULTS = {"epsilon": 1e-5}
 
 
@@ -99,7 +101,7 @@ class Plan:
             return OPS.get(node.op_type)
         op = STANDARD.get(node.op_type) if not node.domain else None
         sources = [self.values.get(name) for name in node.input[:2]]
-        if op is None or sources[0] is None or sources[0].dtype != np.float32:
+        if op is None or len(sources) < 2 or sources[0] is None or sources[0].dtype != np.float32:
             return None
         if op.name == "rms_normalization":
             return op if attributes(node).get("axis", -1) == -1 else None
@@ -111,21 +113,8 @@ class Plan:
         return op if sources[1].shape == sources[0].shape and sources[1].dtype == np.float32 else None
 
     def _is_view(self, node):
-        """Whether a node only names a part of each row, or divides rows anew."""
-        if node.domain or node.op_type not in VIEWS or node.input[0] not in self.values:
-            return False
-        source, sizes = self.values[node.input[0]].shape, [self.graph.initializers.get(name) for name in node.input[1:2]]
-        if node.op_type == "Identity":
-            return True
-        if not sizes or sizes[0] is None or len(source) < 2:
-            return False
-        if node.op_type == "Split":
-            return attributes(node).get("axis", 0) in (1, -1) and len(source) == 2
-        row, target = int(np.prod(source[1:], dtype=np.int64)), [int(n) for n in sizes[0]]
-        if len(target) < 2 or target[0] not in (0, -1) or 0 in target[1:]:
-            return False
-        known = int(np.prod([n for n in target[1:] if n > 0], dtype=np.int64))
-        return known == row if -1 not in target[1:] else target[0] == 0 and row % known == 0
+        source = self.values.get(node.input[0]) if node.input else None
+        return source is not None and is_view(node, source.shape, self.graph.initializers)
 
     def _load_kernels(self, groups, progress):
         """Import the kernel files the graph needs; the first time on a machine this compiles them."""
@@ -144,6 +133,7 @@ class Plan:
         if self._is_view(node):
             return self._view(node)
         op = self._operator(node)
+        check_node(self.graph, node, op.name, self.values, COUNTS)
         shapes = {name.rstrip("?"): self._shape(source) for name, source in zip(op.inputs, node.input) if source}
         made = op.shapes(shapes, attributes(node))
         for name, result in zip(op.outputs, node.output):
@@ -157,20 +147,10 @@ class Plan:
         return self.values[name].shape if name in self.values else ()
 
     def _view(self, node):
-        source = self.values[node.input[0]]
-        if node.op_type == "Split":
-            offset = source.offset
-            for name, width in zip(node.output, self.graph.initializers[node.input[1]]):
-                self.values[name] = Value(source.root, (source.shape[0], int(width)), source.stride, offset, source.dtype)
-                offset += int(width)
-            return
-        shape = source.shape
-        if node.op_type == "Reshape":  # rows stay rows: only what follows the first dimension is divided anew
-            target = [int(n) for n in self.graph.initializers[node.input[1]][1:]]
-            known = int(np.prod([n for n in target if n > 0], dtype=np.int64))
-            row = int(np.prod(source.shape[1:], dtype=np.int64))
-            shape = (source.shape[0], *(n if n > 0 else row // known for n in target))
-        self.values[node.output[0]] = Value(source.root, shape, source.stride, source.offset, source.dtype)
+        source, offset = self.values[node.input[0]], 0
+        for name, shape in zip(node.output, view_shapes(node, source.shape, self.graph.initializers)):
+            self.values[name] = Value(source.root, shape, source.stride, source.offset + offset, source.dtype)
+            offset += math.prod(shape[1:])
 
     # ---- memory -------------------------------------------------------------------------------------------------
     def _allocate(self, groups):
@@ -250,7 +230,8 @@ class Plan:
         pairs = [*zip(op.inputs, node.input), *zip(op.outputs, node.output)]
         tensors = {name.rstrip("?"): self.tensor(source) for name, source in pairs
                    if source in self.values or source in self.graph.initializers}
-        return tensors, DEFAULTS | attributes(node)
+        given = {name: value for name, value in attributes(node).items() if name in op.attributes}  # others could be taken for addresses
+        return tensors, DEFAULTS | given
 
     def _step(self, name, operator, tensors, attrs, kernels):
         extra = self._extra | (self._layer_arguments(attrs["layer"]) if "layer" in attrs else {})

@@ -1,5 +1,4 @@
 """Load an exported folder and run it: prefill and decode of any number of sequences through one forward call."""
-import json
 from pathlib import Path
 
 import numba
@@ -13,6 +12,7 @@ from edgeattn.cache.pages import CacheFull
 from edgeattn.cache.sequence import Sequence
 from edgeattn.calibration import head_classes
 from edgeattn.devices import make_backend
+from edgeattn.exported import check_graph, check_logits, read_config
 from edgeattn.graph import read_graph
 from edgeattn.plan import Plan
 from edgeattn.prefill_scheduler import PrefillOptions, PrefillScheduler, refusal as prefill_refusal
@@ -42,6 +42,8 @@ class Model:
         self.folder = Path(folder)
         self.config = read_config(self.folder)
         about, defaults = self.config["model"], self.config["defaults"]
+        graph = read_graph(self.folder)
+        check_graph(graph, about)  # before anything is allocated for what the model says of itself
         self.vocab_size = about["vocab_size"]
         self.ctx_size = min(ctx_size or about["ctx_size"], about["ctx_size"])
         self.ubatch = min(ubatch or defaults["ubatch"], self.ctx_size)
@@ -99,7 +101,7 @@ class Model:
                 settle(self.scheduler, options, about["num_heads"], about["head_dim"], self.threads)
         if self.prefill and self.device != "cpu":
             self.prefill.prepare(self.backend, self._batch, self.cache.plan.max_pages)
-        self.plan = self._plan(progress)
+        self.plan = self._plan(graph, progress)
 
     def _prefill(self, prefill, refused, about):
         """The scheduler of prompts, or None; `whole_because` says why auto gave way."""
@@ -120,13 +122,15 @@ class Model:
     def load(cls, folder, **options) -> "Model":
         return cls(folder, **options)
 
-    def _plan(self, progress):
+    def _plan(self, graph, progress):
         batch = self._batch
         inputs = {"token_ids": batch.token_ids, "positions": batch.positions, "logit_rows": batch.logit_rows}
         counts = {"tokens": self.ubatch, "rows": self._max_rows, "sequences": MAX_SEQUENCES, "probes": 0}
         before = [found.operators for found in (self.scheduler, self.prefill) if found]
-        return Plan(read_graph(self.folder), lambda layer: [one for operators in before for one in operators(layer)], batch.arguments(),
+        plan = Plan(graph, lambda layer: [one for operators in before for one in operators(layer)], batch.arguments(),
                     self._layer_arguments, inputs, counts, self.threads, progress, self.backend)
+        check_logits(graph, plan.values, self.config["model"])
+        return plan
 
     def _layer_arguments(self, layer):
         own = self.backend.cache_arguments(self.cache.plan.formats) | {"prefill.sparse": int(self.prefill is not None)}
@@ -284,17 +288,3 @@ class Model:
                     "rss": rss.rss + taken * shared}
         return {"weights_mapped": self.plan.graph.mapped_bytes, "kv": kv, "workspace": workspace,
                 "runtime": max(0, rss.uss - self.plan.graph.mapped_bytes - kv - workspace), "rss": rss.rss}
-
-
-def read_config(folder: Path) -> dict:
-    """edgeattn.json of an exported folder; ValueError when it is missing, broken or from a newer version."""
-    path = folder / "edgeattn.json"
-    if not path.is_file():
-        raise ValueError(f"{folder}: no edgeattn.json there; make the folder with `edgeattn export CHECKPOINT -o {folder}`")
-    try:
-        config = json.loads(path.read_text())
-    except ValueError as error:
-        raise ValueError(f"{path}: not valid JSON ({error}); export the model again") from None
-    if config.get("format_version") != 1:
-        raise ValueError(f"{path}: format version {config.get('format_version')}, this edgeattn reads version 1; export the model again")
-    return config

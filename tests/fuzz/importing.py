@@ -53,11 +53,11 @@ def _export(path, folder):
 def damage(blob: bytes, rng: random.Random, gguf: bool) -> bytes:
     """The blob with one to three things wrong."""
     for _ in range(rng.randint(1, 3)):
-        blob = rng.choice((_bits, _cut, _number) if gguf else (_bits, _cut, _config, _config, _header, _header))(blob, rng)
+        blob = rng.choice((bits, cut, number) if gguf else (bits, cut, _config, _config, _header, _header))(blob, rng)
     return blob
 
 
-def _bits(blob, rng):
+def bits(blob: bytes, rng: random.Random) -> bytes:
     out, most = bytearray(blob), rng.choice((64, 4096, len(blob)))  # mostly where lengths and names are
     for _ in range(rng.randint(1, 8)):
         if out:
@@ -65,11 +65,11 @@ def _bits(blob, rng):
     return bytes(out)
 
 
-def _cut(blob, rng):
+def cut(blob: bytes, rng: random.Random) -> bytes:
     return blob[:rng.randrange(len(blob) + 1)]
 
 
-def _number(blob, rng):
+def number(blob: bytes, rng: random.Random) -> bytes:
     """Eight bytes that may be a length."""
     at = rng.randrange(max(min(len(blob) - 8, 4096), 1))
     return blob[:at] + struct.pack("<Q", rng.choice((0, 1, 255, 1 << 31, 1 << 40, (1 << 64) - 1))) + blob[at + 8:]
@@ -77,7 +77,7 @@ def _number(blob, rng):
 
 def _config(blob, rng):
     config, zero, rest = blob.partition(b"\0")
-    return _json(config, rng) + zero + rest
+    return change_json(config, rng) + zero + rest
 
 
 def _header(blob, rng):
@@ -85,11 +85,11 @@ def _header(blob, rng):
     if len(rest) < 8:
         return blob
     length = struct.unpack("<Q", rest[:8])[0]
-    header = _json(rest[8:8 + length], rng)
+    header = change_json(rest[8:8 + length], rng)
     return config + zero + struct.pack("<Q", len(header)) + header + rest[8 + length:]
 
 
-def _json(text, rng):
+def change_json(text: bytes, rng: random.Random) -> bytes:
     """One value somewhere in it replaced, removed, or moved to another name."""
     try:
         whole = json.loads(text)
@@ -123,17 +123,23 @@ def _places(value):
 
 def fuzz(loader: str) -> None:
     """Run atheris on one importer; arguments are libFuzzer's."""
+    families()  # imports all there is, kernels too, which is no slow input's fault
+    gguf = loader == "gguf"
+    run(loader, lambda data: read(data, gguf), lambda data, rng, _: damage(data, rng, gguf))
+
+
+def run(name: str, use, damage) -> None:
+    """atheris with use(blob) and damage(blob, rng, name), from a copy of the corpus of that name."""
     import shutil
     import sys
 
     import atheris
-    families()  # imports all there is, kernels too, which is no slow input's fault
-    gguf, corpus = loader == "gguf", Path(tempfile.mkdtemp(prefix=f"fuzz-{loader}-"))
-    for path in (CORPUS / loader).iterdir():
+    corpus = Path(tempfile.mkdtemp(prefix=f"fuzz-{name}-"))
+    for path in (CORPUS / name).iterdir():
         shutil.copy(path, corpus)
 
     def mutate(data, most, seed):
         rng = random.Random(seed)
-        return (damage(data, rng, gguf) if rng.random() < 0.6 else atheris.Mutate(data, most))[:most]
-    atheris.Setup([*sys.argv, str(corpus)], lambda data: read(data, gguf), custom_mutator=mutate)
+        return (damage(data, rng, name) if rng.random() < 0.6 else atheris.Mutate(data, most))[:most]
+    atheris.Setup([*sys.argv, str(corpus)], lambda data: use(data), custom_mutator=mutate)
     atheris.Fuzz()

@@ -1,5 +1,5 @@
-"""Writes the valid checkpoints that fuzzing starts from: one layer, a few thousand weights. What was found lies beside them, in the
-repository."""
+"""Writes what is valid and fuzzing starts from: one layer, a few thousand weights. What was found lies beside it, in the repository."""
+import json
 import tempfile
 from pathlib import Path
 
@@ -8,6 +8,7 @@ import quantised
 import tiny
 from gguf import GGMLQuantizationType as Type
 from importing import CORPUS
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 
 SMALL = dict(vocab_size=16, hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=2,
              head_dim=16, max_position_embeddings=64)
@@ -41,5 +42,58 @@ def write(corpus: Path) -> None:
             gguf_files.write_gguf(model, corpus / "gguf" / f"valid{i}", kind_of, gguf_files.small_vocabulary if i % 2 else None)
 
 
+# ---- what the runtime loads ----------------------------------------------------------------------------------------
+EXPORTS = [("llama", "int4"), ("qwen3", "fp32"), ("llama_bias", "int3"), ("bitnet", "fp16")]
+TEMPLATE = "{% for m in messages %}{{ bos_token }}{{ m['role'] | upper }}: {{ m.content | trim }}{% if loop.last %}\n{% endif %}{% endfor %}"
+
+
+def write_loaded(corpus: Path) -> None:
+    """Exports, sessions of the first of them, tokenizers."""
+    from edgeattn.cache import session
+    from edgeattn.exporters.export import export
+    from edgeattn.generation import Sampler, SamplerOptions
+    from edgeattn.runtime import Model
+    from loading import CACHES, DENSE, PARTS, join
+    for kind in ("export", "session", "tokenizer"):
+        (corpus / kind).mkdir(parents=True, exist_ok=True)
+    for i, (case, precision) in enumerate(EXPORTS):
+        with tempfile.TemporaryDirectory() as folder:
+            folder = Path(folder)
+            tiny.save_tiny(case, folder / "checkpoint", **SMALL)
+            export(folder / "checkpoint", folder / "export", precision=precision)
+            (corpus / "export" / f"valid{i}").write_bytes(join((folder / "export" / name).read_bytes() for name in PARTS["export"]))
+            for j, cache in enumerate(CACHES if i == 0 else ()):
+                model = Model(folder / "export", cache=cache, **DENSE)
+                ids, sequence = [k % 16 for k in range(50)], model.new_sequence()
+                model.forward([(sequence, ids)])
+                meta = {"messages": [{"role": "user", "content": "a"}], "sampler": Sampler(SamplerOptions(seed=1)).state, "dropped": 0}
+                session.save(corpus / "session" / f"valid{j}", model.cache, sequence, ids, model.config, meta)
+    for i, (backend, about) in enumerate(_tokenizers()):
+        parts = backend.to_str().encode(), json.dumps(about).encode(), TEMPLATE.encode()
+        (corpus / "tokenizer" / f"valid{i}").write_bytes(join(parts))
+
+
+def _tokenizers():
+    letters = {letter: i for i, letter in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
+    bytes_ = Tokenizer(models.BPE(letters | {"ll": 256}, [("l", "l")]))
+    bytes_.normalizer = normalizers.NFC()
+    bytes_.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Split(Regex(r"\p{L}+|\s+"), "isolated"),
+                                                    pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
+    bytes_.decoder = decoders.ByteLevel()
+    bytes_.add_special_tokens([AddedToken("<s>", special=True)])
+    yield bytes_, {"bos_token": "<s>", "eos_token": {"content": "<s>"}}
+    pieces = {token: i for i, token in enumerate(["<unk>", "<s>", *(f"<0x{b:02X}>" for b in range(256)), "\u2581", *"helowrd", "he"])}
+    piece = Tokenizer(models.BPE(pieces, [("h", "e")], unk_token="<unk>", fuse_unk=True, byte_fallback=True))
+    piece.normalizer = normalizers.Sequence([normalizers.Prepend("\u2581"), normalizers.Replace(" ", "\u2581")])
+    piece.decoder = decoders.Sequence([decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)])
+    piece.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    yield piece, {"bos_token": "<s>", "chat_template": [{"name": "default", "template": TEMPLATE}]}
+    words = Tokenizer(models.WordPiece({"[UNK]": 0, "hello": 1, "##a": 2, "a": 3}, unk_token="[UNK]"))
+    words.normalizer, words.pre_tokenizer = normalizers.BertNormalizer(), pre_tokenizers.BertPreTokenizer()
+    words.decoder = decoders.WordPiece()
+    yield words, {}
+
+
 if __name__ == "__main__":
     write(CORPUS)
+    write_loaded(CORPUS)
