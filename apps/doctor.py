@@ -54,23 +54,15 @@ def _machine():
     import psutil
     from edgeattn.apps.models import cache_folder
     from edgeattn.apps.terminal import size
+    from edgeattn.device_profile import processor
     memory = psutil.virtual_memory()
-    _line("processor", f"{_processor()}, {psutil.cpu_count(logical=False)} cores, {psutil.cpu_count()} threads")
+    _line("processor", f"{processor()}, {psutil.cpu_count(logical=False)} cores, {psutil.cpu_count()} threads")
     _line("memory", f"{size(memory.total)}, {size(memory.available)} available")
     folder = cache_folder()
     models = [p for p in folder.iterdir() if p.is_dir()] if folder.is_dir() else []
     total = sum(f.stat().st_size for m in models for f in m.iterdir())
     _line("model cache", f"{folder}: {len(models)} models, {size(total)}")
     return _writable(folder)
-
-
-def _processor():
-    if os.path.exists("/proc/cpuinfo"):
-        with open("/proc/cpuinfo", encoding="utf-8", errors="replace") as file:
-            names = [line.partition(":")[2].strip() for line in file if line.lower().startswith(("model name", "model\t"))]
-        if names:
-            return next((name for name in names if not name.isdigit()), platform.machine())
-    return platform.processor() or platform.machine()
 
 
 def _writable(folder):
