@@ -86,8 +86,22 @@ def _kernels():
     _line("threads", f"{numba.config.NUMBA_NUM_THREADS}, layer {layer or 'NONE'}")
     if advice:
         _line("", advice)
+    _tuned(kernels_cpu.PROFILE)
     _line("kernel cache", f"{kernels_cpu.CACHE_FOLDER}: {kernels_cpu.cached_kernels()} kernels compiled")
     return ([] if layer else ["a threading layer"]) + _writable(kernels_cpu.CACHE_FOLDER)
+
+
+def _tuned(path):
+    """What `edgeattn tune` and sparse attention have measured here."""
+    from edgeattn import device_profile
+    found, chosen = device_profile.part(path, "tuned"), device_profile.part(path, "models")
+    _line("device profile", f"{path}: {len(device_profile.part(path, 'crossovers'))} crossovers of sparse attention" if path.is_file()
+          else "nothing was measured yet; edgeattn tune does")
+    for shape, about in found.items():
+        better = [f"{name} {value}" for name, value in chosen.get(shape, {}).items()]
+        _line("", f"{shape}: {', '.join(better) or 'the defaults, which nothing beat'} (measured {about['date']})")
+    if level := device_profile.read(path).get("level"):
+        _line("", f"instructions {level}, which were faster than the best that this machine has")
 
 
 def _gpu():

@@ -34,7 +34,7 @@ def main(args: argparse.Namespace) -> int:
     profile = device_profile.read(PROFILE)
     profile["models"] = device_profile.part(PROFILE, "models") | {shape: _beaten(best, default)}
     profile["tuned"] = device_profile.part(PROFILE, "tuned") | {shape: entry(best, default, duels)}
-    profile["level"] = best.level if best.level != default.level else profile.get("level")
+    profile["level"] = level_of(profile["tuned"])
     profile["crossovers"] = {}  # measured with other settings, perhaps on a busier machine
     device_profile.write(PROFILE, profile)
     for line in _lines(shape, best, default, duels):
@@ -53,6 +53,13 @@ def _default(folder):
     defaults, most = config["defaults"], numba.config.NUMBA_NUM_THREADS
     threads = min(defaults["threads"] or psutil.cpu_count(logical=False) or most, most)
     return Setting(threads, min(defaults["ubatch"], config["model"]["ctx_size"]), available_levels()[0]), most, config
+
+
+def level_of(tuned: dict) -> str | None:
+    """The instructions that all models that were timed ran fastest with; None for the machine's best. They hold for a process, so that a
+    model for which others were faster would pay for it."""
+    levels = {about["setting"]["level"] for about in tuned.values()}
+    return levels.pop() if len(levels) == 1 and levels != {about["default"]["level"] for about in tuned.values()} else None
 
 
 def _beaten(best, default):

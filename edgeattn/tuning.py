@@ -1,9 +1,10 @@
 """Which threads, prompt chunks and instructions run a model fastest on this machine; what `edgeattn tune` writes to the device profile.
 
 A candidate runs in a process beside the setting that is best so far, and the two take turns: what else the machine does disturbs both. It
-is taken if the interval of the median ratio of their times says that one workload takes less than GAIN of the time, and that none takes more
-than LOSS. What was taken must then win once more against the defaults, as a whole.
+is taken if the interval of the median ratio of their times says that one workload takes less than GAIN of the time, and none more than
+LOSS. What was taken must then win once more against the defaults, as a whole.
 """
+import math
 import multiprocessing
 import os
 import statistics
@@ -12,7 +13,9 @@ from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
 
 PROMPT, DECODED = 1024, 24  # tokens of a round: a prompt, and single tokens behind it
-ROUNDS = 12                 # of a pair, of which the median's interval leaves the fastest and the slowest out: it holds with 99.4 %
+ROUNDS = 12, 60             # of a pair, at least and at most
+PATIENCE = 20.0             # seconds of a pair, after which more than the least are not begun
+SURE = 0.98                 # that the median is in its interval
 FUTILE = 4                  # rounds after which a candidate that cannot win is dropped
 GAIN, LOSS = 0.98, 1.03     # of the other's time
 CHUNKS = (256, 1024)        # besides the default
@@ -148,23 +151,24 @@ def tune(default: Setting, tries: list[tuple[str, object]], worker: Callable[[Se
     return best, duels
 
 
-def duel(current: Setting, candidate: Setting, worker: Callable[[Setting], Worker], rounds: int = ROUNDS) -> Duel:
+def duel(current: Setting, candidate: Setting, worker: Callable[[Setting], Worker]) -> Duel:
     """Time the two in turns."""
-    pair, times = [], []
+    pair, times, hopeless = [], [], False
     try:
-        pair += [worker(current), worker(candidate)]
-        for i in range(rounds):
-            order = (0, 1) if i % 2 == 0 else (1, 0)
+        for setting in (current, candidate):
+            pair.append(worker(setting))
+        end = time.monotonic() + PATIENCE
+        while not hopeless and len(times) < ROUNDS[time.monotonic() < end]:
+            order = (0, 1) if len(times) % 2 == 0 else (1, 0)
             found = {place: pair[place].round() for place in order}
             times.append((found[0], found[1]))
-            if i + 1 >= FUTILE and not _may_win(ratios(times)):
-                break
+            hopeless = len(times) >= FUTILE and _hopeless(ratios(times))
     finally:
         for one in pair:
             one.close()
     found = {name: interval(values) for name, values in ratios(times).items()}
     seconds = {name: statistics.median(one[name] for one, _ in times) for name in found}
-    return Duel(candidate, current, found, seconds, len(times) == rounds and wins(found))
+    return Duel(candidate, current, found, seconds, not hopeless and wins(found))
 
 
 def ratios(times: list) -> dict[str, list[float]]:
@@ -173,9 +177,11 @@ def ratios(times: list) -> dict[str, list[float]]:
 
 
 def interval(values: list[float]) -> tuple[float, float, float]:
-    """(lowest, median, highest): an interval of the median that asks nothing of the distribution (order statistics), without the fastest
-    and the slowest of 12."""
-    ordered, out = sorted(values), len(values) // 12
+    """(lowest, median, highest): an interval of the median that asks nothing of the distribution: order statistics, as many left out at
+    each end as chance allows. Of 12 values that is one, of 20 four."""
+    ordered, n, out = sorted(values), len(values), 0
+    while 2 * sum(math.comb(n, i) for i in range(out + 2)) <= (1 - SURE) * 2 ** n:
+        out += 1
     return ordered[out], statistics.median(ordered), ordered[-1 - out]
 
 
@@ -185,9 +191,8 @@ def wins(found: dict[str, tuple[float, float, float]]) -> bool:
     return min(highest) < GAIN and max(highest) < LOSS
 
 
-def _may_win(found):
-    medians = [statistics.median(values) for values in found.values()]
-    return min(medians) < GAIN and max(medians) < LOSS
+def _hopeless(found):
+    return min(map(statistics.median, found.values())) >= 1 or any(interval(values)[0] > LOSS for values in found.values())
 
 
 def entry(setting: Setting, default: Setting, duels: list[Duel]) -> dict:

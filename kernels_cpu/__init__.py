@@ -15,7 +15,6 @@ import hashlib
 import os
 import platform
 import sys
-import sys
 from pathlib import Path
 
 import llvmlite

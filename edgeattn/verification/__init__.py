@@ -1,4 +1,5 @@
-"""Whether a device computes right: operators against their references, and a model with each cache and policy against a dense 16-bit cache."""
+"""Whether a device computes right: operators against their references, and a model with each cache and policy against
+a dense 16-bit cache."""
 from dataclasses import dataclass
 
 
