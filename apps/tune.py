@@ -25,7 +25,7 @@ def main(args: argparse.Namespace) -> int:
     from edgeattn.apps.progress import Progress
     from edgeattn.tuning import Worker, candidates, entry, tune
     folder = models.exported(args.model, args.precision)
-    default, cores, config = _default(folder)
+    default, cores, config = default_setting(folder)
     from edgeattn.kernels_cpu import available_levels
     tries = list(candidates(default, cores, available_levels(), config["model"]["ctx_size"]))
     with Progress("timing settings, each beside the best so far", patience=0) as progress:
@@ -42,7 +42,7 @@ def main(args: argparse.Namespace) -> int:
     return 0
 
 
-def _default(folder):
+def default_setting(folder):
     """What a model runs with here without a profile; threads that this machine allows; the export's config."""
     import numba
     import psutil

@@ -152,23 +152,27 @@ def tune(default: Setting, tries: list[tuple[str, object]], worker: Callable[[Se
 
 
 def duel(current: Setting, candidate: Setting, worker: Callable[[Setting], Worker]) -> Duel:
-    """Time the two in turns."""
-    pair, times, hopeless = [], [], False
+    """Time the two."""
+    times = turns((current, candidate), worker, lambda times, spent: len(times) >= ROUNDS[spent < PATIENCE] or _hopeless(times))
+    found = {name: interval(values) for name, values in ratios(times).items()}
+    seconds = {name: statistics.median(one[name] for one, _ in times) for name in found}
+    return Duel(candidate, current, found, seconds, not _hopeless(times) and wins(found))
+
+
+def turns(settings: tuple[Setting, Setting], worker: Callable[[Setting], Worker], enough: Callable[[list, float], bool]) -> list[tuple]:
+    """Seconds of both settings' workloads, round by round, until enough(rounds so far, seconds that they took)."""
+    pair, times = [], []
     try:
-        for setting in (current, candidate):
+        for setting in settings:
             pair.append(worker(setting))
-        end = time.monotonic() + PATIENCE
-        while not hopeless and len(times) < ROUNDS[time.monotonic() < end]:
-            order = (0, 1) if len(times) % 2 == 0 else (1, 0)
-            found = {place: pair[place].round() for place in order}
+        start = time.monotonic()
+        while not enough(times, time.monotonic() - start):
+            found = {place: pair[place].round() for place in ((0, 1) if len(times) % 2 == 0 else (1, 0))}
             times.append((found[0], found[1]))
-            hopeless = len(times) >= FUTILE and _hopeless(ratios(times))
     finally:
         for one in pair:
             one.close()
-    found = {name: interval(values) for name, values in ratios(times).items()}
-    seconds = {name: statistics.median(one[name] for one, _ in times) for name in found}
-    return Duel(candidate, current, found, seconds, not hopeless and wins(found))
+    return times
 
 
 def ratios(times: list) -> dict[str, list[float]]:
@@ -191,8 +195,10 @@ def wins(found: dict[str, tuple[float, float, float]]) -> bool:
     return min(highest) < GAIN and max(highest) < LOSS
 
 
-def _hopeless(found):
-    return min(map(statistics.median, found.values())) >= 1 or any(interval(values)[0] > LOSS for values in found.values())
+def _hopeless(times):
+    """Whether nothing became faster so far, or something surely slower."""
+    found = ratios(times) if len(times) >= FUTILE else {}
+    return bool(found) and (min(map(statistics.median, found.values())) >= 1 or any(interval(x)[0] > LOSS for x in found.values()))
 
 
 def entry(setting: Setting, default: Setting, duels: list[Duel]) -> dict:
