@@ -1,6 +1,7 @@
 """edgeattn verify: whether this device computes right, and an exported folder is what it was when it was made."""
 import argparse
 import json
+import math
 import time
 
 from edgeattn.apps import options
@@ -48,7 +49,7 @@ def main(args: argparse.Namespace) -> int:
                 print("\n".join(_lines(part, folder, device, new)), flush=True)
     passed = all(check.passed is not False for check in found)
     if args.output == "json":
-        print(json.dumps({"folder": str(folder), "device": _name(device), "passed": passed, "checks": [vars(check) for check in found]}))
+        print(json.dumps({"folder": str(folder), "device": _name(device), "passed": passed, "checks": [_plain(check) for check in found]}))
     else:
         print(_verdict(found, time.perf_counter() - start))
     return 0 if passed else 1
@@ -78,6 +79,11 @@ def _export(folder, checkpoint, device):
     figures = {name: number for name, number in report.items() if isinstance(number, float)}
     right = checkpoint is not None or report["rms_error"] <= MOST  # a checkpoint's limits are the exporter's own
     return Check("export", folder.name, right, figures, verify_line(report))
+
+
+def _plain(check):
+    """As JSON has it, which knows no infinity."""
+    return vars(check) | {"figures": {name: x if math.isfinite(x) else None for name, x in check.figures.items()}}
 
 
 def _name(device):

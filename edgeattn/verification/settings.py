@@ -74,8 +74,10 @@ def settings(every: bool) -> Iterator[Setting]:
 
 def check_settings(folder, device: str, every: bool, progress: Callable | None = None) -> list[Check]:
     """A Check for each setting; one that the device or the model does not have is left out, and its note says why.
-    progress(what, done, total). ValueError: the model cannot be loaded, or its context is too short."""
+    progress(what, done, total). ValueError: the model cannot be loaded."""
     base = _load(folder, device, Setting("", ""), 0)
+    if base.ctx_size < PROMPT + DECODED:
+        return [Check("setting", "all", None, {}, f"need {PROMPT + DECODED} tokens of context, the model has {base.ctx_size}")]
     ids = text(base)
     expected = answers(base, ids)
     late = divergence(expected[1:], expected[:-1])[0]
@@ -112,10 +114,7 @@ def _load(folder, device, setting, budget):
 
 
 def text(model) -> np.ndarray:
-    """[PROMPT + DECODED] token ids: sentences with facts in them, which are asked for at the end; for a model without a tokenizer any.
-    ValueError: the model's context is shorter."""
-    if model.ctx_size < PROMPT + DECODED:
-        raise ValueError(f"this needs {PROMPT + DECODED} tokens of context, the model has {model.ctx_size}: use --only operators,export")
+    """[PROMPT + DECODED] token ids: sentences with facts in them, which are asked for at the end; for a model without a tokenizer any."""
     if not (model.folder / "tokenizer.json").is_file():
         return np.random.default_rng(SEED).integers(0, model.vocab_size, PROMPT + DECODED)
     ids, asked = passkeys(Tokenizer(model.folder), PROMPT, SEED)
