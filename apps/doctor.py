@@ -54,23 +54,15 @@ def _machine():
     import psutil
     from edgeattn.apps.models import cache_folder
     from edgeattn.apps.terminal import size
+    from edgeattn.device_profile import processor
     memory = psutil.virtual_memory()
-    _line("processor", f"{_processor()}, {psutil.cpu_count(logical=False)} cores, {psutil.cpu_count()} threads")
+    _line("processor", f"{processor()}, {psutil.cpu_count(logical=False)} cores, {psutil.cpu_count()} threads")
     _line("memory", f"{size(memory.total)}, {size(memory.available)} available")
     folder = cache_folder()
     models = [p for p in folder.iterdir() if p.is_dir()] if folder.is_dir() else []
     total = sum(f.stat().st_size for m in models for f in m.iterdir())
     _line("model cache", f"{folder}: {len(models)} models, {size(total)}")
     return _writable(folder)
-
-
-def _processor():
-    if os.path.exists("/proc/cpuinfo"):
-        with open("/proc/cpuinfo", encoding="utf-8", errors="replace") as file:
-            names = [line.partition(":")[2].strip() for line in file if line.lower().startswith(("model name", "model\t"))]
-        if names:
-            return next((name for name in names if not name.isdigit()), platform.machine())
-    return platform.processor() or platform.machine()
 
 
 def _writable(folder):
@@ -94,8 +86,22 @@ def _kernels():
     _line("threads", f"{numba.config.NUMBA_NUM_THREADS}, layer {layer or 'NONE'}")
     if advice:
         _line("", advice)
+    _tuned(kernels_cpu.PROFILE)
     _line("kernel cache", f"{kernels_cpu.CACHE_FOLDER}: {kernels_cpu.cached_kernels()} kernels compiled")
     return ([] if layer else ["a threading layer"]) + _writable(kernels_cpu.CACHE_FOLDER)
+
+
+def _tuned(path):
+    """What `edgeattn tune` and sparse attention have measured here."""
+    from edgeattn import device_profile
+    found, chosen = device_profile.part(path, "tuned"), device_profile.part(path, "models")
+    _line("device profile", f"{path}: {len(device_profile.part(path, 'crossovers'))} crossovers of sparse attention" if path.is_file()
+          else "nothing was measured yet; edgeattn tune does")
+    for shape, about in found.items():
+        better = [f"{name} {value}" for name, value in chosen.get(shape, {}).items()]
+        _line("", f"{shape}: {', '.join(better) or 'the defaults, which nothing beat'} (measured {about['date']})")
+    if level := device_profile.read(path).get("level"):
+        _line("", f"instructions {level}, which were faster than the best that this machine has")
 
 
 def _gpu():

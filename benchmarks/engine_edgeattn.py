@@ -10,10 +10,12 @@ from pathlib import Path
 REQUIRES = {"edgeattn": "edgeattn", "onnx": "onnx", "numpy": "numpy"}
 
 
-def prepare(checkpoint: Path, folder: Path, config: dict, variant: str) -> dict:
+def prepare(checkpoint: Path, folder: Path, config: dict, variant: str, device: str = "cpu") -> dict:
     """Export the checkpoint if it is not there; what a token reads of it."""
     from edgeattn.page_formats import PAGE, PageFormat
+    from edgeattn.devices import make_backend
     from onnx_bytes import bytes_per_token
+    make_backend(device)  # says what is missing
     target = folder / "edgeattn"
     if not target.exists():
         command = [sys.executable, "-m", "edgeattn.apps.cli", "export", str(checkpoint), "-o", str(target), "--precision", "int4"]
@@ -34,18 +36,18 @@ def parts(variant: str) -> tuple[str, str]:
 
 
 class Engine:
-    def __init__(self, path: str, context: int, threads: int, variant: str):
+    def __init__(self, path: str, context: int, threads: int, variant: str, device: str = "cpu"):
         import edgeattn
         from edgeattn.cache.options import CacheOptions
         from edgeattn.prefill_scheduler import PrefillOptions
         from edgeattn.runtime import Model
         from edgeattn.scheduler import SparseOptions
         kind, sparse = parts(variant)
-        self.model = Model.load(path, cache=CacheOptions(kind, kind), ctx_size=context, ubatch=512, threads=threads,
+        self.model = Model.load(path, cache=CacheOptions(kind, kind), ctx_size=context, ubatch=512, threads=threads, device=device,
                                 sparse=SparseOptions(sparse), prefill=PrefillOptions("auto" if sparse == "auto" else "off"))
         self.sequence = self.model.new_sequence()
         self.version = f"edgeattn {edgeattn.__version__}"
-        self.settings = f"int4, ubatch 512, {threads} threads"
+        self.settings = f"int4, ubatch 512, {f'{threads} threads' if device == 'cpu' else device}"
 
     def forward(self, tokens: list[int]) -> None:
         """Append tokens; the last one's logits are computed."""

@@ -10,11 +10,13 @@ PIECE = 1024  # tokens that a filled cache's sequences have
 REQUIRES = {"llama_cpp": "llama-cpp-python", "gguf": "gguf", "numpy": "numpy"}
 
 
-def prepare(checkpoint: Path, folder: Path, config: dict, variant: str) -> dict:
+def prepare(checkpoint: Path, folder: Path, config: dict, variant: str, device: str = "cpu") -> dict:
     """Write the GGUF file if it is not there; what a token reads of it."""
     import llama_cpp
     from gguf_checkpoint import tensor_types, write_q4_0
     log = _collect_log(llama_cpp)
+    if device == "cuda" and not llama_cpp.llama_supports_gpu_offload():
+        raise RuntimeError("llama-cpp-python was built without CUDA; install it with CMAKE_ARGS=-DGGML_CUDA=ON")
     try:
         path = write_q4_0(checkpoint, folder / "llama_cpp.gguf")
     except RuntimeError as error:
@@ -40,12 +42,14 @@ def _collect_log(llama_cpp):
 
 
 class Engine:
-    def __init__(self, path: str, context: int, threads: int, variant: str):
+    def __init__(self, path: str, context: int, threads: int, variant: str, device: str = "cpu"):
         import llama_cpp
         self.llama, self.path, self.variant = llama_cpp, Path(path), variant or "f16"
         log = _collect_log(llama_cpp)
         llama_cpp.llama_backend_init()
-        self.model = llama_cpp.llama_model_load_from_file(path.encode(), llama_cpp.llama_model_default_params())
+        about = llama_cpp.llama_model_default_params()
+        about.n_gpu_layers = 999 if device == "cuda" else 0
+        self.model = llama_cpp.llama_model_load_from_file(path.encode(), about)
         if not self.model:
             raise RuntimeError(f"llama.cpp could not open {path}: {''.join(log[-3:])}")
         self.params = params = llama_cpp.llama_context_default_params()

@@ -1,4 +1,4 @@
-"""onnxruntime-genai: the int4 CPU model of its own builder, default settings, float32 cache."""
+"""onnxruntime-genai: the int4 model of its own builder, default settings, float32 cache (on a GPU float16)."""
 import json
 import os
 import shutil
@@ -10,21 +10,25 @@ REQUIRES = {"onnxruntime_genai": "onnxruntime-genai", "onnx": "onnx", "onnx_ir":
             "transformers": "transformers", "numpy": "numpy"}
 
 
-def prepare(checkpoint: Path, folder: Path, config: dict, variant: str) -> dict:
+def prepare(checkpoint: Path, folder: Path, config: dict, variant: str, device: str = "cpu") -> dict:
     """Build the model if it is not there; what a token reads of it."""
     from onnx_bytes import bytes_per_token
-    target = folder / "onnxruntime_genai"
+    if device == "cuda":
+        import onnxruntime_genai
+        if not onnxruntime_genai.is_cuda_available():
+            raise RuntimeError("this onnxruntime-genai has no CUDA; install onnxruntime-genai-cuda")
+    target, floats = folder / ("onnxruntime_genai" + "_cuda" * (device == "cuda")), "f32" if device == "cpu" else "f16"
     if not target.exists():
-        _build(checkpoint, target)
-    return {"path": str(target), "weight_bytes": bytes_per_token(target / "model.onnx"), "kv_element_bytes": 4,
-            "formats": "int4 in blocks of 32 with float32 scales, head as well, cache f32"}
+        _build(checkpoint, target, device)
+    return {"path": str(target), "weight_bytes": bytes_per_token(target / "model.onnx"), "kv_element_bytes": 4 if device == "cpu" else 2,
+            "formats": f"int4 in blocks of 32, head as well, scales and cache {floats}"}
 
 
-def _build(checkpoint, target):
+def _build(checkpoint, target, device):
     partial = target.with_name(target.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
     command = [sys.executable, "-m", "onnxruntime_genai.models.builder", "-i", str(checkpoint), "-o", str(partial),
-               "-p", "int4", "-e", "cpu", "-c", str(target.with_name("builder_cache"))]
+               "-p", "int4", "-e", device, "-c", str(target.with_name("builder_cache"))]
     done = subprocess.run(command, env=os.environ | {"HF_HUB_OFFLINE": "1"}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     if done.returncode:
         raise RuntimeError(f"onnxruntime-genai's builder failed: {done.stdout.strip().splitlines()[-1]}")
@@ -32,10 +36,12 @@ def _build(checkpoint, target):
 
 
 class Engine:
-    def __init__(self, path: str, context: int, threads: int, variant: str):
+    def __init__(self, path: str, context: int, threads: int, variant: str, device: str = "cpu"):
         import numpy as np
         import onnxruntime_genai
         config = onnxruntime_genai.Config(path)
+        if device == "cuda":
+            config.append_provider("cuda")
         config.overlay(json.dumps({"model": {"decoder": {"session_options": {"intra_op_num_threads": threads}}}}))
         self.model = onnxruntime_genai.Model(config)
         params = onnxruntime_genai.GeneratorParams(self.model)

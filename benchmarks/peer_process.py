@@ -15,9 +15,9 @@ def busy_seconds() -> float:
     return (user + nice + system + interrupts + soft + stolen) / TICKS
 
 
-def prepare(name: str, python: str, checkpoint: Path, folder: Path) -> dict:
+def prepare(name: str, python: str, checkpoint: Path, folder: Path, device: str = "cpu") -> dict:
     """What the engine's model is, or {"error": one line}."""
-    done = subprocess.run([python, SCRIPT, "prepare", name, str(checkpoint), str(folder)], capture_output=True, text=True)
+    done = subprocess.run([python, SCRIPT, "prepare", name, str(checkpoint), str(folder), device], capture_output=True, text=True)
     if done.returncode or not done.stdout:
         return {"error": _last_line(done.stderr)}
     return json.loads(done.stdout) | {"python": python}
@@ -38,9 +38,9 @@ def _set_priority(pid, nice):
 class Worker:
     """One engine's process. It is stopped (SIGSTOP) except while it answers: its spinning threads disturb nobody."""
 
-    def __init__(self, name: str, python: str, path: str, context: int, threads: int, nice: int):
+    def __init__(self, name: str, python: str, path: str, context: int, threads: int, nice: int, device: str = "cpu"):
         self.name = name
-        command = [python, SCRIPT, "run", name, path, str(context), str(threads)]
+        command = [python, SCRIPT, "run", name, path, str(context), str(threads), device]
         self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, start_new_session=True)
         if nice:
             _set_priority(self.process.pid, nice)

@@ -4,7 +4,7 @@ import platform
 from pathlib import Path
 from statistics import median
 
-KNOWN = {"edgeattn": "edgeattn", "llama_cpp": "llama.cpp", "onnxruntime_genai": "onnxruntime-genai"}
+KNOWN = {"edgeattn": "edgeattn", "llama_cpp": "llama.cpp", "onnxruntime_genai": "onnxruntime-genai", "transformers": "transformers"}
 
 
 class _Names:
@@ -18,7 +18,7 @@ class _Names:
 NAMES = _Names()
 
 
-def environment(threads: int) -> dict:
+def environment(threads: int, device: str = "cpu") -> dict:
     """The machine, in words."""
     info = Path("/proc/cpuinfo").read_text().splitlines()
     cpu = next((line.split(":", 1)[1].strip() for line in info if line.startswith("model name")), platform.machine())
@@ -27,7 +27,12 @@ def environment(threads: int) -> dict:
     total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     return {"cpu": cpu, "cores": os.cpu_count(), "threads": threads, "features": [flag for flag in known if flag in flags],
             "memory_gib": round(total / 2**30, 1), "system": f"{platform.system()} {platform.release()}",
-            "python": platform.python_version()}
+            "python": platform.python_version(), "gpu": _gpu() if device == "cuda" else ""}
+
+
+def _gpu():
+    from edgeattn.kernels_cuda.device import about
+    return about()["name"]
 
 
 def summarise(config: dict, args, depths: list[int], engines: dict, samples: dict) -> list[dict]:
@@ -89,7 +94,8 @@ def render(args, machine: dict, engines: dict, left_out: dict, rows: list[dict])
     own = [name for name in engines if name.startswith("edgeattn")][-1:]  # the last is compared with the others
     peers = [name for name in engines if name not in own] if own else []
     head = ["", "unit", *(NAMES[name] for name in engines), *(f"{NAMES[own[0]]} against {NAMES[name]}" for name in peers)]
-    lines = [f"{machine['cpu']}, {machine['cores']} cores ({' '.join(machine['features'])}), {machine['threads']} threads, "
+    where = ", ".join(filter(None, (machine.get("gpu"), machine["cpu"])))
+    lines = [f"{where}, {machine['cores']} cores ({' '.join(machine['features'])}), {machine['threads']} threads, "
              f"{machine['memory_gib']} GiB, {machine['system']}, Python {machine['python']}; {args.shape}, random weights; "
              f"medians of {args.r}, engines alternating; other processes used {machine['busy_with_others']:.2f} of a core meanwhile.", ""]
     lines += [f"- {NAMES[name]}: {about['version']}; {about['formats']}; {about['settings']}" for name, about in engines.items()]

@@ -1,11 +1,12 @@
-"""edgeattn beside llama.cpp and onnxruntime-genai on one machine, in one run, as ratios.
+"""edgeattn beside llama.cpp, onnxruntime-genai and transformers on one machine, in one run, as ratios.
 
     python -m venv PEERS && PEERS/bin/pip install llama-cpp-python gguf onnxruntime-genai onnxruntime onnx onnx_ir torch transformers
     python benchmarks/peers.py --peer-python PEERS/bin/python
 
-The model is a random-weight checkpoint of Llama-3.2-1B's shape, 4-bit in each engine's own format. Every engine runs in a process
-of its own; repetitions alternate between them, and all but the one at work are stopped, so that noise is shared. Figures are
-medians. Nothing is downloaded. Files (about 6 GB) are kept in --work for the next run. Linux only.
+The model is a random-weight checkpoint of Llama-3.2-1B's shape, 4-bit in each engine's own format; transformers runs it in bfloat16. Every
+engine runs in a process of its own; repetitions alternate between them, and all but the one at work are stopped, so that noise is shared.
+Figures are medians. Nothing is downloaded. Files (about 6 GB) are kept in --work for the next run. --device cuda runs all of them on a GPU;
+an engine that is not there, or not built for it, is left out, and the table says why. Linux only.
 """
 import argparse
 import json
@@ -20,7 +21,7 @@ from peer_process import Worker, busy_seconds, prepare
 from peer_table import environment, render, summarise
 from random_checkpoint import SHAPES, write_checkpoint
 
-ENGINES = ("edgeattn", "llama_cpp", "onnxruntime_genai")
+ENGINES = ("edgeattn", "llama_cpp", "onnxruntime_genai", "transformers")
 
 
 def _depths(text):
@@ -37,6 +38,7 @@ def _arguments():
     parser.add_argument("-d", type=_depths, default=[0, 4096], metavar="N,N", help="depths: tokens already in the cache")
     parser.add_argument("-r", type=int, default=5, help="repetitions")
     parser.add_argument("-t", type=int, default=2, help="threads")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="where all of them run; who cannot is left out")
     parser.add_argument("--engines", default=",".join(ENGINES), help="which, in which order; with a type of the cache llama_cpp:q8_0, "
                         "edgeattn:int4, and with sparse attention edgeattn:int4+auto")
     parser.add_argument("--fill", action="store_true", help="fill caches without computing what is in them: for great depths")
@@ -59,7 +61,7 @@ def _prepare(args):
     ready, left_out = {}, {}
     for name in args.engines.split(","):
         _say(f"{name}: model file")
-        about = prepare(name, sys.executable if name.startswith("edgeattn") else args.peer_python, checkpoint, folder)
+        about = prepare(name, sys.executable if name.startswith("edgeattn") else args.peer_python, checkpoint, folder, args.device)
         if "error" in about:
             left_out[name] = about["error"]
             _say(f"{name} is left out: {about['error']}")
@@ -71,15 +73,16 @@ def _prepare(args):
 def _start(args, workers, ready, depths):
     """Fill `workers` with running processes, the stream-read one first; all stopped."""
     context = max(depths) + max(args.p, args.n) + 64
-    workers["stream"] = Worker("stream", sys.executable, "-", context, args.t, args.nice)
+    workers["stream"] = Worker("stream", sys.executable, "-", context, args.t, args.nice, args.device)
     workers["stream"].ask("start", vocab=0)  # answered once it is ready, so that the next load has the machine to itself
     vocab = SHAPES[args.shape]["vocab_size"]
     for name, about in ready.items():
         _say(f"{name}: load")
-        with closing(Worker(name, about["python"], about["path"], context, args.t, args.nice)) as first:  # fills file and kernel caches
+        command = name, about["python"], about["path"], context, args.t, args.nice, args.device
+        with closing(Worker(*command)) as first:  # fills file and kernel caches
             about["first_load_s"] = first.ask("start", vocab=vocab)["load_s"]
             first.ask("decode" if args.fill else "prefill", depth=0, tokens=2 if args.fill else args.p)
-        workers[name] = Worker(name, about["python"], about["path"], context, args.t, args.nice)
+        workers[name] = Worker(*command)
         about |= workers[name].ask("start", vocab=vocab)
 
 
@@ -128,7 +131,7 @@ def _run(args):
     finally:
         for worker in workers.values():
             worker.close()
-    machine = environment(args.t) | {"busy_with_others": others}
+    machine = environment(args.t, args.device) | {"busy_with_others": others}
     rows = summarise(SHAPES[args.shape], args, depths, ready, samples)
     print(render(args, machine, ready, left_out, rows))
     if args.json:

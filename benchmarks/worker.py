@@ -1,7 +1,7 @@
 """One engine in a process of its own, driven by lines of JSON; started by peers.py.
 
-prepare ENGINE CHECKPOINT FOLDER         build the engine's model file if it is not there; print what it is
-run     ENGINE PATH CONTEXT THREADS      load it, then answer requests {"do": ..., ...}, one a line
+prepare ENGINE CHECKPOINT FOLDER DEVICE      build the engine's model file if it is not there; print what it is
+run     ENGINE PATH CONTEXT THREADS DEVICE   load it, then answer requests {"do": ..., ...}, one a line
 An engine is a module engine_NAME.py with `REQUIRES`, `prepare` and `Engine` (forward, truncate, and fill where it can hold tokens
 without computing them). ENGINE is its name, or NAME:VARIANT.
 """
@@ -29,10 +29,10 @@ def memory_bytes() -> dict[str, int]:
 class Runner:
     """Timed calls on one engine. Tokens come from a small generator of our own: every engine sees the same ones."""
 
-    def __init__(self, name: str, path: str, context: int, threads: int):
+    def __init__(self, name: str, path: str, context: int, threads: int, device: str):
         start = time.perf_counter()
         name, _, variant = name.partition(":")
-        self.engine = importlib.import_module(f"engine_{name}").Engine(path, context, threads, variant)
+        self.engine = importlib.import_module(f"engine_{name}").Engine(path, context, threads, variant, device)
         loaded = time.perf_counter()
         self.vocab, self.state, self.length = 256, 1, 0
         self._forward(1)
@@ -108,26 +108,30 @@ class Runner:
 class StreamRunner:
     """The same for the stream-read bandwidth."""
 
-    def __init__(self, path: str, context: int, threads: int):
-        self.threads = threads
+    def __init__(self, threads: int, device: str):
+        self.threads, self.device = threads, device
         self.measure()  # compiles
 
     def start(self, vocab: int) -> dict:
         return {}
 
     def measure(self) -> float:
+        if self.device != "cpu":
+            from edgeattn.devices import make_backend
+            return make_backend(self.device).bandwidth()
         from edgeattn.bandwidth import stream_bandwidth
         return stream_bandwidth(self.threads)
 
 
-def _prepare(name, checkpoint, folder):
+def _prepare(name, checkpoint, folder, device):
     name, _, variant = name.partition(":")
     module = importlib.import_module(f"engine_{name}")
     missing = [package for wanted, package in module.REQUIRES.items() if importlib.util.find_spec(wanted) is None]
     if missing:
         return {"error": f"not installed in {sys.executable}: {', '.join(missing)} (pip install {' '.join(missing)})"}
     try:
-        return module.prepare(Path(checkpoint), Path(folder), json.loads((Path(checkpoint) / "config.json").read_text()), variant)
+        config = json.loads((Path(checkpoint) / "config.json").read_text())
+        return module.prepare(Path(checkpoint), Path(folder), config, variant, device)
     except (RuntimeError, OSError, ValueError) as error:
         return {"error": " ".join(str(error).split())}
 
@@ -147,8 +151,8 @@ def main(mode: str, name: str, *rest: str) -> None:
         reply(_prepare(name, *rest))
         return
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)  # a stopped process would outlive peers.py
-    path, context, threads = rest[0], int(rest[1]), int(rest[2])
-    runner = StreamRunner(path, context, threads) if name == "stream" else Runner(name, path, context, threads)
+    path, context, threads, device = rest[0], int(rest[1]), int(rest[2]), rest[3]
+    runner = StreamRunner(threads, device) if name == "stream" else Runner(name, path, context, threads, device)
     for line in sys.stdin:
         reply(_answer(runner, json.loads(line)))
 

@@ -7,10 +7,11 @@ from importlib import import_module
 
 import numpy as np
 
+from edgeattn import device_profile
 from edgeattn.arguments import Tensor
 from edgeattn.batch import COUNTS, Batch
 from edgeattn.cache.pages import HostPages
-from edgeattn.kernels_cpu import read_pages, seal_pages, steps
+from edgeattn.kernels_cpu import PROFILE, read_pages, seal_pages, steps
 from edgeattn.kernels_cpu.page_pool import FIELDS, POOLS
 
 
@@ -32,6 +33,13 @@ class CpuBackend:
     def limits(self, options, sparse, prefill, about: dict) -> tuple:
         """Why sparse decode steps and sparse prompts give way; everything runs here."""
         return "", ""
+
+    def tuned(self, config: dict, limited: bool) -> dict[str, int]:
+        """`threads` and `ubatch` where `edgeattn tune` found better ones than the defaults for models of this shape. config: edgeattn.json;
+        limited: the cache has a budget, from which larger chunks would take."""
+        found = device_profile.part(PROFILE, "models").get(device_profile.shape(config), {})
+        names = ["threads"] if limited else ["threads", "ubatch"]
+        return {name: found[name] for name in names if type(found.get(name)) is int and found[name] > 0}
 
     # ---- memory -----------------------------------------------------------------------------------------------------
     def allocate(self, size: int) -> np.ndarray:

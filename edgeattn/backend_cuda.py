@@ -45,6 +45,10 @@ class CudaBackend:
     def limits(self, options, sparse, prefill, about: dict) -> tuple:
         return cuda_limits.check(options, sparse, prefill, about)
 
+    def tuned(self, config: dict, limited: bool) -> dict[str, int]:
+        """`edgeattn tune` measures CPUs."""
+        return {}
+
     # ---- memory -----------------------------------------------------------------------------------------------------
     def allocate(self, size: int):
         with self.stream:

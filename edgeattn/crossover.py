@@ -1,11 +1,10 @@
 """From how many tokens on sparse decode pays on this machine: timed once for a model's shape, its cache and a policy, and remembered."""
 import hashlib
-import json
-import os
 
 from edgeattn.attention_case import AttentionCase
 from edgeattn.cache.options import CacheOptions
-from edgeattn.kernels_cpu import CACHE_FOLDER
+from edgeattn.device_profile import part, remember
+from edgeattn.kernels_cpu import LEVEL, PROFILE
 from edgeattn.scheduler import NEVER, Scheduler
 
 DEPTHS = 2048, 6144    # tokens between which times are taken for a straight line
@@ -29,19 +28,13 @@ def settle(scheduler: Scheduler, options: CacheOptions, heads: int, head_dim: in
 
 def remembered(about: tuple, measure) -> dict | None:
     """What was measured before on this machine `about` these things, or is now; None where the machine was too busy to tell."""
-    about = repr((CACHE_FOLDER.name, os.cpu_count(), *about))
-    path = CACHE_FOLDER.parent / "crossovers" / f"{hashlib.sha256(about.encode()).hexdigest()[:16]}.json"
-    try:
-        return json.loads(path.read_text())
-    except (OSError, ValueError):
-        times = measure()
+    key = hashlib.sha256(repr((LEVEL, *about)).encode()).hexdigest()[:16]
+    if isinstance(times := part(PROFILE, "crossovers").get(key), dict):
+        return times
+    times = measure()
     if times["dense"][1] < GROWS * times["dense"][0]:
         return None
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(times))
-    except OSError:  # a cache that cannot be written is measured again
-        pass
+    remember(PROFILE, "crossovers", key, times)
     return times
 
 

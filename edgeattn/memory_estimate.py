@@ -18,7 +18,7 @@ class Estimate:
     workspace  values between operators, and their scratch memory
     runtime    Python, libraries, compiled code: measured
     token_bytes  of one token more in the cache
-    available  free memory now: of the GPU, if the model is there
+    available  free memory, and what the model has taken of it by now: of the GPU, if the model is there
     on_device  what of this lies on a GPU with memory of its own; 0 elsewhere
     """
     weights: int
@@ -46,10 +46,10 @@ def estimate(model) -> Estimate:
     workspace = plan.touched_bytes({"tokens": model.ubatch, "rows": 1, "sequences": 1, "probes": 0})
     own, available = 0, psutil.virtual_memory().available
     if model.device != "cpu":
-        free, shared = model.backend.free_bytes()
+        free, (taken, shared) = model.backend.free_bytes()[0], model.backend.device_bytes()  # the weights are there by now
         weights = model.backend.weight_bytes
-        if not shared:
-            own, available = weights + int(layers.sum()) + cache.plan.state_bytes() + workspace, free
+        available = (available if shared else free) + taken
+        own = 0 if shared else weights + int(layers.sum()) + cache.plan.state_bytes() + workspace
     return Estimate(weights, layers.tolist(), cache.plan.state_bytes(), workspace, runtime, cache.read_bytes(2048) / 2048, available, own)
 
 

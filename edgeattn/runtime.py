@@ -46,20 +46,20 @@ class Model:
         check_graph(graph, about)  # before anything is allocated for what the model says of itself
         self.vocab_size = about["vocab_size"]
         self.ctx_size = min(ctx_size or about["ctx_size"], about["ctx_size"])
-        self.ubatch = min(ubatch or defaults["ubatch"], self.ctx_size)
+        self.backend = make_backend(device)
+        tuned = self.backend.tuned(self.config, bool(cache and cache.budget))
+        self.ubatch = min(ubatch or tuned.get("ubatch") or defaults["ubatch"], self.ctx_size)
         most = numba.config.NUMBA_NUM_THREADS
-        self.threads = threads or min(defaults["threads"] or psutil.cpu_count(logical=False) or most, most)
+        self.threads = threads or min(tuned.get("threads") or defaults["threads"] or psutil.cpu_count(logical=False) or most, most)
         if not 1 <= self.threads <= most:
             raise ValueError(f"threads must be 1 to {most} (this machine's cores), got {self.threads}")
         numba.set_num_threads(self.threads)  # kernels' scratch is sized for this many
         shape = about["num_layers"], about["kv_heads"], about["head_dim"], self.ctx_size
         sparse, prefill = sparse or SparseOptions(), prefill or PrefillOptions()
-        self.backend = make_backend(device)
         self.device = self.backend.device
         dense_because, whole_because = self.backend.limits(options := cache or CacheOptions(), sparse, prefill, about)
         classes = None if options.heads == "none" else head_classes(self.folder, self.config, options.retrieval)
-        selection = None
-        self.scheduler = None if sparse.method == "off" else Scheduler(sparse, *shape[:2])
+        selection, self.scheduler = None, None if sparse.method == "off" else Scheduler(sparse, *shape[:2])
         if self.scheduler:
             self.scheduler.load(self.folder, self.config)
             selection = self.scheduler.selection_plan(self.ctx_size)

@@ -8,7 +8,7 @@ imported helper or another level, so the folder's name is a hash of everything t
     avxvnni   AVX2 with VEX-coded VNNI  neon   Arm with dot products
     avx2      AVX2, FMA, F16C           plain  whatever LLVM makes of it
 
-EDGEATTN_SIMD=<level> forces a lower one, for tests.
+EDGEATTN_SIMD=<level> forces a lower one, for tests; `edgeattn tune` chooses one that is faster here.
 """
 import ctypes
 import hashlib
@@ -21,6 +21,8 @@ import llvmlite
 import llvmlite.binding as llvm
 import numba
 from numba.core import config
+
+from edgeattn import device_profile
 
 # Best first; a level is available where the machine has all of its features.
 NEEDS = {
@@ -78,8 +80,8 @@ def available_levels() -> list[str]:
 
 
 def _choose() -> str:
-    levels = available_levels()
-    level = os.environ.get("EDGEATTN_SIMD") or levels[0]
+    levels, tuned = available_levels(), device_profile.read(PROFILE).get("level")
+    level = os.environ.get("EDGEATTN_SIMD") or (tuned if tuned in levels else levels[0])
     if level not in levels:
         raise ValueError(f"EDGEATTN_SIMD must be one of {levels} on this machine, got {level!r}; unset it to use {levels[0]!r}")
     if level != levels[0] and level in LIMITS:
@@ -98,22 +100,15 @@ def cache_key(sources: Path, level: str) -> str:
     return digest.hexdigest()[:16]
 
 
-def _user_cache() -> Path:
-    if os.environ.get("NUMBA_CACHE_DIR"):
-        return Path(os.environ["NUMBA_CACHE_DIR"])
-    if os.environ.get("XDG_CACHE_HOME"):
-        return Path(os.environ["XDG_CACHE_HOME"])
-    return Path.home() / ("Library/Caches" if sys.platform == "darwin" else ".cache")
-
-
 def cached_kernels() -> int:
     """How many compiled kernels the cache folder holds."""
     return sum(1 for _ in CACHE_FOLDER.rglob("*.nbc"))
 
 
 config.CPU_FEATURES = compile_features(llvm.get_host_cpu_features().flatten(), _unreported())
+PROFILE = device_profile.profile_path(cache_key(Path(__file__).parent, ""))  # what was measured with these kernels on this machine
 LEVEL = _choose()
-CACHE_FOLDER = _user_cache() / "edgeattn" / f"kernels-{cache_key(Path(__file__).parent, LEVEL)}"
+CACHE_FOLDER = device_profile.user_cache() / "edgeattn" / f"kernels-{cache_key(Path(__file__).parent, LEVEL)}"
 config.CACHE_DIR = str(CACHE_FOLDER)
 if not {"NUMBA_THREADING_LAYER", "NUMBA_THREADING_LAYER_PRIORITY"} & set(os.environ):
     # A parallel region costs 2 us with OpenMP and 50 to 130 us with Numba's own pool, which is left as the last resort.

@@ -2,11 +2,11 @@
 import numpy as np
 import pytest
 from cuda_device import needs_cuda
-from test_kernels import CASES
 
 from edgeattn.ops import load_kernel
 from edgeattn.page_formats import PAGE, PageFormat
 from edgeattn.reference.cached_attention import rotate
+from edgeattn.verification.cases import CASES
 
 pytestmark = needs_cuda
 NAMES = "seal_pages", "read_pages", "cached_attention", "select_pages"

@@ -2,10 +2,10 @@
 import numpy as np
 import pytest
 from cuda_device import needs_cuda
-from test_kernels import quantised
 
 from edgeattn.backend_cuda import Step
 from edgeattn.kernels_cuda import add, fused_steps, gated_activation, matmul_nbits, rms_normalization, steps
+from edgeattn.verification.cases import quantised
 
 EPSILON = int(np.float32(1e-5).view(np.int32))
 

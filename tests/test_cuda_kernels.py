@@ -2,12 +2,13 @@
 import numpy as np
 import pytest
 from cuda_device import needs_cuda
-from test_kernels import CASES, logits, matmul_ternary_case, quantised, sample_with_nan
+from test_kernels import sample_with_nan
 
 from edgeattn.kernels_cuda import add, gated_activation, matmul_nbits, rms_normalization, steps
 from edgeattn.ops import load_kernel
 from edgeattn.reference.matmul_nbits import matmul_nbits as reference
 from edgeattn.reference.matmul_nbits import quantise_activations
+from edgeattn.verification.cases import CASES, logits, matmul_ternary_case, quantised
 
 pytestmark = needs_cuda
 DENSE = ("add", "embedding", "embedding_nbits", "gather_rows", "gated_activation", "linear", "matmul_nbits", "matmul_ternary",

@@ -1,7 +1,9 @@
 """What edgeattn estimate promises, against what a run then takes."""
 import json
 import subprocess
+from types import SimpleNamespace
 
+import psutil
 import pytest
 from command import EDGEATTN
 
@@ -36,6 +38,18 @@ def test_pages_are_those_that_a_full_cache_has(nano_int4, options):
     pages = model.cache.stored_bytes(sequence)
     assert pages <= sum(told.kv_layers) <= pages + -(-model.ubatch // 32) * model.cache.pools[0].format.page_bytes * 16 + pages // 10
     assert told.kv_state == model.kv_bytes() - pages
+
+
+@pytest.mark.parametrize("shared", [False, True])
+def test_what_a_gpu_holds_already_is_not_asked_for_again(nano_int4, shared):
+    """Loading copies weights there; a Jetson's memory is the CPU's as well."""
+    model = Model.load(nano_int4, ctx_size=512)
+    model.device, model.backend = "cuda", SimpleNamespace(free_bytes=lambda: (1 << 20, shared), device_bytes=lambda: (30 << 20, shared),
+                                                          weight_bytes=7 << 20)
+    told, free = estimate(model), psutil.virtual_memory().available
+    assert told.weights == 7 << 20 and (told.on_device == 0) == shared
+    assert told.on_device in (0, told.total - told.runtime)
+    assert abs(told.available - (31 << 20)) < 1 if not shared else abs(told.available - free - (30 << 20)) < 1 << 30
 
 
 def test_spans_that_overlap_count_once():

@@ -11,7 +11,7 @@ ROOT = Path(__file__).parent.parent
 FOLDERS = {"edgeattn": "edgeattn", "exporters": "edgeattn.exporters", "kernels_cpu": "edgeattn.kernels_cpu",
            "kernels_cuda": "edgeattn.kernels_cuda", "apps": "edgeattn.apps"}
 LAYERS = [  # a file may import only from its own row or the rows above
-    ["edgeattn.ops", "edgeattn.page_formats", "edgeattn.arguments", "edgeattn.reference", "edgeattn.folder",
+    ["edgeattn.ops", "edgeattn.page_formats", "edgeattn.arguments", "edgeattn.device_profile", "edgeattn.reference", "edgeattn.folder",
      "edgeattn.__init__"],
     ["edgeattn.kernels_cpu", "edgeattn.kernels_cuda"],
     ["edgeattn.cache", "edgeattn.policies", "edgeattn.batch", "edgeattn.arena", "edgeattn.graph", "edgeattn.contract", "edgeattn.exported",
@@ -21,7 +21,7 @@ LAYERS = [  # a file may import only from its own row or the rows above
      "edgeattn.calibrate_prefill", "edgeattn.backend_cpu", "edgeattn.backend_cuda", "edgeattn.cuda_limits", "edgeattn.devices",
      "edgeattn.device_batch", "edgeattn.device_launches", "edgeattn.device_pages", "edgeattn.device_sampling", "edgeattn.device_sequence"],
     ["edgeattn.runtime", "edgeattn.rebuild", "edgeattn.memory_estimate", "edgeattn.context_shift", "edgeattn.generation",
-     "edgeattn.conversation"],
+     "edgeattn.conversation", "edgeattn.verification"],
     ["edgeattn.exporters"],
     ["edgeattn.apps"],
 ]

@@ -186,7 +186,7 @@ def test_crossover_is_where_selection_pays():
 
 def test_crossover_is_measured_once(monkeypatch, tmp_path):
     calls = []
-    monkeypatch.setattr(crossover, "CACHE_FOLDER", tmp_path / "kernels")
+    monkeypatch.setattr(crossover, "PROFILE", tmp_path / "device.json")
     monkeypatch.setattr(crossover, "measure", lambda *a: calls.append(1) or TIMES)
     for _ in range(2):
         scheduler = Scheduler(SparseOptions("auto", {"fraction": 0.0}), 2, 2)
@@ -195,19 +195,20 @@ def test_crossover_is_measured_once(monkeypatch, tmp_path):
     assert len(calls) == 1
     crossover.settle(scheduler, CACHES["f16"], 8, 64, 2)  # another cache
     assert len(calls) == 2
-    path = next((tmp_path / "crossovers").glob("*.json"))
+    path = tmp_path / "device.json"
+    assert list(json.loads(path.read_text())["crossovers"].values()) == [TIMES, TIMES]
     path.write_text("{")
     for kind in CACHES:
         crossover.settle(scheduler, CACHES[kind], 8, 64, 2)
-    assert len(calls) == 3 and all(json.loads(p.read_text()) == TIMES for p in (tmp_path / "crossovers").glob("*.json"))
+    assert len(calls) == 2 + len(CACHES) and set(json.loads(path.read_text())) == {"crossovers"}
 
 
 def test_a_busy_machine_tells_nothing(monkeypatch, tmp_path):
-    monkeypatch.setattr(crossover, "CACHE_FOLDER", tmp_path / "kernels")
+    monkeypatch.setattr(crossover, "PROFILE", tmp_path / "device.json")
     monkeypatch.setattr(crossover, "measure", lambda *a: TIMES | {"dense": [600e-6, 610e-6]})
     scheduler = Scheduler(SparseOptions("auto"), 2, 2)
     crossover.settle(scheduler, CACHES["int4"], 8, 64, 2)
-    assert scheduler.min_len == 2560 and not list(tmp_path.rglob("*.json"))
+    assert scheduler.min_len == 2560 and not list(tmp_path.iterdir())
 
 
 def test_crossover_times_this_machine():

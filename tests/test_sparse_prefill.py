@@ -150,7 +150,7 @@ def test_the_crossover_is_where_choosing_and_reading_pay():
 
 def test_the_crossover_is_measured_once(monkeypatch, tmp_path):
     calls = []
-    monkeypatch.setattr(crossover, "CACHE_FOLDER", tmp_path / "kernels")
+    monkeypatch.setattr(crossover, "PROFILE", tmp_path / "device.json")
     monkeypatch.setattr(prefill_crossover, "measure", lambda *a: calls.append(1) or TIMES)
 
     def settled(cache, method="auto", **options):

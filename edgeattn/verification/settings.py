@@ -1,0 +1,149 @@
+"""A model with each cache type and policy against itself with a dense 16-bit cache, over the same text.
+
+The limits tell what computes wrongly from what rounds or leaves out: they are parts of what answers one token late would diverge by, which
+is measured on the same text. What a setting costs a model's answers is for `edgeattn eval` to say.
+"""
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from edgeattn.cache.options import CacheOptions, evictions
+from edgeattn.cache.pages import CacheFull
+from edgeattn.calibration import passkeys
+from edgeattn.policies import load_policy, policy_names
+from edgeattn.prefill_scheduler import PrefillOptions
+from edgeattn.runtime import Model
+from edgeattn.scheduler import SparseOptions
+from edgeattn.tokenizer import Tokenizer
+from edgeattn.verification import Check
+
+PROMPT, DECODED = 768, 32  # tokens of the text: read in chunks, and one by one
+CHUNK = 256                # of the prompt; the last one's logits count
+BUDGET = 320               # tokens that a sparse step reads
+KEPT = 0.6                 # of the dense cache's bytes, where tokens are evicted
+SEED = 0
+# KL, as a part of what answers one token late would diverge by, and top-1 agreement: three times and more what the bundled model shows
+LIMITS = {"exact": (0.002, 0.98), "int8": (0.01, 0.95), "int4": (0.1, 0.8), "int3": (0.25, 0.7), "int2": (0.5, 0.5),
+          "reads less": (0.5, 0.5), "evicts": (0.6, 0.5)}
+
+
+@dataclass(frozen=True)
+class Setting:
+    """flags: as a user gives them; kind: of LIMITS; decoded: whether only tokens that come one by one differ from the base's."""
+    flags: str
+    kind: str
+    cache: dict = field(default_factory=dict)
+    sparse: tuple = ("off",)
+    prefill: tuple = ("off",)
+    decoded: bool = False
+
+
+def settings(every: bool) -> Iterator[Setting]:
+    """Those that users meet by default or choose first, or all."""
+    kinds = ("int8", "int4", "int3", "int2")
+    for kind in kinds:
+        yield Setting(f"-ctk {kind} -ctv {kind}", kind, dict(k_type=kind, v_type=kind))
+    yield Setting("--sparse-attention auto", "reads less", sparse=("auto", {"budget": BUDGET, "fraction": 0.0}), decoded=True)
+    yield Setting("--sparse-prefill auto", "reads less", prefill=("auto", {"budget": BUDGET, "fraction": 0.0}))
+    yield Setting("-ctk int4 -ctv int4 --sparse-attention auto", "reads less", dict(k_type="int4", v_type="int4"),
+                  sparse=("auto", {"budget": BUDGET, "fraction": 0.0}))
+    yield Setting("--kv-eviction key_diff", "evicts", dict(eviction="key_diff"))
+    if not every:
+        return
+    yield Setting("-ctk f32 -ctv f32", "exact", dict(k_type="f32", v_type="f32"))
+    for mixed in ("int8/int4", "int4/f16", "f16/int4"):
+        k, v = mixed.split("/")
+        yield Setting(f"-ctk {k} -ctv {v}", "int4", dict(k_type=k, v_type=v))
+    for name in policy_names("storage"):
+        own = load_policy("storage", name).keys
+        yield Setting(f"--kv-storage {name} -ctv int4" if own else f"--kv-storage {name} --kv-bits 4", "int3",
+                      dict(storage=name, k_type=own or "int4", v_type="int4"))
+    for name in evictions():
+        if name != "key_diff":
+            yield Setting(f"--kv-eviction {name}", "evicts", dict(eviction=name))
+    for name in policy_names("heads"):
+        yield Setting(f"--kv-heads {name}", "evicts", dict(heads=name))
+    for name in policy_names("decode"):
+        if name != "auto":
+            yield Setting(f"--sparse-attention {name}", "reads less", sparse=(name, {"budget": BUDGET}), decoded=True)
+    for name in policy_names("prefill"):
+        if name != "auto":
+            yield Setting(f"--sparse-prefill {name}", "reads less", prefill=(name, {}))
+
+
+def check_settings(folder, device: str, every: bool, progress: Callable | None = None) -> list[Check]:
+    """A Check for each setting; one that the device or the model does not have is left out, and its note says why.
+    progress(what, done, total). ValueError: the model cannot be loaded."""
+    base = _load(folder, device, Setting("", ""), 0)
+    if base.ctx_size < PROMPT + DECODED:
+        return [Check("setting", "all", None, {}, f"need {PROMPT + DECODED} tokens of context, the model has {base.ctx_size}")]
+    ids = text(base)
+    expected = answers(base, ids)
+    late = divergence(expected[1:], expected[:-1])[0]
+    found, wanted = [], list(settings(every))
+    for i, setting in enumerate(wanted):
+        if progress:
+            progress(setting.flags, i, len(wanted))
+        found.append(_check(folder, device, setting, base, ids, expected, late))
+    return found
+
+
+def _check(folder, device, setting, base, ids, expected, late):
+    try:
+        model = _load(folder, device, setting, int(KEPT * base.cache.total_bytes))
+    except ValueError as error:  # the way in which settings are refused
+        return Check("setting", setting.flags, None, {}, " ".join(str(error).split()))
+    own = slice(-DECODED, None) if setting.decoded else slice(None)
+    try:
+        kl, top1 = divergence(expected[own], answers(model, ids)[own])
+    except (ValueError, RuntimeError, CacheFull) as error:
+        return Check("setting", setting.flags, False, {}, " ".join(str(error).split()))
+    limit, least = LIMITS[setting.kind][0] * late, LIMITS[setting.kind][1]
+    return Check("setting", setting.flags, bool(kl <= limit and top1 >= least),
+                 {"kl": kl, "kl_limit": limit, "top1": top1, "top1_limit": least})
+
+
+def _load(folder, device, setting, budget):
+    """The model with a setting, and room for the text."""
+    cache = dict(k_type="f16", v_type="f16") | setting.cache
+    if cache.get("eviction"):
+        cache["budget"] = budget
+    return Model.load(folder, device=device, cache=CacheOptions(**cache), ctx_size=PROMPT + DECODED, ubatch=CHUNK,
+                      sparse=SparseOptions(*setting.sparse, min_len=0), prefill=PrefillOptions(*setting.prefill, min_len=0))
+
+
+def text(model) -> np.ndarray:
+    """[PROMPT + DECODED] token ids: sentences with facts in them, which are asked for at the end; for a model without a tokenizer any."""
+    if not (model.folder / "tokenizer.json").is_file():
+        return np.random.default_rng(SEED).integers(0, model.vocab_size, PROMPT + DECODED)
+    ids, asked = passkeys(Tokenizer(model.folder), PROMPT, SEED)
+    return np.array([*ids, *(token for pair in asked for part in pair for token in part)])[:PROMPT + DECODED]
+
+
+def answers(model, ids: np.ndarray) -> np.ndarray:
+    """Logits [CHUNK + DECODED, vocab] float32 after the last chunk's tokens of the prompt and each token that comes by itself."""
+    sequence = model.new_sequence()
+    try:
+        model.forward([(sequence, ids[:PROMPT - CHUNK])], "none")
+        rows = [model.forward([(sequence, ids[PROMPT - CHUNK:PROMPT])], "all")]
+        return np.concatenate([*rows, *(model.forward([(sequence, ids[i:i + 1])]) for i in range(PROMPT, PROMPT + DECODED))])
+    finally:
+        model.free(sequence)
+
+
+def divergence(expected: np.ndarray, got: np.ndarray) -> tuple[float, float]:
+    """(mean KL in nats from the first to the second, top-1 agreement) of logits [n, vocab]; infinity where one is not finite."""
+    kl = [_kl(*pair) for pair in zip(expected, got, strict=True)]  # a row at a time: vocabularies are large
+    found = float(np.mean(kl))
+    return found if np.isfinite(found) else np.inf, float((expected.argmax(-1) == got.argmax(-1)).mean())
+
+
+def _kl(expected, got):
+    p, q = (_log_softmax(row.astype(np.float64)) for row in (expected, got))
+    return float((np.exp(p) * (p - q)).sum())
+
+
+def _log_softmax(row):
+    row = row - row.max()
+    return row - np.log(np.exp(row).sum())
