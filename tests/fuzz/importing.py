@@ -127,7 +127,7 @@ def fuzz(loader: str) -> None:
     import sys
 
     import atheris
-    families()  # imports all there is, kernels too, which is no slow input's fault
+    families()  # imports all there is, which is no slow input's fault
     gguf, corpus = loader == "gguf", Path(tempfile.mkdtemp(prefix=f"fuzz-{loader}-"))
     for path in (CORPUS / loader).iterdir():
         shutil.copy(path, corpus)
