@@ -86,8 +86,10 @@ class Comparison:
         """A line of the results. alone: of what the others are compared with."""
         expected, model = None if alone else self.expected(), load(folder)
         found = compare_text(model, self.parts, expected, self._advance(f"{folder.name}: text", len(self.parts)))
-        advance = self._advance(f"{folder.name}: look-ups", self.args.lookups)
-        right = look_up(model, self.tokenizer, self.ids.tolist(), self.args.depth, GROUP, self.args.lookups, advance)["right"]
+        right = []
+        if self.args.lookups:
+            advance = self._advance(f"{folder.name}: look-ups", self.args.lookups)
+            right = look_up(model, self.tokenizer, self.ids.tolist(), self.args.depth, GROUP, self.args.lookups, advance)["right"]
         about = json.loads((folder / "edgeattn.json").read_text(encoding="utf-8"))
         return {"name": folder.name, **found, "right": right, "mixed": about.get("mixed"),
                 "bytes": (folder / "model.onnx.data").stat().st_size}
@@ -123,12 +125,14 @@ def table(records) -> str:
     lines = ["| export | MB | perplexity | KL | top-1 | look-ups | points | bits | KL predicted, measured on own text |",
              "|---|---:|---:|---:|---:|---:|---|---:|---|"]
     for record in records:
+        asked = np.size(record["right"])
         cells = [record["name"], f"{record['bytes'] / 1e6:.1f}", f"{record['perplexity']:.2f}", "", "",
-                 f"{np.sum(record['right'])} of {np.size(record['right'])}", "", "", ""]
+                 f"{np.sum(record['right']):.0f} of {asked}" if asked else "", "", "", ""]
         if record is not base:
             cells[2] += f" ({100 * (record['perplexity'] / base['perplexity'] - 1):+.1f} %)"
-            points = "{:+.1f} ({:+.1f} to {:+.1f})".format(*(100 * x for x in difference(record["right"], base["right"])))
-            cells[3:5], cells[6] = [f"{record['kl']:.4f}", f"{100 * record['top1']:.1f} %"], points
+            cells[3:5] = f"{record['kl']:.4f}", f"{100 * record['top1']:.1f} %"
+            if asked:
+                cells[6] = "{:+.1f} ({:+.1f} to {:+.1f})".format(*(100 * x for x in difference(record["right"], base["right"])))
         if mixed := record["mixed"]:
             cells[7:] = [f"{mixed['bits']:.2f}", f"{mixed['predicted_kl']:.3f}, {mixed['measured_kl']:.3f}"]
         lines.append("| " + " | ".join(cells) + " |")
@@ -143,7 +147,7 @@ def main():
     parser.add_argument("--out", type=Path, metavar="FILE.jsonl", help="results are added here; exports already there are not run again")
     parser.add_argument("--window", type=int, default=2048)
     parser.add_argument("--windows", type=int, default=16)
-    parser.add_argument("--lookups", type=int, default=200, help=f"in whole groups of {GROUP}")
+    parser.add_argument("--lookups", type=int, default=200, help=f"in whole groups of {GROUP}; 0: none")
     parser.add_argument("--depth", type=int, default=4000, help="tokens of a look-up prompt")
     args = parser.parse_args()
     tokenizer = Tokenizer(args.against)
