@@ -18,7 +18,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--bits", type=float, metavar="N",
                         help="the same as a number: 2, 3, 4, 8, or an average as 3.25, for which every matrix gets a width of its own")
     parser.add_argument("--quantiser", default="auto", metavar="NAME",
-                        help="rtn, hqq, awq or gptq (gptq below 4 bits or with --calibration, else rtn)")
+                        help="rtn, hqq, awq, gptq or boa (gptq below 4 bits or with --calibration, else rtn)")
     parser.add_argument("--calibration", metavar="FILE",
                         help="text like what the model will read, for gptq, awq and --mixed; without it the model says some itself")
     parser.add_argument("--mixed", default="auto", metavar="NAME", help="how widths for an average are chosen: loss, lim, zd or luq (loss)")

@@ -158,8 +158,8 @@ def main():
     with Progress(*columns, console=Console(file=sys.stderr)) as progress:
         records = measure_all(args, Comparison(args, tokenizer, ids, progress))
     print(table(records))
-    print(f"\n{min(args.windows, len(ids) // args.window)} windows of {args.window:,} tokens; look-ups in {args.depth:,}. Points: of look-ups, "
-          f"paired with {records[0]['name']}'s, 95 % interval (Newcombe's method 10, haystacks as clusters).")
+    print(f"\n{min(args.windows, len(ids) // args.window)} windows of {args.window:,} tokens; look-ups in {args.depth:,}. Points: of "
+          f"look-ups, paired with {records[0]['name']}'s, 95 % interval (Newcombe's method 10, haystacks as clusters).")
 
 
 if __name__ == "__main__":

@@ -43,7 +43,7 @@ def prepare(source: Checkpoint, decoder: Decoder, formats: Formats, text: str | 
         tell("moving scales", 0, 1)
         source = fold(source, decoder, Calibration(source, decoder, sequences).of,
                       lambda name: formats.widths.get(name) or int(formats.bits), formats.group_size)
-    formats.statistics = Calibration(source, decoder, sequences).of
+    formats.statistics = Calibration(source, decoder, sequences, getattr(method, "NEEDS_HEADS", False)).of
     return source, probe
 
 

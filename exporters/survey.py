@@ -26,7 +26,7 @@ class Survey:
         """weights: {initializer: what is stored there}. sequences: calibration text, whose last tokens are the probe."""
         self.source, self.decoder, self.weights, self.block_size = source, decoder, weights, block_size
         self.probe, self.sequences, self.method = sequences[-1][:PROBE], sequences, load(quantiser)
-        self.statistics = Calibration(source, decoder, sequences[:-1] or sequences).of
+        self.statistics = Calibration(source, decoder, sequences[:-1] or sequences, getattr(self.method, "NEEDS_HEADS", False)).of
         self.matrices = [Matrix(name, int(name.split(".")[2]), int(np.prod(w.shape))) for name, w in weights.items()]
         self._rows = {"q_proj": decoder.num_heads * decoder.head_dim, "k_proj": decoder.kv_heads * decoder.head_dim,
                       "gate_proj": decoder.intermediate_size}
