@@ -18,10 +18,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--bits", type=float, metavar="N",
                         help="the same as a number: 2, 3, 4, 8, or an average as 3.25, for which every matrix gets a width of its own")
     parser.add_argument("--quantiser", default="auto", metavar="NAME",
-                        help="rtn, hqq, awq or gptq (gptq below 4 bits or with --calibration, else rtn)")
+                        help="rtn, hqq, awq, gptq or boa (gptq below 4 bits or with --calibration, else rtn)")
     parser.add_argument("--calibration", metavar="FILE",
                         help="text like what the model will read, for gptq, awq and --mixed; without it the model says some itself")
-    parser.add_argument("--mixed", default="auto", metavar="NAME", help="how widths for an average are chosen: loss, lim or zd (loss)")
+    parser.add_argument("--mixed", default="auto", metavar="NAME", help="how widths for an average are chosen: loss, lim, zd or luq (loss)")
+    parser.add_argument("--allow-requantize", action="store_true",
+                        help="round weights again that the checkpoint holds quantised; without, they stay as they are")
     parser.add_argument("--group-size", type=options.whole(1), default=32, metavar="N", help="weights that share a scale (32)")
     parser.add_argument("--ternary-layout", choices=options.TERNARY_LAYOUTS, default="panels",
                         help="how ternary weights lie: panels (2 bits, any device); sparse (CPU: skips what is zero after squared ReLU); "
@@ -41,8 +43,9 @@ def main(args: argparse.Namespace) -> int:
     with Progress(f"exporting {checkpoint.name} to {args.output}", patience=0) as progress:
         report = export(checkpoint, args.output, precision=precision, group_size=args.group_size, target=args.target,
                         ctx_size=args.ctx_size, progress=progress.exporting, quantiser=args.quantiser, calibration=args.calibration,
-                        mixed=args.mixed, preparing=progress.preparing, ternary_layout=args.ternary_layout)
-    models.warn_requantised(report)
+                        mixed=args.mixed, preparing=progress.preparing, ternary_layout=args.ternary_layout,
+                        allow_requantize=args.allow_requantize)
+    models.warn_requantised(report, args.allow_requantize)
     print(summary(Path(args.output)))
     print(f"try it: edgeattn chat -m {args.output}", file=sys.stderr)
     return 0

@@ -85,12 +85,12 @@ def _export(checkpoint, folder, precision, stem):
     warn_requantised(report)
 
 
-def warn_requantised(report: dict) -> None:
-    """One line on stderr when an export quantised again what was quantised before."""
+def warn_requantised(report: dict, asked: bool = False) -> None:
+    """One line on stderr when an export quantised again what was quantised before, `asked` to or not."""
     if report["requantised"]:
         kinds = ", ".join(sorted(set(report["requantised"].values())))
-        print(f"quantised again, with loss, because no format here holds their codes: {len(report['requantised'])} tensors ({kinds})",
-              file=sys.stderr)
+        why = "" if asked else ", because no format here holds their codes"
+        print(f"quantised again, with loss{why}: {len(report['requantised'])} tensors ({kinds})", file=sys.stderr)
 
 
 def load(args: argparse.Namespace, ctx_size: int | None = None, chat: bool = False):

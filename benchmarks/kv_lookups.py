@@ -3,8 +3,9 @@ from dataclasses import dataclass
 from math import sqrt
 
 import numpy as np
-from quality import COLOURS, PLACES
 
+PLACES = "harbor garden museum library station bridge castle market tower forest temple valley".split()
+COLOURS = "old blue silent northern golden hidden western frozen red quiet distant royal".split()
 MANY = 32          # facts of the hardest haystack
 GROUP = 8          # facts that share a stretch of text: planted together, or one at a time
 ANSWER_TOKENS = 24

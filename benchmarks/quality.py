@@ -1,28 +1,38 @@
-"""What an export loses against another one of the same model: perplexity, KL divergence, agreement, look-up of planted facts.
+"""What exports in few bits lose: perplexity, KL divergence, agreement and look-ups, against another export of the same model.
 
-    python benchmarks/quality.py FOLDER --against FP32_FOLDER --text book.txt
+    python benchmarks/quality.py FOLDER ... --against FP32_FOLDER --text book.txt --out quality.jsonl
 
-Perplexity, KL (of the next-token distributions, natural log) and top-1 agreement are over windows of the text, every position.
-The look-up plants facts in the text and asks for one: eight facts in about 4,000 tokens. Both models see the same tokens.
+Perplexity, KL (of the next-token distributions, natural log) and top-1 agreement are over windows spread evenly over the text, every
+position. Look-ups plant eight facts in 4,000 tokens of it and ask for each. All exports see the same tokens, read whole from a 16-bit
+cache. --out keeps results, one line an export, and exports that it holds are not measured again.
 """
 import argparse
+import hashlib
+import json
 import sys
 from pathlib import Path
 
 import numpy as np
+from kv_lookups import GROUP, difference, look_up
 from rich.console import Console
-from rich.progress import Progress
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
+from edgeattn.cache.options import CacheOptions
+from edgeattn.prefill_scheduler import PrefillOptions
 from edgeattn.runtime import Model
+from edgeattn.scheduler import SparseOptions
 from edgeattn.tokenizer import Tokenizer
 
-PLACES = "harbor garden museum library station bridge castle market tower forest temple valley".split()
-COLOURS = "old blue silent northern golden hidden western frozen red quiet distant royal".split()
+ROWS = 64  # of logits in work at a time: they stay in a core's cache
 
 
 def log_softmax(logits):
     shifted = logits.astype(np.float64) - logits.max(-1, keepdims=True)
     return shifted - np.log(np.exp(shifted).sum(-1, keepdims=True))
+
+
+def load(folder):
+    return Model.load(folder, cache=CacheOptions(k_type="f16", v_type="f16"), sparse=SparseOptions("off"), prefill=PrefillOptions("off"))
 
 
 def all_logits(model, ids):
@@ -33,86 +43,123 @@ def all_logits(model, ids):
         model.free(sequence)
 
 
-def compare_text(model, against, ids, window, windows, advance):
-    """-> (perplexity of model, perplexity of against, mean KL(against || model), top-1 agreement)."""
-    losses, other_losses, divergences, agreed = [], [], [], []
-    for i in range(windows):
-        part = ids[i * window:(i + 1) * window]
-        p, q = log_softmax(all_logits(against, part)), log_softmax(all_logits(model, part))
-        at = np.arange(len(part) - 1), part[1:]
-        other_losses.append(-p[:-1][at])
-        losses.append(-q[:-1][at])
-        divergences.append((np.exp(p) * (p - q)).sum(-1))
-        agreed.append(p.argmax(-1) == q.argmax(-1))
-        advance()
-    return (*(float(np.exp(np.concatenate(x).mean())) for x in (losses, other_losses)),
-            *(float(np.concatenate(x).mean()) for x in (divergences, agreed)))
+def windows(ids, size, count):
+    """[count, size], spread evenly over the text; fewer when it is too short."""
+    most = len(ids) // size
+    return [ids[i * size:(i + 1) * size] for i in np.linspace(0, most - 1, min(count, most)).astype(int)]
 
 
-def lookup_prompt(rng, tokenizer, haystack, depth, facts):
-    """Token ids of a chat whose text hides `facts` codes and asks for one, and the answer."""
-    names = [f"{COLOURS[i // len(PLACES)]} {PLACES[i % len(PLACES)]}" for i in rng.permutation(len(PLACES) * len(COLOURS))[:facts]]
-    codes = [str(rng.integers(10_000, 100_000)) for _ in names]
-    planted = [tokenizer.encode(f" The secret code of the {name} is {code}.") for name, code in zip(names, codes)]
-    room = depth - sum(map(len, planted)) - 40
-    start = int(rng.integers(0, len(haystack) - room))
-    text, cuts = [], np.sort(rng.integers(0, room, facts))
-    for begin, end, fact in zip([0, *cuts], cuts, planted):
-        text += [*haystack[start + begin:start + end], *fact]
-    text += list(haystack[start + cuts[-1]:start + room])
-    asked = int(rng.integers(facts))
-    question = f"\nWhat is the secret code of the {names[asked]}?"
-    before, after = tokenizer.render([{"role": "user", "content": "\0"}]).split("\0")
-    return [*tokenizer.encode(before), *text, *tokenizer.encode(question + after)], codes[asked]
+def compare_text(model, parts, expected, advance) -> dict:
+    """expected: the other model's log-probabilities [tokens, vocab] of each part; None measures the perplexity alone."""
+    losses, divergences, agreed = [], [], []
+    for i, part in enumerate(parts):
+        logits = all_logits(model, part)
+        for start in range(0, len(part), ROWS):
+            q, targets = log_softmax(logits[start:start + ROWS]), part[start + 1:start + ROWS + 1]
+            losses.append(-q[np.arange(len(targets)), targets])
+            if expected:
+                p = expected[i][start:start + ROWS]
+                divergences.append((np.exp(p) * (p - q)).sum(-1))
+                agreed.append(p.argmax(-1) == q.argmax(-1))
+        advance(1)
+    found = {"perplexity": float(np.exp(np.concatenate(losses).mean()))}
+    return found | ({"kl": float(np.concatenate(divergences).mean()), "top1": float(np.concatenate(agreed).mean())} if expected else {})
 
 
-def answer(model, tokenizer, ids, limit=24):
-    sequence = model.new_sequence()
-    out = []
-    try:
-        logits = model.forward([(sequence, ids)])
-        while len(out) < limit and int(logits[0].argmax()) not in model.config["model"]["eos_token_ids"]:
-            out.append(int(logits[0].argmax()))
-            logits = model.forward([(sequence, out[-1:])])
-    finally:
-        model.free(sequence)
-    return tokenizer.decode(out)
+class Comparison:
+    """What all exports are compared with, made when the first one needs it, and the progress of it all."""
+
+    def __init__(self, args, tokenizer, ids, progress):
+        self.args, self.tokenizer, self.ids, self.progress = args, tokenizer, ids, progress
+        self.parts, self._expected = windows(ids, args.window, args.windows), None
+
+    def expected(self):
+        if self._expected is None:
+            advance, model = self._advance(f"{self.args.against.name}: text", len(self.parts)), load(self.args.against)
+            self._expected = []
+            for part in self.parts:
+                self._expected.append(log_softmax(all_logits(model, part)).astype(np.float32))
+                advance(1)
+        return self._expected
+
+    def measure(self, folder, alone=False) -> dict:
+        """A line of the results. alone: of what the others are compared with."""
+        expected, model = None if alone else self.expected(), load(folder)
+        found = compare_text(model, self.parts, expected, self._advance(f"{folder.name}: text", len(self.parts)))
+        right = []
+        if self.args.lookups:
+            advance = self._advance(f"{folder.name}: look-ups", self.args.lookups)
+            right = look_up(model, self.tokenizer, self.ids.tolist(), self.args.depth, GROUP, self.args.lookups, advance)["right"]
+        about = json.loads((folder / "edgeattn.json").read_text(encoding="utf-8"))
+        return {"name": folder.name, **found, "right": right, "mixed": about.get("mixed"),
+                "bytes": (folder / "model.onnx.data").stat().st_size}
+
+    def _advance(self, what, total):
+        task = self.progress.add_task(what, total=total)
+        return lambda n: self.progress.advance(task, n)
 
 
-def lookups(models, tokenizer, haystack, depth, facts, count, advance):
-    """How many of `count` planted codes each model gives back."""
-    rng, right = np.random.default_rng(0), [0] * len(models)
-    for _ in range(count):
-        ids, code = lookup_prompt(rng, tokenizer, haystack, depth, facts)
-        for i, model in enumerate(models):
-            right[i] += code in answer(model, tokenizer, ids)
-            advance()
-    return right
+def measure_all(args, comparison) -> list[dict]:
+    """One record an export, `against` first, from the file or measured now."""
+    known = [json.loads(line) for line in args.out.read_text(encoding="utf-8").splitlines()] if args.out and args.out.is_file() else []
+    records = []
+    for folder in (args.against, *args.folders):
+        run = {"model": digest(folder / "edgeattn.json"), "against": digest(args.against / "edgeattn.json"), "text": digest(args.text),
+               **{name: getattr(args, name) for name in ("window", "windows", "lookups", "depth")}}
+        record = next((r for r in known if r["run"] == run), None)
+        if record is None:
+            record = {"run": run, **comparison.measure(folder, alone=folder == args.against)}
+            if args.out:
+                with args.out.open("a", encoding="utf-8") as file:
+                    file.write(json.dumps(record) + "\n")
+        records.append(record | {"name": folder.name})
+    return records
+
+
+def digest(path):
+    return hashlib.sha256(path.read_bytes()).hexdigest()[:16]
+
+
+def table(records) -> str:
+    base, *others = records
+    lines = ["| export | MB | perplexity | KL | top-1 | look-ups | points | bits | KL predicted, measured on own text |",
+             "|---|---:|---:|---:|---:|---:|---|---:|---|"]
+    for record in records:
+        asked = np.size(record["right"])
+        cells = [record["name"], f"{record['bytes'] / 1e6:.1f}", f"{record['perplexity']:.2f}", "", "",
+                 f"{np.sum(record['right']):.0f} of {asked}" if asked else "", "", "", ""]
+        if record is not base:
+            cells[2] += f" ({100 * (record['perplexity'] / base['perplexity'] - 1):+.1f} %)"
+            cells[3:5] = f"{record['kl']:.4f}", f"{100 * record['top1']:.1f} %"
+            if asked:
+                cells[6] = "{:+.1f} ({:+.1f} to {:+.1f})".format(*(100 * x for x in difference(record["right"], base["right"])))
+        if mixed := record["mixed"]:
+            cells[7:] = [f"{mixed['bits']:.2f}", f"{mixed['predicted_kl']:.3f}, {mixed['measured_kl']:.3f}"]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("folder", type=Path)
-    parser.add_argument("--against", type=Path, required=True, help="the folder to compare with: the fp32 export")
+    parser.add_argument("folders", type=Path, nargs="+", metavar="FOLDER")
+    parser.add_argument("--against", type=Path, required=True, help="the export to compare with: the fp32 one")
     parser.add_argument("--text", type=Path, required=True, help="text that the model has not seen, UTF-8")
+    parser.add_argument("--out", type=Path, metavar="FILE.jsonl", help="results are added here; exports already there are not run again")
     parser.add_argument("--window", type=int, default=2048)
     parser.add_argument("--windows", type=int, default=16)
-    parser.add_argument("--lookups", type=int, default=40)
-    parser.add_argument("--facts", type=int, default=8)
+    parser.add_argument("--lookups", type=int, default=200, help=f"in whole groups of {GROUP}; 0: none")
     parser.add_argument("--depth", type=int, default=4000, help="tokens of a look-up prompt")
     args = parser.parse_args()
-    model, against, tokenizer = Model.load(args.folder), Model.load(args.against), Tokenizer(args.folder)
-    text = args.text.read_text(encoding="utf-8")
-    ids = np.array(tokenizer.encode(text), np.int64)
-    args.windows = min(args.windows, len(ids) // args.window)
-    with Progress(console=Console(file=sys.stderr)) as progress:
-        task = progress.add_task("text", total=args.windows)
-        ppl, other, kl, top1 = compare_text(model, against, ids, args.window, args.windows, lambda: progress.advance(task))
-        task = progress.add_task("look-up", total=2 * args.lookups)
-        right = lookups([model, against], tokenizer, ids, args.depth, args.facts, args.lookups, lambda: progress.advance(task))
-    print(f"perplexity {ppl:.3f}, against {other:.3f}: {100 * (ppl / other - 1):+.2f} %   ({args.windows} windows of {args.window} tokens)")
-    print(f"mean KL {kl:.4f}   top-1 agreement {100 * top1:.2f} %")
-    print(f"look-up of one in {args.facts} facts in {args.depth} tokens: {right[0]} of {args.lookups}, against {right[1]}")
+    tokenizer = Tokenizer(args.against)
+    ids = np.array(tokenizer.encode(args.text.read_text(encoding="utf-8"), special=False), np.int64)
+    if len(ids) < args.window:
+        raise SystemExit(f"{args.text}: {len(ids)} tokens, less than a window of {args.window}; give a longer text or a smaller --window")
+    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
+    with Progress(*columns, console=Console(file=sys.stderr)) as progress:
+        records = measure_all(args, Comparison(args, tokenizer, ids, progress))
+    print(table(records))
+    print(f"\n{min(args.windows, len(ids) // args.window)} windows of {args.window:,} tokens; look-ups in {args.depth:,}. Points: of "
+          f"look-ups, paired with {records[0]['name']}'s, 95 % interval (Newcombe's method 10, haystacks as clusters).")
 
 
 if __name__ == "__main__":

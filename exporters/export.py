@@ -28,7 +28,7 @@ COPIED = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", 
 def export(checkpoint: str | Path, folder: str | Path, precision: str | None = None, group_size: int = 32, target: str = "generic",
            ctx_size: int | None = None, progress: Callable[[int, int], None] | None = None, quantiser: str = "auto",
            calibration: str | Path | None = None, mixed: str = "auto", preparing: Callable[[str, int, int], None] | None = None,
-           ternary_layout: str = "panels") -> dict:
+           ternary_layout: str = "panels", allow_requantize: bool = False) -> dict:
     """Export a checkpoint folder or a GGUF file; returns what was written to edgeattn.json.
 
     precision   "int2", "int3", "int4", "int8", "fp16", "fp32", or an average of bits as "int3.25"; of a checkpoint with ternary weights,
@@ -44,20 +44,24 @@ def export(checkpoint: str | Path, folder: str | Path, precision: str | None = N
     mixed       a file of `mixed`, which gives every matrix its width so that the precision is the average; "auto" takes "loss" when
                 the precision is no width of its own
     preparing   called with (what, done, total) before anything is written
-    Weights that are codes already stay as they are at "int4" and "int8", where a format of ours can hold them; `requantised` in
-    what is returned names the others.
+    allow_requantize  weights that are codes already are rounded again as if they were floats. Without, they stay as they are where a
+                format of ours can hold them; `requantised` in what is returned names those that did not
     ValueError for what the user can mend; nothing half-written stays behind then.
     """
     source, folder = open_checkpoint(checkpoint), Path(folder).resolve()
     decoder = read_architecture(source)
     precision = _precision(source, precision)
-    formats = Formats(precision, group_size, _quantiser(quantiser, precision, calibration, mixed), ternary_layout=ternary_layout)
+    formats = Formats(precision, group_size, _quantiser(quantiser, precision, calibration, mixed), ternary_layout=ternary_layout,
+                      requantise=allow_requantize)
     defaults = target_defaults(target, precision)
     ctx_size = ctx_size or min(decoder.max_position, LONGEST_CTX)
     if not 1 <= ctx_size <= decoder.max_position:
         raise ValueError(f"ctx_size must be 1 to {decoder.max_position} (max_position_embeddings of the model), got {ctx_size}")
     _check_replaceable(folder)
     graph = build(decoder, source, formats, ctx_size)
+    if formats.bits and not formats.stored and (formats.bits not in (4, 8) or calibration or (quantiser, mixed) != ("auto", "auto")):
+        raise ValueError(f"{source.folder}: its weights are codes already, and kept, so there is nothing to round; leave --bits and the "
+                         "like out, or give --allow-requantize to round the codes again, which loses more than rounding the original's floats")
     folder.parent.mkdir(parents=True, exist_ok=True)
     work = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
     remove_abandoned(folder.parent, f"{folder.name}.")

@@ -47,13 +47,21 @@ def run_layer(checkpoint: Checkpoint, decoder: Decoder, layer: int, hidden: np.n
     yield f"layers.{layer}.mlp_add", hidden
 
 
-def _attention(checkpoint, d, layer, x, observe):
-    prefix, tokens = f"model.layers.{layer}.self_attn", len(x)
+def queries_keys_values(checkpoint: Checkpoint, d: Decoder, layer: int, x: np.ndarray,
+                        observe: Callable[[str, np.ndarray], None] | None = None) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """x [n, hidden_size] after its norm -> q, k and v [n, heads * head_dim], before rotary."""
+    prefix = f"model.layers.{layer}.self_attn"
     q, k, v = (_linear(checkpoint, f"{prefix}.{name}_proj", x, heads * d.head_dim, d.qkv_bias, observe)
                for name, heads in (("q", d.num_heads), ("k", d.kv_heads), ("v", d.kv_heads)))
     if d.qk_norm:
-        q, k = (_norm(checkpoint, d, part.reshape(tokens, -1, d.head_dim), f"{prefix}.{name}_norm").reshape(tokens, -1)
+        q, k = (_norm(checkpoint, d, part.reshape(len(x), -1, d.head_dim), f"{prefix}.{name}_norm").reshape(len(x), -1)
                 for name, part in (("q", q), ("k", k)))
+    return q, k, v
+
+
+def _attention(checkpoint, d, layer, x, observe):
+    prefix, tokens = f"model.layers.{layer}.self_attn", len(x)
+    q, k, v = queries_keys_values(checkpoint, d, layer, x, observe)
     empty = np.zeros((d.kv_heads, 0, d.head_dim), np.float32)
     out, _, _ = cached_attention(q, k, v, *tables(d.frequencies, tokens), empty, empty, np.arange(tokens), num_heads=d.num_heads,
                                  kv_heads=d.kv_heads, head_dim=d.head_dim, rotary_dim=d.head_dim, scale=d.head_dim ** -0.5,

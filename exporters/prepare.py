@@ -34,8 +34,6 @@ def prepare(source: Checkpoint, decoder: Decoder, formats: Formats, text: str | 
     fold = getattr(method, "fold", None)
     if uniform and not (method.NEEDS_STATISTICS or fold):
         return source, None
-    if not formats.stored:
-        raise ValueError("this checkpoint's weights are codes already, which are kept; leave --quantiser and averages of bits out")
     sequences, probe = _sequences(source, decoder, text, folder, report, tell), None
     if not uniform:
         survey = Survey(source, decoder, formats.stored, sequences, formats.quantiser, formats.group_size)
@@ -45,7 +43,7 @@ def prepare(source: Checkpoint, decoder: Decoder, formats: Formats, text: str | 
         tell("moving scales", 0, 1)
         source = fold(source, decoder, Calibration(source, decoder, sequences).of,
                       lambda name: formats.widths.get(name) or int(formats.bits), formats.group_size)
-    formats.statistics = Calibration(source, decoder, sequences).of
+    formats.statistics = Calibration(source, decoder, sequences, getattr(method, "NEEDS_HEADS", False)).of
     return source, probe
 
 

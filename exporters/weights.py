@@ -85,6 +85,7 @@ class Formats:
     widths: dict[str, int] = field(default_factory=dict)  # {initializer: bits}; all have the precision's without
     stored: dict[str, Weight] = field(default_factory=dict)  # {initializer: what `bits` applies to}
     ternary_layout: str = "panels"  # see TERNARY_LAYOUTS
+    requantise: bool = False  # round codes of a checkpoint again, instead of keeping them
     used: dict[str, str] = field(default_factory=dict)  # {initializer: "int4/32" ...}
     requantised: dict[str, str] = field(default_factory=dict)  # {initializer: how the checkpoint stored its codes}
     rounded: bool = False  # whether a weight was quantised here to less than 8 bits
@@ -109,7 +110,7 @@ class Formats:
             return _ternary(graph, name, weight, dict(bits=bits, input_major=int(sparse)))
         if self.precision == "ternary" and not edge:
             raise ValueError(f"{name}: not a ternary weight, and only training makes one; choose one of {list(PRECISIONS[:-1])}")
-        if weight.quantised and not self.precision.startswith("fp"):
+        if weight.quantised and not self.precision.startswith("fp") and (edge or not self.requantise):
             self.used[name] = f"int{weight.quantised.bits}/{weight.quantised.block_size}"
             return _imported(graph, name, weight.shape, weight.quantised)
         if self.precision.startswith("fp"):

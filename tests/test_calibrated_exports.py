@@ -7,15 +7,17 @@ import pytest
 import tiny
 
 from edgeattn.apps.cli import main
-from edgeattn.exporters import calibration_text, check, prepare, survey
+from edgeattn.exporters import attention_statistics, calibration_text, check, prepare, survey
 from edgeattn.exporters.checkpoint import Checkpoint, Weight
 from edgeattn.exporters.export import export
 from edgeattn.exporters.families import read_architecture
-from edgeattn.exporters.forward import forward
+from edgeattn.exporters.forward import forward, queries_keys_values
 from edgeattn.exporters.mixed import Matrix, average, best_value, load, names
 from edgeattn.exporters.mixed.loss import loss
 from edgeattn.exporters.quantisers import awq
+from edgeattn.exporters.rope import tables
 from edgeattn.exporters.weight_statistics import Calibration
+from edgeattn.reference.cached_attention import rotate
 
 SIZES = dict(hidden_size=128, intermediate_size=192, num_hidden_layers=3)
 TEXT = [np.random.default_rng(i).integers(0, 150, 96) for i in range(8)]
@@ -52,6 +54,37 @@ def test_statistics_are_those_of_the_inputs(tmp_path, case):
         np.testing.assert_allclose(got.magnitude, np.abs(x).mean(0), rtol=1e-3)
 
 
+@pytest.mark.parametrize("case", ["llama", "qwen3"])
+def test_statistics_of_heads_are_second_derivatives(tmp_path, case):
+    """Of one token, what a small change of q, k or v does to its attention, against the quadratic form."""
+    tiny.save_tiny(case, tmp_path, num_key_value_heads=4, hidden_size=64)
+    source, rng = Checkpoint(tmp_path), np.random.default_rng()
+    d, x = read_architecture(source), 2 * rng.standard_normal((attention_statistics.STEP, 64)).astype(np.float32)
+    sums = attention_statistics.HeadSums(source, d, 0)
+    sums.add(x)
+    cos, sin = (table[:, None] for table in tables(d.frequencies, len(x)))
+    q, k, _ = (part.reshape(len(x), -1, d.head_dim).astype(np.float64) for part in queries_keys_values(source, d, 0, x))
+
+    def log_attention(q, k):
+        scores = np.einsum("hd,jhd->hj", rotate(q, cos[:, 0], sin[:, 0])[-1], rotate(k, cos[:, 0], sin[:, 0])) * d.head_dim ** -0.5
+        return scores - np.log(np.exp(scores).sum(1, keepdims=True))
+    p = log_attention(q, k)
+    for part, metrics in ((q, sums.q), (k, sums.k)):
+        changed, change = part.copy(), 1e-2 * rng.standard_normal((d.num_heads, d.head_dim))
+        changed[-1] += change
+        now = log_attention(changed, k) if part is q else log_attention(q, changed)
+        expected = np.einsum("ha,hab,hb->h", change, metrics, change) / d.head_dim / 2
+        np.testing.assert_allclose((np.exp(p) * (p - now)).sum(1), expected, rtol=0.1, atol=1e-9)
+    heads = sums.heads(np.eye(64, dtype=np.float32))
+    mixed = np.einsum("hj,jc->hc", np.exp(p), x)
+    o = source.weight("model.layers.0.self_attn.o_proj.weight", (64, d.num_heads * d.head_dim)).read(0, 64)
+    for h, head in enumerate(heads[-d.kv_heads:]):
+        change = rng.standard_normal((d.head_dim, 64))
+        moved = o[:, h * d.head_dim:(h + 1) * d.head_dim] @ change @ mixed[h]
+        np.testing.assert_allclose(np.trace(head.metric @ change @ head.hessian @ change.T), moved @ moved, rtol=1e-3)
+    assert [head.start for head in heads] == list(range(0, heads[-1].stop, d.head_dim))
+
+
 def test_moved_scales_change_nothing(checkpoint):
     source = Checkpoint(checkpoint)
     decoder = read_architecture(source)
@@ -63,7 +96,8 @@ def test_moved_scales_change_nothing(checkpoint):
     assert np.abs(weights[0] - weights[1]).max() > 0.01
 
 
-@pytest.mark.parametrize("precision, quantiser", [("int2", "gptq"), ("int3", "gptq"), ("int3", "hqq"), ("int3", "awq"), ("int4", "gptq")])
+@pytest.mark.parametrize("precision, quantiser", [("int2", "gptq"), ("int2", "boa"), ("int3", "gptq"), ("int3", "hqq"), ("int3", "awq"),
+                                                  ("int4", "gptq")])
 def test_quantisers_run_in_stock_onnxruntime(tmp_path, checkpoint, precision, quantiser):
     report = export(checkpoint, tmp_path / "out", precision, quantiser=quantiser)
     bits = int(precision[3:])

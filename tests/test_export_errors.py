@@ -32,6 +32,12 @@ def edit_config(folder, **changes):
     (folder / "config.json").write_text(json.dumps({**config, **changes}))
 
 
+def test_families_are_known_without_loading_them():
+    told = "import sys; from edgeattn.exporters.families import families; print(families(), 'edgeattn.runtime' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", told], capture_output=True, text=True)
+    assert done.stdout == "['bitnet', 'llama', 'mistral', 'qwen2', 'qwen3'] False\n", done.stderr
+
+
 def cut(path, size):
     path.write_bytes(path.read_bytes()[:size])
 

@@ -172,6 +172,19 @@ def test_dynamic_widths_and_a_head_of_codes(tmp_path):
     assert error(exact_logits(tmp_path / "out"), tiny.torch_logits(quantised.with_weights(model, exact), TOKENS)) < 0.05
 
 
+def test_codes_are_rounded_again_only_when_allowed(tmp_path, edgeattn):
+    model = tiny.save_tiny("llama", tmp_path / "checkpoint", **SHAPE)
+    exact = quantised.quantise_folder(tmp_path / "checkpoint", gptq)
+    for options in (["--bits", "3"], ["--bits", "2", "--quantiser", "rtn"], ["--bits", "3.5"], ["--quantiser", "hqq"]):
+        done = edgeattn("export", tmp_path / "checkpoint", "-o", tmp_path / "out", *options)
+        assert done.returncode == 2 and "its weights are codes already, and kept" in done.stderr and not (tmp_path / "out").exists()
+    done = edgeattn("export", tmp_path / "checkpoint", "-o", tmp_path / "out", "--bits", "3", "--quantiser", "rtn", "--allow-requantize")
+    assert done.returncode == 0 and "quantised again, with loss: 8 tensors (gptq 4 bits, groups of 32)\n" in done.stderr
+    assert {name: kind for name, kind in read_config(tmp_path / "out")["weights"].items() if "layers" in name}.keys() == \
+        read_config(tmp_path / "out")["requantised"].keys()
+    assert 0.05 < error(exact_logits(tmp_path / "out"), tiny.torch_logits(quantised.with_weights(model, exact), TOKENS)) < 1
+
+
 def test_orders_that_differ_are_quantised_again(tmp_path, edgeattn):
     tiny.save_tiny("llama", tmp_path / "checkpoint", **SHAPE)
     quantised.quantise_folder(tmp_path / "checkpoint", gptq, act_order=True)

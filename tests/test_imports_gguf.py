@@ -172,12 +172,42 @@ def test_broken_file(tmp_path, message):
     assert [path.name for path in tmp_path.iterdir()] == ["model.gguf"]
 
 
+def renamed(path, old, new):
+    """A copy of a tokenizer.json in which one token is another."""
+    about = json.loads(path.read_text())
+    about["model"]["vocab"][new] = about["model"]["vocab"].pop(old)
+    about["model"]["merges"] = [m for m in about["model"]["merges"] if old not in ("".join(m).replace(" ", ""), *m)]
+    return json.dumps(about)
+
+
 def test_unknown_tokenizer_asks_for_a_file(tmp_path, nano_checkpoint):
     tokenizer = json.loads((nano_checkpoint / "tokenizer.json").read_text())
     model = tiny.tiny_model("llama", vocab_size=8192)
     gguf_files.write_gguf(model, tmp_path / "model.gguf", lambda name: Type.Q8_0, gguf_files.nano_vocabulary(tokenizer, "viking", ""))
     with pytest.raises(ValueError, match="its tokenizer .*'viking'.* put the tokenizer.json of the original model beside the GGUF file"):
         export(tmp_path / "model.gguf", tmp_path / "out")
+    (tmp_path / "tokenizer.json").write_text(renamed(nano_checkpoint / "tokenizer.json", "\u0120the", "\u0120thy"))
+    with pytest.raises(ValueError, match="tokenizer.json: has other tokens than model.gguf"):
+        export(tmp_path / "model.gguf", tmp_path / "out")
     (tmp_path / "tokenizer.json").write_bytes((nano_checkpoint / "tokenizer.json").read_bytes())
     export(tmp_path / "model.gguf", tmp_path / "out")
     assert (tmp_path / "out/tokenizer.json").read_bytes() == (tmp_path / "tokenizer.json").read_bytes()
+
+
+def test_a_file_with_a_tokenizer_needs_none_beside(tmp_path, nano_checkpoint):
+    tokenizer = json.loads((nano_checkpoint / "tokenizer.json").read_text())
+    model = tiny.tiny_model("llama", vocab_size=8192)
+    gguf_files.write_gguf(model, tmp_path / "model.gguf", lambda name: Type.Q8_0, gguf_files.nano_vocabulary(tokenizer, "smollm", ""))
+    (tmp_path / "tokenizer.json").write_text(renamed(nano_checkpoint / "tokenizer.json", "\u0120the", "\u0120thy"))  # of another model
+    export(tmp_path / "model.gguf", tmp_path / "out")
+    assert Tokenizer(tmp_path / "out").encode(TEXTS[0]) == Tokenizer(nano_checkpoint).encode(TEXTS[0])
+
+
+def test_a_file_without_a_tokenizer_takes_one_that_fits(tmp_path, nano_checkpoint):
+    (tmp_path / "tokenizer.json").write_bytes((nano_checkpoint / "tokenizer.json").read_bytes())
+    for vocab_size in (8192, 8191):
+        gguf_files.write_gguf(tiny.tiny_model("llama", vocab_size=vocab_size), tmp_path / f"{vocab_size}.gguf", lambda name: Type.Q8_0)
+    export(tmp_path / "8192.gguf", tmp_path / "out")
+    assert (tmp_path / "out/tokenizer.json").is_file()
+    with pytest.raises(ValueError, match="has other tokens than 8191.gguf"):
+        export(tmp_path / "8191.gguf", tmp_path / "other")

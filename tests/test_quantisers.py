@@ -2,7 +2,7 @@
 import numpy as np
 import pytest
 
-from edgeattn.exporters.quantisers import Statistics, dequantise, gptq, hqq, load, names, rtn
+from edgeattn.exporters.quantisers import Head, Statistics, boa, dequantise, gptq, hqq, load, names, rtn
 
 
 def problem(n=24, k=96, tokens=400, dead=()):
@@ -60,6 +60,50 @@ def test_gptq_rows_do_not_depend_on_one_another():
     whole, parts = gptq.quantise(w, 3, 32, s), [gptq.quantise(part, 3, 32, s) for part in (w[:7], w[7:])]
     np.testing.assert_array_equal(whole[1], np.concatenate([part[1] for part in parts]))
     assert (whole[0] == np.concatenate([part[0] for part in parts])).mean() > 0.99
+
+
+def heads_problem(heads=3, rows=6, k=64):
+    """(weights of some heads and a few more rows, statistics with metrics of the heads)."""
+    w, x = problem(heads * rows + 5, k, 500)
+    rng, s = np.random.default_rng(), statistics(x)
+    metrics = [m @ m.T + 0.1 * np.eye(rows) for m in rng.standard_normal((heads, rows, rows // 3))]
+    found = tuple(Head(i * rows, (i + 1) * rows, metric, s.hessian) for i, metric in enumerate(metrics))
+    return w, Statistics(s.hessian, s.magnitude, found)
+
+
+def damped(matrix):
+    return matrix.astype(np.float64) + gptq.DAMPING * np.diag(matrix).mean() * np.eye(len(matrix))
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4])
+def test_boa_equals_the_textbook(bits):
+    """One weight of a head after another, with the inverse of what remains of R (x) C."""
+    w, s = heads_problem()
+    codes, scales, zeros = boa.quantise(w, bits, 32, s)
+    got, order = dequantise(codes, scales, None, bits), np.argsort(-np.diag(s.hessian), kind="stable")
+    for head in s.heads:
+        rows, k = head.stop - head.start, w.shape[1]
+        rest, scale = w[head.start:head.stop].astype(np.float64).reshape(-1), scales[head.start:head.stop].astype(np.float64)
+        inverse, zero = np.linalg.inv(np.kron(damped(head.metric), damped(head.hessian))), 1 << (bits - 1)
+        expected = np.zeros(rows * k)
+        for i in (row * k + column for row in range(rows) for column in order):
+            step = scale[i // k, i % k // 32]
+            expected[i] = np.clip(np.rint(rest[i] / step), -zero, zero - 1) * step
+            rest -= (rest[i] - expected[i]) / inverse[i, i] * inverse[i]
+            inverse -= np.outer(inverse[:, i], inverse[i]) / inverse[i, i]
+        same = np.isclose(got[head.start:head.stop].reshape(-1), expected, rtol=1e-5, atol=1e-6)
+        assert same[:k].mean() > 0.99 and same.mean() > 0.9  # a near tie may fall otherwise in float32, and change what follows
+    np.testing.assert_array_equal(codes[s.heads[-1].stop:], gptq.quantise(w, bits, 32, s)[0][s.heads[-1].stop:])
+
+
+@pytest.mark.parametrize("bits", [2, 3])
+def test_boa_costs_heads_less(bits):
+    w, s = heads_problem(heads=8, rows=16, k=128)
+
+    def cost(method):
+        change = dequantise(*method.quantise(w, bits, 32, s), bits) - w
+        return sum(np.trace(h.metric @ change[h.start:h.stop] @ h.hessian @ change[h.start:h.stop].T) for h in s.heads)
+    assert cost(boa) < 0.8 * cost(gptq)
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4])

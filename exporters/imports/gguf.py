@@ -14,7 +14,7 @@ import numpy as np
 from edgeattn.exporters.checkpoint import Weight
 from edgeattn.exporters.imports.gguf_blocks import OTHERS, TYPES, Codes
 from edgeattn.exporters.imports.gguf_file import read_gguf
-from edgeattn.exporters.imports.gguf_tokenizer import write_tokenizer
+from edgeattn.exporters.imports.gguf_tokenizer import check_tokenizer, write_tokenizer
 from edgeattn.exporters.imports.packing import grouped
 from edgeattn.exporters.stored import as_float, read_bytes
 
@@ -76,14 +76,21 @@ class GGUF:
         return {}
 
     def copy_files(self, names: tuple[str, ...], folder: Path) -> None:
-        """The tokenizer's files: those beside the GGUF file if there is a tokenizer.json, else made from the settings."""
+        """The tokenizer's files: made from the settings, or, where those have none that is known here, those beside the GGUF file. What
+        lies beside a file that needs nothing is left alone: it may be another model's."""
         beside = self.folder.parent
-        if (beside / "tokenizer.json").is_file():
+        theirs = (beside / "tokenizer.json").is_file()
+        try:
+            found = write_tokenizer(self.folder, self.settings, folder)
+        except ValueError:
+            if not theirs:
+                raise
+            found = False
+        if theirs and not found:
+            check_tokenizer(beside / "tokenizer.json", self.folder, self.settings, self.config["vocab_size"])
             for name in names:
                 if (beside / name).is_file():
                     shutil.copyfile(beside / name, folder / name)
-        else:
-            write_tokenizer(self.folder, self.settings, folder)
 
     def _config(self):
         kind, settings = self.settings.get("general.architecture"), self.settings

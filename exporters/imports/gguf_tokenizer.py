@@ -8,7 +8,7 @@ from pathlib import Path
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 
-CONTROL, USER_DEFINED = 3, 4  # kinds of tokens
+NORMAL, CONTROL, USER_DEFINED = 1, 3, 4  # kinds of tokens
 SPACE = "\N{LOWER ONE EIGHTH BLOCK}"  # SentencePiece's
 
 _SMALL = r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+"
@@ -27,12 +27,12 @@ RULES = {"llama-bpe": "llama3", "llama3": "llama3", "llama-v3": "llama3", "falco
          "refact": "digits", "command-r": "digits"}
 
 
-def write_tokenizer(path: Path, settings: dict, folder: Path) -> None:
-    """Write what `settings` of the GGUF file at `path` say; nothing for a file without a vocabulary. ValueError when it is of a kind
+def write_tokenizer(path: Path, settings: dict, folder: Path) -> bool:
+    """Write what `settings` of the GGUF file at `path` say; False for a file without a vocabulary. ValueError when it is of a kind
     that is not known here."""
-    ours = {name.removeprefix("tokenizer.ggml."): value for name, value in settings.items() if name.startswith("tokenizer.ggml.")}
+    ours = _ours(settings)
     if ours.get("model", "no_vocab") in ("no_vocab", "none") or not len(ours.get("tokens", ())):
-        return
+        return False
     build = {"gpt2": _byte_level, "llama": _sentencepiece}.get(ours["model"])
     if build is None or build is _byte_level and ours.get("pre", "default") not in RULES:
         raise ValueError(f"{path}: its tokenizer ({ours['model']!r}, {ours.get('pre', 'default')!r}) cannot be converted; put the "
@@ -48,6 +48,23 @@ def write_tokenizer(path: Path, settings: dict, folder: Path) -> None:
     (folder / "tokenizer_config.json").write_text(json.dumps(special, indent=1), encoding="utf-8")
     if isinstance(settings.get("tokenizer.chat_template"), str):
         (folder / "chat_template.jinja").write_text(settings["tokenizer.chat_template"], encoding="utf-8")
+    return True
+
+
+def check_tokenizer(path: Path, gguf: Path, settings: dict, vocab_size: int) -> None:
+    """ValueError unless the tokenizer.json at `path` has the tokens of the GGUF file, as far as that names any."""
+    try:
+        ids = Tokenizer.from_file(str(path)).get_vocab()
+    except Exception as error:  # the library raises bare ones
+        raise ValueError(f"{path}: cannot be read ({error})") from None
+    tokens, kinds = _ours(settings).get("tokens", ()), _ours(settings).get("token_type", ())
+    plain = [i for i in range(len(tokens)) if i >= len(kinds) or kinds[i] == NORMAL]  # others may be spelt in two ways
+    if any(ids.get(tokens[i]) != i for i in plain) or max(ids.values(), default=0) >= vocab_size:
+        raise ValueError(f"{path}: has other tokens than {gguf.name}; put the tokenizer.json of its original model there")
+
+
+def _ours(settings):
+    return {name.removeprefix("tokenizer.ggml."): value for name, value in settings.items() if name.startswith("tokenizer.ggml.")}
 
 
 def _byte_level(ours):

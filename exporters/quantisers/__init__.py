@@ -18,10 +18,20 @@ import numpy as np
 
 
 @dataclass(frozen=True)
+class Head:
+    """Rows start ... stop of a matrix whose changes D [rows, K] cost tr(metric D hessian D^T)."""
+    start: int
+    stop: int
+    metric: np.ndarray   # [rows, rows] float64
+    hessian: np.ndarray  # [K, K] float32
+
+
+@dataclass(frozen=True)
 class Statistics:
     """What calibration text says about a matrix's input x [tokens, K]."""
     hessian: np.ndarray    # [K, K] float32, the mean of x^T x
     magnitude: np.ndarray  # [K] float32, the mean of |x|
+    heads: tuple[Head, ...] = ()  # of qkv_proj, for methods that have NEEDS_HEADS
 
 
 def names() -> list[str]:

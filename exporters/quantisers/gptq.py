@@ -15,8 +15,12 @@ BATCH = 128     # columns whose corrections to later ones are applied at once, a
 
 
 def quantise(weight, bits, block_size, statistics):
-    (n, k), diagonal, zero = weight.shape, np.diag(statistics.hessian), 1 << (bits - 1)
-    order, factor = _factor(statistics.hessian)
+    return quantise_columns(weight, bits, block_size, statistics.hessian, *factorise(statistics.hessian))
+
+
+def quantise_columns(weight, bits, block_size, hessian, order, factor):
+    """`quantise`, given what `factorise` makes of the hessian."""
+    k, diagonal, zero = weight.shape[1], np.diag(hessian), 1 << (bits - 1)
     weight = pad(np.where(diagonal > 0, weight, np.float32(0)), block_size)  # nothing comes in where it is zero
     importance = np.ones(weight.shape[1], np.float32)
     importance[:k] = diagonal / max(diagonal.mean(), 1e-30)
@@ -27,16 +31,20 @@ def quantise(weight, bits, block_size, statistics):
     return codes, scales, None
 
 
-def _factor(hessian):
+def factorise(hessian: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """The order of columns, and U upper triangular with U^T U = the inverse of the damped H in that order."""
     diagonal = np.diag(hessian)
     order = np.argsort(-diagonal, kind="stable")
     damped = hessian[np.ix_(order, order)].astype(np.float64)
     damped[np.diag_indices_from(damped)] += np.where(diagonal[order] > 0, DAMPING * diagonal.mean(), 1)
+    return order, inverse_factor(damped).astype(np.float32)
+
+
+def inverse_factor(matrix: np.ndarray) -> np.ndarray:
+    """U upper triangular with U^T U = the inverse of a positive definite matrix [..., n, n]."""
     # With J the reversal, J H J = L L^T gives H^-1 = (J L^-1 J)^T (J L^-1 J), and J L^-1 J is upper triangular.
-    lower = np.linalg.cholesky(damped[::-1, ::-1])
-    factor = np.linalg.solve(lower, np.eye(len(lower)))[::-1, ::-1]
-    return order, factor.astype(np.float32)
+    lower = np.linalg.cholesky(matrix[..., ::-1, ::-1])
+    return np.linalg.solve(lower, np.broadcast_to(np.eye(matrix.shape[-1]), matrix.shape))[..., ::-1, ::-1]
 
 
 def _compensate(rest, scales, factor, bits):

@@ -123,7 +123,7 @@ def _places(value):
 
 def fuzz(loader: str) -> None:
     """Run atheris on one importer; arguments are libFuzzer's."""
-    families()  # imports all there is, kernels too, which is no slow input's fault
+    families()  # imports all there is, which is no slow input's fault
     gguf = loader == "gguf"
     run(loader, lambda data: read(data, gguf), lambda data, rng, _: damage(data, rng, gguf))
 

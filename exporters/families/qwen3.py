@@ -1,6 +1,6 @@
 """Qwen3: an RMS norm on every head of q and k before rotary, no biases by default."""
 from edgeattn.exporters.decoder import Decoder, read_decoder
-from edgeattn.exporters.qwen2 import windows
+from edgeattn.exporters.families.qwen2 import windows
 
 
 def describe(config: dict) -> Decoder:

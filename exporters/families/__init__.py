@@ -1,9 +1,7 @@
-"""Which families can be exported: every file of this folder that has a `describe` is one, and its name is the model_type."""
+"""Which families can be exported: every other file of this folder is one, with a `describe`, and its name is the model_type."""
 from importlib import import_module
-from importlib.util import find_spec
 from pkgutil import iter_modules
 
-from edgeattn import exporters
 from edgeattn.exporters.checkpoint import Checkpoint
 from edgeattn.exporters.decoder import Decoder
 
@@ -14,21 +12,17 @@ LARGEST = 1 << 24  # of a size: no model comes near
 
 def families() -> list[str]:
     """The model_types that can be exported."""
-    return sorted(m.name for m in iter_modules(exporters.__path__)
-                  if hasattr(import_module(f"{exporters.__name__}.{m.name}"), "describe"))
+    return sorted(m.name for m in iter_modules(__path__))
 
 
 def read_architecture(source: Checkpoint) -> Decoder:
     """The decoder that a checkpoint's config describes. ValueError for an unknown model_type or an unsupported feature."""
     kind, path = source.config.get("model_type"), source.described_by
-    name = f"{exporters.__name__}.{kind}"
-    known = isinstance(kind, str) and kind.isidentifier() and find_spec(name) is not None
-    describe = getattr(import_module(name), "describe", None) if known else None
-    if describe is None:
+    if kind not in families():
         raise ValueError(f"{path}: unknown model_type {kind!r}; supported: {families()}")
     try:
         _check_sizes(source.config, len(source.tensors))
-        return describe(source.config)
+        return import_module(f"{__name__}.{kind}").describe(source.config)
     except KeyError as error:
         raise ValueError(f"{path}: {error.args[0]!r} is missing") from None
     except ValueError as error:
