@@ -4,9 +4,11 @@ import contextlib
 import json
 import subprocess
 import sys
+from dataclasses import asdict
+from pathlib import Path
 
 from edgeattn.apps import axes, options
-from edgeattn.apps.bench_report import FORMATS, Row, Test, make_report
+from edgeattn.apps.bench_report import FORMATS, Row, Trial, make_report
 
 HELP = "measure prompt and generation speed, latency, memory, bandwidth and power"
 
@@ -18,15 +20,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         parser.add_argument(flag, name, type=options.numbers(0), default=[default], metavar="N[,N]", help=f"{text} ({default})")
     parser.add_argument("-pg", type=_pair, action="append", default=[], metavar="P,N", help="a prompt of P tokens and then N to generate, "
                         "timed as one; may be repeated")
+    parser.add_argument("--tests", type=_tests, help=argparse.SUPPRESS)  # how a process is told what is left of another's work
     parser.add_argument("-r", "--repetitions", type=options.whole(1), default=5, metavar="N", help="times each test runs (5)")
     parser.add_argument("--delay", type=options.whole(0), default=0, metavar="S", help="seconds of rest before each test (0)")
     parser.add_argument("--no-warmup", action="store_true", help="time the first run of each test too")
     parser.add_argument("--progress", action="store_true", help="say on stderr which test runs, also where that is no terminal")
-    parser.add_argument("-o", "--output", choices=FORMATS, default="md", help="format of the rows (md); md, csv, jsonl: each is written when "
-                        "it is measured")
+    parser.add_argument("-o", "--output", choices=FORMATS, default="md", help="format of the rows (md); all but html "
+                        "are written row by row")
+    parser.add_argument("--out", metavar="FILE.jsonl", help="add rows to a file as they are made; what it holds is not measured again")
     axes.add_model(parser)
-    parser.epilog = ("Flags of the model, the KV cache and sparse attention take several values with commas between them: every combination "
-                     "is measured, in a process of its own, so that each has its own peak of memory.")
+    parser.epilog = ("Flags of the model, the KV cache and sparse attention take several values with commas between them: every "
+                     "combination is measured, in a process of its own, so that each has its own peak of memory.")
 
 
 def _pair(text):
@@ -36,30 +40,40 @@ def _pair(text):
     return tuple(found)
 
 
+def _tests(text):
+    return [Trial.parse(part) for part in text.split(",")]
+
+
 def main(args: argparse.Namespace) -> int:
-    tests = [Test(depth, n_prompt, n_gen) for depth in args.n_depth for n_prompt, n_gen in
-             [*((n, 0) for n in args.n_prompt if n), *((0, n) for n in args.n_gen if n), *args.pg]]
+    tests = args.tests or [Trial(depth, n_prompt, n_gen) for depth in args.n_depth for n_prompt, n_gen in
+                           [*((n, 0) for n in args.n_prompt if n), *((0, n) for n in args.n_gen if n), *args.pg]]
     if not tests:
         raise ValueError("nothing to measure: give -p N or -n N above 0")
-    settings = axes.expand(args)
-    longest = max(test.tokens for test in tests)
-    for _, one in settings:  # a mistake in the last of them must not wait for the others
+    settings = [one for _, one in axes.expand(args)]
+    for one in settings:  # a mistake in the last of them must not wait for the others
         axes.check(one)
         _check_room(one, tests)
-    labels = [axes.setting(one) for _, one in settings] if len(settings) > 1 else []
-    report = make_report(args.output, sys.stdout, labels)
+    kept = Kept(args.out)
+    report = make_report(args.output, sys.stdout, [axes.setting(one) for one in settings] if len(settings) > 1 else [])
+    failed = []
     with contextlib.closing(report):
-        if len(settings) > 1:
-            return _each_apart(args, settings, report)
-        from edgeattn.apps.bench_run import Bench
-        (_, one), = settings
-        bench = Bench(one, one.ctx_size or longest)
-        with contextlib.closing(bench):
-            if args.output == "md" and bench.missing:
-                print(f"not measured here: {bench.missing}", file=sys.stderr)
-            for row in bench.rows(tests):
-                report.add(row)
-    return 0
+        for i, one in enumerate(settings, 1):
+            known = kept.rows(one, args.repetitions)
+            for row in known.values():
+                if row.test in {test.name for test in tests}:
+                    report.add(row)
+            missing = [test for test in tests if test.name not in known]
+            if args.progress and len(settings) > 1:
+                print(f"setting {i} of {len(settings)}: {axes.setting(one) or 'defaults'}", file=sys.stderr, flush=True)
+            try:
+                for row in _apart(args, one, missing) if len(settings) > 1 else _here(args, one, missing):
+                    kept.add(row)
+                    report.add(row)
+            except subprocess.CalledProcessError:  # it has said why
+                failed.append(axes.setting(one))
+    if failed:
+        print(f"edgeattn bench: {len(failed)} of {len(settings)} settings failed: {'; '.join(failed)}", file=sys.stderr)
+    return 1 if failed else 0
 
 
 def _check_room(args, tests):
@@ -73,28 +87,54 @@ def _check_room(args, tests):
                          f"lower -d, -p or -n{', or raise -c' if args.ctx_size else ''}")
 
 
-def _each_apart(args, settings, report):
-    """Every setting in a process of its own, whose memory is nobody else's."""
+def _here(args, one, tests):
+    if not tests:
+        return
+    from edgeattn.apps.bench_run import Bench
+    with contextlib.closing(Bench(one, one.ctx_size or max(test.tokens for test in tests))) as bench:
+        if args.output == "md" and bench.missing:
+            print(f"not measured here: {bench.missing}", file=sys.stderr)
+        yield from bench.rows(tests)
+
+
+def _apart(args, one, tests):
+    """In a process of its own, whose memory is nobody else's."""
+    if not tests:
+        return
     from edgeattn.apps import record
-    failed = []
-    for i, (label, one) in enumerate(settings, 1):
-        if args.progress:
-            print(f"setting {i} of {len(settings)}: {label}", file=sys.stderr, flush=True)
-        command = [sys.executable, "-m", "edgeattn.apps.cli", "bench", *_arguments(args), *axes.arguments(one)]
-        with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
-            for line in process.stdout:
-                report.add(Row(**json.loads(line) | {"command": record.command()}))
-        if process.returncode:
-            failed.append(label)
-    if failed:
-        print(f"edgeattn bench: {len(failed)} of {len(settings)} settings failed: {'; '.join(failed)}", file=sys.stderr)
-    return 1 if failed else 0
+    flags = [flag for flag, given in (("--no-warmup", args.no_warmup), ("--progress", args.progress)) if given]
+    command = [sys.executable, "-m", "edgeattn.apps.cli", "bench", "--tests", ",".join(map(str, tests)), "-r", str(args.repetitions),
+               "--delay", str(args.delay), *flags, "-o", "jsonl", *axes.arguments(one)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        for line in process.stdout:
+            yield Row(**json.loads(line) | {"command": record.command()})
+    if process.returncode:
+        raise subprocess.CalledProcessError(process.returncode, command)
 
 
-def _arguments(args):
-    """What a process needs to be told besides its setting."""
-    lists = {"-p": args.n_prompt, "-n": args.n_gen, "-d": args.n_depth}
-    found = [part for flag, values in lists.items() for part in (flag, ",".join(map(str, values)))]
-    found += [part for pair in args.pg for part in ("-pg", f"{pair[0]},{pair[1]}")]
-    found += ["-r", str(args.repetitions), "--delay", str(args.delay), "-o", "jsonl"]
-    return found + [flag for flag, given in (("--no-warmup", args.no_warmup), ("--progress", args.progress)) if given]
+class Kept:
+    """The rows of --out. ValueError: the file holds something else."""
+
+    def __init__(self, path: str | None):
+        self._path, self._rows = path, []
+        if not path or not Path(path).is_file():
+            return
+        from edgeattn.apps import record
+        self._rows = [found for found in record.read(path) if found.get("kind") == "bench"]
+
+    def rows(self, args: argparse.Namespace, repetitions: int) -> dict[str, Row]:
+        """{test: row} of one setting of the same export on this machine."""
+        if not self._rows:
+            return {}
+        from edgeattn.apps import models, record
+        from edgeattn.cache.session import fingerprint
+        from edgeattn.runtime import read_config
+        export, host = fingerprint(read_config(models.exported(args.model, args.precision)))[:16], record.host()
+        return {found["test"]: Row(**found) for found in self._rows
+                if (found["export"], found["setting"], found["repetitions"]) == (export, axes.setting(args), repetitions)
+                and found["machine"].endswith(host)}
+
+    def add(self, row: Row) -> None:
+        if self._path:
+            from edgeattn.apps import record
+            record.append(self._path, asdict(row))

@@ -1,4 +1,4 @@
-"""The rows of a benchmark as Markdown, CSV, JSON, JSON lines or a page; all but the page are written as they are measured."""
+"""The rows of a benchmark as Markdown, CSV, JSON, JSON lines or a page; all but the page as they are measured."""
 import csv
 import json
 from dataclasses import asdict, dataclass, field, fields
@@ -7,7 +7,7 @@ from edgeattn.apps.terminal import count, size
 
 
 @dataclass(frozen=True)
-class Test:
+class Trial:
     """A prompt of n_prompt tokens and then n_gen to generate, either 0, after `depth` tokens."""
     depth: int
     n_prompt: int
@@ -20,6 +20,14 @@ class Test:
     @property
     def tokens(self) -> int:
         return self.depth + self.work
+
+    @classmethod
+    def parse(cls, text: str) -> "Trial":
+        """From how `str` writes it."""
+        return cls(*map(int, text.split(":")))
+
+    def __str__(self) -> str:
+        return f"{self.depth}:{self.n_prompt}:{self.n_gen}"
 
     @property
     def name(self) -> str:
@@ -38,6 +46,7 @@ class Row:
     machine: str
     date: str
     edgeattn: str                # version
+    export: str                  # a hash of the model's files
     size_bytes: int
     params: int
     device: str
@@ -176,7 +185,24 @@ class Json:
         print("\n]" if self._rows else "[]", file=self._file, flush=True)
 
 
-FORMATS = {"md": Markdown, "json": Json, "csv": Csv, "jsonl": JsonLines}
+class Html:
+    """A page, written at the end."""
+
+    def __init__(self, file, settings):
+        from edgeattn.apps.report import need_plots
+        need_plots()
+        self._file, self._rows = file, []
+
+    def add(self, row: Row) -> None:
+        self._rows.append(asdict(row))
+
+    def close(self) -> None:
+        from edgeattn.apps.report_page import render
+        if self._rows:
+            print(render(self._rows), file=self._file)
+
+
+FORMATS = {"md": Markdown, "json": Json, "csv": Csv, "jsonl": JsonLines, "html": Html}
 
 
 def make_report(name: str, file, settings: list[str]):

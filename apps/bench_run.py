@@ -10,10 +10,11 @@ import numpy as np
 import psutil
 
 from edgeattn.apps import models, record
-from edgeattn.apps.bench_report import Row, Test
+from edgeattn.apps.bench_report import Row, Trial
 from edgeattn.apps.terminal import note
 from edgeattn.apps.weights import Weights
 from edgeattn.bandwidth import measured_apart
+from edgeattn.cache.session import fingerprint
 from edgeattn.generation import Sampler, SamplerOptions
 from edgeattn.sensors import Reading, Sensors, merge
 
@@ -56,13 +57,13 @@ class Bench:
         if self._args.progress and text and not sys.stderr.isatty():
             print(text, file=sys.stderr, flush=True)
 
-    def rows(self, tests: list[Test]) -> Iterator[Row]:
+    def rows(self, tests: list[Trial]) -> Iterator[Row]:
         """A Row for each test. A depth is computed once for the tests that follow each other at it."""
         sequence = self._model.new_sequence()
         for test in tests:
             self._go_to(sequence, test.depth)
             if not self._args.no_warmup:
-                self._once(sequence, Test(test.depth, min(test.n_prompt, self._model.ubatch), min(test.n_gen, WARM_UP)))
+                self._once(sequence, Trial(test.depth, min(test.n_prompt, self._model.ubatch), min(test.n_gen, WARM_UP)))
                 self._go_to(sequence, test.depth)
             time.sleep(self._args.delay)
             steps, runs = self._steps(), []
@@ -77,7 +78,7 @@ class Bench:
         self._model.free(sequence)
 
     def _go_to(self, sequence, depth):
-        """Take back what is beyond a depth, and compute what is missing: a quantised page that was cut, or all where tokens were evicted."""
+        """Take back what is beyond a depth, and compute what is missing: a quantised page that was cut, all where tokens were evicted."""
         if sequence.length > depth:
             self._model.truncate(sequence, depth)
         while sequence.length < depth:
@@ -106,8 +107,9 @@ class Bench:
         model, weights, reading = self._model, self._weights, merge([run.reading for run in runs])
         rates = [test.work / run.seconds for run in runs]
         joules, tokens = reading.joules, test.work * len(runs)
-        row = Row(**record.common("bench", self._args, model), size_bytes=weights.bytes, params=weights.params, device=model.device,
-                  threads=model.threads, kv_type=model.cache.options.name, ubatch=model.ubatch, test=test.name, depth=test.depth,
+        row = Row(**record.common("bench", self._args, model), export=fingerprint(model.config)[:16],
+                  size_bytes=weights.bytes, params=weights.params, device=model.device, threads=model.threads,
+                  kv_type=model.cache.options.name, ubatch=model.ubatch, test=test.name, depth=test.depth,
                   n_prompt=test.n_prompt, n_gen=test.n_gen, repetitions=len(runs), tokens_per_second=statistics.mean(rates),
                   deviation=statistics.stdev(rates) if len(rates) > 1 else 0.0, kv_bytes=kv, read_bandwidth=self._bandwidth,
                   weight_bytes_per_token=weights.token_bytes, **self._memory(test), mhz=reading.mhz, mhz_min=reading.mhz_min,

@@ -1,6 +1,4 @@
 """Flags with several values: the settings that they make, and what a result says of its own."""
-import argparse
-
 import pytest
 
 from edgeattn.apps import axes, record
@@ -64,5 +62,5 @@ def test_names_of_models():
 
 
 def test_the_machine_in_words():
-    text = record.machine(argparse.Namespace(device="cpu"))
+    text = record.machine()
     assert "cores" in text and "GiB" in text and "\n" not in text

@@ -8,12 +8,12 @@ import numpy as np
 import pytest
 from command import EDGEATTN
 
-from edgeattn.apps.bench_report import FORMATS, Row, Test, make_report
+from edgeattn.apps.bench_report import Row, Trial, make_report
 
-ROW = Row(kind="bench", model="nano int4", setting="-ctk int4", command="edgeattn bench", machine="a board", date="2026-01-01", edgeattn="0",
-          size_bytes=18 << 20, params=26_700_000, device="cpu", threads=2, kv_type="f16", ubatch=512, test="tg128", depth=0, n_prompt=0,
-          n_gen=128, repetitions=5, tokens_per_second=123.456, deviation=1.5, peak_rss_bytes=90 << 20, weights_mapped_bytes=18 << 20,
-          workspace_bytes=1 << 20, runtime_bytes=60 << 20, kv_bytes=4096, weight_bytes_per_token=16 << 20, read_bandwidth=2e10,
+ROW = Row(kind="bench", model="nano int4", setting="-ctk int4", command="edgeattn bench", machine="a board", date="2026-01-01",
+          edgeattn="0", export="e", size_bytes=18 << 20, params=26_700_000, device="cpu", threads=2, kv_type="f16", ubatch=512,
+          test="tg128", depth=0, n_prompt=0, n_gen=128, repetitions=5, tokens_per_second=123.456, deviation=1.5, peak_rss_bytes=90 << 20,
+          weights_mapped_bytes=18 << 20, workspace_bytes=1 << 20, runtime_bytes=60 << 20, kv_bytes=4096, weight_bytes_per_token=16 << 20, read_bandwidth=2e10,
           token_ms=[8.0, 8.2])
 
 
@@ -55,8 +55,8 @@ def test_columns_are_those_that_say_something():
 @pytest.fixture(scope="module")
 def rows(nano_int4):
     """Of a process of its own, whose memory is nobody else's."""
-    done = subprocess.run([*EDGEATTN, "bench", "-m", nano_int4, "-p", "32", "-n", "4", "-pg", "64,2", "-d", "0,64", "-r", "2", "-o", "jsonl",
-                           "-ub", "32", "-c", "256"], check=True, capture_output=True, text=True)
+    done = subprocess.run([*EDGEATTN, "bench", "-m", nano_int4, "-p", "32", "-n", "4", "-pg", "64,2", "-d", "0,64", "-r", "2", "-o",
+                           "jsonl", "-ub", "32", "-c", "256"], check=True, capture_output=True, text=True)
     return [Row(**json.loads(line)) for line in done.stdout.splitlines()]
 
 
@@ -72,7 +72,8 @@ def test_times(rows):
         assert row.tokens_per_second == pytest.approx(np.mean([(row.n_prompt + row.n_gen) / s for s in row.samples_s]), rel=1e-3)
         assert (row.ttft_ms is None) == (row.n_prompt == 0) and (row.p50_ms is None) == (row.n_gen == 0)
         if row.n_gen:
-            assert row.p50_ms <= row.p90_ms <= row.p95_ms <= max(row.token_ms) and 0 < row.bandwidth_share == row.bandwidth / row.read_bandwidth
+            assert row.p50_ms <= row.p90_ms <= row.p95_ms <= max(row.token_ms)
+            assert 0 < row.bandwidth_share == row.bandwidth / row.read_bandwidth
             assert sum(row.token_ms) / 1e3 + (row.ttft_ms or 0) * 2 / 1e3 == pytest.approx(sum(row.samples_s), rel=0.05)
 
 
@@ -81,12 +82,12 @@ def test_memory(rows):
     for row in rows:
         parts = row.weights_mapped_bytes, row.workspace_bytes, row.runtime_bytes, row.kv_bytes
         assert min(parts) > 0 and 0.9 * row.peak_rss_bytes < sum(parts) <= row.peak_rss_bytes
-        assert 1.7e7 < row.weight_bytes_per_token <= row.weights_mapped_bytes + 4096 and row.weights_mapped_bytes <= row.size_bytes + (1 << 20)
+        assert 1.6e7 < row.weight_bytes_per_token
+        assert 0.9 * row.weight_bytes_per_token < row.weights_mapped_bytes < row.size_bytes + (1 << 20)
 
 
 def test_settings_run_apart(edgeattn, nano_int4):
-    done = edgeattn("bench", "-m", nano_int4, "-p", "0", "-n", "2", "-d", "1024", "-r", "1", "-c", "1100", "--sparse-attention", "off,quest",
-                    "--sparse-budget", "128", "--sparse-min-len", "512", "-o", "jsonl", "--progress")
+    done = edgeattn("bench", "-m", nano_int4, "--sparse-attention", "quest,off", "--sparse-budget", "128")
     assert done.returncode == 2 and "needs --sparse-attention" in done.stderr and not done.stdout  # found before anything ran
     done = edgeattn("bench", "-m", nano_int4, "-p", "0", "-n", "2", "-d", "1024", "-r", "1", "-c", "1100", "-ctk", "f16,int8",
                     "--sparse-attention", "quest", "--sparse-budget", "128", "--sparse-min-len", "512", "-o", "jsonl", "--progress")
@@ -118,4 +119,4 @@ def test_beyond_the_context(edgeattn, nano_int4):
 
 
 def test_names_of_tests():
-    assert Test(64, 32, 4).name == "pp32+tg4 @ d64" and Test(0, 0, 4).name == "tg4" and Test(64, 32, 4).tokens == 100
+    assert Trial(64, 32, 4).name == "pp32+tg4 @ d64" and Trial(0, 0, 4).name == "tg4" and Trial(64, 32, 4).tokens == 100
