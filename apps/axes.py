@@ -38,7 +38,10 @@ class Flags:
 
     def add_argument(self, *names: str, **about) -> None:
         if about.get("action", "store") == "store":
-            about["type"] = _values(about.get("type", str), about.pop("choices", None), MODEL in names)
+            choices = about.pop("choices", None)
+            about["type"] = _values(about.get("type", str), choices, MODEL in names)
+            if choices:
+                about.setdefault("metavar", f"{{{','.join(map(str, choices))}}}")
         action = self._group.add_argument(*names, **about)
         self._found[action.dest] = Flag(names[0], action.default)
 

@@ -3,9 +3,9 @@ import io
 import re
 from dataclasses import dataclass
 
-from edgeattn.apps.report_settings import commands, labels
+from edgeattn.apps.report_settings import commands, labels, styles
 
-WIDTH, HEIGHT = 4.6, 3.0  # inches: a phone shows letters about as they are
+WIDTH, HEIGHT = 4.4, 3.0  # inches: a phone shows letters about as they are
 INK, GRID = "#fe00ff", "#fe00fe"                        # no colours, but names: the page says what they are
 COLOURS = [f"#fe00{i:02x}" for i in range(8)]
 DASHES = ("-", "--", ":", "-.")
@@ -15,10 +15,10 @@ MIB = 2**20
 
 @dataclass
 class Figure:
-    """A plot: what it shows, its SVG, [(swatch, text)] of its legend, the commands that measured it, what else to say of it."""
+    """A plot: what it shows, its SVG, [(colour, whether dashed, text)] of its legend, the commands that measured it, a note."""
     title: str
     svg: str
-    legend: list[tuple[str, str]]
+    legend: list[tuple[str, bool, str]]
     commands: list[str]
     note: str = ""
 
@@ -78,8 +78,10 @@ def _svg(canvas, name):
     return re.sub(r"url\(#", f"url(#{prefix}-", text)
 
 
-def _swatch(i):
-    return f"var(--c{i % len(COLOURS)})"
+def _legend(texts, marks=None):
+    """marks: (colour, dash) of each text."""
+    marks = marks or [(i, 0) for i in range(len(texts))]
+    return [(f"var(--c{colour % len(COLOURS)})", bool(dash), text) for text, (colour, dash) in zip(texts, marks)]
 
 
 def _lines(title, unit, rows, field, note):
@@ -88,18 +90,19 @@ def _lines(title, unit, rows, field, note):
         return None
     canvas, axes = _axes(unit, "tokens in the cache")
     names = labels(rows)
-    for i, place in enumerate(names):
+    marks = styles(list(names.values()))
+    for place, (colour, dash) in zip(names, marks):
         own = sorted((row for row in rows if (row["model"], row["setting"]) == place), key=lambda row: row["depth"])
-        axes.plot([row["depth"] for row in own], [row[field] for row in own], color=COLOURS[i % 8], linestyle=DASHES[i % 2], marker="o",
-                  markersize=3.5, linewidth=1.6)
+        axes.plot([row["depth"] for row in own], [row[field] for row in own], color=COLOURS[colour % 8], linestyle=DASHES[dash % 4],
+                  marker="o", markersize=3.5, linewidth=1.6)
         if field == "tokens_per_second":
             for row in own:
                 axes.plot([row["depth"]] * len(row["samples_s"]), [(row["n_prompt"] + row["n_gen"]) / s for s in row["samples_s"]], ".",
-                          color=COLOURS[i % 8], markersize=2.5, alpha=0.6)
+                          color=COLOURS[colour % 8], markersize=2.5, alpha=0.6)
     axes.set_ylim(bottom=0)
     axes.xaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
     axes.yaxis.set_major_formatter(lambda value, _: f"{value:,.4g}")
-    return Figure(title, _svg(canvas, title), [(_swatch(i), name) for i, name in enumerate(names.values())], commands(rows),
+    return Figure(title, _svg(canvas, title), _legend(names.values(), marks), commands(rows),
                   note.format(**rows[0]))
 
 
@@ -116,8 +119,8 @@ def _deepest(rows):
 def _bars(axes, names):
     axes.set_yticks(range(len(names)), [""] * len(names))
     for i, name in enumerate(names):
-        axes.annotate(name, (0, i), (0, 9), textcoords="offset points", fontsize=8, va="center")
-    axes.set_ylim(len(names) - 0.55, -0.75)
+        axes.annotate(name, (0, i), (2, 10), textcoords="offset points", fontsize=8.5, va="center", color=INK)
+    axes.set_ylim(len(names) - 0.6, -0.8)
     axes.grid(False, axis="y")
     axes.tick_params(axis="y", length=0)
 
@@ -126,14 +129,14 @@ def _memory(rows):
     rows = [row for row in _deepest(rows) if row["device"] == "cpu"]
     if not rows:
         return None
-    canvas, axes = _axes("", "MiB", 0.9 + 0.42 * len(rows))
+    canvas, axes = _axes("", "MiB", 0.7 + 0.48 * len(rows))
     left = [0.0] * len(rows)
     for i, name in enumerate(PARTS):
         sizes = [row[name] / MIB for row in rows]
-        axes.barh(range(len(rows)), sizes, 0.38, left, color=COLOURS[i])
+        axes.barh(range(len(rows)), sizes, 0.3, left, color=COLOURS[i])
         left = [a + b for a, b in zip(left, sizes)]
     _bars(axes, labels(rows).values())
-    return Figure("Memory", _svg(canvas, "Memory"), [(_swatch(i), text) for i, text in enumerate(PARTS.values())], commands(rows),
+    return Figure("Memory", _svg(canvas, "Memory"), _legend(PARTS.values()), commands(rows),
                   f"Of the process at its peak, after {max(row['depth'] for row in rows):,} tokens; runtime is Python, libraries, "
                   "compiled code.")
 
@@ -142,11 +145,11 @@ def _cache(rows):
     rows = _deepest(rows)
     if not rows:
         return None
-    canvas, axes = _axes("", "MiB", 0.9 + 0.42 * len(rows))
-    axes.barh(range(len(rows)), [row["kv_bytes"] / MIB for row in rows], 0.38, color=COLOURS[0], alpha=0.4)
-    axes.barh(range(len(rows)), [row["kv_bytes_per_token"] / MIB for row in rows], 0.2, color=COLOURS[1])
+    canvas, axes = _axes("", "MiB", 0.7 + 0.48 * len(rows))
+    axes.barh(range(len(rows)), [row["kv_bytes"] / MIB for row in rows], 0.3, color=COLOURS[0], alpha=0.4)
+    axes.barh(range(len(rows)), [row["kv_bytes_per_token"] / MIB for row in rows], 0.15, color=COLOURS[1])
     _bars(axes, labels(rows).values())
-    return Figure("Keys and values", _svg(canvas, "Keys and values"), [(_swatch(0), "kept"), (_swatch(1), "read for a generated token")],
+    return Figure("Keys and values", _svg(canvas, "Keys and values"), _legend(["kept", "read for a generated token"]),
                   commands(rows), f"After {max(row['depth'] for row in rows):,} tokens.")
 
 
@@ -175,5 +178,5 @@ def _pareto(task, depth, records):
     axes.set_ylim(bottom=0)
     title = f"Quality: {task}, {depth:,} tokens"
     text = f"{records[0]['samples']} samples" + ("; 95 % intervals" if records[0]["low"] is not None else "")
-    return Figure(title, _svg(canvas, title), [(_swatch(i), name) for i, name in enumerate(names.values())],
-                  commands(records), f"{text}. {'More' if more else 'Less'} is better; the line joins what no other setting beats in both.")
+    return Figure(title, _svg(canvas, title), _legend(names.values()), commands(records),
+                  f"{text}. {'More' if more else 'Less'} is better; the line joins what no other setting beats in both.")

@@ -2,6 +2,7 @@
 from dataclasses import dataclass
 
 BITS = "16,8,4"
+BUDGETS = 0.3, 0.15, 0.075  # of what a question's text takes in 16 bits; before them a budget that is none, to compare with
 DENSE = ("--sparse-attention", "off", "--sparse-prefill", "off")
 
 
@@ -20,8 +21,8 @@ def steps(model: str | None, config: dict, quick: bool = False) -> list[Step]:
     depths = ",".join(map(str, _depths(reach - room, quick)))
     repeat, samples = ("1", "8") if quick else ("3", "16")
     length = min(4000 if not quick else 1024, reach - 512)
-    whole = 4 * about["num_layers"] * about["kv_heads"] * about["head_dim"] * length  # the cache of a question's text, in 16 bits
-    budgets = ",".join(f"{max(1, round(whole * share / 1024))}K" for share in (2, 0.3, 0.15, 0.075))
+    token = 4 * about["num_layers"] * about["kv_heads"] * about["head_dim"]  # bytes in a cache of 16 bits
+    budgets = ",".join(f"{round(size / 1024)}K" for size in (2 * token * reach, *(token * length * share for share in BUDGETS)))
     kinds = {"cache types": ["--kv-bits", "16,8,4,3,2", *DENSE], "budgets with eviction": ["--kv-budget", budgets, *DENSE],
              "sparse attention": ["--sparse-attention", "off,auto", "--sparse-prefill", "off"]}
     found = [Step("generation at depth", ["bench", *m, "-p", "0", "-n", "16" if quick else "64", "-d", depths, "-r", repeat,

@@ -19,5 +19,14 @@ def labels(results: list[dict]) -> dict[tuple[str, str], str]:
             for place, one in given.items()}
 
 
+def styles(names: list[str]) -> list[tuple[int, int]]:
+    """(colour, dash) for each label: settings that differ in their last flag alone share a colour, if every one has several flags."""
+    parts = [name.split(" --") for name in names]
+    if any(len(part) != len(parts[0]) or len(part) < 2 for part in parts):
+        return [(i, 0) for i in range(len(names))]
+    first, last = (list(dict.fromkeys(part)) for part in (["".join(p[:-1]) for p in parts], [p[-1] for p in parts]))
+    return [(first.index("".join(part[:-1])), last.index(part[-1])) for part in parts]
+
+
 def commands(results: list[dict]) -> list[str]:
     return list(dict.fromkeys(result["command"] for result in results))

@@ -13,8 +13,8 @@ from edgeattn.apps.bench_report import Row, Trial, make_report
 ROW = Row(kind="bench", model="nano int4", setting="-ctk int4", command="edgeattn bench", machine="a board", date="2026-01-01",
           edgeattn="0", export="e", size_bytes=18 << 20, params=26_700_000, device="cpu", threads=2, kv_type="f16", ubatch=512,
           test="tg128", depth=0, n_prompt=0, n_gen=128, repetitions=5, tokens_per_second=123.456, deviation=1.5, peak_rss_bytes=90 << 20,
-          weights_mapped_bytes=18 << 20, workspace_bytes=1 << 20, runtime_bytes=60 << 20, kv_bytes=4096, weight_bytes_per_token=16 << 20, read_bandwidth=2e10,
-          token_ms=[8.0, 8.2])
+          weights_mapped_bytes=18 << 20, workspace_bytes=1 << 20, runtime_bytes=60 << 20, kv_bytes=4096,
+          weight_bytes_per_token=16 << 20, read_bandwidth=2e10, token_ms=[8.0, 8.2])
 
 
 def parse(name, text):
@@ -105,6 +105,17 @@ def test_a_setting_that_fails_loses_none_of_the_others(edgeattn, nano_int4):
     done = edgeattn("bench", "-m", nano_int4, "-p", "4", "-n", "0", "-r", "1", "-c", "256", "--kv-budget", "1K,8M", "-o", "jsonl")
     assert done.returncode == 1 and [json.loads(line)["setting"] for line in done.stdout.splitlines()] == ["-c 256 --kv-budget 8M"]
     assert "1 of 2 settings failed: --kv-budget 1K" in done.stderr
+
+
+def test_what_a_file_holds_is_not_measured_again(edgeattn, nano_int4, tmp_path, monkeypatch):
+    line = ["bench", "-m", nano_int4, "-p", "4", "-r", "1", "-c", "64", "-o", "jsonl", "--out", tmp_path / "kept.jsonl"]
+    first = edgeattn(*line, "-n", "0")
+    assert (tmp_path / "kept.jsonl").read_text() == first.stdout
+    more = edgeattn(*line, "-n", "2")
+    assert [json.loads(row)["test"] for row in more.stdout.splitlines()] == ["pp4", "tg2"] and more.stdout.startswith(first.stdout)
+    assert (tmp_path / "kept.jsonl").read_text() == more.stdout
+    monkeypatch.setattr("edgeattn.runtime.Model.load", lambda *_, **__: pytest.fail("nothing is left to measure"))
+    assert edgeattn(*line, "-n", "2").stdout == more.stdout
 
 
 @pytest.mark.parametrize("n_prompt, n_gen", [(1, 0), (0, 1)])

@@ -12,7 +12,7 @@ from edgeattn.apps import record, report_plan
 from edgeattn.apps.bench_report import Trial
 from edgeattn.apps.report_figures import figures
 from edgeattn.apps.report_page import render
-from edgeattn.apps.report_settings import labels
+from edgeattn.apps.report_settings import labels, styles
 from edgeattn.apps.report_tables import markdown, tables
 
 VOID = {"meta", "link", "br", "img", "input", "hr"}
@@ -136,6 +136,12 @@ def test_labels_say_what_differs():
     assert list(labels(RESULTS).values())[:2] == ["--kv-bits 16", "--kv-bits 4"]
     mixed = [{"model": "a", "setting": ""}, {"model": "b", "setting": "-t 2"}]
     assert list(labels(mixed).values()) == ["a", "b -t 2"] and list(labels(mixed[:1]).values()) == ["defaults"]
+
+
+def test_settings_that_differ_in_one_flag_share_a_colour():
+    assert styles(["--kv-bits 16 --sparse-attention off", "--kv-bits 16 --sparse-attention auto", "--kv-bits 4 --sparse-attention off"]) == [
+        (0, 0), (0, 1), (1, 0)]
+    assert styles(["--kv-bits 16", "--kv-bits 4"]) == styles(["defaults", "--kv-bits 4 --kv-window 32"]) == [(0, 0), (1, 0)]
 
 
 def test_what_one_result_is_enough_for():
