@@ -1,16 +1,16 @@
-"""edgeattn bench: rows like llama-bench's, with latency, memory and the share of the machine's bandwidth."""
+"""edgeattn bench: rows like llama-bench's, with latency, memory, power and the share of the machine's bandwidth."""
 import argparse
-import statistics
+import contextlib
+import json
+import subprocess
 import sys
-import time
-from dataclasses import dataclass
+from dataclasses import asdict
+from pathlib import Path
 
-from edgeattn.apps import options
-from edgeattn.apps.bench_report import FORMATS, Row, make_report
-from edgeattn.apps.terminal import note
+from edgeattn.apps import axes, options
+from edgeattn.apps.bench_report import FORMATS, Row, Trial, make_report
 
-HELP = "measure prompt and generation speed, latency, memory and bandwidth"
-SEED = 1  # of the random tokens: every run computes the same ones
+HELP = "measure prompt and generation speed, latency, memory, bandwidth and power"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -18,137 +18,123 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
                                       ("-n", "--n-gen", 128, "tokens to generate; 0 for none"),
                                       ("-d", "--n-depth", 0, "tokens in the cache before a test")):
         parser.add_argument(flag, name, type=options.numbers(0), default=[default], metavar="N[,N]", help=f"{text} ({default})")
+    parser.add_argument("-pg", type=_pair, action="append", default=[], metavar="P,N", help="a prompt of P tokens and then N to generate, "
+                        "timed as one; may be repeated")
+    parser.add_argument("--tests", type=_tests, help=argparse.SUPPRESS)  # how a process is told what is left of another's work
     parser.add_argument("-r", "--repetitions", type=options.whole(1), default=5, metavar="N", help="times each test runs (5)")
-    parser.add_argument("-o", "--output", choices=FORMATS, default="md", help="format of the rows (md)")
-    options.add_model(parser)
+    parser.add_argument("--delay", type=options.whole(0), default=0, metavar="S", help="seconds of rest before each test (0)")
+    parser.add_argument("--no-warmup", action="store_true", help="time the first run of each test too")
+    parser.add_argument("--progress", action="store_true", help="say on stderr which test runs, also where that is no terminal")
+    parser.add_argument("-o", "--output", choices=FORMATS, default="md", help="format of the rows (md); all but html "
+                        "are written row by row")
+    parser.add_argument("--out", metavar="FILE.jsonl", help="add rows to a file as they are made; what it holds is not measured again")
+    axes.add_model(parser)
+    parser.epilog = ("Flags of the model, the KV cache and sparse attention take several values with commas between them: every "
+                     "combination is measured, in a process of its own, so that each has its own peak of memory.")
+
+
+def _pair(text):
+    found = options.numbers(1)(text)
+    if len(found) != 2:
+        raise argparse.ArgumentTypeError(f"must be two numbers, of a prompt and of what to generate, got {text!r}")
+    return tuple(found)
+
+
+def _tests(text):
+    return [Trial.parse(part) for part in text.split(",")]
 
 
 def main(args: argparse.Namespace) -> int:
-    tests = [("pp", n) for n in args.n_prompt if n] + [("tg", n) for n in args.n_gen if n]
+    tests = args.tests or [Trial(depth, n_prompt, n_gen) for depth in args.n_depth for n_prompt, n_gen in
+                           [*((n, 0) for n in args.n_prompt if n), *((0, n) for n in args.n_gen if n), *args.pg]]
     if not tests:
         raise ValueError("nothing to measure: give -p N or -n N above 0")
-    longest = max(args.n_depth) + max(n for _, n in tests)
+    settings = [one for _, one in axes.expand(args)]
+    for one in settings:  # a mistake in the last of them must not wait for the others
+        axes.check(one)
+        _check_room(one, tests)
+    kept = Kept(args.out)
+    report = make_report(args.output, sys.stdout, [axes.setting(one) for one in settings] if len(settings) > 1 else [])
+    failed = []
+    with contextlib.closing(report):
+        for i, one in enumerate(settings, 1):
+            known = kept.rows(one, args.repetitions)
+            for row in known.values():
+                if row.test in {test.name for test in tests}:
+                    report.add(row)
+            missing = [test for test in tests if test.name not in known]
+            if args.progress and len(settings) > 1:
+                print(f"setting {i} of {len(settings)}: {axes.setting(one) or 'defaults'}", file=sys.stderr, flush=True)
+            try:
+                for row in _apart(args, one, missing) if len(settings) > 1 else _here(args, one, missing):
+                    kept.add(row)
+                    report.add(row)
+            except subprocess.CalledProcessError:  # it has said why
+                failed.append(axes.setting(one))
+    if failed:
+        print(f"edgeattn bench: {len(failed)} of {len(settings)} settings failed: {'; '.join(failed)}", file=sys.stderr)
+    return 1 if failed else 0
+
+
+def _check_room(args, tests):
+    """ValueError: a test needs more context than there is."""
     from edgeattn.apps import models
     from edgeattn.runtime import read_config
     allowed = read_config(models.exported(args.model, args.precision))["model"]["ctx_size"]
-    allowed = min(args.ctx_size or allowed, allowed)
-    if longest > allowed:
-        raise ValueError(f"depth {max(args.n_depth)} and {longest - max(args.n_depth)} tokens need a context of {longest}, "
-                         f"there are {allowed}; lower -d, -p or -n{', or raise -c' if args.ctx_size else ''}")
-    model, _ = models.load(args, ctx_size=args.ctx_size or longest)
-    bench, report = Bench(model, args.repetitions), make_report(args.output, sys.stdout)
-    for depth in args.n_depth:
-        for row in bench.rows(depth, tests):
-            report.add(row)
-    report.close()
-    return 0
+    allowed, most = min(args.ctx_size or allowed, allowed), max(tests, key=lambda test: test.tokens)
+    if most.tokens > allowed:
+        raise ValueError(f"depth {most.depth} and {most.tokens - most.depth} tokens need a context of {most.tokens}, there are {allowed}; "
+                         f"lower -d, -p or -n{', or raise -c' if args.ctx_size else ''}")
 
 
-@dataclass
-class Run:
-    """Seconds of one repetition: all of it, and each token's."""
-    seconds: float
-    token_s: list[float]
-    kv_bytes: int
+def _here(args, one, tests):
+    if not tests:
+        return
+    from edgeattn.apps.bench_run import Bench
+    with contextlib.closing(Bench(one, one.ctx_size or max(test.tokens for test in tests))) as bench:
+        if args.output == "md" and bench.missing:
+            print(f"not measured here: {bench.missing}", file=sys.stderr)
+        yield from bench.rows(tests)
 
 
-class Bench:
-    """Runs the tests of one depth after another on one loaded model."""
-
-    def __init__(self, model, repetitions: int):
-        import numpy as np
-        from edgeattn.apps.weights import Weights
-        from edgeattn.bandwidth import measured_apart
-        from edgeattn.generation import Sampler, SamplerOptions
-        self._model, self._repetitions = model, repetitions
-        self._random = np.random.default_rng(SEED)
-        self._weights, self._first = Weights(model.folder), Sampler(SamplerOptions(temperature=0))
-        note("measuring the memory bandwidth")
-        self._bandwidth = measured_apart(model.threads) if model.device == "cpu" else model.backend.bandwidth()
-        note("")
-
-    def rows(self, depth: int, tests: list[tuple[str, int]]):
-        """A Row for each test, at one depth; the depth is computed once, and each repetition is taken back."""
-        sequence = self._model.new_sequence()
-        self._warm_up(sequence)
-        self._fill(sequence, depth)
-        for kind, n in tests:
-            runs = []
-            for i in range(self._repetitions):
-                note(f"{_name(kind, n, depth)}: {i + 1} of {self._repetitions}")
-                runs.append((self._prompt if kind == "pp" else self._generate)(sequence, n))
-                self._model.truncate(sequence, depth)
-                self._fill(sequence, depth)  # a quantised page that was cut, or all where tokens were evicted
-            note("")
-            yield self._row(kind, n, depth, runs)
-        self._model.free(sequence)
-
-    def _fill(self, sequence, depth):
-        while sequence.length < depth:
-            note(f"filling the cache to depth {depth}: {sequence.length}")
-            ids = self._tokens(min(self._model.ubatch, depth - sequence.length))
-            self._model.forward([(sequence, ids)], logit_rows="none")
-
-    def _tokens(self, n):
-        return self._random.integers(0, self._model.vocab_size, n)
-
-    def _warm_up(self, sequence):
-        for n in (min(32, self._model.ctx_size), 1):
-            self._model.forward([(sequence, self._tokens(n))])
-            self._model.truncate(sequence, 0)
-
-    def _prompt(self, sequence, n):
-        """A prompt up to its first token."""
-        ids, start = self._tokens(n), time.perf_counter()
-        row = self._model.forward([(sequence, ids)], fetch=False)[-1]
-        self._first(row, [])
-        return Run(time.perf_counter() - start, [], self._model.kv_bytes())
-
-    def _generate(self, sequence, n):
-        ids, token_s, begin = self._tokens(n), [], time.perf_counter()
-        for i in range(n):
-            start = time.perf_counter()
-            self._model.forward([(sequence, ids[i:i + 1])], fetch=False)
-            self._model.wait()
-            token_s.append(time.perf_counter() - start)
-        return Run(time.perf_counter() - begin, token_s, self._model.kv_bytes())
-
-    def _row(self, kind, n, depth, runs):
-        model, weights = self._model, self._weights
-        rates = [n / run.seconds for run in runs]
-        row = Row(model=f"{model.config['architecture']} {model.config['precision']}", size_bytes=weights.bytes, params=weights.params,
-                  device=model.device, threads=model.threads, kv_type=model.cache.options.name, ubatch=model.ubatch,
-                  test=_name(kind, n, depth),
-                  repetitions=len(runs),
-                  tokens_per_second=statistics.mean(rates), deviation=statistics.stdev(rates) if len(rates) > 1 else 0.0,
-                  peak_rss_bytes=_peak_rss(), kv_bytes=max(run.kv_bytes for run in runs), weight_bytes_per_token=weights.token_bytes,
-                  read_bandwidth=self._bandwidth)
-        if kind == "pp":
-            row.ttft_ms = 1e3 * statistics.mean(run.seconds for run in runs)
-            return row
-        import numpy as np
-        row.p50_ms, row.p95_ms = (float(x) * 1e3 for x in np.percentile([s for run in runs for s in run.token_s], (50, 95)))
-        row.kv_bytes_per_token = self._kv_read(depth + (n + 1) / 2)
-        row.bandwidth = (weights.token_bytes + row.kv_bytes_per_token) * row.tokens_per_second
-        row.bandwidth_share = row.bandwidth / self._bandwidth
-        return row
-
-    def _kv_read(self, tokens):
-        """Bytes of keys and values that one decoded token reads with `tokens` in the cache, itself included."""
-        about = self._model.config["model"]
-        seen = min(tokens, about["window"]) if about["window"] else tokens
-        return round(self._model.cache.read_bytes(seen))
+def _apart(args, one, tests):
+    """In a process of its own, whose memory is nobody else's."""
+    if not tests:
+        return
+    from edgeattn.apps import record
+    flags = [flag for flag, given in (("--no-warmup", args.no_warmup), ("--progress", args.progress)) if given]
+    command = [sys.executable, "-m", "edgeattn.apps.cli", "bench", "--tests", ",".join(map(str, tests)), "-r", str(args.repetitions),
+               "--delay", str(args.delay), *flags, "-o", "jsonl", *axes.arguments(one)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        for line in process.stdout:
+            yield Row(**json.loads(line) | {"command": record.command()})
+    if process.returncode:
+        raise subprocess.CalledProcessError(process.returncode, command)
 
 
-def _name(kind, n, depth):
-    return f"{kind}{n}" + (f" @ d{depth}" if depth else "")
+class Kept:
+    """The rows of --out. ValueError: the file holds something else."""
 
+    def __init__(self, path: str | None):
+        self._path, self._rows = path, []
+        if not path or not Path(path).is_file():
+            return
+        from edgeattn.apps import record
+        self._rows = [found for found in record.read(path) if found.get("kind") == "bench"]
 
-def _peak_rss():
-    """The most memory that the process has held, mapped weights included."""
-    if sys.platform == "linux":  # maxrss would include what the process that started this one held
-        with open("/proc/self/status", encoding="ascii") as status:
-            return next(int(line.split()[1]) for line in status if line.startswith("VmHWM")) * 1024
-    import resource
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
+    def rows(self, args: argparse.Namespace, repetitions: int) -> dict[str, Row]:
+        """{test: row} of one setting of the same export on this machine."""
+        if not self._rows:
+            return {}
+        from edgeattn.apps import models, record
+        from edgeattn.cache.session import fingerprint
+        from edgeattn.runtime import read_config
+        export, host = fingerprint(read_config(models.exported(args.model, args.precision)))[:16], record.host()
+        return {found["test"]: Row(**found) for found in self._rows
+                if (found["export"], found["setting"], found["repetitions"]) == (export, axes.setting(args), repetitions)
+                and found["machine"].endswith(host)}
+
+    def add(self, row: Row) -> None:
+        if self._path:
+            from edgeattn.apps import record
+            record.append(self._path, asdict(row))

@@ -1,35 +1,89 @@
-"""The rows of a benchmark as Markdown, CSV, JSON or JSON lines, each written as soon as it is measured."""
+"""The rows of a benchmark as Markdown, CSV, JSON, JSON lines or a page; all but the page as they are measured."""
 import csv
 import json
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 
 from edgeattn.apps.terminal import count, size
 
 
+@dataclass(frozen=True)
+class Trial:
+    """A prompt of n_prompt tokens and then n_gen to generate, either 0, after `depth` tokens."""
+    depth: int
+    n_prompt: int
+    n_gen: int
+
+    @property
+    def work(self) -> int:
+        return self.n_prompt + self.n_gen
+
+    @property
+    def tokens(self) -> int:
+        return self.depth + self.work
+
+    @classmethod
+    def parse(cls, text: str) -> "Trial":
+        """From how `str` writes it."""
+        return cls(*map(int, text.split(":")))
+
+    def __str__(self) -> str:
+        return f"{self.depth}:{self.n_prompt}:{self.n_gen}"
+
+    @property
+    def name(self) -> str:
+        parts = [f"{kind}{n}" for kind, n in (("pp", self.n_prompt), ("tg", self.n_gen)) if n]
+        return "+".join(parts) + (f" @ d{self.depth}" if self.depth else "")
+
+
 @dataclass
 class Row:
-    """One test. Rates and times are over all repetitions; what a kind of test does not measure stays None."""
+    """One test of one setting. Rates and times are over all repetitions, whose samples are all kept; what a kind of test does not measure,
+    or no sensor tells, stays None."""
+    kind: str                    # "bench"
     model: str
+    setting: str                 # flags, as text
+    command: str
+    machine: str
+    date: str
+    edgeattn: str                # version
+    export: str                  # a hash of the model's files
     size_bytes: int
     params: int
+    device: str
     threads: int
     kv_type: str
     ubatch: int
     test: str
+    depth: int
+    n_prompt: int
+    n_gen: int
     repetitions: int
-    tokens_per_second: float
+    tokens_per_second: float     # of prompt and generated tokens together
     deviation: float
-    peak_rss_bytes: int
-    kv_bytes: int                # pages in use at the end of a repetition
+    peak_rss_bytes: int          # of the process so far: the depths before are in it
+    weights_mapped_bytes: int    # of it, the weight file
+    workspace_bytes: int         # of it, values between operators
+    runtime_bytes: int           # of it, what is left when the cache at its fullest is taken off too: Python, libraries, compiled code
+    kv_bytes: int                # of the cache at the end of a repetition: pages in use, lists, what is kept for each token
     weight_bytes_per_token: int
     read_bandwidth: float        # bytes per second that plain reads reach on this machine; on a GPU, reads and writes of a copy
-    ttft_ms: float | None = None
-    p50_ms: float | None = None
+    device_bytes: int | None = None       # of a GPU's memory, all that the process took
+    ttft_ms: float | None = None          # of the prompt, up to its first token
+    p50_ms: float | None = None           # of the time of each generated token
+    p90_ms: float | None = None
     p95_ms: float | None = None
-    kv_bytes_per_token: int | None = None
+    kv_bytes_per_token: int | None = None  # of keys and values that a decode step reads
     bandwidth: float | None = None        # bytes per second of weights and cache that decode reads
     bandwidth_share: float | None = None  # of read_bandwidth
-    device: str = "cpu"
+    mhz: float | None = None
+    mhz_min: float | None = None
+    celsius: float | None = None          # the hottest sensor at its hottest
+    throttled: bool | None = None         # whether heat or power held clocks down meanwhile
+    watts: float | None = None
+    joules_per_token: float | None = None
+    sensors: dict[str, str | None] = field(default_factory=dict)  # what each of the above was read from
+    samples_s: list[float] = field(default_factory=list)          # seconds of each repetition
+    token_ms: list[float] = field(default_factory=list)           # of each generated token, repetition after repetition
 
 
 def _maybe(text, value):
@@ -41,42 +95,59 @@ COLUMNS = {  # heading -> width, text
     "size": (9, lambda r: size(r.size_bytes)),
     "params": (7, lambda r: count(r.params)),
     "threads": (7, lambda r: str(r.threads) if r.device == "cpu" else r.device),
+    "setting": (7, lambda r: r.setting),
     "test": (13, lambda r: r.test),
     "t/s": (15, lambda r: f"{r.tokens_per_second:.2f} ± {r.deviation:.2f}"),
     "TTFT ms": (7, lambda r: _maybe("{:.1f}", r.ttft_ms)),
     "p50 ms": (6, lambda r: _maybe("{:.2f}", r.p50_ms)),
+    "p90 ms": (6, lambda r: _maybe("{:.2f}", r.p90_ms)),
     "p95 ms": (6, lambda r: _maybe("{:.2f}", r.p95_ms)),
     "peak RSS": (9, lambda r: size(r.peak_rss_bytes)),
     "KV": (9, lambda r: size(r.kv_bytes)),
+    "KV/token": (9, lambda r: "" if r.kv_bytes_per_token is None else size(r.kv_bytes_per_token)),
     "weights/token": (13, lambda r: size(r.weight_bytes_per_token)),
     "GB/s": (5, lambda r: _maybe("{:.1f}", r.bandwidth and r.bandwidth / 1e9)),
     "of read": (7, lambda r: _maybe("{:.0%}", r.bandwidth_share)),
+    "°C": (4, lambda r: _maybe("{:.0f}", r.celsius)),
+    "MHz": (9, lambda r: _maybe("{:.0f}", r.mhz) + (" slowed" if r.throttled else "")),
+    "W": (5, lambda r: _maybe("{:.1f}", r.watts)),
+    "J/token": (7, lambda r: _maybe("{:.3f}", r.joules_per_token)),
 }
 
 
 class Markdown:
-    """A table that lines up in a terminal too."""
+    """A table that lines up in a terminal too. Its columns are chosen when the first row comes: of sensors those that are there."""
 
-    def __init__(self, file):
-        self._file = file
-        self._line([name.ljust(width) for name, (width, _) in COLUMNS.items()])
-        self._line(["-" * (width - 1) + (":" if i else "-") for i, (width, _) in enumerate(COLUMNS.values())])
+    def __init__(self, file, settings):
+        self._file, self._width = file, max(map(len, settings), default=0)
+        self._columns = None
 
     def _line(self, cells):
         print("| " + " | ".join(cells) + " |", file=self._file, flush=True)
 
+    def _begin(self, row):
+        known = {"setting": self._width, "°C": row.celsius, "MHz": row.mhz and row.sensors.get("frequency") != "/proc/cpuinfo",
+                 "W": row.watts, "J/token": row.watts}
+        self._columns = {name: (max(width, self._width) if name == "setting" else width, text)
+                         for name, (width, text) in COLUMNS.items() if known.get(name, True)}
+        self._line([name.ljust(width) for name, (width, _) in self._columns.items()])
+        self._line(["-" * (width - 1) + (":" if i else "-") for i, (width, _) in enumerate(self._columns.values())])
+
     def add(self, row: Row) -> None:
-        self._line([text(row).rjust(width) if i else text(row).ljust(width) for i, (width, text) in enumerate(COLUMNS.values())])
+        if self._columns is None:
+            self._begin(row)
+        self._line([text(row).rjust(width) if i else text(row).ljust(width) for i, (width, text) in enumerate(self._columns.values())])
 
     def close(self) -> None:
         pass
 
 
 class Csv:
-    """Every field of Row, a line each."""
+    """Every field of Row that is one value, a line each."""
 
-    def __init__(self, file):
-        self._file, self._writer = file, csv.DictWriter(file, [field.name for field in fields(Row)], lineterminator="\n")
+    def __init__(self, file, settings):
+        names = [one.name for one in fields(Row) if one.name not in ("sensors", "samples_s", "token_ms")]
+        self._file, self._writer = file, csv.DictWriter(file, names, extrasaction="ignore", lineterminator="\n")
         self._writer.writeheader()
 
     def add(self, row: Row) -> None:
@@ -90,7 +161,7 @@ class Csv:
 class JsonLines:
     """An object a line."""
 
-    def __init__(self, file):
+    def __init__(self, file, settings):
         self._file = file
 
     def add(self, row: Row) -> None:
@@ -103,7 +174,7 @@ class JsonLines:
 class Json:
     """One list; its brackets and commas are written as rows come."""
 
-    def __init__(self, file):
+    def __init__(self, file, settings):
         self._file, self._rows = file, 0
 
     def add(self, row: Row) -> None:
@@ -114,9 +185,26 @@ class Json:
         print("\n]" if self._rows else "[]", file=self._file, flush=True)
 
 
-FORMATS = {"md": Markdown, "json": Json, "csv": Csv, "jsonl": JsonLines}
+class Html:
+    """A page, written at the end."""
+
+    def __init__(self, file, settings):
+        from edgeattn.apps.report import need_plots
+        need_plots()
+        self._file, self._rows = file, []
+
+    def add(self, row: Row) -> None:
+        self._rows.append(asdict(row))
+
+    def close(self) -> None:
+        from edgeattn.apps.report_page import render
+        if self._rows:
+            print(render(self._rows), file=self._file)
 
 
-def make_report(name: str, file):
-    """A report that writes to `file`: add(row) for each row, then close()."""
-    return FORMATS[name](file)
+FORMATS = {"md": Markdown, "json": Json, "csv": Csv, "jsonl": JsonLines, "html": Html}
+
+
+def make_report(name: str, file, settings: list[str]):
+    """A report that writes to `file`: add(row) for each row, then close(). settings: those that will come, if there are several."""
+    return FORMATS[name](file, settings)

@@ -1,5 +1,4 @@
 """The commands as a user meets them: mistakes in one line, piped chat, formats of the benchmark, what inspect and doctor tell."""
-import csv
 import io
 import json
 import os
@@ -13,13 +12,11 @@ import onnx
 import pytest
 
 from edgeattn.apps import cli, doctor, generate, models, options
-from edgeattn.apps.bench_report import FORMATS, Row, make_report
 from edgeattn.apps.progress import Progress
 from edgeattn.apps.weights import Weights
 from edgeattn.cache.pages import CacheFull
 
 NANO = Path(__file__).parent.parent / "models/nano"
-ROW = Row("llama int4", 18 << 20, 26_700_000, 2, "f16", 512, "tg128", 5, 123.456, 1.5, 90 << 20, 4096, 16 << 20, 2e10)
 
 
 # ---- mistakes ------------------------------------------------------------------------------------------------------
@@ -180,53 +177,6 @@ def test_bundled_model_is_the_default(tmp_path, monkeypatch):
     (tmp_path / "nano").rmdir()
     assert models.find(None) == models.find("nano") and (models.find(None) / "model.safetensors").samefile(NANO / "model.safetensors")
     assert (models.find("nano-ternary") / "model.safetensors").is_file()
-
-
-# ---- bench ---------------------------------------------------------------------------------------------------------
-def parse(name, text):
-    if name == "md":
-        rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines()]
-        return [dict(zip(rows[0], row)) for row in rows[2:]]
-    if name == "csv":
-        return list(csv.DictReader(io.StringIO(text)))
-    return json.loads(text) if name == "json" else [json.loads(line) for line in text.splitlines()]
-
-
-@pytest.mark.parametrize("name", FORMATS)
-@pytest.mark.parametrize("n", [0, 1, 3])
-def test_reports_parse(name, n):
-    file = io.StringIO()
-    report = make_report(name, file)
-    for _ in range(n):
-        report.add(ROW)
-    report.close()
-    rows = parse(name, file.getvalue())
-    assert [row["test"] for row in rows] == ["tg128"] * n
-    if n and name == "md":
-        assert rows[0]["t/s"] == "123.46 ± 1.50" and len({len(line) for line in file.getvalue().splitlines()}) == 1
-    elif n:
-        assert float(rows[0]["tokens_per_second"]) == 123.456 and rows[0]["ttft_ms"] in ("", None)
-
-
-def test_bench_measures(edgeattn, nano_int4):
-    done = edgeattn("bench", "-m", nano_int4, "-p", "32", "-n", "4", "-d", "0,64", "-r", 2, "-o", "jsonl", "-ub", 32)
-    rows = parse("jsonl", done.stdout)
-    assert [row["test"] for row in rows] == ["pp32", "tg4", "pp32 @ d64", "tg4 @ d64"] and done.returncode == 0
-    for row in rows:
-        decode = row["test"].startswith("tg")
-        assert row["tokens_per_second"] > 0 and row["peak_rss_bytes"] > row["weight_bytes_per_token"] > 1e7
-        assert decode == (row["ttft_ms"] is None) == (row["p95_ms"] is not None) == (row["bandwidth_share"] is not None)
-    assert rows[3]["kv_bytes_per_token"] == int(66.5 * 2 * 8 * 2 * 64 * 2) > rows[1]["kv_bytes_per_token"]
-
-
-@pytest.mark.parametrize("n_prompt, n_gen", [(1, 0), (0, 1)])
-def test_bench_of_one_token(edgeattn, nano_int4, n_prompt, n_gen):
-    done = edgeattn("bench", "-m", nano_int4, "-p", n_prompt, "-n", n_gen, "-r", 1, "-o", "jsonl")
-    assert [row["test"] for row in parse("jsonl", done.stdout)] == ["pp1" if n_prompt else "tg1"] and done.returncode == 0
-
-
-def test_bench_beyond_the_context(edgeattn, nano_int4):
-    assert "need a context of 9512, there are 8192" in edgeattn.fails("bench", "-m", nano_int4, "-d", 9000)
 
 
 # ---- export, inspect, doctor ---------------------------------------------------------------------------------------

@@ -1,0 +1,87 @@
+"""What every result says of itself, whichever command made it: model, setting, command, machine, date, version."""
+import argparse
+import json
+import os
+import platform
+import shlex
+import sys
+from datetime import datetime, timezone
+from pathlib import Path
+
+import edgeattn
+from edgeattn.apps import axes
+
+FEATURES = ("avx2", "avx_vnni", "avx512f", "avx512_vnni", "amx_int8", "asimddp", "i8mm")  # that kernels make use of
+
+
+def common(kind: str, args: argparse.Namespace, model) -> dict:
+    """The fields that all results share. args: of one setting (axes.expand); model: the runtime's Model."""
+    return {"kind": kind, "model": model_name(model.config), "setting": axes.setting(args), "command": command(),
+            "machine": machine(model.device), "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+            "edgeattn": edgeattn.__version__}
+
+
+def command() -> str:
+    """What the user typed."""
+    return shlex.join(["edgeattn", *sys.argv[1:]])
+
+
+def model_name(config: dict) -> str:
+    """What people call an export, from its edgeattn.json: `nano int4`."""
+    source = config.get("source", {})
+    return f"{source.get('name') or source.get('folder') or 'unknown'} {config.get('precision', '')}".strip()
+
+
+def machine(device: str = "cpu") -> str:
+    """Processor or GPU, cores, instructions, memory and system, in a line."""
+    if device == "cpu":
+        return host()
+    from edgeattn.kernels_cuda.device import about
+    return f"{about()['name']}, {host()}"
+
+
+def host() -> str:
+    """The machine without its GPU."""
+    import psutil
+    flags = _cpuinfo("flags", "Features").split()
+    name = _cpuinfo("model name", "Model") or platform.processor() or platform.machine()
+    features = " ".join(flag for flag in FEATURES if flag in flags)
+    return ", ".join([name, f"{psutil.cpu_count()} cores{f' ({features})' if features else ''}",
+                      f"{psutil.virtual_memory().total / 2**30:.1f} GiB", f"{platform.system()} {platform.release()}",
+                      f"Python {platform.python_version()}"])
+
+
+def _cpuinfo(*names):
+    """The first value of one of the names in /proc/cpuinfo; "" where there is none."""
+    try:
+        with open("/proc/cpuinfo", encoding="utf-8", errors="replace") as file:
+            found = dict(reversed([[part.strip() for part in line.split(":", 1)] for line in file if ":" in line]))
+    except OSError:
+        found = {}
+    return next((found[name] for name in names if name in found), "")
+
+
+def read(path: str | os.PathLike) -> list[dict]:
+    """The results of a file, one a line; a last line that a crash has cut off does not count. ValueError names a line that is no result."""
+    found, lines = [], Path(path).read_text(encoding="utf-8").splitlines(keepends=True)
+    for number, line in enumerate(lines, 1):
+        try:
+            found.append(json.loads(line))
+        except ValueError:
+            if number < len(lines) or line.endswith("\n"):
+                raise ValueError(f"{path}, line {number}: not JSON; give a file that `edgeattn bench` or `edgeattn eval` wrote") from None
+            break
+        if not isinstance(found[-1], dict) or "kind" not in found[-1]:
+            raise ValueError(f"{path}, line {number}: no result; give a file that `edgeattn bench` or `edgeattn eval` wrote")
+    return found
+
+
+def append(path: str | os.PathLike, result: dict) -> None:
+    """Add a result to a file, in the place of what a crash has cut off there."""
+    with open(path, "ab+") as file:
+        size = file.seek(0, os.SEEK_END)
+        file.seek(0)
+        held = file.read() if size else b""
+        if held and not held.endswith(b"\n"):
+            file.truncate(held.rfind(b"\n") + 1)
+        file.write(json.dumps(result).encode() + b"\n")

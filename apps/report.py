@@ -1,0 +1,86 @@
+"""edgeattn report: measures a model on this machine and writes one page about it, which needs no network."""
+import argparse
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+HELP = "measure speed, memory and quality, and write one self-contained HTML page about them"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("-m", "--model", metavar="FOLDER", help="as everywhere: an export, a checkpoint or a GGUF file; nano by default")
+    parser.add_argument("-o", "--output", metavar="FILE.html", default="report.html", help="the page (report.html); results are kept "
+                        "beside it as FILE.jsonl, and what is there is not measured again")
+    parser.add_argument("--from", dest="sources", metavar="FILE.jsonl", action="append", default=[], help="measure nothing: a page of what "
+                        "`edgeattn bench` and `edgeattn eval` have kept with --out; may be repeated")
+    parser.add_argument("--markdown", action="store_true", help="print the tables as Markdown and write no page")
+    parser.add_argument("--quick", action="store_true", help="few samples, to see that everything works")
+    parser.add_argument("--dry-run", action="store_true", help="print the commands that would measure")
+
+
+def main(args: argparse.Namespace) -> int:
+    from edgeattn.apps import record
+    for path in args.sources:
+        if not Path(path).is_file():
+            raise ValueError(f"{path}: no such file; make it with `edgeattn bench --out {path}`")
+    page = Path(args.output)
+    if not args.markdown and not page.resolve().parent.is_dir():
+        raise ValueError(f"{page}: no such folder")
+    if not args.markdown and not args.dry_run:
+        need_plots()
+    if args.sources:
+        results = [result for path in args.sources for result in record.read(path)]
+    else:
+        kept = page.with_suffix(".jsonl")
+        results = _measure(args, kept)
+        if args.dry_run:
+            return 0
+    if not results:
+        raise ValueError("no results to report")
+    if args.markdown:
+        from edgeattn.apps.report_tables import markdown
+        print(markdown(results))
+        return 0
+    from edgeattn.apps.report_page import render
+    write(page, render(results))
+    print(page)
+    return 0
+
+
+def need_plots() -> None:
+    """ValueError: what draws is not installed."""
+    from importlib.util import find_spec
+    if find_spec("matplotlib") is None:
+        raise ValueError(f"the page's plots need matplotlib: {sys.executable} -m pip install matplotlib, or edgeattn[report]")
+
+
+def write(path: Path, text: str) -> None:
+    """The whole file or none of it."""
+    new = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        new.write_text(text, encoding="utf-8")
+        os.replace(new, path)
+    finally:
+        new.unlink(missing_ok=True)
+
+
+def _measure(args, kept):
+    """Run what is missing; the results of this model that `kept` then holds."""
+    import shlex
+    from edgeattn.apps import models, record
+    from edgeattn.apps.report_plan import steps
+    from edgeattn.runtime import read_config
+    config = read_config(models.exported(args.model))
+    plan = [step for step in steps(args.model, config, args.quick)]
+    for i, step in enumerate(plan, 1):
+        command = [*step.arguments, "--out", str(kept)]
+        if args.dry_run:
+            print(shlex.join(["edgeattn", *command]))
+            continue
+        print(f"{i} of {len(plan)}: {step.title} (edgeattn {shlex.join(command)})", file=sys.stderr, flush=True)
+        done = subprocess.run([sys.executable, "-m", "edgeattn.apps.cli", *command], stdout=subprocess.DEVNULL)
+        if done.returncode:
+            raise RuntimeError(f"{step.title} failed; what was measured is in {kept}, and the next call goes on from there")
+    name = record.model_name(config)
+    return [result for result in (record.read(kept) if kept.is_file() else []) if result["model"] == name]

@@ -1,0 +1,41 @@
+"""What `edgeattn report` measures: commands that a user could give, each of which keeps its results and does not measure them twice."""
+from dataclasses import dataclass
+
+BITS = "16,8,4"
+BUDGETS = 0.3, 0.15, 0.075  # of what a question's text takes in 16 bits; before them a budget that is none, to compare with
+DENSE = ("--sparse-attention", "off", "--sparse-prefill", "off")
+
+
+@dataclass(frozen=True)
+class Step:
+    """A command, and what it is for."""
+    title: str
+    arguments: list[str]
+
+
+def steps(model: str | None, config: dict, quick: bool = False) -> list[Step]:
+    """config: the export's edgeattn.json. quick: few samples, to see whether everything works."""
+    about = config["model"]
+    reach, m = about["ctx_size"], ["-m", model] if model else []
+    room = 512 if reach > 1536 else reach // 4
+    depths = ",".join(map(str, _depths(reach - room, quick)))
+    repeat, samples = ("1", "8") if quick else ("3", "16")
+    length = min(4000 if not quick else 1024, reach - 512)
+    token = 4 * about["num_layers"] * about["kv_heads"] * about["head_dim"]  # bytes in a cache of 16 bits
+    budgets = ",".join(f"{round(size / 1024)}K" for size in (2 * token * reach, *(token * length * share for share in BUDGETS)))
+    kinds = {"cache types": ["--kv-bits", "16,8,4,3,2", *DENSE], "budgets with eviction": ["--kv-budget", budgets, *DENSE],
+             "sparse attention": ["--sparse-attention", "off,auto", "--sparse-prefill", "off"]}
+    found = [Step("generation at depth", ["bench", *m, "-p", "0", "-n", "16" if quick else "64", "-d", depths, "-r", repeat,
+                                          "--kv-bits", BITS, "--sparse-attention", "off,auto"]),
+             Step("prompts at depth", ["bench", *m, "-p", str(room), "-n", "0", "-d", depths, "-r", repeat, "--kv-bits", BITS,
+                                       "--sparse-prefill", "off,auto"])]
+    for kind, axes in kinds.items():
+        found.append(Step(f"look-ups, {kind}", ["eval", "recall", *m, "--lengths", str(length), "--samples", samples, *axes]))
+        found.append(Step(f"divergence, {kind}", ["eval", "kld", *m, "--lengths", str(min(2048, length)), "--samples",
+                                                  "1" if quick else "2", *axes]))
+    return found
+
+
+def _depths(most, quick):
+    """From nothing to as deep as the context allows, in steps that grow."""
+    return sorted({0, most} if quick else {0, most // 8 // 256 * 256, most // 2 // 256 * 256, most})
