@@ -26,6 +26,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--max-waiting", type=options.whole(0), default=256, metavar="N", help="requests that may wait; more get a 503 (256)")
     group.add_argument("--timeout", type=options.whole(1), default=600, metavar="S", help="seconds of a request, waiting included (600)")
     group.add_argument("--max-body", type=options.size, default=8 << 20, metavar="N", help="most bytes of a request (8M)")
+    group.add_argument("--save", action=argparse.BooleanOptionalAction, default=True, help="keep the page's conversations on disk (they "
+                       "are)")
     options.add_model(parser)
     options.add_sampling(parser, predict=-1)
 
@@ -66,12 +68,12 @@ def _serve(args, settings, listening):
         def handle_exit(self, sig, frame):
             engine.stop()  # or streams would keep the server waiting
             super().handle_exit(sig, frame)
-    config = uvicorn.Config(make_app(engine, settings), log_level="warning", access_log=False, server_header=False, ws="none",
+    config = uvicorn.Config(make_app(engine, settings, (_page(engine, settings, args.save),)), log_level="warning", access_log=False, server_header=False, ws="none",
                             timeout_keep_alive=30, limit_concurrency=args.parallel + args.max_waiting + 256,
                             timeout_graceful_shutdown=5)
     host, port = listening.getsockname()[:2]
-    print(f"{engine.name} at http://{f'[{host}]' if ':' in host else host}:{port} (OpenAI's API: /v1); Ctrl-C ends it", file=sys.stderr,
-          flush=True)
+    print(f"{engine.name} at http://{f'[{host}]' if ':' in host else host}:{port} (chat page; OpenAI's API: /v1); Ctrl-C ends it",
+          file=sys.stderr, flush=True)
     try:
         Server(config).run(sockets=[listening])
     except KeyboardInterrupt:
@@ -80,3 +82,17 @@ def _serve(args, settings, listening):
         engine.close()
     models.explain(args, engine.model)
     return 0
+
+
+def _page(engine, settings, keep):
+    """The chat page's routes; where its conversations cannot be kept, it says why and works without."""
+    from edgeattn.apps.cli import one_line
+    from edgeattn.apps.store import Store
+    from edgeattn.apps.web.routes import make_router
+    if not keep:
+        return make_router(engine, None, settings, "not kept: the server was started with --no-save")
+    try:
+        return make_router(engine, Store(), settings)
+    except (ValueError, OSError) as error:
+        print(f"conversations are not kept: {one_line(error)}", file=sys.stderr)
+        return make_router(engine, None, settings, f"not kept: {one_line(error)}")
