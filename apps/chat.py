@@ -107,7 +107,8 @@ class Chat:
         self.session.tell_reuse(conversation.last.timings)
         self.save()
         if conversation.last.finish_reason == "context":
-            print("the context is full: /clear starts afresh, --context-shift goes on, or raise -c (if the model allows it)", file=sys.stderr)
+            print("the context is full: /clear starts afresh, --context-shift goes on, or raise -c (if the model allows it)",
+                  file=sys.stderr)
         terminal.tell_shift(conversation.last)
         return len(conversation.messages) > before
 

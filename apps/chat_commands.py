@@ -134,8 +134,8 @@ def _kv(chat, argument):
     from edgeattn.memory_estimate import estimate
     cache, found = chat.model.cache, estimate(chat.model)
     full = sum(found.kv_layers) + found.kv_state
-    return (f"cache {cache.options.name}, {size(cache.used_bytes)} in use, {size(full)} when full ({chat.model.ctx_size} tokens)"
-            + (f", evicts by {cache.options.method}" if cache.plan.evicts else ""))
+    evicts = f", evicts by {cache.options.method}" if cache.plan.evicts else ""
+    return f"cache {cache.options.name}, {size(cache.used_bytes)} in use, {size(full)} when full ({chat.model.ctx_size} tokens){evicts}"
 
 
 def _short_kv(args, word):
@@ -150,8 +150,8 @@ def _short_kv(args, word):
     try:
         args.kv_budget = options.size(word)
     except argparse.ArgumentTypeError:
-        raise ValueError(f"{word!r} is no type ({', '.join(options.KV_TYPES)}), pair of types (int8/int4), budget (10M) or 'default'; or give "
-                         "the command line's flags") from None
+        raise ValueError(f"{word!r} is no type ({', '.join(options.KV_TYPES)}), pair of types (int8/int4), budget (10M) or 'default'; or "
+                         "give the command line's flags") from None
 
 
 def _sparse(chat, argument):

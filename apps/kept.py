@@ -1,4 +1,4 @@
-"""Where a chat's conversation is kept: the store that the web page shows too. Whatever fails is told once, in one line, and the chat goes on."""
+"""Where a chat's conversation is kept: the store that the web page shows too. What fails is told once, and the chat goes on."""
 import sys
 
 from edgeattn.apps.store import Changed, Store

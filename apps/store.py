@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from datetime import datetime, timezone
 from pathlib import Path
 
+UNREADABLE = (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_CANTOPEN, sqlite3.SQLITE_READONLY, sqlite3.SQLITE_IOERR)  # not the file's fault
 MARK, VERSION = 0x65647374, 1  # application_id and user_version of our files
 TITLE = 60  # characters of a title that is made from the first question
 TABLES = """
@@ -68,7 +69,7 @@ class Store:
             finally:
                 base.close()
         except sqlite3.DatabaseError as error:
-            if error.sqlite_errorcode & 0xff in (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_CANTOPEN, sqlite3.SQLITE_READONLY, sqlite3.SQLITE_IOERR):
+            if error.sqlite_errorcode & 0xff in UNREADABLE:
                 raise OSError(f"{self.path}: {error}") from None
             mark, version, found, empty = MARK, VERSION, str(error), False
         if empty and not version:  # a first start that was ended before it was over
@@ -102,7 +103,7 @@ class Store:
     def find(self, name: str) -> int:
         """The conversation that a user means by its number or title, or by the start of one; the newest of several. ValueError: none."""
         known, wanted = self.conversations(), name.strip().lower()
-        for same in (lambda c: str(c["id"]) == wanted, lambda c: c["title"].lower() == wanted, lambda c: c["title"].lower().startswith(wanted)):
+        for same in (lambda one: wanted in (str(one["id"]), one["title"].lower()), lambda one: one["title"].lower().startswith(wanted)):
             if wanted and (found := next(filter(same, known), None)):
                 return found["id"]
         raise ValueError(f"there is no conversation {name!r}")
@@ -127,7 +128,8 @@ class Store:
                                        "revision = ?", (model, now, title and _utf8(title), number, revision))
                 if not changed.rowcount:
                     raise Changed(f"conversation {number} was changed or removed by another program")
-                held = base.execute("SELECT role, content, facts FROM messages WHERE conversation = ? ORDER BY position", (number,)).fetchall()
+                held = base.execute("SELECT role, content, facts FROM messages WHERE conversation = ? ORDER BY position",
+                                    (number,)).fetchall()
             rows = [(_utf8(m["role"]), _utf8(m["content"]), json.dumps(m.get("facts", {}))) for m in messages]
             same = next((i for i, (a, b) in enumerate(zip(rows, held)) if a != tuple(b)), min(len(rows), len(held)))
             base.execute("DELETE FROM messages WHERE conversation = ? AND position >= ?", (number, same))

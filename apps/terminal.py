@@ -83,7 +83,7 @@ def sparse_state(model, tokens: int, counted=None) -> str:
     if scheduler.min_len >= NEVER:
         return "sparse attention does not pay here"
     if tokens < scheduler.min_len:
-        return f"sparse attention from {scheduler.min_len:,} on"
+        return f"sparse attention from {scheduler.min_len:,} tokens on"
     now = scheduler.counted() - (0 if counted is None else counted)
     return "sparse attention on" + (f": reads {scheduler.share_read(now):.0%}" if now[HELD] else "")
 

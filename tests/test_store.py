@@ -10,7 +10,8 @@ import pytest
 
 from edgeattn.apps.store import Changed, Store
 
-TALK = [{"role": "user", "content": "Who was Napoleon?\nIn short, please."}, {"role": "assistant", "content": "An emperor.", "facts": {"tokens": 3}}]
+TALK = [{"role": "user", "content": "Who was Napoleon?\nIn short, please."},
+        {"role": "assistant", "content": "An emperor.", "facts": {"tokens": 3}}]
 
 
 @pytest.fixture

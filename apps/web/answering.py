@@ -14,6 +14,7 @@ from edgeattn.apps.server.events import event
 from edgeattn.apps.server.run import Job
 from edgeattn.apps.server.settings import Settings
 from edgeattn.apps.store import Changed, Store
+from edgeattn.scheduler import HELD
 
 EVERY = 0.06  # seconds between events with text
 
@@ -39,8 +40,8 @@ class Answering:
         ids, settings = await self.encode(talk), self._settings
         room = self._engine.model.ctx_size
         if len(ids) >= room:
-            raise Refusal(400, f"This conversation has {len(ids):,} tokens and the context holds {room:,}: shorten the question or the file, "
-                               "or start a new conversation.", "context_length_exceeded")
+            raise Refusal(400, f"This conversation has {len(ids):,} tokens and the context holds {room:,}: shorten the question or the "
+                               "file, or start a new conversation.", "context_length_exceeded")
         sampling = settings.sampling if talk.temperature is None else dataclasses.replace(settings.sampling, temperature=talk.temperature)
         most = talk.max_tokens if talk.max_tokens and settings.max_tokens < 0 else min(talk.max_tokens or 1 << 40, settings.max_tokens)
         name = secrets.token_hex(8)
@@ -69,7 +70,19 @@ class _Answer:
         self._engine, self._store, self.answers, self.name = engine, store, answers, name
         self._run, self._text, self._reason = answers.runs[0], "", "cancelled"
         self._messages = [message.model_dump() for message in talk.messages]
-        self._where = talk.conversation, talk.revision
+        self._where, self._counted = (talk.conversation, talk.revision), self._count()
+
+    def _count(self):
+        """What the sparse scheduler has counted; None where asking would wait for a GPU, or where there is none."""
+        model = self._engine.model
+        return model.scheduler.counted() if model.scheduler and model.device == "cpu" else None
+
+    def _share_read(self):
+        """Of the cache, by sparse steps since this answer began, others' included."""
+        now = self._count()
+        if now is None or self._counted is None or not (now - self._counted)[HELD]:
+            return None
+        return round(self._engine.model.scheduler.share_read(now - self._counted), 4)
 
     async def events(self) -> AsyncIterator[dict]:
         """start, reading..., text..., end; or error. A page that is closed leaves what was said so far in the store."""
@@ -107,7 +120,7 @@ class _Answer:
                         if piece is not None:
                             self._text, self._reason, dirty = self._text + piece.text, piece.finish_reason or self._reason, True
                             done += blocks.add(piece.text)
-                elif not dirty:
+                elif not dirty and not self._text:
                     yield {"type": "reading", **self._progress()}
                 if dirty and (time.monotonic() - shown >= EVERY or waiting is None):
                     shown, dirty = time.monotonic(), False
@@ -128,6 +141,7 @@ class _Answer:
         since = (run.ended or now) - run.first_token if run.first_token else 0.0
         return {"prompt_tokens": len(run.job.prompt), "cached_tokens": run.cached, "tokens": run.generated, "finish": self._reason,
                 "ttft_s": round(run.first_token - run.arrived, 3) if run.first_token else None,
+                "sparse_share": self._share_read(),
                 "tokens_per_second": round((run.generated - 1) / since, 2) if run.generated > 1 and since > 0 else None}
 
     def _keep(self):
@@ -141,7 +155,8 @@ class _Answer:
             try:
                 self._where = self._store.save(messages, self._engine.name, number, revision)
             except Changed:
-                self._where, told = self._store.save(messages, self._engine.name), "Changed elsewhere meanwhile: this one is kept beside it."
+                self._where = self._store.save(messages, self._engine.name)
+                told = "It was changed elsewhere meanwhile: this one is kept beside it."
             except (OSError, ValueError) as error:
                 told = f"Not kept: {one_line(error)}"
         return {"conversation": self._where[0], "revision": self._where[1], "told": told}

@@ -15,8 +15,9 @@ def present(model) -> dict:
     """The settings of a model, what else could be chosen, and its memory."""
     chosen = model.cache.options
     same = chosen.k_type == chosen.v_type
-    return {"cache": {"cache_type": chosen.k_type if same else chosen.name, "kv_budget": chosen.budget or 0, "kv_eviction": chosen.eviction,
-                      "sparse_attention": model.scheduler.options.method if model.scheduler else "off" if not model.dense_because else "auto"},
+    method = model.scheduler.options.method if model.scheduler else "auto" if model.dense_because else "off"
+    return {"cache": {"cache_type": chosen.k_type if same else chosen.name, "kv_budget": chosen.budget or 0,
+                      "kv_eviction": chosen.eviction, "sparse_attention": method},
             "choices": {"cache_type": options.KV_TYPES, "kv_eviction": ["auto", "none", *evictions()],
                         "sparse_attention": ["off", *policy_names("decode")]},
             "sparse_state": sparse_state(model, 0) if not model.dense_because else f"sparse attention off: {model.dense_because}",
