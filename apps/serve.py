@@ -23,7 +23,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--cors-origin", action="append", default=[], metavar="ORIGIN", help="a web page's origin, such as "
                        "https://example.com, that may call the server; may be repeated")
     group.add_argument("-np", "--parallel", type=options.whole(1), default=4, metavar="N", help="answers that are computed together (4)")
-    group.add_argument("--max-waiting", type=options.whole(0), default=256, metavar="N", help="requests that may wait; more get a 503 (256)")
+    group.add_argument("--max-waiting", type=options.whole(0), default=256, metavar="N", help="requests that may wait; more "
+                       "are refused with 503 (256)")
     group.add_argument("--timeout", type=options.whole(1), default=600, metavar="S", help="seconds of a request, waiting included (600)")
     group.add_argument("--max-body", type=options.size, default=8 << 20, metavar="N", help="most bytes of a request (8M)")
     group.add_argument("--save", action=argparse.BooleanOptionalAction, default=True, help="keep the page's conversations on disk (they "

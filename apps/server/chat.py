@@ -5,12 +5,11 @@ import time
 from collections.abc import AsyncIterator
 
 from fastapi import APIRouter, Request
-from fastapi.responses import StreamingResponse
 
 from edgeattn.apps.server.answers import Answers, failure, make_jobs
 from edgeattn.apps.server.engine import Engine
 from edgeattn.apps.server.errors import Refusal
-from edgeattn.apps.server.events import EVENTS, event, respond
+from edgeattn.apps.server.events import EventStream, event, respond
 from edgeattn.apps.server.schema import ChatRequest
 from edgeattn.apps.server.settings import Settings
 from edgeattn.apps.server.tokens import chat_score
@@ -26,7 +25,7 @@ def make_router(engine: Engine, settings: Settings) -> APIRouter:
         answers = Answers(engine, jobs)
         about = {"id": f"chatcmpl-{secrets.token_hex(12)}", "created": int(time.time()), "model": engine.name}
         if body.stream:
-            return StreamingResponse(_stream(engine, answers, body, prompt, about), headers=EVENTS, media_type="text/event-stream")
+            return EventStream(_stream(engine, answers, body, prompt, about), answers)
         found = await answers.collect(request)
         choices = [_choice(engine, index, pieces, prompt.calls, body) for index, pieces in enumerate(found)]
         return respond({**about, "object": "chat.completion", "choices": choices, "usage": answers.usage()})

@@ -5,12 +5,11 @@ import time
 from collections.abc import AsyncIterator
 
 from fastapi import APIRouter, Request
-from fastapi.responses import StreamingResponse
 
 from edgeattn.apps.server.answers import Answers, failure, make_jobs
 from edgeattn.apps.server.engine import Engine
 from edgeattn.apps.server.errors import Refusal
-from edgeattn.apps.server.events import EVENTS, event, respond
+from edgeattn.apps.server.events import EventStream, event, respond
 from edgeattn.apps.server.schema import CompletionRequest
 from edgeattn.apps.server.settings import Settings
 from edgeattn.apps.server.tokens import completion_scores
@@ -27,7 +26,7 @@ def make_router(engine: Engine, settings: Settings) -> APIRouter:
         answers = Answers(engine, jobs)
         about = {"id": f"cmpl-{secrets.token_hex(12)}", "object": "text_completion", "created": int(time.time()), "model": engine.name}
         if body.stream:
-            return StreamingResponse(_stream(engine, answers, body, about), headers=EVENTS, media_type="text/event-stream")
+            return EventStream(_stream(engine, answers, body, about), answers)
         found = await answers.collect(request)
         choices = [_choice(engine, index, run, found[index], body) for index, run in enumerate(answers.runs)]
         return respond({**about, "choices": choices, "usage": answers.usage()})
@@ -84,7 +83,8 @@ async def _stream(engine, answers, body, about) -> AsyncIterator[bytes]:
         run = answers.runs[index]
         first = not told[index]
         told[index] = True
-        text, scores = (_prompt_text(engine, body, run) if first else "") + piece.text, [*(run.prompt_scores if first else ()), *piece.scores]
+        text = (_prompt_text(engine, body, run) if first else "") + piece.text
+        scores = [*(run.prompt_scores if first else ()), *piece.scores]
         if text or scores or piece.finish_reason:
             yield chunk(index, text, piece.finish_reason, scores)
     if usage:

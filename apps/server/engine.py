@@ -11,11 +11,11 @@ from edgeattn.apps.server.figures import Figures
 from edgeattn.apps.server.prefixes import Prefixes
 from edgeattn.apps.server.queue import FairQueue
 from edgeattn.apps.server.run import Job, Piece, Run
+from edgeattn.apps.server.turns import next_call
 from edgeattn.cache.pages import CacheFull
 from edgeattn.page_formats import PAGE
 from edgeattn.runtime import LOGITS_BYTES, MAX_SEQUENCES
 
-CHUNK = 128  # prompt tokens that are computed beside decode steps: what a new prompt may delay the others' next token by
 SECONDS = 0.2  # between looks at the clock and at the model's figures
 
 
@@ -49,7 +49,7 @@ class Engine:
     def stop(self) -> None:
         """Let all answers end now; does not wait, so a signal handler may call it."""
         self._stopping = True
-        self._inbox.put(None)
+        self._inbox.put(("wake",))
 
     def close(self) -> None:
         """Stop, and wait for the thread."""
@@ -103,11 +103,6 @@ class Engine:
                 "waiting": max(0, self._open - len(self._running)), "settings": dict(self._changes), **self._about, **self.figures.status()}
 
     @property
-    def special_tokens(self) -> frozenset[int]:
-        """Ids of tokens that are not text."""
-        return self._special
-
-    @property
     def name(self) -> str:
         """The model's name: the folder that it was exported from, and its precision."""
         config = self.model.config
@@ -129,14 +124,14 @@ class Engine:
         self.model, self.tokenizer, self._constraints = model, tokenizer, None
         self._prefixes = Prefixes(model, 4 * self.parallel)
         self._step_rows = max(1, LOGITS_BYTES // (4 * model.vocab_size))
-        self._special = frozenset(token for token, about in tokenizer.backend.get_added_tokens_decoder().items() if about.special)
+        self.special_tokens = frozenset(token for token, about in tokenizer.backend.get_added_tokens_decoder().items() if about.special)
         self._looked = 0.0
         self._look()
 
     def _work(self):
         while not self._stopping:
             try:
-                self._listen()
+                self._listen(wait=not self._running and not len(self._waiting))
                 self._admit()
                 self._step()
                 self._look()
@@ -144,20 +139,18 @@ class Engine:
                 traceback.print_exc(file=sys.stderr)
                 for run in list(self._running):
                     self._end(run, Piece(error=f"internal error: {type(error).__name__}"), keep=False)
+        self._listen(wait=False)
         for run in [*self._running, *self._waiting]:
-            self._end(run, Piece(run.leave() if run.sequence else "", finish_reason="cancelled"), keep=False)
+            self._end(run, Piece(run.leave(), finish_reason="cancelled"), keep=False)
 
-    def _listen(self):
-        """Take what has come; wait for it where there is nothing to do."""
-        idle = not self._running and not len(self._waiting)
+    def _listen(self, wait):
+        """Take what has come."""
         while True:
             try:
-                message = self._inbox.get(block=idle, timeout=None)
+                message = self._inbox.get(block=wait)
             except queue.Empty:
                 return
-            idle = False
-            if message is None:
-                return
+            wait = False
             if message[0] == "submit":
                 for run in message[1]:
                     self._waiting.put(run)
@@ -174,25 +167,24 @@ class Engine:
             elif now > run.job.deadline:
                 self._end(run, Piece(run.leave(), finish_reason="length"))
         while len(self._running) < self.parallel:
-            run = self._waiting.take(self._ready)
-            if run is None:
+            run = self._waiting.next(lambda run: run.tokens or not run.follows or run.follows.past_prompt)
+            if run is None or not self._has_room(run):  # then nobody else begins either, or long prompts would wait for ever
                 break
+            self._waiting.remove(run)
             try:
                 self._begin(run)
             except Exception as error:
                 self._end(run, Piece(error=str(error)))
 
-    def _ready(self, run):
-        """Whether it may begin: what it shares is there, and there may be room for its text. Where there is not, newer ones give way."""
-        if run.follows and not run.tokens and not run.follows.past_prompt:
-            return False
+    def _has_room(self, run):
+        """Whether there may be pages for its text. Where there are not in the end, the newest gives way."""
         taken = sum(len(other.tokens) - other.cached for other in self._running)
         return not self._running or taken + len(run.tokens or run.job.prompt) + PAGE <= self.model.ctx_size
 
     def _begin(self, run):
         first = not run.tokens
         if first:
-            run.begin(self.tokenizer, self.constraints_matcher)
+            run.begin(self.tokenizer, self.constraints.matcher if run.job.grammar else None)
         if run.job.score_prompt and run.generated == 0:
             run.sequence = self.model.new_sequence()
         else:
@@ -202,16 +194,11 @@ class Engine:
         run.order = run.turn = self._order
         self._running.append(run)
 
-    def constraints_matcher(self, grammar):
-        return self.constraints.matcher(grammar)
-
     def _step(self):
         """One forward call: the next token of each answer, and a piece of the prompts that are being read."""
         if not self._running:
-            if len(self._waiting):
-                time.sleep(0.001)  # all wait for others that have just ended
             return
-        work, rows = self._choose()
+        work, rows = next_call(self._running, self.model.ubatch, self._step_rows)
         began = time.monotonic()
         try:
             logits = self.model.forward([(run.sequence, ids) for run, ids in work], logit_rows=rows)
@@ -221,28 +208,10 @@ class Engine:
         self.figures.stepped(time.monotonic() - began, [len(ids) for _, ids in work])
         start = 0
         for run, ids in work:
-            count = len(ids) if rows == "all" else 1
+            self._order += len(ids) > 1
+            run.turn, count = self._order, len(ids) if rows == "all" else 1
             self._advance(run, logits[start:start + count])
             start += count
-
-    def _choose(self):
-        """-> ([(run, token ids)], which rows of logits)"""
-        work = [(run, run.tokens[-1:]) for run in self._running if run.pending == 1 and not run.scoring]
-        left = min(CHUNK, self.model.ubatch) if work else self.model.ubatch
-        for run in sorted((run for run in self._running if run.pending > 1 or run.scoring), key=lambda run: run.turn):
-            self._order += 1
-            if run.scoring:  # all its rows are wanted, so it has the step for itself and the decoding ones
-                if any(len(ids) > 1 for _, ids in work):
-                    continue
-                left = max(1, min(left, self._step_rows - len(work)))
-            start = run.sequence.length
-            work.append((run, run.tokens[start:start + left]))
-            run.turn, left = self._order, left - len(work[-1][1])
-            if run.scoring:
-                return work, "all"
-            if left <= 0:
-                break
-        return work, "last"
 
     def _advance(self, run, logits):
         if run.scoring:
@@ -297,6 +266,8 @@ class Engine:
 
     def _reload(self, changes, done):
         try:
+            if self._load is None:
+                raise ValueError("this engine cannot load its model again")
             model, tokenizer = self._load({**self._changes, **changes})
             for run in sorted(self._running, key=lambda run: -run.order):
                 self._interrupt(run)

@@ -1,9 +1,23 @@
 """JSON and server-sent events on the wire."""
 import json
 
-from starlette.responses import Response
+from starlette.responses import Response, StreamingResponse
 
-EVENTS = {"X-Accel-Buffering": "no"}  # a proxy must not hold events back
+from edgeattn.apps.server.answers import Answers
+
+
+class EventStream(StreamingResponse):
+    """Events of some answers, which are cancelled when the client leaves, whenever that is."""
+
+    def __init__(self, events, answers: Answers):
+        super().__init__(events, headers={"X-Accel-Buffering": "no"}, media_type="text/event-stream")  # a proxy must not hold them back
+        self._answers = answers
+
+    async def __call__(self, scope, receive, send) -> None:
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            self._answers.cancel_unfinished()
 
 
 def event(content: dict) -> bytes:

@@ -16,6 +16,7 @@ HELP = {"requests_total": "Answers by how they ended.", "prompt_tokens_total": "
 class Figures:
     def __init__(self):
         self._ends, self._totals, self._recent = Counter(), Counter(), deque(maxlen=50)
+        self.last: dict | None = None
 
     def count(self, outcome: str) -> None:
         self._ends[outcome] += 1
@@ -37,8 +38,6 @@ class Figures:
                          "completion_tokens": run.generated,
                          "tokens_per_second": (run.generated - 1) / (run.ended - run.first_token) if run.generated > 1 else 0.0}
 
-    last: dict | None = None
-
     def status(self) -> dict:
         """tokens_per_second: of all answers together, over the newest steps; last: the newest finished answer."""
         recent = list(self._recent)
@@ -55,7 +54,7 @@ class Figures:
             kind = "gauge" if name in status and not name.endswith("_total") else "counter" if name.endswith("_total") else "summary"
             found.append(TEXT.format(name=name, help=text, kind=kind).rstrip("\n"))
             if name == "requests_total":
-                found += [f'edgeattn_requests_total{{outcome="{outcome}"}} {count}' for outcome, count in sorted(self._ends.items())]
+                found += [f'edgeattn_requests_total{{outcome="{outcome}"}} {count}' for outcome, count in sorted(dict(self._ends).items())]
             elif kind == "summary":
                 found += [f"edgeattn_{name}_{part} {self._totals[f'{name}_{part}']}" for part in ("sum", "count")]
             else:

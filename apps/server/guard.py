@@ -16,6 +16,10 @@ HEADERS = {b"x-content-type-options": b"nosniff", b"referrer-policy": b"no-refer
            b"content-security-policy": b"default-src 'self'; frame-ancestors 'none'; base-uri 'none'; form-action 'self'"}
 
 
+class ClientGone(Exception):
+    """It does not read what it asked for."""
+
+
 class Guard:
     """ASGI middleware. Host: a web page of another name that resolves to this machine (DNS rebinding) is turned away. Origin: so is one
     that says where it comes from, unless it is ours or allowed. Then the key, compared in constant time."""
@@ -33,7 +37,10 @@ class Guard:
         if refused := self._refusal(scope, headers):
             await refused(scope, receive, self._guarded(send))
             return
-        await self._app(scope, self._bounded(receive), self._guarded(send))
+        try:
+            await self._app(scope, self._bounded(receive), self._guarded(send))
+        except ClientGone:
+            pass  # the connection closes, because the answer is not complete
 
     def _refusal(self, scope, headers):
         """The answer to a request that may not go on, or None."""
@@ -105,5 +112,5 @@ class Guard:
             try:
                 await asyncio.wait_for(send(message), self._settings.write_limit)
             except TimeoutError:
-                raise OSError("the client does not read") from None
+                raise ClientGone from None
         return sending

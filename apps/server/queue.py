@@ -24,14 +24,9 @@ class FairQueue:
         """One that had begun."""
         self._interrupted.appendleft(run)
 
-    def take(self, ready: Callable) -> object | None:
-        """The next one for which ready(run), which leaves the queue; None: there is none."""
-        for waiting in [self._interrupted, *self._clients.values()]:
-            for run in waiting:
-                if ready(run):
-                    self.remove(run)
-                    return run
-        return None
+    def next(self, ready: Callable) -> object | None:
+        """The first one in turn for which ready(run), which stays in the queue; None: there is none."""
+        return next((run for run in self if ready(run)), None)
 
     def remove(self, run) -> None:
         if run in self._interrupted:

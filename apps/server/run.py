@@ -66,12 +66,12 @@ class Run:
     first_token: float = 0.0      # time.monotonic()
     ended: float = 0.0
 
-    def begin(self, tokenizer, constrain) -> None:
-        """Make what sampling needs; constrain(grammar) -> a fresh matcher."""
+    def begin(self, tokenizer, constrain: Callable | None) -> None:
+        """Make what sampling needs. constrain(grammar): a fresh matcher; None where there is no grammar."""
         self.tokens = list(self.job.prompt)
         self._sampler, self._stops = Sampler(self.job.sampling), StopStrings(self.job.stop)
         self._stream, self._ends = tokenizer.stream(self.job.continues_text), tokenizer.end_tokens
-        self._matcher = constrain(self.job.grammar) if self.job.grammar else None
+        self._matcher = constrain(self.job.grammar) if constrain else None
 
     @property
     def pending(self) -> int:
@@ -97,7 +97,7 @@ class Run:
 
     def advance(self, logits: np.ndarray, ctx_size: int) -> Piece:
         """Choose the next token from a row of logits, and tell what is new."""
-        if self.job.score_prompt and self.generated == 0 and self.job.max_tokens == 0:
+        if self.job.max_tokens == 0:
             return Piece(finish_reason="length")
         shaped = self.job.shaping.apply(logits, self.tokens[len(self.job.prompt):])
         if self._matcher:

@@ -150,7 +150,8 @@ class CallReader:
                 body, end, rest = self._held.partition(CLOSE)
                 if not end:
                     break
-                calls, shown, text, self._inside, self._held = calls + self._read(body), shown + self._plain(body), rest.lstrip("\n"), False, ""
+                calls, shown, text = calls + self._read(body), shown + self._plain(body), rest.lstrip("\n")
+                self._inside, self._held = False, ""
             else:
                 before = self._marks.held + text
                 shown += self._marks.add(text)
