@@ -6,17 +6,14 @@ from edgeattn.apps import options
 from edgeattn.apps.session import SessionFile, add_session
 
 HELP = "talk to a model; each line of piped text is one turn"
-COMMANDS = """/help    this list
-/clear   forget the conversation (the system prompt stays)
-/stats   timings and memory
-/exit    leave; so does Ctrl-D
-A line that ends in \\ goes on in the next. Ctrl-C stops an answer; what was said so far is kept."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     options.add_prompt(parser, "the first thing to say")
     parser.add_argument("-sys", "--system-prompt", metavar="TEXT", help="instructions that stand before the conversation")
     parser.add_argument("-st", "--single-turn", action="store_true", help="leave after the first answer")
+    parser.add_argument("--save", action=argparse.BooleanOptionalAction, help="keep the conversation in the list that the web page shows "
+                        "too (in a terminal it is kept, unless --session names a file; through a pipe it is not)")
     add_session(parser, "go on with the conversation in FILE, if there is one, and save it there after every answer")
     options.add_model(parser)
     options.add_sampling(parser, predict=-1)
@@ -24,150 +21,137 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def main(args: argparse.Namespace) -> int:
-    first, sampling, kept = options.read_prompt(args), options.sampler_options(args), SessionFile(args.session)
-    shift = options.context_shift(args)
-    from edgeattn.apps import models
-    from edgeattn.conversation import Conversation
-    model, tokenizer = models.load(args, chat=True)
-    conversation = Conversation(model, tokenizer, sampling, args.system_prompt, args.predict, tuple(args.stop), shift=shift)
-    _restore(conversation, kept)
-    if sys.stdin.isatty():
-        _greet(model)
+    first, session = options.read_prompt(args), SessionFile(args.session)
+    from edgeattn.apps import chat_input
+    from edgeattn.apps.chat_commands import COMMANDS, obey
+    chat = Chat(args, session)
+    chat.restore()
+    interactive = sys.stdin.isatty()
+    if interactive:
+        chat.greet()
     try:
         if first:
-            if sys.stdin.isatty():
+            if interactive:
                 print(f"> {first}", file=sys.stderr)
-            _answer(conversation, first, kept)
+            chat.answer(first)
         if not (args.single_turn and first):
-            for line in _lines():
-                if not _turn(conversation, model, line, kept) or args.single_turn:
+            names = {name: what for name, (what, _) in COMMANDS.items()}
+            for text in chat_input.typed(names, chat.status, chat.kept.on) if interactive else chat_input.piped(sys.stdin):
+                if text.strip() == "/exit":
+                    break
+                if not obey(chat, text) and text.strip():
+                    chat.answer(text)
+                if args.single_turn:
                     break
     finally:
-        _save(conversation, kept)
-    models.explain(args, model)
+        chat.save()
+    chat.explain()
     return 0
 
 
-def _restore(conversation, kept):
-    def load(path):
-        conversation.restore(path)
-        return True
-    if kept.restore(load):
-        kept.restored = conversation.tokens
-        print(f"session {kept.path}: {len(conversation.messages)} messages, {conversation.tokens} tokens in the cache", file=sys.stderr)
-    kept.unchanged(list(conversation.messages))
+class Chat:
+    """A conversation with a model, where it is kept, and how its answers are shown.
 
+    conversation  edgeattn.conversation.Conversation
+    session       the file of --session, with the KV cache
+    kept          the conversation in the store
+    """
 
-def _save(conversation, kept):
-    kept.save(conversation.save, list(conversation.messages))
+    def __init__(self, args: argparse.Namespace, session: SessionFile):
+        from edgeattn.apps.kept import Kept
+        self.args, self.session = args, session
+        self._sampling, self._shift = options.sampler_options(args), options.context_shift(args)
+        self.conversation = None
+        self.load_model(args)
+        source = self.model.config["source"]
+        keep = args.save if args.save is not None else sys.stdin.isatty() and not args.session
+        self.kept = Kept(keep, f"{source.get('name') or source.get('folder')} {self.model.config['precision']}")
 
+    def load_model(self, args: argparse.Namespace) -> None:
+        """Go on with the model as these flags say; the conversation stays, and its cache is computed again. ValueError: as before."""
+        from edgeattn.apps import models
+        from edgeattn.conversation import Conversation
+        model, tokenizer = models.load(args, chat=True)
+        made = Conversation(model, tokenizer, self._sampling, args.system_prompt, args.predict, tuple(args.stop), shift=self._shift)
+        if self.conversation:
+            made.replace(self.conversation.messages, self.conversation.system)
+        self.args, self.model, self.conversation, self._counted = args, model, made, None
 
-def _greet(model):
-    print(f"{model.config['architecture']}, {model.config['precision']}, context {model.ctx_size} tokens, {model.threads} threads. "
-          "/help lists commands, Ctrl-D leaves.", file=sys.stderr)
-
-
-def _turn(conversation, model, line, kept):
-    """Answer a line or obey a command; False to leave."""
-    command = line.strip()
-    if command == "/exit":
-        return False
-    if command == "/clear":
-        conversation.clear()
-        print("forgotten", file=sys.stderr)
-    elif command == "/stats":
-        print(_stats(conversation, model), file=sys.stderr)
-    elif command.startswith("/") and command[1:].isalpha():
-        print(COMMANDS if command == "/help" else f"no command {command}; /help lists them", file=sys.stderr)
-    elif command:
-        _answer(conversation, line, kept)
-    return True
-
-
-def _answer(conversation, text, kept):
-    from edgeattn.apps import terminal
-    try:
-        events = conversation.say(text)
-    except ValueError as error:
-        if not sys.stdin.isatty():
-            raise
-        print(f"error: {error}", file=sys.stderr)
-        return
-    try:
-        with terminal.interruptible(conversation.cancel):
-            terminal.show(conversation.last, events)
-    except KeyboardInterrupt:  # a second Ctrl-C, or one just as the answer began: the program stays
-        print(file=sys.stderr)
-    finally:
-        events.close()  # or an interrupted answer is not among the messages yet
-    kept.tell_reuse(conversation.last.timings)
-    _save(conversation, kept)
-    if conversation.last.finish_reason == "context":
-        print("the context is full: /clear starts afresh, --context-shift goes on, or raise -c (if the model allows it)", file=sys.stderr)
-    terminal.tell_shift(conversation.last)
-
-
-def _stats(conversation, model):
-    from edgeattn.apps import terminal
-    memory = ", ".join(f"{name.replace('_', ' ')} {terminal.size(value)}" for name, value in model.memory().items())
-    last = terminal.timing_line(conversation.last) if conversation.last else "nothing said yet"
-    return f"{last}\ncontext {conversation.tokens} of {model.ctx_size} tokens\nmemory: {memory}"
-
-
-# ---- lines ---------------------------------------------------------------------------------------------------------
-def _lines():
-    """What the user types, until the end of input."""
-    if not sys.stdin.isatty():
-        for line in sys.stdin:
-            yield line.rstrip("\n")
-        return
-    with _history():
-        while True:
-            try:
-                yield _read()
-            except KeyboardInterrupt:  # at the prompt: drop the line
-                print(file=sys.stderr)
-            except EOFError:
-                print(file=sys.stderr)
-                return
-
-
-def _read():
-    line = _ask("> ")
-    while line.endswith("\\"):
-        line = line[:-1] + "\n" + _ask(". ")
-    return line
-
-
-def _ask(prompt):
-    if sys.stdout.isatty():
-        return input(prompt)
-    print(prompt, end="", file=sys.stderr, flush=True)  # input() would write it among the answers
-    return input()
-
-
-class _history:
-    """Lines of earlier chats, on the arrow keys."""
-
-    def __enter__(self):
-        from edgeattn.apps.models import cache_folder
+    # ---- answers ------------------------------------------------------------------------------------------------
+    def answer(self, text: str) -> bool:
+        """Say something and show what is answered; True when there was an answer, also an interrupted one."""
+        from edgeattn.apps import markdown_view, terminal
+        conversation = self.conversation
+        if conversation.messages and conversation.messages[-1]["role"] == "user":  # of a chat that was killed before the answer
+            del conversation.messages[-1]
+        before = len(conversation.messages)
+        self._counted = self.model.scheduler.counted() if self.model.scheduler else None
         try:
-            import readline
-        except ImportError:  # some builds of Python have none
-            self._readline = None
-            return
-        self._readline, self._path = readline, cache_folder().parent / "history"
+            events = conversation.say(text)
+        except ValueError as error:
+            if not sys.stdin.isatty():
+                raise
+            print(f"error: {error}", file=sys.stderr)
+            return False
+        self.kept.save([*conversation.messages, {"role": "user", "content": text}])  # a kill loses the answer only
         try:
-            readline.read_history_file(self._path)
-        except OSError:
-            pass
-        readline.set_history_length(1000)
+            with terminal.interruptible(conversation.cancel):
+                if markdown_view.can_show():
+                    markdown_view.show(conversation.last, events, self.status)
+                else:
+                    terminal.show(conversation.last, events)
+        except KeyboardInterrupt:  # a second Ctrl-C, or one just as the answer began: the program stays
+            print(file=sys.stderr)
+        finally:
+            events.close()  # or an interrupted answer is not among the messages yet
+        self.session.tell_reuse(conversation.last.timings)
+        self.save()
+        if conversation.last.finish_reason == "context":
+            print("the context is full: /clear starts afresh, --context-shift goes on, or raise -c (if the model allows it)",
+                  file=sys.stderr)
+        terminal.tell_shift(conversation.last)
+        return len(conversation.messages) > before
 
-    def __exit__(self, *exception):
-        if self._readline is None:
-            return
-        try:
-            self._path.parent.mkdir(parents=True, exist_ok=True)
-            self._readline.write_history_file(self._path)
-        except OSError:  # a read-only home is no reason to complain
-            pass
+    def answer_again(self) -> None:
+        """Another answer to the last question; the former one stays if none comes. ValueError: nothing was asked."""
+        messages = self.conversation.messages
+        asked = next((i for i in range(len(messages) - 1, -1, -1) if messages[i]["role"] == "user"), None)
+        if asked is None:
+            raise ValueError("nothing was asked yet")
+        former = list(messages)
+        del messages[asked:]
+        if not self.answer(former[asked]["content"]):
+            self.conversation.replace(former, self.conversation.system)
+            self.save()
+
+    def status(self) -> str:
+        from edgeattn.apps.terminal import status_line
+        return status_line(self.model, self.conversation.tokens, self.conversation.last, self._counted)
+
+    # ---- what is kept -------------------------------------------------------------------------------------------
+    def save(self) -> None:
+        """To the session file and the store, where there is something new."""
+        messages = [dict(message) for message in self.conversation.messages]
+        self.session.save(self.conversation.save, messages)
+        self.kept.save(messages)
+
+    def restore(self) -> None:
+        """Go on with what the session file holds, if it holds anything."""
+        def load(path):
+            self.conversation.restore(path)
+            return True
+        if self.session.restore(load):
+            found = self.session.restored = self.conversation.tokens
+            print(f"session {self.session.path}: {len(self.conversation.messages)} messages, {found} tokens in the cache", file=sys.stderr)
+        self.session.unchanged(list(self.conversation.messages))
+
+    # ---- words --------------------------------------------------------------------------------------------------
+    def greet(self) -> None:
+        about = self.model.config
+        kept = "kept on this machine (--no-save: not)" if self.kept.on else "not kept"
+        print(f"{about['architecture']}, {about['precision']}, context {self.model.ctx_size} tokens, {self.model.threads} threads; "
+              f"{'in ' + self.session.path if self.session.path else kept}. /help lists commands, Ctrl-D leaves.", file=sys.stderr)
+
+    def explain(self) -> None:
+        from edgeattn.apps import models
+        models.explain(self.args, self.model)

@@ -21,7 +21,7 @@ def interruptible(cancel):
 
 
 def show(run, events) -> None:
-    """Write the text of a Generation's events to stdout as they come, and a new line."""
+    """Write the text of a Generation's events to stdout as they come, and a new line: to a pipe or file as it is."""
     plain = not sys.stdout.isatty()
     if sys.stderr.isatty():
         run.on_prompt = _prompt_notes()
@@ -59,6 +59,33 @@ def timing_line(run) -> str:
     cached = f" ({t.cached_tokens} more from the cache)" if t.cached_tokens else ""
     return (f"prompt {t.prompt_tokens} tokens{cached}, first token after {t.first_token_s:.2f} s ({t.prompt_per_second:.0f} t/s) | "
             f"{len(run.tokens)} tokens at {t.tokens_per_second:.1f} t/s | ended: {REASONS.get(run.finish_reason, 'interrupted')}")
+
+
+def status_line(model, tokens: int, run=None, counted=None) -> str:
+    """How a chat stands: speed of the last answer, context, cache, and what sparse attention does with it.
+
+    tokens   in the cache
+    run      the last answer's Generation
+    counted  what the scheduler had counted before that answer; None: nobody looked
+    """
+    speed = [f"{run.timings.tokens_per_second:.1f} t/s, first after {run.timings.first_token_s:.2f} s"] if run and run.tokens else []
+    context = f"context {tokens:,} of {model.ctx_size:,}"
+    cache = f"KV {model.cache.options.name} {size(model.cache.used_bytes)}"
+    return " | ".join([*speed, context, cache, sparse_state(model, tokens, counted)])
+
+
+def sparse_state(model, tokens: int, counted=None) -> str:
+    """What sparse attention does at this length; counted: as in status_line."""
+    scheduler = model.scheduler
+    if scheduler is None:
+        return "sparse attention off"
+    from edgeattn.scheduler import HELD, NEVER
+    if scheduler.min_len >= NEVER:
+        return "sparse attention does not pay here"
+    if tokens < scheduler.min_len:
+        return f"sparse attention from {scheduler.min_len:,} tokens on"
+    now = scheduler.counted() - (0 if counted is None else counted)
+    return "sparse attention on" + (f": reads {scheduler.share_read(now):.0%}" if now[HELD] else "")
 
 
 def tell_shift(run) -> None:

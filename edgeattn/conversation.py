@@ -50,11 +50,21 @@ class Conversation:
             raise ValueError("damaged: no valid number of dropped tokens")
         self._sampler = Sampler(self._options, self._kernel, meta.get("sampler"))
         self._sequence, self._cached = sequence, token_ids[:sequence.length]
-        saved = messages.pop(0)["content"] if messages and messages[0]["role"] == "system" else None
-        self._system = self._system or saved
-        self.clear()
-        self.messages += messages
+        saved = messages[0]["content"] if messages and messages[0]["role"] == "system" else None
+        self.replace(messages, self._system or saved)
         self._dropped = dropped
+
+    @property
+    def system(self) -> str | None:
+        """The system prompt."""
+        return self._system
+
+    def replace(self, messages: list[dict], system: str | None) -> None:
+        """Go on from other messages (their own system prompt is left out) behind another system prompt; what the cache has in common with
+        them stays useful."""
+        self._system = system
+        self.clear()
+        self.messages += [message for message in messages if message["role"] != "system"]
 
     def say(self, text: str) -> Iterator[Event]:
         """Ask, and stream the answer. However it ends, by itself, cancel() or Ctrl-C, what was shown stays in the conversation;

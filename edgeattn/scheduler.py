@@ -135,13 +135,20 @@ class Scheduler:
     def figures(self) -> dict[str, float]:
         """What decode steps read since the last call: share of the pages held, over all layers; share of (layer, head) pairs that read a
         list, and of the lists that served a second step."""
-        self._collect()
-        total = self.stats.sum(0)
-        dense = sum(source is None for source in self.sources) / len(self.sources)
+        total, dense = self.counted(), sum(source is None for source in self.sources) / len(self.sources)
         self.stats[:] = 0
         lists = max(1, int(total[SPARSE] + total[DENSE]))
-        return {"read": dense + (1 - dense) * total[READ] / max(1, int(total[HELD])), "sparse": (1 - dense) * total[SPARSE] / lists,
-                "reused": total[REUSED] / lists}
+        return {"read": self.share_read(total), "sparse": (1 - dense) * total[SPARSE] / lists, "reused": total[REUSED] / lists}
+
+    def counted(self) -> np.ndarray:
+        """[STATS_FIELDS] int64, over all layers so far; counters go on."""
+        self._collect()
+        return self.stats.sum(0)
+
+    def share_read(self, counted: np.ndarray) -> float:
+        """The share of the pages held that sparse steps read, over all layers, by what was counted meanwhile."""
+        dense = sum(source is None for source in self.sources) / len(self.sources)
+        return dense + (1 - dense) * float(counted[READ]) / max(1, int(counted[HELD]))
 
     def explain(self) -> Iterator[str]:
         """What was decided and why, line by line; counters go on."""

@@ -99,7 +99,8 @@ class Terminal:
 
     def __init__(self, *arguments, home):
         self._master, slave = pty.openpty()
-        environment = os.environ | {"TERM": "dumb", "XDG_CACHE_HOME": str(home), "NUMBA_CACHE_DIR": str(CACHE_FOLDER.parent.parent)}
+        environment = os.environ | {"TERM": "dumb", "XDG_CACHE_HOME": str(home), "XDG_DATA_HOME": str(home / "data"),
+                                    "NUMBA_CACHE_DIR": str(CACHE_FOLDER.parent.parent)}
         self.process = subprocess.Popen([*EDGEATTN, *map(str, arguments)], stdin=slave, stdout=slave, stderr=slave, env=environment)
         os.close(slave)
         self._seen = ""

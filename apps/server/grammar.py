@@ -1,0 +1,51 @@
+"""Constrained decoding through llguidance: a JSON schema decides which tokens may come next."""
+import json
+
+import numpy as np
+
+from edgeattn.apps.server.logits import NEVER
+
+COMPACT = {"whitespace_flexible": False}  # a small model may else write blanks for ever
+
+
+class Constraints:
+    """Matchers for the grammars of one tokenizer. ValueError from `schema`: the schema is wrong or asks for too much."""
+
+    def __init__(self, tokenizer, vocab_size: int):
+        from llguidance import LLTokenizer
+        self._tokenizer = LLTokenizer(tokenizer.backend.to_str(), n_vocab=vocab_size, eos_token=sorted(tokenizer.end_tokens) or None)
+
+    def schema(self, schema: dict) -> str:
+        """The grammar of JSON texts that a schema allows."""
+        from llguidance import LLMatcher
+        grammar = LLMatcher.grammar_from_json_schema(json.dumps(schema), defaults=COMPACT)
+        if why := LLMatcher(self._tokenizer, grammar, log_level=0).get_error():
+            raise ValueError(f"the JSON schema cannot be followed: {' '.join(why.split())[:300]}")
+        return grammar
+
+    def matcher(self, grammar: str) -> "Matcher":
+        return Matcher(self._tokenizer, grammar)
+
+    def bytes_of(self, token: int) -> bytes:
+        """A token's bytes, which need not be whole characters."""
+        return self._tokenizer.decode_bytes([token])
+
+
+class Matcher:
+    """One answer's place in its grammar."""
+
+    def __init__(self, tokenizer, grammar):
+        from llguidance import LLMatcher
+        self._matcher = LLMatcher(tokenizer, grammar, log_level=0)
+
+    def mask(self, logits: np.ndarray) -> np.ndarray:
+        """A copy in which no forbidden token can be chosen."""
+        allowed = np.unpackbits(np.frombuffer(self._matcher.compute_bitmask(), np.uint8), bitorder="little")[:len(logits)]
+        if why := self._matcher.get_error():
+            raise ValueError(f"the JSON schema cannot be followed: {' '.join(why.split())[:300]}")
+        return np.where(allowed, logits, NEVER)
+
+    def accept(self, token: int) -> bool:
+        """Take a chosen token -> whether nothing may follow."""
+        self._matcher.consume_token(token)
+        return self._matcher.is_stopped()

@@ -1,0 +1,1 @@
+"""The chat page that `edgeattn serve` shows: its routes, and in page/ what a browser loads."""

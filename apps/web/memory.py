@@ -1,0 +1,63 @@
+"""Memory of a chat with other settings of the cache, told before the model is loaded with them."""
+from dataclasses import replace
+
+from edgeattn.apps import options
+from edgeattn.apps.terminal import sparse_state
+from edgeattn.cache.budget import choose_types
+from edgeattn.cache.kv_cache import KVCache
+from edgeattn.cache.options import CacheOptions, evictions
+from edgeattn.memory_estimate import _page_bytes, estimate
+from edgeattn.policies import policy_names
+from edgeattn.scheduler import Scheduler, SparseOptions, refusal
+
+
+def present(model) -> dict:
+    """The settings of a model, what else could be chosen, and its memory."""
+    chosen = model.cache.options
+    same = chosen.k_type == chosen.v_type
+    method = model.scheduler.options.method if model.scheduler else "auto" if model.dense_because else "off"
+    return {"cache": {"cache_type": chosen.k_type if same else chosen.name, "kv_budget": chosen.budget or 0,
+                      "kv_eviction": chosen.eviction, "sparse_attention": method},
+            "choices": {"cache_type": options.KV_TYPES, "kv_eviction": ["auto", "none", *evictions()],
+                        "sparse_attention": ["off", *policy_names("decode")]},
+            "sparse_state": sparse_state(model, 0) if not model.dense_because else f"sparse attention off: {model.dense_because}",
+            "memory": _told(estimate(model), model.ctx_size)}
+
+
+def predict(model, flags) -> dict:
+    """{"total", "kv", "available", "ctx_size"} in bytes and tokens, as the model would take them when its context is full.
+
+    model  loaded, with any settings
+    flags  () -> changes, as Engine.reload takes them; ValueError, as everything that does not go together
+    """
+    changes, now, about = flags(), estimate(model), model.config["model"]
+    former = model.cache.options
+    kind = {"k_type": changes["cache_type_k"], "v_type": changes["cache_type_v"]} if "cache_type_k" in changes else {}
+    wanted = replace(former, **kind, budget=changes.get("kv_budget", former.budget), eviction=changes.get("kv_eviction", former.eviction))
+    sparse = SparseOptions(changes["sparse_attention"]) if "sparse_attention" in changes else \
+        model.scheduler.options if model.scheduler else SparseOptions("off")
+    shape = about["num_layers"], about["kv_heads"], about["head_dim"], about["ctx_size"]
+    selection = _selection(model, sparse, wanted, about)
+    wanted = choose_types(wanted, model.config["defaults"]["kv_type"], *shape, model.ubatch, model.cache.plan.classes, selection)
+    cache = KVCache(*shape, wanted, model.ubatch, model.cache.plan.classes, selection, model.backend)
+    kv = int(_page_bytes(cache, cache.capacity, cache.plan.chunk).sum()) + cache.plan.state_bytes()
+    before = sum(now.kv_layers) + now.kv_state
+    return {"total": now.total - before + kv, "kv": kv, "available": now.available, "ctx_size": cache.capacity}
+
+
+def _selection(model, sparse, cache: CacheOptions, about):
+    if sparse.method == "off":
+        return None
+    made = Scheduler(sparse, about["num_layers"], about["kv_heads"])
+    made.load(model.folder, model.config)
+    if why := refusal(made.policy, cache, about["window"]):
+        if sparse.method != "auto":
+            raise ValueError(f"--sparse-attention {sparse.method}: {why}")
+        return None
+    if sparse.method == "auto" and made.policy.tokens(model.ctx_size) >= model.ctx_size:
+        return None
+    return made.selection_plan(about["ctx_size"])
+
+
+def _told(found, ctx_size):
+    return {"total": found.total, "kv": sum(found.kv_layers) + found.kv_state, "available": found.available, "ctx_size": ctx_size}

@@ -1,0 +1,162 @@
+"""Routes of the chat page: its files, conversations, answers, settings. Conversations live in the store; the page sends all of a
+conversation with each question, so that it goes on also where nothing can be saved."""
+import asyncio
+import mimetypes
+from pathlib import Path
+from typing import Annotated, Literal
+
+from fastapi import APIRouter
+from fastapi.responses import FileResponse, StreamingResponse
+from pydantic import BaseModel, Field
+
+from edgeattn.apps import options
+from edgeattn.apps.cli import one_line
+from edgeattn.apps.markdown import to_html
+from edgeattn.apps.server.engine import Engine
+from edgeattn.apps.server.errors import Refusal
+from edgeattn.apps.server.events import EVENTS, respond
+from edgeattn.apps.server.settings import Settings
+from edgeattn.apps.store import Store
+from edgeattn.apps.web import memory
+from edgeattn.apps.web.answering import Answering
+
+PAGE = Path(__file__).parent / "page"
+FILES = {path.name: path for path in PAGE.iterdir()}  # nothing else is ever sent
+Text = Annotated[str, Field(max_length=1 << 22)]
+Number = Annotated[int, Field(ge=0, lt=1 << 62)]
+
+
+class Attached(BaseModel):
+    """A text file that was dropped: the first `length` characters of a question are its."""
+    name: Annotated[str, Field(max_length=200)]
+    length: Number
+
+
+class Message(BaseModel):
+    role: Literal["system", "user", "assistant"]
+    content: Text
+    facts: dict = {}
+
+
+class Talk(BaseModel):
+    """A conversation up to a question; `conversation` and `revision` say where it is kept, if it is."""
+    messages: Annotated[list[Message], Field(min_length=1, max_length=10_000)]
+    conversation: Number | None = None
+    revision: Number | None = None
+    temperature: Annotated[float, Field(ge=0, le=5, allow_inf_nan=False)] | None = None
+    max_tokens: Annotated[int, Field(ge=1)] | None = None
+
+
+class Title(BaseModel):
+    title: Annotated[str, Field(min_length=1, max_length=200)]
+
+
+class Changes(BaseModel):
+    """Of the cache and of sparse attention; what is left out stays."""
+    cache_type: Literal["f32", "f16", "int8", "int4", "int3", "int2"] | None = None
+    kv_budget: Annotated[str, Field(max_length=20)] | None = None  # "10M"; "" is none
+    kv_eviction: Annotated[str, Field(max_length=40)] | None = None
+    sparse_attention: Annotated[str, Field(max_length=40)] | None = None
+
+    def flags(self) -> dict:
+        """As Engine.reload takes them. ValueError: no size."""
+        found = {name: value for name in ("kv_eviction", "sparse_attention") if (value := getattr(self, name)) is not None}
+        if self.cache_type:
+            found |= {"cache_type_k": self.cache_type, "cache_type_v": self.cache_type, "kv_bits": None}
+        if self.sparse_attention:
+            found |= {"sparse_budget": None}
+        if self.kv_budget is not None:
+            try:
+                found["kv_budget"] = options.size(self.kv_budget) if self.kv_budget.strip() else None
+            except options.argparse.ArgumentTypeError as error:
+                raise ValueError(f"the budget {error}") from None
+        return found
+
+
+def make_router(engine: Engine, store: Store | None, settings: Settings, unkept: str = "") -> APIRouter:
+    """store: None where conversations are not kept; unkept: why, for the page to tell."""
+    router, answering = APIRouter(), Answering(engine, store, settings)
+
+    @router.get("/", summary="The chat page", include_in_schema=False)
+    async def page():
+        return FileResponse(FILES["index.html"], media_type="text/html; charset=utf-8")
+
+    @router.get("/static/{name}", summary="A file of the chat page", include_in_schema=False)
+    async def file(name: str):
+        if name not in FILES:
+            raise Refusal(404, "no such file")
+        return FileResponse(FILES[name], media_type=mimetypes.guess_type(name)[0] or "text/plain")
+
+    @router.get("/api/status", summary="What the server is doing, and its settings")
+    async def status():
+        return respond(await asyncio.to_thread(_status, engine, unkept))
+
+    # ---- answers ------------------------------------------------------------------------------------------------
+    @router.post("/api/answer", summary="Answer a conversation, as server-sent events, and keep it")
+    async def answer(talk: Talk):
+        stream = await answering.start(talk)
+        return StreamingResponse(stream, headers=EVENTS, media_type="text/event-stream")
+
+    @router.post("/api/stop/{answer}", summary="End an answer; what was said stays")
+    async def stop(answer: str):
+        return respond({"stopped": answering.stop(answer)})
+
+    @router.post("/api/count", summary="How many tokens a conversation has")
+    async def count(talk: Talk):
+        return respond({"tokens": len(await answering.encode(talk)), "ctx_size": engine.model.ctx_size})
+
+    # ---- conversations ------------------------------------------------------------------------------------------
+    @router.get("/api/conversations", summary="What is kept, the newest first")
+    async def conversations():
+        return respond({"conversations": await _from(store, Store.conversations) if store else []})
+
+    @router.get("/api/conversations/{number}", summary="A conversation; answers also as HTML")
+    async def conversation(number: Number):
+        found = await _from(store, Store.load, number)
+        for message in found["messages"]:
+            if message["role"] == "assistant":
+                message["html"] = await asyncio.to_thread(to_html, message["content"])
+        return respond(found)
+
+    @router.patch("/api/conversations/{number}", summary="Give a conversation another title")
+    async def rename(number: Number, body: Title):
+        await _from(store, Store.rename, number, body.title)
+        return respond({"id": number})
+
+    @router.delete("/api/conversations/{number}", summary="Delete a conversation")
+    async def remove(number: Number):
+        await _from(store, Store.remove, number)
+        return respond({"id": number})
+
+    # ---- settings -----------------------------------------------------------------------------------------------
+    @router.post("/api/predict", summary="The memory that other settings would take")
+    async def predict(changes: Changes):
+        return respond(await _refusing(memory.predict, engine.model, changes.flags))
+
+    @router.post("/api/settings", summary="Load the model with other settings")
+    async def change(changes: Changes):
+        await _refusing(lambda: engine.reload(changes.flags()))
+        return respond(await asyncio.to_thread(_status, engine, unkept))
+    return router
+
+
+def _status(engine, unkept):
+    return engine.status() | {"unkept": unkept, **memory.present(engine.model)}
+
+
+async def _from(store, method, *arguments):
+    if store is None:
+        raise Refusal(404, "conversations are not kept")
+    try:
+        return await asyncio.to_thread(method, store, *arguments)
+    except ValueError as error:
+        raise Refusal(404, str(error)) from None
+    except OSError as error:
+        raise Refusal(507, one_line(error), "not_kept") from None
+
+
+async def _refusing(call, *arguments):
+    try:
+        return await asyncio.to_thread(call, *arguments)
+    except (ValueError, OSError, MemoryError) as error:
+        raise Refusal(400, one_line(error)) from None
