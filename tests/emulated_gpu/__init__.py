@@ -36,7 +36,8 @@ def _library(name):
     from edgeattn.kernels_cuda import compile
     text = f'#include "cuda.h"\n#include "ptx.h"\n{translate(compile.source(name))}'
     headers = "".join((HERE / header).read_text() for header in ("cuda.h", "ptx.h"))
-    made = compile._cache_folder() / "cuda" / f"{name}-emulated-{hashlib.sha256((text + headers + str(COMPILER)).encode()).hexdigest()[:16]}.so"
+    key = hashlib.sha256((text + headers + str(COMPILER)).encode()).hexdigest()[:16]
+    made = compile._cache_folder() / "cuda" / f"{name}-emulated-{key}.so"
     if not made.is_file():
         made.parent.mkdir(parents=True, exist_ok=True)
         plain = _run(["-E", "-P", f"-I{HERE}", "-"], text)

@@ -191,7 +191,8 @@ template <class... A> void call(void (*kernel)(A...), void** arguments)
 }  // namespace emulated
 
 // A kernel's whole grid; kernel: its entry, which takes addresses of arguments as cuLaunchKernel does. Not 0: what it asks for is too much
-extern "C" int emulated_launch(void (*kernel)(void**), unsigned x, unsigned y, unsigned z, unsigned threads, unsigned shared, void** arguments)
+extern "C" int emulated_launch(void (*kernel)(void**), unsigned x, unsigned y, unsigned z, unsigned threads, unsigned shared,
+                               void** arguments)
 {
     using namespace emulated;
     if (threads > MOST || shared > SHARED || !threads) return 1;

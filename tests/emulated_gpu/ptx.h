@@ -92,11 +92,16 @@ inline void load_matrices(u32& m0, u32& m1, u32& m2, u32& m3, u32 row, bool tran
     emulated::wait_warp();
 }
 inline void ldmatrix_sync_aligned_m8n8_x4_shared_b16(u32& a, u32& b, u32& c, u32& d, u32 row) { load_matrices(a, b, c, d, row, false); }
-inline void ldmatrix_sync_aligned_m8n8_x4_trans_shared_b16(u32& a, u32& b, u32& c, u32& d, u32 row) { load_matrices(a, b, c, d, row, true); }
+inline void ldmatrix_sync_aligned_m8n8_x4_trans_shared_b16(u32& a, u32& b, u32& c, u32& d, u32 row)
+{
+    load_matrices(a, b, c, d, row, true);
+}
+
+#define MATRICES(Sum) Sum &d0, Sum &d1, Sum &d2, Sum &d3, u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1, Sum c0, Sum c1, Sum c2, Sum c3
 
 // d = a b + c, a [16, K] and b [K, 8] in registers of 32 bits that hold n elements each: K = 8 n
 template <int n, class Sum, class A, class B>
-void multiply(Sum& d0, Sum& d1, Sum& d2, Sum& d3, u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1, Sum c0, Sum c1, Sum c2, Sum c3, A of_a, B of_b)
+void multiply(MATRICES(Sum), A of_a, B of_b)
 {
     const unsigned lane = threadIdx.x % 32, first = threadIdx.x - lane;
     uint64_t* own = emulated::threads[emulated::now].slot;
@@ -117,7 +122,6 @@ void multiply(Sum& d0, Sum& d1, Sum& d2, Sum& d3, u32 a0, u32 a1, u32 a2, u32 a3
     emulated::wait_warp();
     d0 = sums[0], d1 = sums[1], d2 = sums[2], d3 = sums[3];
 }
-#define MATRICES(Sum) Sum &d0, Sum &d1, Sum &d2, Sum &d3, u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1, Sum c0, Sum c1, Sum c2, Sum c3
 #define GIVEN d0, d1, d2, d3, a0, a1, a2, a3, b0, b1, c0, c1, c2, c3
 inline int s8(u32 bits) { return (int8_t)bits; }
 inline int u8(u32 bits) { return (uint8_t)bits; }

@@ -1,0 +1,68 @@
+"""The CUDA kernels' tests without a GPU: kernels run on the CPU (tests/emulated_gpu). In CI, where CI=true, only: minutes."""
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import emulated_gpu
+import pytest
+from cuda_device import cuda_missing
+from emulated_gpu.translate import translate
+
+TESTS = Path(__file__).parent
+PARTS = {  # run side by side, for two cores; a GPU runs all of them
+    "products and models": "test_cuda_kernels.py test_cuda_fused.py test_cuda_tiny.py",
+    "attention": "test_cuda_attention.py test_cuda_prefill.py "
+                 "-k '(not behind or 64 and f16) and (shape4 or not lists_are or shape3 and int4)'",
+}
+FAULT = """
+import sys
+import emulated_gpu, numpy as np
+emulated_gpu.install()
+from test_kernels import matmul_ternary_case
+from edgeattn.kernels_cuda import compile
+from edgeattn.ops import load_kernel
+source = compile.source
+compile.source = lambda name: source(name).replace(*sys.argv[1:])
+args, about = matmul_ternary_case(np.random.default_rng(), 130, 64, 512, 2, 8, False)
+got, expected = (load_kernel("matmul_ternary", device)(*args, **about) for device in ("cuda", "reference"))
+print("right" if np.allclose(got, expected, rtol=0, atol=1e-3) else "wrong")
+"""
+SECONDS = 1200  # about two minutes on two quiet cores
+
+
+@pytest.mark.skipif(os.environ.get("CI") != "true", reason="runs in CI (CI=true)")
+@pytest.mark.skipif(not cuda_missing(), reason="a GPU is there")
+def test_kernels_on_an_emulated_gpu():
+    assert not emulated_gpu.missing()
+    environment = os.environ | {"EDGEATTN_EMULATE_CUDA": "1", "NUMBA_NUM_THREADS": "1"}
+    command = f"cd '{TESTS}' && '{sys.executable}' -m pytest -q -x -p no:cacheprovider "
+    running = {part: subprocess.Popen(["bash", "-c", command + files], env=environment, text=True, stdout=subprocess.PIPE,
+                                      stderr=subprocess.STDOUT) for part, files in PARTS.items()}
+    end = time.monotonic() + SECONDS
+    try:
+        for part, process in running.items():
+            output, _ = process.communicate(timeout=max(1, end - time.monotonic()))
+            assert process.returncode == 0 and " passed" in output and " skipped" not in output, f"{part}: {output[-3000:]}"
+    finally:
+        for process in running.values():
+            process.kill()
+
+
+def test_instructions_become_calls():
+    text = 'asm volatile("ld.x.v2 {%0, %1}, [%2], 16;" : "=r"(a[0]), "=r"(f(b, 1)) : "l"(p + (n)) : "memory"); extern __shared__ uint4 m[];'
+    assert translate(text) == ("ptx::ld_x_v2((a[0]), (f(b, 1)), (p + (n)), 16); "
+                               "uint4* const m = reinterpret_cast<uint4*>(emulated::shared);")
+    with pytest.raises(ValueError, match="not one instruction"):
+        translate('asm("add %0, %1; sub %0, %1;" : "=r"(a) : "r"(b));')
+
+
+@pytest.mark.skipif(bool(emulated_gpu.missing()), reason=emulated_gpu.missing())
+@pytest.mark.parametrize("whole, part, said", [
+    ("", "", "right"), ("cp_async_wait<STAGES - 2>();", "", "wrong"), ("__syncthreads();", "", "wrong"),
+    ("x_step = threadIdx.x % 4", "x_step = threadIdx.x % 2", "wrong")])
+def test_faults_show(whole, part, said):
+    """The last of them a wrong address; the others waits that are missing."""
+    done = subprocess.run([sys.executable, "-c", FAULT, whole, part], cwd=TESTS, capture_output=True, text=True)
+    assert done.stdout == f"{said}\n", done.stderr

@@ -1,0 +1,96 @@
+"""Whole tiny models on a GPU, or on an emulated one (EDGEATTN_EMULATE_CUDA=1), against the CPU: prompts, decode, lists, eviction, budgets.
+
+tests/test_cuda_runtime.py is the same of a real model, which an emulation would take hours for. Random weights disturb: limits are wider.
+"""
+import numpy as np
+import pytest
+import tiny
+from cuda_device import needs_cuda
+
+from edgeattn.cache.options import CacheOptions
+from edgeattn.exporters.export import export
+from edgeattn.prefill_scheduler import PrefillOptions
+from edgeattn.runtime import Model
+from edgeattn.scheduler import SparseOptions
+
+pytestmark = needs_cuda
+SIZES = dict(hidden_size=128, intermediate_size=192, num_attention_heads=4, num_key_value_heads=2, head_dim=64,
+             max_position_embeddings=1024)
+RNG = np.random.default_rng()
+DENSE, WHOLE = SparseOptions("off"), PrefillOptions("off")
+# Root-mean-square differences of logits, in standard deviations. A last digit of a rounded activation decides, and random weights
+# amplify: the CPU's own instruction levels differ by half as much.
+CLOSE = {"f16": 0.05, "int8": 0.1, "int4": 0.1}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    made = tmp_path_factory.mktemp("tiny")
+    tiny.save_tiny("llama", made / "checkpoint", **SIZES)
+    export(made / "checkpoint", made / "out", "int4", 32)
+    return made / "out"
+
+
+def both(folder, cache, sparse=DENSE, prefill=WHOLE, **more):
+    options = dict(ctx_size=768, ubatch=64, threads=1, cache=cache, sparse=sparse, prefill=prefill) | more
+    return [Model.load(folder, device=device, **options) for device in ("cpu", "cuda")]
+
+
+def run(model, prompt, decoded):
+    """Logits of the prompt, and of tokens one at a time."""
+    a = model.new_sequence()
+    return a, model.forward([(a, prompt)], "all"), np.concatenate([model.forward([(a, [token])]) for token in decoded])
+
+
+def error(got, expected):
+    assert got.shape == expected.shape and np.isfinite(got).all()
+    return float(np.sqrt(np.square(got - expected).mean(-1)).mean() / expected.std())
+
+
+@pytest.mark.parametrize("cache", ["f16", "int8", "int4"])
+def test_prompt_and_decode(folder, cache):
+    prompt, decoded = RNG.integers(3, 150, 150), RNG.integers(3, 150, 40)
+    (_, *expected), (_, *got) = (run(model, prompt, decoded) for model in both(folder, CacheOptions(cache, cache)))
+    for a, b in zip(got, expected):
+        assert error(a, b) < CLOSE[cache]
+
+
+@pytest.mark.parametrize("cache", ["f16", "int4"])
+def test_decode_that_selects(folder, cache):
+    prompt, decoded = RNG.integers(3, 150, 300), RNG.integers(3, 150, 12)
+    models = both(folder, CacheOptions(cache, cache), SparseOptions("quest", {"budget": 96, "dense_layers": 0}, 0))
+    (_, *expected), (_, *got) = (run(model, prompt, decoded) for model in models)
+    assert error(got[0], expected[0]) < CLOSE[cache] and error(got[1], expected[1]) < 0.2
+    dense, = (run(model, prompt, decoded)[2] for model in both(folder, CacheOptions(cache, cache))[:1])
+    assert error(got[1], expected[1]) < error(dense, expected[1]) / 2
+
+
+@pytest.mark.parametrize("method, options", [("auto", {"budget": 96, "least": 64, "fraction": 0.1, "recent": 1}),
+                                             ("xattention", {"tau": 0.6}), ("sale", {"threshold": 10, "bits": 8})])
+@pytest.mark.parametrize("cache", ["f16", "int4"])
+def test_a_prompt_that_reads_a_part(folder, cache, method, options):
+    """What is read is averaged in two ways: on the CPU over chunks, on a GPU over pairs."""
+    prompt, found, read = RNG.integers(3, 150, 320), [], []
+    for model in both(folder, CacheOptions(cache, cache), prefill=PrefillOptions(method, options, 0)):
+        found.append(run(model, prompt, prompt[:2])[1])
+        read.append(model.prefill.figures()["read"])
+    whole = run(both(folder, CacheOptions(cache, cache))[0], prompt, prompt[:2])[1]
+    print(f"{cache} {method}: {error(found[1], found[0]):.4f}, of what reads everything {error(whole, found[0]):.4f}; read {read}")
+    assert error(found[1], found[0]) < error(whole, found[0]) / 2 and abs(read[1] - read[0]) < 0.1 and read[1] < 0.95
+
+
+@pytest.mark.parametrize("eviction", ["key_diff", "l2_norm", "random", "streaming_llm"])
+@pytest.mark.parametrize("cache", ["f16", "int4"])
+def test_a_full_cache_drops_tokens(folder, cache, eviction):
+    """Of scores that nearly equal others go."""
+    budget = 420_000 if cache == "f16" else 300_000
+    prompt, decoded, held, found = RNG.integers(3, 150, 400), RNG.integers(3, 150, 40), [], []
+    for model in both(folder, CacheOptions(cache, cache, budget=budget, eviction=eviction)):
+        a, _, rows = run(model, prompt, decoded)
+        assert a.counts.max() < 400
+        held.append([set(a.positions[place][:a.counts[place]].tolist()) for place in np.ndindex(a.counts.shape)])
+        found.append(rows)
+    same = np.mean([len(a & b) / max(len(a), len(b)) for a, b in zip(*held)])
+    print(f"{cache} {eviction}: {same:.3f} of the tokens, logits {error(found[1], found[0]):.4f}")
+    exact = eviction in ("random", "streaming_llm")
+    assert same > (0.999 if exact else 0.9) and error(found[1], found[0]) < (CLOSE[cache] if exact else 0.3)
