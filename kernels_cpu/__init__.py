@@ -14,7 +14,9 @@ import ctypes
 import hashlib
 import os
 import platform
+import stat
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 import llvmlite
@@ -106,6 +108,24 @@ def _user_cache() -> Path:
     return Path.home() / ("Library/Caches" if sys.platform == "darwin" else ".cache")
 
 
+def private(folder: Path) -> Path:
+    """Make the folder, for this user alone: Numba keeps compiled code as pickles, so who can write there has his own code run.
+    ValueError: another user owns it, or everybody can replace it."""
+    with suppress(OSError):  # where nothing can be written, nothing is kept, and `edgeattn doctor` says so
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        folder.chmod(0o700)
+    if os.name != "posix" or not folder.exists():
+        return folder
+    if folder.stat().st_uid != os.geteuid() or folder.stat().st_mode & 0o022:
+        raise ValueError(f"{folder} holds compiled code and belongs to another user: remove it, or set XDG_CACHE_HOME to a folder of "
+                         "your own")
+    for path in folder.resolve().parents:
+        if path.stat().st_mode & 0o002 and not path.stat().st_mode & stat.S_ISVTX:
+            raise ValueError(f"{folder} holds compiled code, and everybody can write to {path}: chmod o-w {path}, "
+                             "or set XDG_CACHE_HOME to a folder of your own")
+    return folder
+
+
 def cached_kernels() -> int:
     """How many compiled kernels the cache folder holds."""
     return sum(1 for _ in CACHE_FOLDER.rglob("*.nbc"))
@@ -114,7 +134,7 @@ def cached_kernels() -> int:
 config.CPU_FEATURES = compile_features(llvm.get_host_cpu_features().flatten(), _unreported())
 LEVEL = _choose()
 CACHE_FOLDER = _user_cache() / "edgeattn" / f"kernels-{cache_key(Path(__file__).parent, LEVEL)}"
-config.CACHE_DIR = str(CACHE_FOLDER)
+config.CACHE_DIR = str(private(CACHE_FOLDER))
 if not {"NUMBA_THREADING_LAYER", "NUMBA_THREADING_LAYER_PRIORITY"} & set(os.environ):
     # A parallel region costs 2 us with OpenMP and 50 to 130 us with Numba's own pool, which is left as the last resort.
     config.THREADING_LAYER_PRIORITY = ["omp", "tbb", "workqueue"]

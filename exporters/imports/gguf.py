@@ -17,6 +17,7 @@ from edgeattn.exporters.imports.gguf_file import read_gguf
 from edgeattn.exporters.imports.gguf_tokenizer import write_tokenizer
 from edgeattn.exporters.imports.packing import grouped
 from edgeattn.exporters.stored import as_float, read_bytes
+from edgeattn.folder import inside
 
 ARCHITECTURES = ("llama", "qwen2", "qwen3")
 SIZES = {"hidden_size": "embedding_length", "intermediate_size": "feed_forward_length", "num_hidden_layers": "block_count",
@@ -78,9 +79,9 @@ class GGUF:
     def copy_files(self, names: tuple[str, ...], folder: Path) -> None:
         """The tokenizer's files: those beside the GGUF file if there is a tokenizer.json, else made from the settings."""
         beside = self.folder.parent
-        if (beside / "tokenizer.json").is_file():
+        if inside(beside, "tokenizer.json").is_file():
             for name in names:
-                if (beside / name).is_file():
+                if inside(beside, name).is_file():
                     shutil.copyfile(beside / name, folder / name)
         else:
             write_tokenizer(self.folder, self.settings, folder)

@@ -182,7 +182,8 @@ def _attribute(node, other, tensor, names, proto, rng):
     a = rng.choice(node.attribute) if node.attribute and rng.random() < 0.8 else node.attribute.add()
     b = rng.choice(other.attribute) if other.attribute else a
     if a.name and rng.random() < 0.7:
-        a.i, a.f = rng.choice([x for x in NASTY if type(x) is int and abs(x) < 1 << 63] + [16, 32, 64]), rng.choice((0.0, 1e30, float("nan")))
+        a.i = rng.choice([x for x in NASTY if type(x) is int and abs(x) < 1 << 63] + [16, 32, 64])
+        a.f = rng.choice((0.0, 1e30, float("nan")))
     elif rng.random() < 0.5:
         a.CopyFrom(b)
     else:
