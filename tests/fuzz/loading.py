@@ -58,7 +58,8 @@ class Loader:
             self._folder = tempfile.TemporaryDirectory()
             unpack((corpus / "export/valid0").read_bytes(), "export", Path(self._folder.name))
             self._models = [Model(self._folder.name, cache=cache, **DENSE) for cache in CACHES]
-        self._templates = TemplateProcess()
+        self._templates = TemplateProcess()  # one for all
+        self._templates.render("", {})       # begins now, which is no slow input's fault
 
     def read(self, blob: bytes) -> str | None:
         with tempfile.TemporaryDirectory(dir=RAM if os.path.isdir(RAM) else None) as folder:
@@ -94,7 +95,7 @@ class Loader:
     def _tokenizer(self, blob, folder):
         unpack(blob, "tokenizer", folder)
         tokenizer = Tokenizer(folder)
-        tokenizer._templates = self._templates  # one process for all
+        tokenizer._templates = self._templates
         ids = tokenizer.encode(TEXT)
         stream = tokenizer.stream()
         "".join(stream.add(token) for token in [*ids[:20], 1 << 31]) + stream.flush()
