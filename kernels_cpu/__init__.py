@@ -14,15 +14,15 @@ import ctypes
 import hashlib
 import os
 import platform
-import stat
 import sys
-from contextlib import suppress
 from pathlib import Path
 
 import llvmlite
 import llvmlite.binding as llvm
 import numba
 from numba.core import config
+
+from edgeattn.private import private
 
 # Best first; a level is available where the machine has all of its features.
 NEEDS = {
@@ -106,24 +106,6 @@ def _user_cache() -> Path:
     if os.environ.get("XDG_CACHE_HOME"):
         return Path(os.environ["XDG_CACHE_HOME"])
     return Path.home() / ("Library/Caches" if sys.platform == "darwin" else ".cache")
-
-
-def private(folder: Path) -> Path:
-    """Make the folder, for this user alone: Numba keeps compiled code as pickles, so who can write there has his own code run.
-    ValueError: another user owns it, or everybody can replace it."""
-    with suppress(OSError):  # where nothing can be written, nothing is kept, and `edgeattn doctor` says so
-        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        folder.chmod(0o700)
-    if os.name != "posix" or not folder.exists():
-        return folder
-    if folder.stat().st_uid != os.geteuid() or folder.stat().st_mode & 0o022:
-        raise ValueError(f"{folder} holds compiled code and belongs to another user: remove it, or set XDG_CACHE_HOME to a folder of "
-                         "your own")
-    for path in folder.resolve().parents:
-        if path.stat().st_mode & 0o002 and not path.stat().st_mode & stat.S_ISVTX:
-            raise ValueError(f"{folder} holds compiled code, and everybody can write to {path}: chmod o-w {path}, "
-                             "or set XDG_CACHE_HOME to a folder of your own")
-    return folder
 
 
 def cached_kernels() -> int:

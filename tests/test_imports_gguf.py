@@ -181,3 +181,12 @@ def test_unknown_tokenizer_asks_for_a_file(tmp_path, nano_checkpoint):
     (tmp_path / "tokenizer.json").write_bytes((nano_checkpoint / "tokenizer.json").read_bytes())
     export(tmp_path / "model.gguf", tmp_path / "out")
     assert (tmp_path / "out/tokenizer.json").read_bytes() == (tmp_path / "tokenizer.json").read_bytes()
+
+
+def test_a_vocabulary_that_takes_forever_is_refused(tmp_path):
+    """Of each token of SentencePiece's all ways to cut it in two are tried."""
+    from edgeattn.exporters.imports.gguf_tokenizer import write_tokenizer
+    settings = {"tokenizer.ggml.model": "llama", "tokenizer.ggml.tokens": ["<unk>", "a" * 100_000], "tokenizer.ggml.scores": [0.0, 0.0]}
+    with pytest.raises(ValueError, match="more than 1024 characters"):
+        write_tokenizer(tmp_path / "model.gguf", settings, tmp_path)
+    assert not list(tmp_path.iterdir())

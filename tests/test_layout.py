@@ -11,7 +11,7 @@ ROOT = Path(__file__).parent.parent
 FOLDERS = {"edgeattn": "edgeattn", "exporters": "edgeattn.exporters", "kernels_cpu": "edgeattn.kernels_cpu",
            "kernels_cuda": "edgeattn.kernels_cuda", "apps": "edgeattn.apps"}
 LAYERS = [  # a file may import only from its own row or the rows above
-    ["edgeattn.ops", "edgeattn.page_formats", "edgeattn.arguments", "edgeattn.reference", "edgeattn.folder",
+    ["edgeattn.ops", "edgeattn.page_formats", "edgeattn.arguments", "edgeattn.reference", "edgeattn.folder", "edgeattn.private",
      "edgeattn.__init__"],
     ["edgeattn.kernels_cpu", "edgeattn.kernels_cuda"],
     ["edgeattn.cache", "edgeattn.policies", "edgeattn.batch", "edgeattn.arena", "edgeattn.graph", "edgeattn.contract", "edgeattn.exported",

@@ -16,8 +16,8 @@ from onnx import TensorProto, helper, numpy_helper
 from edgeattn.exporters.checkpoint import Checkpoint
 from edgeattn.folder import inside, read_json
 from edgeattn.graph import read_graph
-from edgeattn.kernels_cpu import private
 from edgeattn.prefill_scheduler import PrefillOptions
+from edgeattn.private import private
 from edgeattn.runtime import Model, read_config
 from edgeattn.scheduler import SparseOptions
 from edgeattn.tokenizer import Tokenizer
@@ -255,14 +255,18 @@ def test_modules_of_the_current_folder_are_not_imported(tmp_path, nano_checkpoin
 def test_compiled_kernels_are_the_users_own(tmp_path):
     folder = tmp_path / "cache/edgeattn/kernels"
     assert private(folder).stat().st_mode & 0o777 == 0o700
-    folder.chmod(0o777)
-    assert private(folder).stat().st_mode & 0o777 == 0o700  # ours: mended
+    folder.chmod(0o775)
+    assert private(folder).stat().st_mode & 0o777 == 0o700  # a group's: mended
     (tmp_path / "cache").chmod(0o777)
     with pytest.raises(ValueError, match="chmod o-w"):
         private(folder)
     (tmp_path / "cache").chmod(0o1777)
     private(folder)
+    folder.chmod(0o777)
+    with pytest.raises(ValueError, match="other users could write"):
+        private(folder)
+    folder.chmod(0o700)
     if os.geteuid() == 0:
         os.chown(folder, 1234, 1234)
-        with pytest.raises(ValueError, match="another user"):
+        with pytest.raises(ValueError, match="other users could write"):
             private(folder)
