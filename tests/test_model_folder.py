@@ -177,6 +177,10 @@ def split_sizes(graph, sizes):
     (lambda g: named(g, "embedding_nbits").input.__setitem__(0, "positions"), "needs the input token_ids"),
     (lambda g: named(g, "matmul_nbits").input.__setitem__(1, "layers.0.input_norm.out"), "needs codes"),
     (lambda g: g.node.remove(g.node[-1]), "no logits"),
+    (lambda g: (g.input.remove(g.input[0]), g.node[3].output.append("token_ids")), "makes 'token_ids'"),
+    (lambda g: (g.input.remove(g.input[0]), g.initializer.append(numpy_helper.from_array(np.full(5, 1 << 40), "token_ids"))),
+     "makes 'token_ids'"),
+    (lambda g: g.node[0].attribute.add(name="odd"), "attribute of no known kind"),
     (lambda g: g.node[-1].__setattr__("op_type", "sample"), "not an operator of exported graphs")])
 def test_a_graph_is_what_kernels_expect(export, edit, message):
     change(export, edit)
