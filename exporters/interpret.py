@@ -9,8 +9,8 @@ import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
-from edgeattn.graph import attributes
 from edgeattn.folder import inside
+from edgeattn.graph import attributes
 from edgeattn.ops import DOMAIN, PANEL, load_kernel
 from edgeattn.reference.matmul_ternary import TILE
 
