@@ -31,7 +31,10 @@ class Weights:
         for node in graph.proto.graph.node:
             for role, name in zip(_roles(node), node.input):
                 if name in graph.initializers and graph.initializers[name].dtype != "int64":  # those are shapes
-                    self._add(node, role, name, graph.initializers[name])
+                    try:
+                        self._add(node, role, name, graph.initializers[name])
+                    except (LookupError, TypeError, ArithmeticError):
+                        raise ValueError(f"{folder}: node {node.name[:80]!r} is not as exports have it; export the model again") from None
         self.bytes = sum(array.nbytes for array in graph.initializers.values())
 
     def _add(self, node, role, name, array):

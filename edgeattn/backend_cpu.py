@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from importlib import import_module
 
 import numpy as np
+import psutil
 
 from edgeattn import device_profile
 from edgeattn.arguments import Tensor
@@ -43,7 +44,10 @@ class CpuBackend:
 
     # ---- memory -----------------------------------------------------------------------------------------------------
     def allocate(self, size: int) -> np.ndarray:
-        """`size` bytes; address() says where."""
+        """`size` bytes; address() says where. ValueError: more than the machine has."""
+        if size > psutil.virtual_memory().total:
+            raise ValueError(f"a call of this model needs {size >> 30} GiB between operators, more than this machine has; use a smaller "
+                             "ubatch")
         return steps.aligned(size, np.uint8)
 
     def address(self, array: np.ndarray) -> int:

@@ -18,6 +18,7 @@ from safetensors.numpy import save_file
 
 from edgeattn.cache.eviction import drop_oldest
 from edgeattn.cache.session import fingerprint
+from edgeattn.folder import inside
 from edgeattn.page_formats import PAGE
 
 FILE, FORMAT, VERSION = "calibration.safetensors", "edgeattn calibration", "1"
@@ -36,7 +37,7 @@ TIMES = "after dinner|at dawn|at night|before the storm|during the feast|in autu
 def load(folder, config: dict) -> tuple[dict[str, np.ndarray], dict[str, str]]:
     """Tensors and metadata of a folder's calibration. config: its edgeattn.json.
     ValueError: there is none, it is another model's or another version's, or it is damaged."""
-    path, again = Path(folder) / FILE, f"run edgeattn calibrate -m {folder}"
+    path, again = inside(folder, FILE), f"run edgeattn calibrate -m {folder}"
     if not path.is_file():
         raise ValueError(f"{folder}: this model is not calibrated: {again}")
     try:

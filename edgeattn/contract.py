@@ -20,7 +20,6 @@ ATTRIBUTES = {
 OPTIONAL = {"epsilon", "input_major", "window", "interleaved"}
 ROWS = ("x", "y", "q", "k", "v")                                # the inputs that are computed
 CALLS = {"ids": "token_ids", "positions": "positions", "indices": "logit_rows"}  # the inputs that a call gives, by their names
-ABSENT = ("past_key", "past_value")                             # what stands for the cache
 
 
 def _panels(s, a, bias=False):

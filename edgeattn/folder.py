@@ -12,7 +12,7 @@ def inside(folder: str | Path, name: str) -> Path:
     the snapshots; those count as the folder's own."""
     folder = Path(folder)
     if not isinstance(name, str) or not name or name in (".", "..") or any(c in "/\\:" or c < " " for c in name):
-        raise ValueError(f"{folder}: {str(name)[:200]!r} is not the name of a file in this folder; get the model again")
+        raise ValueError(f"{folder}: what the model names must be a file of the same folder, got {str(name)[:200]!r}; export it again")
     path = folder / name
     if path.is_symlink():
         real, home = Path(os.path.realpath(path)), Path(os.path.realpath(folder))

@@ -83,6 +83,9 @@ def _check_nodes(proto, initializers):
 
 
 def attributes(node: onnx.NodeProto) -> dict:
-    """A node's attributes as Python values, strings decoded."""
-    found = {a.name: helper.get_attribute_value(a) for a in node.attribute}
+    """A node's attributes as Python values, strings decoded. ValueError: one is of no known kind."""
+    try:
+        found = {a.name: helper.get_attribute_value(a) for a in node.attribute}
+    except ValueError:
+        raise ValueError(f"{node.name[:80]!r} has an attribute of no known kind; export the model again") from None
     return {name: value.decode() if isinstance(value, bytes) else value for name, value in found.items()}

@@ -71,6 +71,8 @@ class Plan:
         """Nodes in order: lists of native nodes, and Segments of the others. Describes every value on the way."""
         nodes, results = list(self.graph.proto.graph.node), {o.name for o in self.graph.proto.graph.output}
         groups, unknown = [], []
+        if clash := set(self._inputs) & set(self.graph.initializers).union(*(node.output for node in nodes)):
+            raise ValueError(f"{self.graph.folder}: model.onnx makes {sorted(clash)[0]!r}, which a call gives; export the model again")
 
         def close(upto):
             if unknown:

@@ -39,6 +39,9 @@ class Model:
 
         ValueError: the folder is not a complete export, an option is out of range, or the device cannot do what is asked.
         """
+        for name, value in (("ctx_size", ctx_size), ("ubatch", ubatch)):
+            if value is not None and (not isinstance(value, (int, np.integer)) or value < 0):
+                raise ValueError(f"{name} must be a whole number of tokens, got {value!r}")
         self.folder = Path(folder)
         self.config = read_config(self.folder)
         about, defaults = self.config["model"], self.config["defaults"]
@@ -165,8 +168,9 @@ class Model:
         their former lengths (see `truncate`).
         """
         numba.set_num_threads(self.threads)  # Numba keeps the number per thread, and another model may have set its own
-        work = [(sequence, np.asarray(ids, np.int64).ravel()) for sequence, ids in work]
+        work = [(sequence, np.asarray(ids).ravel()) for sequence, ids in work]
         self._check(work, logit_rows)
+        work = [(sequence, ids.astype(np.int64, copy=False)) for sequence, ids in work]
         lengths = [sequence.length for sequence, _ in work]
         try:
             if self.cache.options.releases:
@@ -269,6 +273,8 @@ class Model:
                                 f"{self.ctx_size}; raise --ctx-size (up to the export's) or shorten the text")
             if not len(ids):
                 raise ValueError("no tokens to compute: give each sequence at least one token id")
+            if ids.dtype.kind not in "iu":  # among them numbers that no int64 holds
+                raise ValueError(f"token ids must be whole numbers from 0 to {self.vocab_size - 1}, got {ids.dtype}")
             if ids.min() < 0 or ids.max() >= self.vocab_size:
                 raise ValueError(f"token ids must be 0 to {self.vocab_size - 1}, got {ids.min()} to {ids.max()}")
 

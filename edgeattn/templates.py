@@ -1,8 +1,8 @@
 """Chat templates, in a process of their own: they are programs that come with a model, may never end, and fill memory by one line.
 
-`TemplateProcess` sends template and variables to `python -m edgeattn.templates`, which renders them in Jinja's sandbox, has 1 GiB of address
-space, and after its start can open no file, no socket and start nothing (Linux; elsewhere the sandbox and the watch on memory and time hold).
-Both ways a message is its length in 8 bytes and JSON.
+`TemplateProcess` sends template and variables to `python -m edgeattn.templates`, which renders them in Jinja's sandbox. It has 1 GiB of
+address space, and once it has started it can open no file and no socket (Linux and macOS; on Windows the sandbox and the watch on
+memory and time remain). Both ways a message is its length in 8 bytes and JSON.
 """
 import json
 import os

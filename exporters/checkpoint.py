@@ -1,6 +1,5 @@
 """A checkpoint as weights that are read row by row: a Hugging Face folder (safetensors, one file or shards) or a GGUF file."""
 import hashlib
-import json
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -10,6 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from edgeattn.exporters.stored import FLOATS, MATRICES, Bands, Stored, read_header
+from edgeattn.folder import inside, read_json
 
 OTHER_WEIGHTS = ("*.bin", "*.pt", "*.pth", "*.gguf", "*.ckpt", "*.h5", "*.msgpack")
 
@@ -137,10 +137,8 @@ class Checkpoint:
         self.folder = Path(folder)
         if not self.folder.is_dir():
             raise ValueError(f"{self.folder}: no such folder; give the folder of a Hugging Face checkpoint (config.json and *.safetensors)")
-        self.described_by = self.folder / "config.json"
+        self.described_by = inside(self.folder, "config.json")
         self.config = _read_json(self.described_by)
-        if not isinstance(self.config, dict):
-            raise ValueError(f"{self.described_by}: not the config of a model")
         self.quantised_by = import_module("edgeattn.exporters.imports").find(self.config, self.described_by)
         self.bands = Bands()
         self.tensors = {name: tensor for path in _weight_files(self.folder) for name, tensor in read_header(path).items()}
@@ -163,12 +161,12 @@ class Checkpoint:
 
     def read_json(self, name: str) -> dict:
         """Another JSON file of the folder; {} when it is not there."""
-        return _read_json(self.folder / name) if (self.folder / name).is_file() else {}
+        return read_json(self.folder / name) if inside(self.folder, name).is_file() else {}
 
     def copy_files(self, names: tuple[str, ...], folder: Path) -> None:
         """Copy those of the files that are there."""
         for name in names:
-            if (self.folder / name).is_file():
+            if inside(self.folder, name).is_file():
                 shutil.copyfile(self.folder / name, folder / name)
 
     def find(self, name: str, shape: tuple[int, ...], dtypes: tuple[str, ...] = FLOATS) -> Stored:
@@ -188,22 +186,19 @@ class Checkpoint:
 def _read_json(path):
     if not path.is_file():
         raise ValueError(f"{path}: not found; give the folder of a Hugging Face checkpoint")
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path}: not valid JSON ({error})") from None
+    return read_json(path)
 
 
 def _weight_files(folder):
-    index = folder / "model.safetensors.index.json"
-    if (folder / "model.safetensors").is_file():
+    index = inside(folder, "model.safetensors.index.json")
+    if inside(folder, "model.safetensors").is_file():
         return [folder / "model.safetensors"]
     if not index.is_file():
         found = sorted(path.name for pattern in OTHER_WEIGHTS for path in folder.glob(pattern))
         raise ValueError(f"{folder}: no model.safetensors (found {found or 'no weights'}); only safetensors is supported")
     try:
         names = sorted(set(_read_json(index)["weight_map"].values()))
-        missing = [name for name in names if Path(name).name != name or not (folder / name).is_file()]
+        missing = [name for name in names if not inside(folder, name).is_file()]
     except (TypeError, KeyError, AttributeError):
         raise ValueError(f"{index}: has no weight_map of file names; download it again") from None
     if missing:

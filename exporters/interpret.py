@@ -9,6 +9,7 @@ import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
+from edgeattn.folder import inside
 from edgeattn.graph import attributes
 from edgeattn.ops import DOMAIN, PANEL, load_kernel
 from edgeattn.reference.matmul_ternary import TILE
@@ -47,7 +48,7 @@ class _Initializer:
         self._external = tensor.data_location == TensorProto.EXTERNAL
         if self._external:
             where = {entry.key: entry.value for entry in tensor.external_data}
-            self._path, self._offset = folder / where["location"], int(where.get("offset", 0))
+            self._path, self._offset = inside(folder, where["location"]), int(where.get("offset", 0))
         else:
             self._array = numpy_helper.to_array(tensor)
 

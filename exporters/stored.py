@@ -14,7 +14,7 @@ FLOATS = ("F32", "F16", "BF16")
 MATRICES = (*FLOATS, "F8_E4M3")  # types of a matrix that needs no scale
 INTEGERS = {"I64": np.int64, "I32": np.int32, "I16": np.int16, "I8": np.int8, "U8": np.uint8}
 BAND_BYTES, MOST_BANDS = 16 << 20, 3
-LONGEST_HEADER = 100_000_000  # bytes: the limit that safetensors sets itself
+LONGEST_HEADER = 32 << 20  # bytes of JSON, which may take twenty times as much in memory; a hundred thousand tensors take a third
 
 
 @dataclass(frozen=True)

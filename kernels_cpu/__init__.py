@@ -23,6 +23,7 @@ import numba
 from numba.core import config
 
 from edgeattn import device_profile
+from edgeattn.private import private
 
 # Best first; a level is available where the machine has all of its features.
 NEEDS = {
@@ -109,7 +110,7 @@ config.CPU_FEATURES = compile_features(llvm.get_host_cpu_features().flatten(), _
 PROFILE = device_profile.profile_path(cache_key(Path(__file__).parent, ""))  # what was measured with these kernels on this machine
 LEVEL = _choose()
 CACHE_FOLDER = device_profile.user_cache() / "edgeattn" / f"kernels-{cache_key(Path(__file__).parent, LEVEL)}"
-config.CACHE_DIR = str(CACHE_FOLDER)
+config.CACHE_DIR = str(private(CACHE_FOLDER))
 if not {"NUMBA_THREADING_LAYER", "NUMBA_THREADING_LAYER_PRIORITY"} & set(os.environ):
     # A parallel region costs 2 us with OpenMP and 50 to 130 us with Numba's own pool, which is left as the last resort.
     config.THREADING_LAYER_PRIORITY = ["omp", "tbb", "workqueue"]

@@ -211,3 +211,12 @@ def test_a_file_without_a_tokenizer_takes_one_that_fits(tmp_path, nano_checkpoin
     assert (tmp_path / "out/tokenizer.json").is_file()
     with pytest.raises(ValueError, match="has other tokens than 8191.gguf"):
         export(tmp_path / "8191.gguf", tmp_path / "other")
+
+
+def test_a_vocabulary_that_takes_forever_is_refused(tmp_path):
+    """Of each token of SentencePiece's all ways to cut it in two are tried."""
+    from edgeattn.exporters.imports.gguf_tokenizer import write_tokenizer
+    settings = {"tokenizer.ggml.model": "llama", "tokenizer.ggml.tokens": ["<unk>", "a" * 100_000], "tokenizer.ggml.scores": [0.0, 0.0]}
+    with pytest.raises(ValueError, match="more than 1024 characters"):
+        write_tokenizer(tmp_path / "model.gguf", settings, tmp_path)
+    assert not list(tmp_path.iterdir())

@@ -12,10 +12,12 @@ FOLDERS = {"edgeattn": "edgeattn", "exporters": "edgeattn.exporters", "kernels_c
            "kernels_cuda": "edgeattn.kernels_cuda", "apps": "edgeattn.apps"}
 LAYERS = [  # a file may import only from its own row or the rows above
     ["edgeattn.ops", "edgeattn.page_formats", "edgeattn.arguments", "edgeattn.device_profile", "edgeattn.reference", "edgeattn.folder",
+     "edgeattn.private",
      "edgeattn.__init__"],
     ["edgeattn.kernels_cpu", "edgeattn.kernels_cuda"],
     ["edgeattn.cache", "edgeattn.policies", "edgeattn.batch", "edgeattn.arena", "edgeattn.graph", "edgeattn.contract", "edgeattn.exported",
-     "edgeattn.views", "edgeattn.segments", "edgeattn.plan", "edgeattn.tokenizer", "edgeattn.templates", "edgeattn.template_process", "edgeattn.bandwidth", "edgeattn.calibration", "edgeattn.calibrate_thresholds", "edgeattn.principal_components",
+     "edgeattn.views", "edgeattn.segments", "edgeattn.plan", "edgeattn.tokenizer", "edgeattn.templates", "edgeattn.template_world",
+     "edgeattn.bandwidth", "edgeattn.calibration", "edgeattn.calibrate_thresholds", "edgeattn.principal_components",
      "edgeattn.scheduler", "edgeattn.prefill_plan", "edgeattn.prefill_lists", "edgeattn.prefill_scheduler", "edgeattn.prefill_corrections",
      "edgeattn.prefill_crossover", "edgeattn.attention_case", "edgeattn.crossover", "edgeattn.recording", "edgeattn.page_sums",
      "edgeattn.calibrate_prefill", "edgeattn.backend_cpu", "edgeattn.backend_cuda", "edgeattn.cuda_limits", "edgeattn.devices",

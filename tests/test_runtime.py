@@ -7,6 +7,7 @@ import pytest
 
 from edgeattn.cache.options import CacheOptions
 from edgeattn.cache.pages import CacheFull
+from edgeattn.prefill_scheduler import PrefillOptions
 from edgeattn.runtime import Model
 from edgeattn.scheduler import SparseOptions
 
@@ -170,3 +171,25 @@ def test_thread_counts_of_two_models_do_not_mix(nano_fp32, model):
 def test_nothing_to_compute_is_refused(model):
     with pytest.raises(ValueError, match="at least one"):
         model.forward([])
+
+
+# ---- what a caller may ask -----------------------------------------------------------------------------------------
+@pytest.mark.parametrize("options", [dict(ctx_size=-1), dict(ctx_size=1.5), dict(ctx_size="7"), dict(ubatch=-1), dict(threads=-1),
+                                     dict(threads=1 << 20)])
+def test_impossible_sizes_are_named(nano_int4, options):
+    with pytest.raises(ValueError, match=next(iter(options))):
+        Model.load(nano_int4, **options)
+
+
+def test_sizes_beyond_the_export_are_its_own(nano_int4):
+    model = Model.load(nano_int4, ctx_size=1 << 60, ubatch=1 << 60, threads=1, sparse=SparseOptions("off"), prefill=PrefillOptions("off"))
+    assert model.ctx_size == model.config["model"]["ctx_size"] >= model.ubatch
+
+
+@pytest.mark.parametrize("ids", [[1 << 70], [-1], [8192], [1.5], ["a"], [None], [], [float("nan")], [[1, 2], [3]], b"ab", [1 << 63]])
+def test_impossible_tokens_are_refused(nano_int4, ids):
+    model = Model.load(nano_int4, ctx_size=64, threads=1)
+    sequence = model.new_sequence()
+    with pytest.raises(ValueError):
+        model.forward([(sequence, ids)])
+    assert sequence.length == 0 and model.forward([(sequence, [1])]).shape == (1, model.vocab_size)

@@ -201,6 +201,14 @@ def test_metadata_is_checked(metadata, message, saved):
     assert message in refusal(path, cache)
 
 
+def test_tokens_that_the_model_does_not_know(saved):
+    """A sampler looks them up among the logits, for the repeat penalty."""
+    path, cache = saved
+    config = {"model": {"vocab_size": 299}}
+    session.save(path, cache, filled(cache, 300), list(range(300)), config, {})
+    assert "impossible tokens" in refusal(path, cache, config)
+
+
 def test_another_cache_is_named(saved):
     path, cache = saved
     for other, message in ((small(CacheOptions("f16", "f16")), "k_type int4 (here f16), v_type int4 (here f16)"),

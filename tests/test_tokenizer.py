@@ -1,5 +1,11 @@
 """Text to tokens and back, for byte-level and SentencePiece tokenizers; templates in their sandbox."""
+import base64
+import gc
 import json
+import os
+import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -7,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import AddedToken, Tokenizer as Backend, decoders, models, normalizers, processors
 
+from edgeattn.templates import _receive, _send
 from edgeattn.tokenizer import Tokenizer
 
 NANO = Path(__file__).parent.parent / "models/nano"
@@ -127,6 +134,57 @@ def test_missing_or_broken_files_are_named(tmp_path):
         Tokenizer(tmp_path)
 
 
+def with_backend(folder, change):
+    """The tokenizer of `llama` with something changed in its file."""
+    about = json.loads(sentencepiece().to_str())
+    change(about)
+    (folder / "tokenizer.json").write_text(json.dumps(about))
+    return Tokenizer(folder)
+
+
+GROWING = {"type": "Sequence", "normalizers": [{"type": "Replace", "pattern": {"String": "a"}, "content": "a" * 10}] * 12}
+DOUBLED = {"type": "TemplateProcessing", "single": [{"Sequence": {"id": "A", "type_id": 0}}] * 100,
+           "pair": [{"Sequence": {"id": "A", "type_id": 0}}, {"Sequence": {"id": "B", "type_id": 1}}], "special_tokens": {}}
+CHARSMAP = {"type": "Precompiled", "precompiled_charsmap": base64.b64encode(bytes(4) + b"a" * 5000 + b"\0").decode()}
+
+
+@pytest.mark.parametrize("part, state", [
+    ("normalizer", GROWING), ("post_processor", DOUBLED), ("normalizer", CHARSMAP),
+    ("normalizer", {"type": "Replace", "pattern": {"Regex": "."}, "content": "b" * 1000}),
+    ("decoder", {"type": "Sequence", "decoders": [{"type": "Replace", "pattern": {"String": ""}, "content": "b" * 100}]})])
+def test_texts_that_would_grow_without_bound(tmp_path, part, state):
+    with pytest.raises(ValueError, match=f"{part} makes texts many times as long|not a readable"):
+        with_backend(tmp_path, lambda about: about.__setitem__(part, state))
+
+
+def test_a_pattern_that_never_ends_is_given_up(tmp_path):
+    """The library counts tries, and panics."""
+    split = {"type": "Split", "pattern": {"Regex": "(a+)+$"}, "behavior": "Isolated", "invert": False}
+    tokenizer = with_backend(tmp_path, lambda about: about.__setitem__("pre_tokenizer", split))
+    assert tokenizer.encode("aaa")
+    with pytest.raises(ValueError, match="tokenizer.json: failed .*retry-limit"):
+        tokenizer.encode("a" * 40 + "!")
+
+
+@pytest.mark.parametrize("name, text, message", [
+    ("tokenizer_config.json", '{"bos_token": 3}', "bos_token must be"), ("tokenizer_config.json", "[]", "not a JSON object"),
+    ("tokenizer_config.json", '{"eos_token": "\\ud800"}', "eos_token must be"), ("tokenizer_config.json", "[" * 99_999, "not valid JSON"),
+    ("tokenizer_config.json", '{"eos_token": {"a": 1}}', "eos_token must"), ("tokenizer.json", "[" * 99_999, "not a readable"),
+    ("generation_config.json", '{"eos_token_id": [[1]]}', "eos_token_id must be")])
+def test_files_of_the_wrong_kind(tmp_path, name, text, message):
+    sentencepiece().save(str(tmp_path / "tokenizer.json"))
+    (tmp_path / name).write_text(text)
+    with pytest.raises(ValueError, match=message) as caught:
+        Tokenizer(tmp_path)
+    assert "\n" not in str(caught.value)
+
+
+def test_tokens_that_do_not_exist(nano):
+    assert nano.decode([1 << 31, 5]) == nano.decode([5])
+    stream = nano.stream()
+    assert stream.add(8191 + 10_000) + stream.flush() == ""
+
+
 # ---- chat templates ----------------------------------------------------------------------------------------------
 def test_nano_template(nano):
     assert nano.render(HELLO) == "<|im_start|>user\nhello<|im_end|>\n<|im_start|>assistant\n"
@@ -151,6 +209,53 @@ def test_helpers_that_templates_use(tmp_path):
 def test_templates_stay_in_their_sandbox(tmp_path, template):
     with pytest.raises(ValueError, match="chat template failed"):
         with_template(tmp_path, template).render(HELLO)
+
+
+@pytest.mark.parametrize("template, message", [
+    ("{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}", "more than 5 seconds"),
+    ("{{ 'a' * 10 ** 10 }}", "memory"),
+    ("{{ '%9999999999d' % 1 }}", "memory"),
+    ("{% set n = namespace(x='a') %}{% for i in range(60) %}{% set n.x = n.x ~ n.x %}{% endfor %}{{ n.x }}", "memory"),
+    ("{% for i in range(99999) %}{{ 'abcdefghij' * 9999 }}{% endfor %}", "16 million characters"),
+    ("{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "recursion"),
+    ("{{ " + "(" * 5000 + ")" * 5000 + " }}", "not valid Jinja"),
+    ("{% include '/etc/hostname' %}", "no loader"), ("{{ raise_exception('a\\n' * 10000) }}", "failed: a a")])
+def test_templates_are_bounded(tmp_path, template, message):
+    """And the next conversation is not the worse for it."""
+    tokenizer = with_template(tmp_path, template)
+    with pytest.raises(ValueError, match=message) as caught:
+        tokenizer.render(HELLO)
+    assert "\n" not in str(caught.value) and len(str(caught.value)) < 1000
+    tokenizer._template = "{{ messages[0].content }}"
+    assert tokenizer.render(HELLO) == "hello"
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="limits of Linux")
+def test_a_template_that_breaks_out_finds_locked_doors(tmp_path):
+    """What the sandbox may let through one day can still open nothing: here a filter that it should not have."""
+    code = ("from edgeattn import templates, template_world as w\n"
+            "make = w._environment\n"
+            "def more():\n environment = make(); environment.filters['opened'] = lambda name: open(name).read(); return environment\n"
+            "w._environment = more\ntemplates._serve()")
+    process = subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    _send(process.stdin, json.dumps({"template": "{{ '/etc/hostname' | opened }}", "variables": {}}).encode())
+    answer = _receive(process.stdout)
+    process.stdin.close()
+    assert process.wait(60) == 0 and "error" in answer and "OSError" in answer["error"]
+    process.stdout.close()
+
+
+def test_template_processes_end_with_their_tokenizer(tmp_path):
+    tokenizer = with_template(tmp_path, "x")
+    tokenizer.render(HELLO)
+    process = tokenizer._templates._process
+    os.kill(process.pid, signal.SIGKILL)  # by whomever
+    process.wait()
+    assert tokenizer.render(HELLO) == "x"
+    process = tokenizer._templates._process
+    del tokenizer
+    gc.collect()
+    assert process.poll() is not None
 
 
 def test_template_errors_are_clear(tmp_path, llama):

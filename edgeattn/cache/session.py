@@ -125,7 +125,7 @@ def load(path, cache, config: dict):
         with safe_open(path, "numpy") as file:
             if file.metadata() != metadata:
                 raise SessionError("changed while it was read; try again")
-            return _restore(file, cache, metadata) + (meta,)
+            return _restore(file, cache, metadata, config.get("model", {}).get("vocab_size", 1 << 31)) + (meta,)
     except SafetensorError as error:
         raise SessionError(f"damaged: {error}") from None
 
@@ -140,13 +140,14 @@ def _parse(metadata, name):
     return found
 
 
-def _restore(file, cache, metadata):
+def _restore(file, cache, metadata, vocab_size):
     sequence = cache.new_sequence()
     need, max_pages = _Tensors(file), sequence.tables.shape[-1]
     numbers = _numbers(metadata, cache.capacity)
     counts, kinds = _page_lists(need, cache, numbers["length"], max_pages)
     token_ids = need("token_ids", np.int32)
-    _require(token_ids.ndim == 1 and len(token_ids) >= numbers["length"] and (token_ids >= 0).all(), "impossible tokens")
+    _require(token_ids.ndim == 1 and len(token_ids) >= numbers["length"] and ((token_ids >= 0) & (token_ids < vocab_size)).all(),
+             "impossible tokens")
     parts = _parts(sequence, counts)
     values = {name: need(name, dtype, shape) for name, (_, _, dtype, shape) in parts.items()}
     if "positions" in values:

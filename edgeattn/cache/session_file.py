@@ -19,7 +19,7 @@ import psutil
 import edgeattn
 
 FORMAT, VERSION = "edgeattn session", 1
-LONGEST_HEADER = 64 << 20
+LONGEST_HEADER = 16 << 20  # of JSON, which may take twenty times as much in memory
 CHUNK_BYTES = 4 << 20  # pages are gathered and read in pieces, so that saving needs no second copy of the cache
 NO_SUM = "0" * 64
 NAMES = {"uint8": "U8", "uint16": "U16", "int32": "I32", "float32": "F32"}

@@ -17,6 +17,7 @@ from edgeattn.exporters.imports.gguf_file import read_gguf
 from edgeattn.exporters.imports.gguf_tokenizer import check_tokenizer, write_tokenizer
 from edgeattn.exporters.imports.packing import grouped
 from edgeattn.exporters.stored import as_float, read_bytes
+from edgeattn.folder import inside
 
 ARCHITECTURES = ("llama", "qwen2", "qwen3")
 SIZES = {"hidden_size": "embedding_length", "intermediate_size": "feed_forward_length", "num_hidden_layers": "block_count",
@@ -79,7 +80,7 @@ class GGUF:
         """The tokenizer's files: made from the settings, or, where those have none that is known here, those beside the GGUF file. What
         lies beside a file that needs nothing is left alone: it may be another model's."""
         beside = self.folder.parent
-        theirs = (beside / "tokenizer.json").is_file()
+        theirs = inside(beside, "tokenizer.json").is_file()
         try:
             found = write_tokenizer(self.folder, self.settings, folder)
         except ValueError:
@@ -89,7 +90,7 @@ class GGUF:
         if theirs and not found:
             check_tokenizer(beside / "tokenizer.json", self.folder, self.settings, self.config["vocab_size"])
             for name in names:
-                if (beside / name).is_file():
+                if inside(beside, name).is_file():
                     shutil.copyfile(beside / name, folder / name)
 
     def _config(self):

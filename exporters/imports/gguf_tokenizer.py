@@ -9,6 +9,7 @@ from pathlib import Path
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 
 NORMAL, CONTROL, USER_DEFINED = 1, 3, 4  # kinds of tokens
+LONGEST_TOKEN = 1024
 SPACE = "\N{LOWER ONE EIGHTH BLOCK}"  # SentencePiece's
 
 _SMALL = r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+"
@@ -43,8 +44,11 @@ def write_tokenizer(path: Path, settings: dict, folder: Path) -> bool:
         tokenizer.save(str(folder / "tokenizer.json"))
         special = {f"{short}_token": ours["tokens"][ours[f"{name}_token_id"]] for short, name in
                    (("bos", "bos"), ("eos", "eos"), ("unk", "unknown"), ("pad", "padding")) if f"{name}_token_id" in ours}
-    except Exception as error:  # the library raises bare ones
-        raise ValueError(f"{path}: its tokenizer is damaged ({error!r}); put the tokenizer.json of the original model beside it") from None
+    except (KeyboardInterrupt, SystemExit, MemoryError):
+        raise
+    except BaseException as error:  # the library raises bare Exceptions, and its Rust code panics, which are no Exceptions
+        why = " ".join(repr(error).split())[:300]
+        raise ValueError(f"{path}: its tokenizer is damaged ({why}); put the tokenizer.json of the original model beside it") from None
     (folder / "tokenizer_config.json").write_text(json.dumps(special, indent=1), encoding="utf-8")
     if isinstance(settings.get("tokenizer.chat_template"), str):
         (folder / "chat_template.jinja").write_text(settings["tokenizer.chat_template"], encoding="utf-8")
@@ -97,6 +101,8 @@ def _sentencepiece(ours):
 
 
 def _vocabulary(ours):
+    if max(map(len, ours["tokens"])) > LONGEST_TOKEN:  # of each one all ways to cut it in two are tried
+        raise ValueError(f"it has a token of more than {LONGEST_TOKEN} characters")
     vocabulary = {token: i for i, token in enumerate(ours["tokens"])}
     if len(vocabulary) != len(ours["tokens"]):
         raise ValueError("it has a token twice")

@@ -44,7 +44,8 @@ def write(corpus: Path) -> None:
 
 # ---- what the runtime loads ----------------------------------------------------------------------------------------
 EXPORTS = [("llama", "int4"), ("qwen3", "fp32"), ("llama_bias", "int3"), ("bitnet", "fp16")]
-TEMPLATE = "{% for m in messages %}{{ bos_token }}{{ m['role'] | upper }}: {{ m.content | trim }}{% if loop.last %}\n{% endif %}{% endfor %}"
+TEMPLATE = "{% for m in messages %}{{ bos_token }}{{ m['role'] | upper }}: {{ m.content | trim }}{% if loop.last %}\n{% endif %}" \
+    "{% endfor %}"
 
 
 def write_loaded(corpus: Path) -> None:
@@ -85,7 +86,8 @@ def _tokenizers():
     pieces = {token: i for i, token in enumerate(["<unk>", "<s>", *(f"<0x{b:02X}>" for b in range(256)), "\u2581", *"helowrd", "he"])}
     piece = Tokenizer(models.BPE(pieces, [("h", "e")], unk_token="<unk>", fuse_unk=True, byte_fallback=True))
     piece.normalizer = normalizers.Sequence([normalizers.Prepend("\u2581"), normalizers.Replace(" ", "\u2581")])
-    piece.decoder = decoders.Sequence([decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)])
+    piece.decoder = decoders.Sequence([decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse(),
+                                       decoders.Strip(" ", 1, 0)])
     piece.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
     yield piece, {"bos_token": "<s>", "chat_template": [{"name": "default", "template": TEMPLATE}]}
     words = Tokenizer(models.WordPiece({"[UNK]": 0, "hello": 1, "##a": 2, "a": 3}, unk_token="[UNK]"))
