@@ -39,7 +39,8 @@ def main() -> int:
             low, middle, high = tuning.interval(values)
             worst = max(worst, middle)
             what = f"{tuned.threads} threads, -ub {tuned.ubatch}, {tuned.level}" + (" (the defaults)" if tuned == default else "")
-            print(f"| {device_profile.shape(config)} | {what} | {name} | {middle:.3f} ({low:.3f} to {high:.3f}) | {len(values)} |", flush=True)
+            print(f"| {device_profile.shape(config)} | {what} | {name} | {middle:.3f} ({low:.3f} to {high:.3f}) | {len(values)} |",
+                  flush=True)
     return int(worst > tuning.LOSS)
 
 

@@ -121,6 +121,7 @@ def test_a_profile_that_cannot_be_written_is_done_without(tmp_path):
 def test_tune_measures_writes_and_is_forgotten(edgeattn, nano_int4, profile, monkeypatch, capsys):
     """The real processes, over one candidate and few rounds."""
     monkeypatch.setattr(tuning, "candidates", lambda *about: [("ubatch", 256)])
+    monkeypatch.setattr(tuning, "ROUNDS", (2, 2))
     device_profile.write(profile, {"crossovers": {"old": {}}})
     done = edgeattn("tune", "-m", nano_int4)
     assert done.returncode == 0 and "prompt" in done.stdout and "ubatch 256 for 512" in done.stdout
