@@ -8,6 +8,7 @@ A profile that holds nothing else than the defaults is timed too: both are then 
 import argparse
 import sys
 from dataclasses import replace
+from pathlib import Path
 
 from edgeattn import device_profile, tuning
 from edgeattn.apps.tune import default_setting
@@ -18,7 +19,7 @@ LONGEST = 180  # seconds of a model, after which no more rounds than the least a
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("folders", nargs="+", metavar="FOLDER", help="an exported folder")
+    parser.add_argument("folders", nargs="+", type=Path, metavar="FOLDER", help="an exported folder")
     parser.add_argument("-r", type=int, default=40, help="rounds (40)")
     parser.add_argument("--setting", metavar="FIELD=VALUE", action="append", default=[], help="another setting in place of the profile's, "
                         "such as ubatch=1024")
