@@ -37,8 +37,9 @@ def main(args: argparse.Namespace) -> int:
     profile["level"] = level_of(profile["tuned"])
     profile["crossovers"] = {}  # measured with other settings, perhaps on a busier machine
     device_profile.write(PROFILE, profile)
-    for line in _lines(shape, best, default, duels):
-        print(line)
+    print("\n".join(_lines(shape, best, default, duels)), flush=True)
+    with Progress("timing sparse attention") as progress:
+        print("\n".join(_crossovers(folder, progress)))
     return 0
 
 
@@ -53,6 +54,16 @@ def default_setting(folder):
     defaults, most = config["defaults"], numba.config.NUMBA_NUM_THREADS
     threads = min(defaults["threads"] or psutil.cpu_count(logical=False) or most, most)
     return Setting(threads, min(defaults["ubatch"], config["model"]["ctx_size"]), available_levels()[0]), most, config
+
+
+def _crossovers(folder, progress):
+    """From where on sparse attention pays: loading a model measures that, and remembers it in the profile."""
+    from edgeattn.runtime import Model
+    from edgeattn.scheduler import NEVER
+    model = Model.load(folder, progress=progress)
+    for what, scheduler, why in (("decode", model.scheduler, model.dense_because), ("prefill", model.prefill, model.whole_because)):
+        begins = scheduler.min_len if scheduler else NEVER
+        yield f"  sparse {what}: " + (f"from {begins:,} tokens in the context on" if begins < NEVER else f"never {f'({why})' if why else ''}")
 
 
 def level_of(tuned: dict) -> str | None:
