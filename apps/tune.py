@@ -79,7 +79,7 @@ def _beaten(best, default):
 
 
 def _lines(shape, best, default, duels):
-    yield f"{shape}: time as a part of the other's, median and its interval; who cannot win is dropped after 4 rounds"
+    yield f"{shape}: time as a part of the other's, median and its interval; who cannot win is dropped after 3 rounds"
     for duel in duels:
         changed = ", ".join(f"{name} {value} for {getattr(duel.against, name)}" for name, value in vars(duel.candidate).items()
                             if value != getattr(duel.against, name))
