@@ -63,7 +63,8 @@ def _crossovers(folder, progress):
     model = Model.load(folder, progress=progress)
     for what, scheduler, why in (("decode", model.scheduler, model.dense_because), ("prefill", model.prefill, model.whole_because)):
         begins = scheduler.min_len if scheduler else NEVER
-        yield f"  sparse {what}: " + (f"from {begins:,} tokens in the context on" if begins < NEVER else f"never {f'({why})' if why else ''}")
+        because = f" ({why})" if why else ""
+        yield f"  sparse {what}: " + (f"from {begins:,} tokens in the context on" if begins < NEVER else f"never{because}")
 
 
 def level_of(tuned: dict) -> str | None:

@@ -2,8 +2,8 @@
 
     edgeattn tune -m FOLDER && python benchmarks/tuned.py FOLDER
 
-Ratios are the profile's time to that of the defaults: median, and its 98 % interval. The exit code is 1 where a median is above 1.03 and its
-whole interval above 1. A profile that holds nothing else than the defaults is timed too: both are then the same, which shows what noise does.
+Ratios are the profile's time to that of the defaults: median, and its 98 % interval. The exit code is 1 where a median is above 1.03 and
+its whole interval above 1. A profile that holds nothing but the defaults is timed too: both are then the same, which shows what noise does.
 """
 import argparse
 import sys
