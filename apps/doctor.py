@@ -95,8 +95,10 @@ def _tuned(path):
     """What `edgeattn tune` and sparse attention have measured here."""
     from edgeattn import device_profile
     found, chosen = device_profile.part(path, "tuned"), device_profile.part(path, "models")
-    _line("device profile", f"{path}: {len(device_profile.part(path, 'crossovers'))} crossovers of sparse attention" if path.is_file()
-          else "nothing was measured yet; edgeattn tune does")
+    crossovers = len(device_profile.part(path, "crossovers"))
+    _line("device profile", f"{path}: where sparse attention begins to pay, for {crossovers} settings" if path.is_file() else "none yet")
+    if not found:
+        _line("", "not tuned: edgeattn tune measures which threads and prompt chunks are fastest here")
     for shape, about in found.items():
         better = [f"{name} {value}" for name, value in chosen.get(shape, {}).items()]
         _line("", f"{shape}: {', '.join(better) or 'the defaults, which nothing beat'} (measured {about['date']})")

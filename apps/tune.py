@@ -37,8 +37,9 @@ def main(args: argparse.Namespace) -> int:
     profile["level"] = level_of(profile["tuned"])
     profile["crossovers"] = {}  # measured with other settings, perhaps on a busier machine
     device_profile.write(PROFILE, profile)
-    for line in _lines(shape, best, default, duels):
-        print(line)
+    print("\n".join(_lines(shape, best, default, duels)), flush=True)
+    with Progress("timing sparse attention") as progress:
+        print("\n".join(_crossovers(folder, progress)))
     return 0
 
 
@@ -55,6 +56,17 @@ def default_setting(folder):
     return Setting(threads, min(defaults["ubatch"], config["model"]["ctx_size"]), available_levels()[0]), most, config
 
 
+def _crossovers(folder, progress):
+    """From where on sparse attention pays: loading a model measures that, and remembers it in the profile."""
+    from edgeattn.runtime import Model
+    from edgeattn.scheduler import NEVER
+    model = Model.load(folder, progress=progress)
+    for what, scheduler, why in (("decode", model.scheduler, model.dense_because), ("prefill", model.prefill, model.whole_because)):
+        begins = scheduler.min_len if scheduler else NEVER
+        because = f" ({why})" if why else ""
+        yield f"  sparse {what}: " + (f"from {begins:,} tokens in the context on" if begins < NEVER else f"never{because}")
+
+
 def level_of(tuned: dict) -> str | None:
     """The instructions that all models that were timed ran fastest with; None for the machine's best. They hold for a process, so that a
     model for which others were faster would pay for it."""
@@ -68,7 +80,7 @@ def _beaten(best, default):
 
 
 def _lines(shape, best, default, duels):
-    yield f"{shape}: time as a part of the other's, median and 99 % interval"
+    yield f"{shape}: time as a part of the other's, median and its interval; who cannot win is dropped after 3 rounds"
     for duel in duels:
         changed = ", ".join(f"{name} {value} for {getattr(duel.against, name)}" for name, value in vars(duel.candidate).items()
                             if value != getattr(duel.against, name))

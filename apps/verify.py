@@ -109,7 +109,7 @@ def _figures(check):
     if check.what == "operator":
         text = f"{f['cases']:>3} cases, largest error {f['worst']:.0%} of what is allowed" if check.passed is not None else ""
     elif check.what == "setting" and f:
-        text = f"{f['top1']:>6.1%} (at least {f['top1_limit']:.0%})  {f['kl']:.4f} (at most {f['kl_limit']:.2f})"
+        text = f"{f['top1']:>6.1%} (at least {f['top1_limit']:.0%})  {f['kl']:.4f} (at most {f['kl_limit']:.4f})"
     else:
         text = ""
     return "  ".join(filter(None, (text, check.note)))

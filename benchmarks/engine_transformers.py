@@ -3,6 +3,7 @@
 The variant is the type of weights and cache: bfloat16 (the default), float16 or float32.
 """
 import json
+import sys
 from pathlib import Path
 
 REQUIRES = {"transformers": "transformers", "torch": "torch", "numpy": "numpy"}
@@ -40,6 +41,8 @@ def _numbers(checkpoint, config):
 class Engine:
     def __init__(self, path: str, context: int, threads: int, variant: str, device: str = "cpu"):
         import torch
+        own = Path(__file__).resolve().parent
+        sys.path[:] = [path for path in sys.path if Path(path).resolve() != own]  # kernels.py is also a package that transformers looks for
         import transformers
         torch.set_num_threads(threads)
         self.torch, self.device = torch, device
@@ -58,4 +61,4 @@ class Engine:
             self.last = logits[0, -1].float().cpu()  # waits for a GPU
 
     def truncate(self, length: int) -> None:
-        self.cache.crop(length)
+        self.cache.crop(length - self.cache.get_seq_length())  # how many fewer: other numbers mean other things in some versions

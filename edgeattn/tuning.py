@@ -13,10 +13,10 @@ from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
 
 PROMPT, DECODED = 1024, 24  # tokens of a round: a prompt, and single tokens behind it
-ROUNDS = 12, 60             # of a pair, at least and at most
+ROUNDS = 8, 60              # of a pair, at least and at most
 PATIENCE = 20.0             # seconds of a pair, after which more than the least are not begun
 SURE = 0.98                 # that the median is in its interval
-FUTILE = 4                  # rounds after which a candidate that cannot win is dropped
+FUTILE = 3                  # rounds after which a candidate that cannot win is dropped
 GAIN, LOSS = 0.98, 1.03     # of the other's time
 CHUNKS = (256, 1024)        # besides the default
 

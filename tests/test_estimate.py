@@ -6,9 +6,11 @@ from types import SimpleNamespace
 import psutil
 import pytest
 from command import EDGEATTN
+from tiny import save_tiny
 
 from edgeattn.arena import covered
 from edgeattn.cache.options import CacheOptions
+from edgeattn.exporters.export import export
 from edgeattn.memory_estimate import estimate
 from edgeattn.prefill_scheduler import PrefillOptions
 from edgeattn.runtime import Model
@@ -38,6 +40,17 @@ def test_pages_are_those_that_a_full_cache_has(nano_int4, options):
     pages = model.cache.stored_bytes(sequence)
     assert pages <= sum(told.kv_layers) <= pages + -(-model.ubatch // 32) * model.cache.pools[0].format.page_bytes * 16 + pages // 10
     assert told.kv_state == model.kv_bytes() - pages
+
+
+def test_layers_with_a_sliding_window_keep_the_pages_behind_it(tmp_path):
+    """As the cache does: attention reads the window alone, but nothing is dropped."""
+    save_tiny("mistral", tmp_path / "checkpoint")
+    export(tmp_path / "checkpoint", tmp_path / "out", precision="fp32")
+    model = Model.load(tmp_path / "out", ctx_size=256, ubatch=64)
+    told, sequence = estimate(model), model.new_sequence()
+    model.forward([(sequence, [7] * 255)], "none")
+    assert model.config["model"]["window"] == 8
+    assert told.kv_layers == [model.cache.stored_bytes(sequence) // 2] * 2
 
 
 @pytest.mark.parametrize("shared", [False, True])

@@ -121,12 +121,13 @@ def test_a_profile_that_cannot_be_written_is_done_without(tmp_path):
 def test_tune_measures_writes_and_is_forgotten(edgeattn, nano_int4, profile, monkeypatch, capsys):
     """The real processes, over one candidate and few rounds."""
     monkeypatch.setattr(tuning, "candidates", lambda *about: [("ubatch", 256)])
+    monkeypatch.setattr(tuning, "ROUNDS", (2, 2))
     device_profile.write(profile, {"crossovers": {"old": {}}})
     done = edgeattn("tune", "-m", nano_int4)
-    assert done.returncode == 0 and "prompt" in done.stdout and "ubatch 256 for 512" in done.stdout
+    assert done.returncode == 0 and "prompt" in done.stdout and "sparse decode" in done.stdout and "ubatch 256 for 512" in done.stdout
     found = json.loads(profile.read_text())
     (shape, about), = found["tuned"].items()
-    assert shape.startswith("llama int4") and about["duels"][0]["ratios"]["decode"][1] > 0 and not found["crossovers"]
+    assert shape.startswith("llama int4") and about["duels"][0]["ratios"]["decode"][1] > 0 and "old" not in found["crossovers"]
     doctor._tuned(profile)
     assert shape in capsys.readouterr().out
     assert "removed" in edgeattn("tune", "--reset").stdout and not profile.exists()

@@ -23,9 +23,10 @@ CHUNK = 256                # of the prompt; the last one's logits count
 BUDGET = 320               # tokens that a sparse step reads
 KEPT = 0.6                 # of the dense cache's bytes, where tokens are evicted
 SEED = 0
-# KL, as a part of what answers one token late would diverge by, and top-1 agreement: three times and more what the bundled model shows
-LIMITS = {"exact": (0.002, 0.98), "int8": (0.01, 0.95), "int4": (0.1, 0.8), "int3": (0.25, 0.7), "int2": (0.5, 0.5),
-          "reads less": (0.5, 0.5), "evicts": (0.6, 0.5)}
+# KL, as a part of what answers one token late diverge by, and top-1 agreement: some five times what the bundled model shows, whose 16-bit
+# cache differs from a 32-bit one by 0.00004, and in 3 of 100 answers that are next to ties
+LIMITS = {"exact": (0.0003, 0.9), "int8": (0.0006, 0.9), "int4": (0.0015, 0.9), "int3": (0.003, 0.85), "int2": (0.02, 0.75),
+          "stored": (0.008, 0.85), "auto": (0.03, 0.75), "evicts": (0.08, 0.65), "reads less": (0.25, 0.5)}
 
 
 @dataclass(frozen=True)
@@ -41,23 +42,24 @@ class Setting:
 
 def settings(every: bool) -> Iterator[Setting]:
     """Those that users meet by default or choose first, or all."""
-    kinds = ("int8", "int4", "int3", "int2")
-    for kind in kinds:
+    for kind in ("int8", "int4", "int3", "int2"):
         yield Setting(f"-ctk {kind} -ctv {kind}", kind, dict(k_type=kind, v_type=kind))
-    yield Setting("--sparse-attention auto", "reads less", sparse=("auto", {"budget": BUDGET, "fraction": 0.0}), decoded=True)
-    yield Setting("--sparse-prefill auto", "reads less", prefill=("auto", {"budget": BUDGET, "fraction": 0.0}))
-    yield Setting("-ctk int4 -ctv int4 --sparse-attention auto", "reads less", dict(k_type="int4", v_type="int4"),
-                  sparse=("auto", {"budget": BUDGET, "fraction": 0.0}))
+    part = {"budget": BUDGET, "fraction": 0.0}
+    yield Setting("--sparse-attention auto", "auto", sparse=("auto", part), decoded=True)
+    yield Setting("--sparse-prefill auto", "auto", prefill=("auto", part))
+    yield Setting("-ctk int4 -ctv int4 --sparse-attention auto", "auto", dict(k_type="int4", v_type="int4"), ("auto", part), decoded=True)
     yield Setting("--kv-eviction key_diff", "evicts", dict(eviction="key_diff"))
-    if not every:
-        return
+    if every:
+        yield from _methods()
+
+
+def _methods():
     yield Setting("-ctk f32 -ctv f32", "exact", dict(k_type="f32", v_type="f32"))
-    for mixed in ("int8/int4", "int4/f16", "f16/int4"):
-        k, v = mixed.split("/")
+    for k, v in (("int8", "int4"), ("int4", "f16"), ("f16", "int4")):
         yield Setting(f"-ctk {k} -ctv {v}", "int4", dict(k_type=k, v_type=v))
     for name in policy_names("storage"):
         own = load_policy("storage", name).keys
-        yield Setting(f"--kv-storage {name} -ctv int4" if own else f"--kv-storage {name} --kv-bits 4", "int3",
+        yield Setting(f"--kv-storage {name} -ctv int4" if own else f"--kv-storage {name} --kv-bits 4", "stored",
                       dict(storage=name, k_type=own or "int4", v_type="int4"))
     for name in evictions():
         if name != "key_diff":
@@ -66,7 +68,8 @@ def settings(every: bool) -> Iterator[Setting]:
         yield Setting(f"--kv-heads {name}", "evicts", dict(heads=name))
     for name in policy_names("decode"):
         if name != "auto":
-            yield Setting(f"--sparse-attention {name}", "reads less", sparse=(name, {"budget": BUDGET}), decoded=True)
+            budget = {"budget": BUDGET} if hasattr(load_policy("decode", name), "budget") else {}
+            yield Setting(f"--sparse-attention {name}", "reads less", sparse=(name, budget), decoded=True)
     for name in policy_names("prefill"):
         if name != "auto":
             yield Setting(f"--sparse-prefill {name}", "reads less", prefill=(name, {}))
@@ -114,11 +117,16 @@ def _load(folder, device, setting, budget):
 
 
 def text(model) -> np.ndarray:
-    """[PROMPT + DECODED] token ids: sentences with facts in them, which are asked for at the end; for a model without a tokenizer any."""
-    if not (model.folder / "tokenizer.json").is_file():
-        return np.random.default_rng(SEED).integers(0, model.vocab_size, PROMPT + DECODED)
-    ids, asked = passkeys(Tokenizer(model.folder), PROMPT, SEED)
-    return np.array([*ids, *(token for pair in asked for part in pair for token in part)])[:PROMPT + DECODED]
+    """[PROMPT + DECODED] token ids: sentences with facts in them, which are asked for at the end; or any ids, where
+    there is no tokenizer for that."""
+    try:
+        ids, asked = passkeys(Tokenizer(model.folder), PROMPT, SEED)
+        found = np.array([*ids, *(token for pair in asked for part in pair for token in part)])[:PROMPT + DECODED]
+    except ValueError:
+        found = np.zeros(0, np.int64)
+    if len(found) == PROMPT + DECODED and found.max() < model.vocab_size:
+        return found
+    return np.random.default_rng(SEED).integers(0, model.vocab_size, PROMPT + DECODED)
 
 
 def answers(model, ids: np.ndarray) -> np.ndarray:
