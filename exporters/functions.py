@@ -8,7 +8,7 @@ from onnx import parser
 
 from edgeattn.exporters import functions_nbits, functions_ternary
 from edgeattn.graph import attributes
-from edgeattn.ops import DOMAIN, OPS
+from edgeattn.ops import DOMAIN, OPS, PANEL
 
 OPSET = 23  # the first with RMSNormalization, RotaryEmbedding and Attention
 
@@ -120,7 +120,9 @@ def _body(name, options, connected):
     if name == "gated_activation":
         return GATED_ACTIVATION.replace("BODY", ACTIVATIONS[options["activation"]]), options["activation"]
     if name == "matmul_nbits":
-        return functions_nbits.matmul(options["bits"], zeros), ("3" if options["bits"] == 3 else "") + ("zeros" if zeros else "")
+        whole = options["N"] % PANEL == 0
+        marks = "3" * (options["bits"] == 3) + "zeros" * zeros + "cut" * (not whole)
+        return functions_nbits.matmul(options["bits"], zeros, whole), marks
     if name == "embedding_nbits":
         return functions_nbits.embedding(options["bits"], zeros), str(options["bits"]) + ("zeros" if zeros else "")
     if name == "matmul_ternary":

@@ -14,14 +14,20 @@ matmul_nbits <bits, block_size, K, N> (x, codes, scales, zero_points, bias) => (
   end = Reshape (n, any)
   blocks = Shape <start = 1, end = 2> (codes)
   PANELS
-  b = Slice (all_codes, start, end, start)
-  wide_scales = Cast <to = 1> (scales)
-  scales_by_output = Transpose <perm = [0, 2, 1]> (wide_scales)
+  scales_by_output = Transpose <perm = [0, 2, 1]> (scales)
   scale_shape = Concat <axis = 0> (any, blocks)
   all_scales = Reshape (scales_by_output, scale_shape)
-  s = Slice (all_scales, start, end, start)
+  CUT
+  s = Cast <to = 1> (own_scales)
   PRODUCT
 }"""
+
+# Every step on the way to a constant is kept until the file is open, so there is none that can be left out: panels are mostly whole.
+CUTS = {True: """
+  b = Identity (all_codes)
+  own_scales = Identity (all_scales)""", False: """
+  b = Slice (all_codes, start, end, start)
+  own_scales = Slice (all_scales, start, end, start)"""}
 
 PANELS = """
   steps = Shape <start = 2, end = 3> (codes)
@@ -160,9 +166,10 @@ EMBEDDING_ZEROS = """
   zero = Unsqueeze (wide_zeros, last)"""
 
 
-def matmul(bits: int, zeros: bool) -> str:
+def matmul(bits: int, zeros: bool, whole: bool) -> str:
+    """whole: N fills its panels."""
     text = MATMUL.replace("PANELS", PANELS_3.replace("THIRDS", THIRDS) if bits == 3 else PANELS)
-    text = text.replace("PRODUCT", PRODUCT_ZEROS if zeros else PRODUCT)
+    text = text.replace("PRODUCT", PRODUCT_ZEROS if zeros else PRODUCT).replace("CUT", CUTS[whole])
     return text.replace("BITS", "bits = 4" if bits == 3 else "bits : int = @bits").replace("ZERO", "z" if bits == 3 else "")
 
 
