@@ -183,16 +183,16 @@ def _codes(bits):
     if bits == 8:
         return "code = Identity (bytes)"
     if bits != 3:
-        return _fields("bytes", bits) + "\n  code = Identity (bytes_fields)"
+        return fields("bytes", bits) + "\n  code = Identity (bytes_fields)"
     return "\n".join([
         "first_half, second_half, thirds = Split <axis = 2, num_outputs = 3> (bytes)",
-        "low = Concat <axis = 2> (first_half, second_half)", THIRDS, _fields("low", 2), _fields("third", 1, of=4),
+        "low = Concat <axis = 2> (first_half, second_half)", THIRDS, fields("low", 2), fields("third", 1, of=4),
         "two = Constant <value = uint8 {2}> ()", 'high_fields = BitShift <direction = "LEFT"> (third_fields, two)',
         "code = BitwiseOr (low_fields, high_fields)"])
 
 
-def _fields(name, bits, of=8):
-    """`name`_fields: the fields of `bits` in the low `of` bits of each byte, lowest first, along a new last axis."""
+def fields(name: str, bits: int, of: int = 8) -> str:
+    """`name`_fields: the fields of `bits` in the low `of` bits of each byte, lowest first, along a new axis, the one named `last`."""
     lines, made = [f"{name}_mask = Constant <value = uint8 {{{(1 << bits) - 1}}}> ()"], []
     for shift in range(0, of, bits):
         made.append(f"{name}_last{shift}")
