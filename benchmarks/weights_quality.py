@@ -1,0 +1,102 @@
+"""What rounding a checkpoint's weights loses, without exporting it: the rounded weights run in transformers.
+
+    python benchmarks/weights_quality.py CHECKPOINT --text book.txt --calibration own.txt rtn:3 gptq:3 gptq:3:64 gptq:2.5 gptq:2.5:32:lim
+
+A setting is QUANTISER:BITS[:GROUP_SIZE[:MIXED]]. Perplexity, KL from the checkpoint (nats a token) and agreement on the first token are
+over windows spread evenly over the text. Without --calibration the model says its own text, as in an export.
+"""
+import argparse
+import sys
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import numpy as np
+import torch
+from quality import log_softmax
+from tokenizers import Tokenizer
+from transformers import AutoModelForCausalLM
+
+from edgeattn.exporters.checkpoint import open_checkpoint
+from edgeattn.exporters.decoder import build
+from edgeattn.exporters.export import FORMAT_VERSION, _model, _quantiser
+from edgeattn.exporters.families import read_architecture
+from edgeattn.exporters.prepare import prepare
+from edgeattn.exporters.quantisers import dequantise, load
+from edgeattn.exporters.survey import PARTS
+from edgeattn.exporters.targets import target_defaults
+from edgeattn.exporters.weights import EDGE_BITS, Formats
+
+
+def windows(path, folder, window, count):
+    ids = np.array(Tokenizer.from_file(str(folder / "tokenizer.json")).encode(path.read_text(encoding="utf-8")).ids)
+    most = len(ids) // window
+    return [ids[i * window:(i + 1) * window] for i in np.linspace(0, most - 1, min(count, most)).astype(int)]
+
+
+def logits(model, ids):
+    with torch.no_grad():
+        return model(torch.from_numpy(ids)[None]).logits[0].numpy()
+
+
+def round_weights(model, folder, setting, text):
+    """Replace the model's weights by what an export of this setting would hold; returns what edgeattn.json would say of mixed widths."""
+    given = setting.split(":")
+    quantiser, bits, size, mixed = given + ["32", "auto"][len(given) - 2:]
+    source, precision = open_checkpoint(folder), f"int{float(bits):g}"
+    decoder = read_architecture(source)
+    formats = Formats(precision, int(size), _quantiser(quantiser, precision, text, mixed))
+    build(decoder, source, formats, decoder.max_position)
+    report = {"format_version": FORMAT_VERSION, "defaults": target_defaults("generic", precision),
+              "model": _model(decoder, source, decoder.max_position)}
+    with TemporaryDirectory() as work:
+        source.copy_files(("tokenizer.json",), Path(work))
+        prepared, _ = prepare(source, decoder, formats, text, mixed, Path(work), report,
+                              lambda what, done, total: done == total and print(what, file=sys.stderr))
+    tensors, method = model.state_dict(), load(formats.quantiser)
+    for name in ("model.embed_tokens", *([] if decoder.tied else ["lm_head"])):
+        put(tensors[f"{name}.weight"], load("rtn"), EDGE_BITS, int(size), prepared, f"{name}.weight", None)
+    for stored in formats.stored:
+        statistics = formats.statistics(stored) if method.NEEDS_STATISTICS else None
+        prefix, _, name = stored.removesuffix(".weight").rpartition(".")
+        for part in (f"{prefix}.{part}.weight" for part in PARTS.get(name, (name,))):
+            put(tensors[part], method, formats.widths.get(stored, int(formats.bits)), int(size), prepared, part, statistics)
+    for name, tensor in tensors.items():
+        if tensor.ndim == 1:  # norms and biases, which awq scales
+            tensor.copy_(torch.from_numpy(prepared.vector(name, len(tensor))))
+    return report.get("mixed")
+
+
+def put(tensor, method, bits, size, checkpoint, name, statistics):
+    weight = checkpoint.weight(name, tuple(tensor.shape)).read(0, tensor.shape[0])
+    tensor.copy_(torch.from_numpy(dequantise(*method.quantise(weight, bits, size, statistics), bits)[:, :tensor.shape[1]].copy()))
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("checkpoint", type=Path)
+    parser.add_argument("settings", nargs="+", metavar="SETTING")
+    parser.add_argument("--text", type=Path, required=True, help="text that the model has not seen, UTF-8")
+    parser.add_argument("--calibration", type=Path)
+    parser.add_argument("--window", type=int, default=512)
+    parser.add_argument("--windows", type=int, default=8)
+    args = parser.parse_args()
+    model = AutoModelForCausalLM.from_pretrained(args.checkpoint, dtype=torch.float32).eval()
+    parts = windows(args.text, args.checkpoint, args.window, args.windows)
+    expected = [log_softmax(logits(model, ids)).astype(np.float32) for ids in parts]
+    base = np.mean([-p[np.arange(len(ids) - 1), ids[1:]].mean() for p, ids in zip(expected, parts)])
+    print(f"checkpoint: perplexity {np.exp(base):.2f} over {len(parts)} windows of {args.window} tokens", flush=True)
+    for setting in args.settings:
+        mixed = round_weights(model, args.checkpoint, setting, args.calibration)
+        losses, divergences, agreed = [], [], []
+        for ids, p in zip(parts, expected):
+            q = log_softmax(logits(model, ids))
+            losses.append(-q[np.arange(len(ids) - 1), ids[1:]].mean())
+            divergences.append((np.exp(p) * (p - q)).sum(-1).mean())
+            agreed.append((p.argmax(-1) == q.argmax(-1)).mean())
+        about = f"  {mixed['bits']:.3f} bits, KL {mixed['predicted_kl']:.4f} predicted" if mixed else ""
+        print(f"{setting:<20} perplexity {np.exp(np.mean(losses)):.2f} ({100 * np.expm1(np.mean(losses) - base):+.1f} %)  "
+              f"KL {np.mean(divergences):.4f}  same first token {np.mean(agreed):.3f}{about}", flush=True)
+
+
+if __name__ == "__main__":
+    main()
