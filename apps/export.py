@@ -21,7 +21,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
                         help="rtn, hqq, awq, gptq or boa (gptq below 4 bits or with --calibration, else rtn)")
     parser.add_argument("--calibration", metavar="FILE",
                         help="text like what the model will read, for gptq, awq and --mixed; without it the model says some itself")
-    parser.add_argument("--mixed", default="auto", metavar="NAME", help="how widths for an average are chosen: loss, lim, zd or luq (loss)")
+    parser.add_argument("--mixed", default="auto", metavar="NAME", help="how widths for an average are chosen: loss, lim or zd (loss)")
     parser.add_argument("--allow-requantize", action="store_true",
                         help="round weights again that the checkpoint holds quantised; without, they stay as they are")
     parser.add_argument("--group-size", type=options.whole(1), default=32, metavar="N", help="weights that share a scale (32)")

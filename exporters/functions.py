@@ -8,7 +8,8 @@ from onnx import parser
 
 from edgeattn.exporters import functions_nbits, functions_ternary
 from edgeattn.graph import attributes
-from edgeattn.ops import DOMAIN, OPS
+from edgeattn.ops import DOMAIN, OPS, PANEL
+from edgeattn.reference.matmul_ternary import TILE
 
 OPSET = 23  # the first with RMSNormalization, RotaryEmbedding and Attention
 
@@ -120,11 +121,15 @@ def _body(name, options, connected):
     if name == "gated_activation":
         return GATED_ACTIVATION.replace("BODY", ACTIVATIONS[options["activation"]]), options["activation"]
     if name == "matmul_nbits":
-        return functions_nbits.matmul(options["bits"], zeros), ("3" if options["bits"] == 3 else "") + ("zeros" if zeros else "")
+        whole = options["N"] % PANEL == 0
+        marks = "3" * (options["bits"] == 3) + "zeros" * zeros + "cut" * (not whole)
+        return functions_nbits.matmul(options["bits"], zeros, whole), marks
     if name == "embedding_nbits":
         return functions_nbits.embedding(options["bits"], zeros), str(options["bits"]) + ("zeros" if zeros else "")
     if name == "matmul_ternary":
-        variant = options["bits"], options["activation_bits"], bool(options.get("input_major")), "bias" in connected
+        sparse = bool(options.get("input_major"))
+        whole = options["N"] % (TILE if sparse else PANEL) == 0
+        variant = options["bits"], options["activation_bits"], sparse, "bias" in connected, whole
         return functions_ternary.matmul(*variant), "x".join(str(int(x)) for x in variant)
     return PLAIN[name], ""
 

@@ -14,14 +14,20 @@ matmul_nbits <bits, block_size, K, N> (x, codes, scales, zero_points, bias) => (
   end = Reshape (n, any)
   blocks = Shape <start = 1, end = 2> (codes)
   PANELS
-  b = Slice (all_codes, start, end, start)
-  wide_scales = Cast <to = 1> (scales)
-  scales_by_output = Transpose <perm = [0, 2, 1]> (wide_scales)
+  scales_by_output = Transpose <perm = [0, 2, 1]> (scales)
   scale_shape = Concat <axis = 0> (any, blocks)
   all_scales = Reshape (scales_by_output, scale_shape)
-  s = Slice (all_scales, start, end, start)
+  CUT
+  s = Cast <to = 1> (own_scales)
   PRODUCT
 }"""
+
+# Every step on the way to a constant is kept until the file is open, so there is none that can be left out: panels are mostly whole.
+CUTS = {True: """
+  b = Identity (all_codes)
+  own_scales = Identity (all_scales)""", False: """
+  b = Slice (all_codes, start, end, start)
+  own_scales = Slice (all_scales, start, end, start)"""}
 
 PANELS = """
   steps = Shape <start = 2, end = 3> (codes)
@@ -160,9 +166,10 @@ EMBEDDING_ZEROS = """
   zero = Unsqueeze (wide_zeros, last)"""
 
 
-def matmul(bits: int, zeros: bool) -> str:
+def matmul(bits: int, zeros: bool, whole: bool) -> str:
+    """whole: N fills its panels."""
     text = MATMUL.replace("PANELS", PANELS_3.replace("THIRDS", THIRDS) if bits == 3 else PANELS)
-    text = text.replace("PRODUCT", PRODUCT_ZEROS if zeros else PRODUCT)
+    text = text.replace("PRODUCT", PRODUCT_ZEROS if zeros else PRODUCT).replace("CUT", CUTS[whole])
     return text.replace("BITS", "bits = 4" if bits == 3 else "bits : int = @bits").replace("ZERO", "z" if bits == 3 else "")
 
 
@@ -176,16 +183,16 @@ def _codes(bits):
     if bits == 8:
         return "code = Identity (bytes)"
     if bits != 3:
-        return _fields("bytes", bits) + "\n  code = Identity (bytes_fields)"
+        return fields("bytes", bits) + "\n  code = Identity (bytes_fields)"
     return "\n".join([
         "first_half, second_half, thirds = Split <axis = 2, num_outputs = 3> (bytes)",
-        "low = Concat <axis = 2> (first_half, second_half)", THIRDS, _fields("low", 2), _fields("third", 1, of=4),
+        "low = Concat <axis = 2> (first_half, second_half)", THIRDS, fields("low", 2), fields("third", 1, of=4),
         "two = Constant <value = uint8 {2}> ()", 'high_fields = BitShift <direction = "LEFT"> (third_fields, two)',
         "code = BitwiseOr (low_fields, high_fields)"])
 
 
-def _fields(name, bits, of=8):
-    """`name`_fields: the fields of `bits` in the low `of` bits of each byte, lowest first, along a new last axis."""
+def fields(name: str, bits: int, of: int = 8) -> str:
+    """`name`_fields: the fields of `bits` in the low `of` bits of each byte, lowest first, along a new axis, the one named `last`."""
     lines, made = [f"{name}_mask = Constant <value = uint8 {{{(1 << bits) - 1}}}> ()"], []
     for shift in range(0, of, bits):
         made.append(f"{name}_last{shift}")

@@ -5,6 +5,8 @@ integers already, so this adds at most as much error as the model's own rounding
 The dense form, and that stored input by input, are turned into these bytes at every call: were they folded when a file is opened, as other
 weights are, the steps on the way would all be held at once, twenty times the file.
 """
+from edgeattn.exporters.functions_nbits import fields
+
 MATMUL = """
 matmul_ternary <bits, activation_bits, K, N, input_major> (x, codes, scales, bias) => (out) {
   start = Constant <value_ints = [0]> ()
@@ -12,7 +14,7 @@ matmul_ternary <bits, activation_bits, K, N, input_major> (x, codes, scales, bia
   n = Constant <value_int : int = @N> ()
   end = Reshape (n, any)
   CODES
-  b = Slice (all_codes, start, end, start)
+  CUT
   column = Unsqueeze (scales, any)
   scale_shape = Concat <axis = 0> (end, blocks)
   s = Expand (column, scale_shape)
@@ -68,24 +70,11 @@ DIGITS = UNFOLDED + """
   steps = Shape <start = 1, end = 2> (codes)
   stored_k = Mul (steps, step_k)"""
 
-INPUTS = UNFOLDED + """
-  m3 = Constant <value = uint8 {3}> ()
-  t2 = Constant <value = uint8 {2}> ()
-  t4 = Constant <value = uint8 {4}> ()
-  t6 = Constant <value = uint8 {6}> ()
-  moved1 = BitShift <direction = "RIGHT"> (live_codes, t2)
-  moved2 = BitShift <direction = "RIGHT"> (live_codes, t4)
-  moved3 = BitShift <direction = "RIGHT"> (live_codes, t6)
-  field0 = BitwiseAnd (live_codes, m3)
-  field1 = BitwiseAnd (moved1, m3)
-  field2 = BitwiseAnd (moved2, m3)
-  last0 = Unsqueeze (field0, any)
-  last1 = Unsqueeze (field1, any)
-  last2 = Unsqueeze (field2, any)
-  last3 = Unsqueeze (moved3, any)
-  fields = Concat <axis = -1> (last0, last1, last2, last3)
+INPUTS = UNFOLDED + f"""
+  last = Constant <value_ints = [-1]> ()
+  {fields("live_codes", 2)}
   fours = Constant <value_ints = [0, 0, 4, 4, 4, 4]> ()
-  parts = Reshape (fields, fours)
+  parts = Reshape (live_codes_fields, fours)
   in_order = Transpose <perm = [0, 3, 5, 2, 4, 1]> (parts)
   stored_k = Shape <start = 1, end = 2> (codes)"""
 
@@ -122,9 +111,11 @@ PACK = """
   all_codes = Squeeze (bytes, any)"""
 
 
-def matmul(bits: int, activation_bits: int, input_major: bool, bias: bool) -> str:
+def matmul(bits: int, activation_bits: int, input_major: bool, bias: bool, whole: bool) -> str:
+    """whole: N fills its panels, or tiles of them."""
     codes = INPUTS + PACK if input_major else PANELS if bits == 2 else DIGITS.replace("TABLE", _digit_table()) + PACK
-    text = MATMUL.replace("CODES", codes).replace("FACTOR", FACTORS[activation_bits])
+    cut = "b = Identity (all_codes)" if whole else "b = Slice (all_codes, start, end, start)"
+    text = MATMUL.replace("CODES", codes).replace("CUT", cut).replace("FACTOR", FACTORS[activation_bits])
     for name, value in (("LOWEST", -(1 << (activation_bits - 1))), ("HIGHEST", (1 << (activation_bits - 1)) - 1)):
         text = text.replace(name, f"{float(value)}")
     return text.replace("OUT", "out = Add (unscaled, bias)" if bias else "out = Identity (unscaled)")

@@ -14,7 +14,6 @@ from edgeattn.exporters.weight_statistics import Calibration
 
 Tell = Callable[[int, int], None]
 PROBE = 256  # tokens
-CLUSTERS, CLUSTERED, ROUNDS = 100, 4096, 20  # of layers' outputs: how many, of how many tokens, found in how many rounds
 PARTS = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
 
 
@@ -25,7 +24,7 @@ class Survey:
                  block_size: int):
         """weights: {initializer: what is stored there}. sequences: calibration text, whose last tokens are the probe."""
         self.source, self.decoder, self.weights, self.block_size = source, decoder, weights, block_size
-        self.probe, self.sequences, self.method = sequences[-1][:PROBE], sequences, load(quantiser)
+        self.probe, self.method = sequences[-1][:PROBE], load(quantiser)
         self.statistics = Calibration(source, decoder, sequences[:-1] or sequences, getattr(self.method, "NEEDS_HEADS", False)).of
         self.matrices = [Matrix(name, int(name.split(".")[2]), int(np.prod(w.shape))) for name, w in weights.items()]
         self._rows = {"q_proj": decoder.num_heads * decoder.head_dim, "k_proj": decoder.kv_heads * decoder.head_dim,
@@ -69,31 +68,12 @@ class Survey:
             self._set(layer, tail=float((w > w.mean() + w.std()).mean()))
             tell(layer + 1, self.decoder.num_layers)
 
-    def entropy(self, tell: Tell) -> None:
-        count = max(1, CLUSTERED // len(self.sequences[0]))
-        hidden = [embed(self.source, self.decoder, tokens) for tokens in self.sequences[:count]]
-        for layer in range(self.decoder.num_layers):
-            hidden = [self._through(self.source, layer, states) for states in hidden]
-            share = np.bincount(_clusters(np.concatenate(hidden)), minlength=1) / sum(map(len, hidden))
-            self._set(layer, entropy=float(-(share[share > 0] * np.log(share[share > 0])).sum()))
-            tell(layer + 1, self.decoder.num_layers)
-
     def _set(self, layer, **fields):
         self.matrices = [replace(m, **fields) if m.layer == layer else m for m in self.matrices]
 
     def _through(self, checkpoint, layer, hidden):
         *_, (_, hidden) = run_layer(checkpoint, self.decoder, layer, hidden)
         return hidden
-
-
-def _clusters(x):
-    """The cluster of every row of x, by k-means from random rows."""
-    centres = np.random.default_rng(0).choice(x, min(CLUSTERS, len(x)), replace=False)
-    for _ in range(ROUNDS):
-        nearest = (np.square(centres).sum(1) / 2 - x @ centres.T).argmin(1)
-        for i in np.unique(nearest):
-            centres[i] = x[nearest == i].mean(0)
-    return nearest
 
 
 class _Replaced:

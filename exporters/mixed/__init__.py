@@ -20,7 +20,6 @@ class Matrix:
     divergence: float = 0.0    # KL in nats a token, when this matrix alone has 2 bits
     similarity: float = 0.0    # of its layer: mean cosine of hidden states before and after
     tail: float = 0.0          # of its layer: share of weights more than one standard deviation above the mean
-    entropy: float = 0.0       # of its layer: nats, of which of 100 clusters a token's output is in
 
 
 def names() -> list[str]:
@@ -40,18 +39,17 @@ def average(matrices: list[Matrix], widths: dict[str, int]) -> float:
     return sum(widths[m.name] * m.size for m in matrices) / sum(m.size for m in matrices)
 
 
-def best_first(matrices: list[Matrix], bits: float, importance: Callable[[Matrix], float],
-               widths: tuple[int, int] | None = None) -> dict[str, int]:
-    """The wider of two widths (those around the average) for the most important matrices, as many as the average allows."""
+def best_first(matrices: list[Matrix], bits: float, importance: Callable[[Matrix], float]) -> dict[str, int]:
+    """The wider of the two widths around the average for the most important matrices, as many as the average allows."""
     low = max(width for width in WIDTHS if width <= bits)
-    low, high = widths or (low, min((width for width in WIDTHS if width > low), default=low))
-    chosen = dict.fromkeys((m.name for m in matrices), low)
+    high = min((width for width in WIDTHS if width > low), default=low)
+    widths = dict.fromkeys((m.name for m in matrices), low)
     left = (bits - low) * sum(m.size for m in matrices)
     for matrix in sorted(matrices, key=importance, reverse=True):  # stable: a layer's matrices stay together
         if (high - low) * matrix.size <= left + 1e-6 * matrix.size:
-            chosen[matrix.name] = high
+            widths[matrix.name] = high
             left -= (high - low) * matrix.size
-    return chosen
+    return widths
 
 
 def best_value(matrices: list[Matrix], bits: float, loss: Callable[[Matrix, int], float]) -> dict[str, int]:
