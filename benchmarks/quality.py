@@ -13,16 +13,10 @@ import numpy as np
 from rich.console import Console
 from rich.progress import Progress
 
+from edgeattn.evaluation.windows import log_softmax
+from edgeattn.evaluation.words import COLOURS, PLACES
 from edgeattn.runtime import Model
 from edgeattn.tokenizer import Tokenizer
-
-PLACES = "harbor garden museum library station bridge castle market tower forest temple valley".split()
-COLOURS = "old blue silent northern golden hidden western frozen red quiet distant royal".split()
-
-
-def log_softmax(logits):
-    shifted = logits.astype(np.float64) - logits.max(-1, keepdims=True)
-    return shifted - np.log(np.exp(shifted).sum(-1, keepdims=True))
 
 
 def all_logits(model, ids):

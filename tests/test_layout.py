@@ -21,7 +21,7 @@ LAYERS = [  # a file may import only from its own row or the rows above
      "edgeattn.device_batch", "edgeattn.device_launches", "edgeattn.device_pages", "edgeattn.device_sampling", "edgeattn.device_sequence",
      "edgeattn.sensors", "edgeattn.sensors_smi", "edgeattn.sensors_sysfs"],
     ["edgeattn.runtime", "edgeattn.rebuild", "edgeattn.memory_estimate", "edgeattn.context_shift", "edgeattn.generation",
-     "edgeattn.conversation"],
+     "edgeattn.conversation", "edgeattn.evaluation"],
     ["edgeattn.exporters"],
     ["edgeattn.apps"],
 ]
