@@ -1,6 +1,7 @@
 """edgeattn report: measures a model on this machine and writes one page about it, which needs no network."""
 import argparse
 import os
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -15,7 +16,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--from", dest="sources", metavar="FILE.jsonl", action="append", default=[], help="measure nothing: a page of what "
                         "`edgeattn bench` and `edgeattn eval` have kept with --out; may be repeated")
     parser.add_argument("--markdown", action="store_true", help="print the tables as Markdown and write no page")
-    parser.add_argument("--quick", action="store_true", help="few samples, to see that everything works")
+    parser.add_argument("--quick", action="store_true", help="few samples, to see that everything works; results are kept in "
+                        "FILE.quick.jsonl")
     parser.add_argument("--dry-run", action="store_true", help="print the commands that would measure")
 
 
@@ -32,10 +34,11 @@ def main(args: argparse.Namespace) -> int:
     if args.sources:
         results = [result for path in args.sources for result in record.read(path)]
     else:
-        kept = page.with_suffix(".jsonl")
+        kept = page.with_suffix(".quick.jsonl" if args.quick else ".jsonl")
         results = _measure(args, kept)
         if args.dry_run:
             return 0
+    results = latest(results)
     if not results:
         raise ValueError("no results to report")
     if args.markdown:
@@ -46,6 +49,12 @@ def main(args: argparse.Namespace) -> int:
     write(page, render(results))
     print(page)
     return 0
+
+
+def latest(results: list[dict]) -> list[dict]:
+    """Of results of the same model, setting and test the last; in the order of the first."""
+    return list({tuple(result.get(name) for name in ("kind", "model", "setting", "test", "task", "depth")): result
+                 for result in results}.values())
 
 
 def need_plots() -> None:
@@ -67,12 +76,11 @@ def write(path: Path, text: str) -> None:
 
 def _measure(args, kept):
     """Run what is missing; the results of this model that `kept` then holds."""
-    import shlex
     from edgeattn.apps import models, record
     from edgeattn.apps.report_plan import steps
     from edgeattn.runtime import read_config
     config = read_config(models.exported(args.model))
-    plan = [step for step in steps(args.model, config, args.quick)]
+    plan = steps(args.model, config, args.quick)
     for i, step in enumerate(plan, 1):
         command = [*step.arguments, "--out", str(kept)]
         if args.dry_run:

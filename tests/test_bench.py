@@ -90,10 +90,11 @@ def test_settings_run_apart(edgeattn, nano_int4):
     done = edgeattn("bench", "-m", nano_int4, "--sparse-attention", "quest,off", "--sparse-budget", "128")
     assert done.returncode == 2 and "needs --sparse-attention" in done.stderr and not done.stdout  # found before anything ran
     done = edgeattn("bench", "-m", nano_int4, "-p", "0", "-n", "2", "-d", "1024", "-r", "1", "-c", "1100", "-ctk", "f16,int8",
-                    "--sparse-attention", "quest", "--sparse-budget", "128", "--sparse-min-len", "512", "-o", "jsonl", "--progress")
+                    "--sparse-attention", "quest", "--sparse-budget", "128", "--sparse-min-len", "512", "--sparse-prefill", "off", "-o",
+                    "jsonl", "--progress")
     assert done.returncode == 0 and "setting 2 of 2: -ctk int8" in done.stderr
     rows = [Row(**json.loads(line)) for line in done.stdout.splitlines()]
-    sparse = " --sparse-attention quest --sparse-budget 128 --sparse-min-len 512"
+    sparse = " --sparse-attention quest --sparse-budget 128 --sparse-prefill off --sparse-min-len 512"
     assert [row.setting for row in rows] == [f"-c 1100 -ctk {kind}{sparse}" for kind in ("f16", "int8")]
     assert rows[1].kv_bytes < rows[0].kv_bytes
     whole = 2 * 8 * 2 * 64 * 2 * 1025.5

@@ -10,6 +10,7 @@ from test_bench import ROW
 
 from edgeattn.apps import record, report_plan
 from edgeattn.apps.bench_report import Trial
+from edgeattn.apps.report import latest
 from edgeattn.apps.report_figures import figures
 from edgeattn.apps.report_page import render
 from edgeattn.apps.report_settings import labels, styles
@@ -132,6 +133,11 @@ def test_a_line_has_the_shape_of_its_numbers():
     assert np.corrcoef(heights, speeds)[0, 1] > 0.9999
 
 
+def test_of_two_results_the_last_counts():
+    again = RESULTS[0] | {"tokens_per_second": 1.0, "repetitions": 9}
+    assert latest([*RESULTS, again]) == [again, *RESULTS[1:]]
+
+
 def test_labels_say_what_differs():
     assert list(labels(RESULTS).values())[:2] == ["--kv-bits 16", "--kv-bits 4"]
     mixed = [{"model": "a", "setting": ""}, {"model": "b", "setting": "-t 2"}]
@@ -139,8 +145,7 @@ def test_labels_say_what_differs():
 
 
 def test_settings_that_differ_in_one_flag_share_a_colour():
-    assert styles(["--kv-bits 16 --sparse-attention off", "--kv-bits 16 --sparse-attention auto", "--kv-bits 4 --sparse-attention off"]) == [
-        (0, 0), (0, 1), (1, 0)]
+    assert styles([f"--kv-bits {rest}" for rest in ("16 --kv-window 64", "16 --kv-window 32", "4 --kv-window 64")]) == [(0, 0), (0, 1), (1, 0)]
     assert styles(["--kv-bits 16", "--kv-bits 4"]) == styles(["defaults", "--kv-bits 4 --kv-window 32"]) == [(0, 0), (1, 0)]
 
 
