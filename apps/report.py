@@ -2,6 +2,7 @@
 import argparse
 import os
 import shlex
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -80,7 +81,7 @@ def _measure(args, kept):
     from edgeattn.apps.report_plan import steps
     from edgeattn.runtime import read_config
     config = read_config(models.exported(args.model))
-    plan = steps(args.model, config, args.quick)
+    plan, failed = steps(args.model, config, args.quick), []
     for i, step in enumerate(plan, 1):
         command = [*step.arguments, "--out", str(kept)]
         if args.dry_run:
@@ -88,7 +89,11 @@ def _measure(args, kept):
             continue
         print(f"{i} of {len(plan)}: {step.title} (edgeattn {shlex.join(command)})", file=sys.stderr, flush=True)
         done = subprocess.run([sys.executable, "-m", "edgeattn.apps.cli", *command], stdout=subprocess.DEVNULL)
+        if done.returncode in (130, -signal.SIGINT):
+            raise KeyboardInterrupt
         if done.returncode:
-            raise RuntimeError(f"{step.title} failed; what was measured is in {kept}, and the next call goes on from there")
+            failed.append(step.title)
+    if failed:
+        print(f"not all could be measured: {', '.join(failed)}; the next call tries again", file=sys.stderr)
     name = record.model_name(config)
     return [result for result in (record.read(kept) if kept.is_file() else []) if result["model"] == name]

@@ -92,7 +92,7 @@ def test_settings_run_apart(edgeattn, nano_int4):
     done = edgeattn("bench", "-m", nano_int4, "-p", "0", "-n", "2", "-d", "1024", "-r", "1", "-c", "1100", "-ctk", "f16,int8",
                     "--sparse-attention", "quest", "--sparse-budget", "128", "--sparse-min-len", "512", "--sparse-prefill", "off", "-o",
                     "jsonl", "--progress")
-    assert done.returncode == 0 and "setting 2 of 2: -ctk int8" in done.stderr
+    assert done.returncode == 0 and "setting 2 of 2: -c 1100 -ctk int8" in done.stderr
     rows = [Row(**json.loads(line)) for line in done.stdout.splitlines()]
     sparse = " --sparse-attention quest --sparse-budget 128 --sparse-prefill off --sparse-min-len 512"
     assert [row.setting for row in rows] == [f"-c 1100 -ctk {kind}{sparse}" for kind in ("f16", "int8")]
@@ -105,7 +105,7 @@ def test_settings_run_apart(edgeattn, nano_int4):
 def test_a_setting_that_fails_loses_none_of_the_others(edgeattn, nano_int4):
     done = edgeattn("bench", "-m", nano_int4, "-p", "4", "-n", "0", "-r", "1", "-c", "256", "--kv-budget", "1K,8M", "-o", "jsonl")
     assert done.returncode == 1 and [json.loads(line)["setting"] for line in done.stdout.splitlines()] == ["-c 256 --kv-budget 8M"]
-    assert "1 of 2 settings failed: --kv-budget 1K" in done.stderr
+    assert "1 of 2 settings failed: -c 256 --kv-budget 1K" in done.stderr
 
 
 def test_what_a_file_holds_is_not_measured_again(edgeattn, nano_int4, tmp_path, monkeypatch):

@@ -145,7 +145,8 @@ def test_labels_say_what_differs():
 
 
 def test_settings_that_differ_in_one_flag_share_a_colour():
-    assert styles([f"--kv-bits {rest}" for rest in ("16 --kv-window 64", "16 --kv-window 32", "4 --kv-window 64")]) == [(0, 0), (0, 1), (1, 0)]
+    names = [f"--kv-bits {rest}" for rest in ("16 --kv-window 64", "16 --kv-window 32", "4 --kv-window 64")]
+    assert styles(names) == [(0, 0), (0, 1), (1, 0)]
     assert styles(["--kv-bits 16", "--kv-bits 4"]) == styles(["defaults", "--kv-bits 4 --kv-window 32"]) == [(0, 0), (1, 0)]
 
 
