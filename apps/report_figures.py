@@ -36,7 +36,8 @@ def figures(results: list[dict]) -> list[Figure]:
         _lines("Time of a token, 95th percentile", "ms", generated, "p95_ms", "One in 20 tokens takes longer."),
         _lines("Time to first token", "ms", prompts, "ttft_ms", "Of a prompt of {n_prompt} tokens after so many others."),
         _lines("Share of the memory's bandwidth", "%", [row | {"share": 100 * row["bandwidth_share"]} for row in generated], "share",
-               "Weights and cache that generation reads, of what plain reads reach on this machine."),
+               "Weights and cache that generation reads, of what plain reads of its memory reach on this machine. What fits the "
+               "processor's caches may pass 100 %."),
         _memory(generated or prompts),
         _cache(generated),
         _lines("Energy of a generated token", "J", [row for row in generated if row["joules_per_token"] is not None], "joules_per_token",
@@ -101,7 +102,7 @@ def _lines(title, unit, rows, field, note):
                           color=COLOURS[colour % 8], markersize=2.5, alpha=0.6)
     axes.set_ylim(bottom=0)
     axes.xaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
-    axes.yaxis.set_major_formatter(lambda value, _: f"{value:,.4g}")
+    axes.yaxis.set_major_formatter(lambda value, _: f"{value:,.0f}" if value >= 1000 else f"{value:.4g}")
     return Figure(title, _svg(canvas, title), _legend(names.values(), marks), commands(rows),
                   note.format(**rows[0]))
 
@@ -156,6 +157,7 @@ def _cache(rows):
 def _pareto(task, depth, records):
     """Score over the bytes of the cache. A line joins what no other setting beats in both."""
     records = [one for one in records if one.get("kv_bytes") and one["score"] is not None]
+    records = [one for i, one in enumerate(records) if not any(_coincide(one, other) for other in records[:i])]
     if len(records) < 2:
         return None
     more = records[0].get("unit", "%").startswith("%")
@@ -179,4 +181,9 @@ def _pareto(task, depth, records):
     title = f"Quality: {task}, {depth:,} tokens"
     text = f"{records[0]['samples']} samples" + ("; 95 % intervals" if records[0]["low"] is not None else "")
     return Figure(title, _svg(canvas, title), _legend(names.values()), commands(records),
-                  f"{text}. {'More' if more else 'Less'} is better; the line joins what no other setting beats in both.")
+                  f"{text}. {'More' if more else 'Less'} is better; the line joins what no other setting beats in both. Settings that "
+                  "coincide with one before are in the table only.")
+
+
+def _coincide(one, other):
+    return one["score"] == other["score"] and abs(one["kv_bytes"] / other["kv_bytes"] - 1) < 0.05

@@ -29,7 +29,7 @@ def steps(model: str | None, config: dict, quick: bool = False) -> list[Step]:
              "sparse attention": ["--sparse-attention", "off,auto", "--sparse-prefill", "off"]}
     if about.get("window"):  # neither goes with layers that see a window only
         kinds = {"cache types": kinds["cache types"]}
-    found = [Step("generation at depth", ["bench", *m, "-p", "0", "-n", "16" if quick else "64", "-d", depths, "-r", repeat,
+    found = [Step("generation at depth", ["bench", *m, "-p", "0", "-n", "16" if quick else "32", "-d", depths, "-r", repeat,
                                           "--kv-bits", BITS, "--sparse-attention", "off,auto"]),
              Step("prompts at depth", ["bench", *m, "-p", str(room), "-n", "0", "-d", depths, "-r", repeat, "--kv-bits", BITS,
                                        "--sparse-prefill", "off,auto"])]

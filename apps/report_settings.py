@@ -1,6 +1,8 @@
 """Settings of results in as few words as tell them apart."""
 import shlex
 
+from edgeattn.apps import axes
+
 
 def flags(setting: str) -> dict[str, str]:
     """{flag: value} of a setting's text."""
@@ -9,9 +11,14 @@ def flags(setting: str) -> dict[str, str]:
 
 
 def labels(results: list[dict]) -> dict[tuple[str, str], str]:
-    """{(model, setting): label}, in the order of their first results. Flags that all share are left out, a model too."""
+    """{(model, setting): label}, in the order of their first results. Flags that all share are left out, a model too; where one setting
+    names a flag, all say what they have."""
     found = dict.fromkeys((result["model"], result["setting"]) for result in results)
     given = {place: flags(place[1]) for place in found}
+    named = list(dict.fromkeys(flag for one in given.values() for flag in one))
+    known = axes.defaults()
+    given = {place: {flag: one.get(flag, known.get(flag)) for flag in named if flag in one or flag in known}
+             for place, one in given.items()}
     shared = set.intersection(*({*one.items()} for one in given.values())) if len(given) > 1 else set()
     models = len({model for model, _ in found}) > 1
     return {place: " ".join([*([place[0]] if models else []), *(f"{flag} {value}" for flag, value in one.items()

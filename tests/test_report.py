@@ -140,6 +140,8 @@ def test_of_two_results_the_last_counts():
 
 def test_labels_say_what_differs():
     assert list(labels(RESULTS).values())[:2] == ["--kv-bits 16", "--kv-bits 4"]
+    sparse = [{"model": "a", "setting": "--kv-bits 4 --sparse-attention off"}, {"model": "a", "setting": "--kv-bits 4"}]
+    assert list(labels(sparse).values()) == ["--sparse-attention off", "--sparse-attention auto"]
     mixed = [{"model": "a", "setting": ""}, {"model": "b", "setting": "-t 2"}]
     assert list(labels(mixed).values()) == ["a", "b -t 2"] and list(labels(mixed[:1]).values()) == ["defaults"]
 
@@ -156,9 +158,10 @@ def test_what_one_result_is_enough_for():
     assert Page(render(RESULTS[-1:])).tags.count("svg") == 0
 
 
-def test_markdown_has_every_number_and_command():
+def test_markdown_is_brief_and_names_commands():
     text = markdown(RESULTS)
-    assert "| --kv-bits 16 | 0 | 216.0 ± 1.5 |" in text and "`edgeattn bench -n 64`" in text and "51.2 %" in text
+    assert "| --kv-bits 16 | 216 | 144 | 108 | 16.0 MiB | 24.0 MiB | 90.0 MiB |" in text
+    assert "`edgeattn bench -n 64`" in text and "51.2 %" in text
     assert all(len({line.count("|") for line in block.splitlines()}) == 1 for block in text.split("\n\n") if block.startswith("|"))
 
 
