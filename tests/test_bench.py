@@ -30,7 +30,7 @@ def parse(name, text):
 @pytest.mark.parametrize("n", [0, 1, 3])
 def test_reports_parse(name, n):
     file = io.StringIO()
-    report = make_report(name, file, ["-ctk f16", "-ctk int4"])
+    report = make_report(name, file, ["-ctk f16", "-ctk int4"], ["tg128"])
     for _ in range(n):
         report.add(ROW)
     report.close()
@@ -46,7 +46,7 @@ def test_reports_parse(name, n):
 
 def test_columns_are_those_that_say_something():
     file = io.StringIO()
-    make_report("md", file, []).add(Row(**vars(ROW) | {"watts": 4.5, "joules_per_token": 0.0364, "celsius": 61.2, "mhz": 1500.0,
+    make_report("md", file, [], []).add(Row(**vars(ROW) | {"watts": 4.5, "joules_per_token": 0.0364, "celsius": 61.2, "mhz": 1500.0,
                                                       "throttled": True}))
     row, = parse("md", file.getvalue())
     assert (row["W"], row["J/token"], row["°C"], row["MHz"]) == ("4.5", "0.036", "61", "1500 slowed") and "setting" not in row
