@@ -128,7 +128,8 @@ class Markdown:
     def _begin(self, row):
         known = {"setting": self._settings, "°C": row.celsius, "MHz": row.mhz and row.sensors.get("frequency") != "/proc/cpuinfo",
                  "W": row.watts, "J/token": row.watts}
-        self._columns = {name: (max(width, self._widths.get(name, 0)), text) for name, (width, text) in COLUMNS.items() if known.get(name, True)}
+        self._columns = {name: (max(width, self._widths.get(name, 0)), text)
+                         for name, (width, text) in COLUMNS.items() if known.get(name, True)}
         self._line([name.ljust(width) for name, (width, _) in self._columns.items()])
         self._line(["-" * (width - 1) + (":" if i else "-") for i, (width, _) in enumerate(self._columns.values())])
 

@@ -7,6 +7,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+from edgeattn.apps import options
+
 HELP = "measure speed, memory and quality, and write one self-contained HTML page about them"
 
 
@@ -14,6 +16,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("-m", "--model", metavar="FOLDER", help="as everywhere: an export, a checkpoint or a GGUF file; nano by default")
     parser.add_argument("-o", "--output", metavar="FILE.html", default="report.html", help="the page (report.html); results are kept "
                         "beside it as FILE.jsonl, and what is there is not measured again")
+    parser.add_argument("-c", "--ctx-size", type=options.whole(64), default=8192, metavar="N", help="tokens of the deepest context that is "
+                        "measured, if the model has as many (8192)")
+    options.add_device(parser)
     parser.add_argument("--from", dest="sources", metavar="FILE.jsonl", action="append", default=[], help="measure nothing: a page of what "
                         "`edgeattn bench` and `edgeattn eval` have kept with --out; may be repeated")
     parser.add_argument("--markdown", action="store_true", help="print the tables as Markdown and write no page")
@@ -75,13 +80,19 @@ def write(path: Path, text: str) -> None:
         new.unlink(missing_ok=True)
 
 
+def _flags(args):
+    """What all commands are told."""
+    given = {"-m": args.model, "--device": None if args.device == "cpu" else args.device}
+    return [part for flag, value in given.items() if value for part in (flag, value)]
+
+
 def _measure(args, kept):
     """Run what is missing; the results of this model that `kept` then holds."""
     from edgeattn.apps import models, record
     from edgeattn.apps.report_plan import steps
     from edgeattn.runtime import read_config
     config = read_config(models.exported(args.model))
-    plan, failed = steps(args.model, config, args.quick), []
+    plan, failed = steps(_flags(args), config, args.ctx_size, args.quick), []
     for i, step in enumerate(plan, 1):
         command = [*step.arguments, "--out", str(kept)]
         if args.dry_run:

@@ -1,7 +1,7 @@
 """The results of a report as tables: headings and cells as text, for the page and for Markdown."""
 from dataclasses import dataclass
 
-from edgeattn.apps.report_settings import commands, labels
+from edgeattn.apps.report_settings import commands, labels, speed
 from edgeattn.apps.terminal import size
 
 
@@ -39,9 +39,9 @@ def _by_depth(n_prompt, n_gen, rows):
         own = {row["depth"]: row for row in rows if (row["model"], row["setting"]) == place}
         last = own[max(own)]
         read = [size(last["weight_bytes_per_token"] + last["kv_bytes_per_token"])] if n_gen else []
-        cells.append([name, *(f"{own[depth]['tokens_per_second']:.0f}" if depth in own else "" for depth in depths), size(last["kv_bytes"]),
+        cells.append([name, *(f"{speed(own[depth]):.0f}" if depth in own else "" for depth in depths), size(last["kv_bytes"]),
                       *read, size(last["peak_rss_bytes"])])
-    title = f"{_title(n_prompt, n_gen)}, tokens a second after so many in the cache; memory at the last"
+    title = f"{_title(n_prompt, n_gen)}, tokens a second after so many in the cache (medians); memory at the last"
     return Table(title, heads, cells, commands(rows))
 
 
