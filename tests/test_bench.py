@@ -99,7 +99,7 @@ def test_settings_run_apart(edgeattn, nano_int4):
     assert rows[1].kv_bytes < rows[0].kv_bytes
     whole = 2 * 8 * 2 * 64 * 2 * 1025.5
     index = 8 * 2 * 2 * 64 * 2 * 1025.5 / 32
-    assert 0.25 * whole + index < rows[0].kv_bytes_per_token < 0.4 * whole + index  # two of eight layers read everything, the others 4 pages
+    assert 0.25 * whole + index < rows[0].kv_bytes_per_token < 0.4 * whole + index  # two of eight layers read all, the others 4 pages
 
 
 def test_a_setting_that_fails_loses_none_of_the_others(edgeattn, nano_int4):
