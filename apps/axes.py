@@ -69,6 +69,14 @@ def add_model(parser: argparse.ArgumentParser) -> None:
     parser.set_defaults(axes=found)
 
 
+def defaults() -> dict[str, str]:
+    """{flag: its default as it would be typed}, of the flags that have one."""
+    parser = argparse.ArgumentParser()
+    add_model(parser)
+    found = parser.get_default("axes").values()
+    return {flag.name: str(flag.default) for flag in found if flag.default is not None and not isinstance(flag.default, bool)}
+
+
 def expand(args: argparse.Namespace) -> list[tuple[str, argparse.Namespace]]:
     """The Cartesian product of a command's axes: (label, args) for each setting, args as a command without axes has them. The label names
     the flags that differ between the settings; "" where there is only one."""

@@ -41,36 +41,39 @@ def _pair(text):
 
 
 def _tests(text):
-    return [Trial.parse(part) for part in text.split(",")]
+    longest, _, tests = text.partition("/")
+    return int(longest), [Trial.parse(part) for part in tests.split(",")]
 
 
 def main(args: argparse.Namespace) -> int:
-    tests = args.tests or [Trial(depth, n_prompt, n_gen) for depth in args.n_depth for n_prompt, n_gen in
-                           [*((n, 0) for n in args.n_prompt if n), *((0, n) for n in args.n_gen if n), *args.pg]]
+    longest, tests = args.tests or (0, [Trial(depth, n_prompt, n_gen) for depth in args.n_depth for n_prompt, n_gen in
+                                        [*((n, 0) for n in args.n_prompt if n), *((0, n) for n in args.n_gen if n), *args.pg]])
     if not tests:
         raise ValueError("nothing to measure: give -p N or -n N above 0")
+    longest = max(longest, *(test.tokens for test in tests))  # auto's choices depend on the context, whatever is left to measure
     settings = [one for _, one in axes.expand(args)]
     for one in settings:  # a mistake in the last of them must not wait for the others
         axes.check(one)
         _check_room(one, tests)
     kept = Kept(args.out)
-    report = make_report(args.output, sys.stdout, [axes.setting(one) for one in settings] if len(settings) > 1 else [])
+    labels = [axes.setting(one) or "defaults" for one in settings]
+    report = make_report(args.output, sys.stdout, labels if len(settings) > 1 else [], [test.name for test in tests])
     failed = []
     with contextlib.closing(report):
-        for i, one in enumerate(settings, 1):
+        for i, (label, one) in enumerate(zip(labels, settings), 1):
             known = kept.rows(one, args.repetitions)
             for row in known.values():
                 if row.test in {test.name for test in tests}:
                     report.add(row)
             missing = [test for test in tests if test.name not in known]
             if args.progress and len(settings) > 1:
-                print(f"setting {i} of {len(settings)}: {axes.setting(one) or 'defaults'}", file=sys.stderr, flush=True)
+                print(f"setting {i} of {len(settings)}: {label}", file=sys.stderr, flush=True)
             try:
-                for row in _apart(args, one, missing) if len(settings) > 1 else _here(args, one, missing):
+                for row in (_apart if len(settings) > 1 else _here)(args, one, missing, longest):
                     kept.add(row)
                     report.add(row)
             except subprocess.CalledProcessError:  # it has said why
-                failed.append(axes.setting(one))
+                failed.append(label)
     if failed:
         print(f"edgeattn bench: {len(failed)} of {len(settings)} settings failed: {'; '.join(failed)}", file=sys.stderr)
     return 1 if failed else 0
@@ -87,24 +90,24 @@ def _check_room(args, tests):
                          f"lower -d, -p or -n{', or raise -c' if args.ctx_size else ''}")
 
 
-def _here(args, one, tests):
+def _here(args, one, tests, longest):
     if not tests:
         return
     from edgeattn.apps.bench_run import Bench
-    with contextlib.closing(Bench(one, one.ctx_size or max(test.tokens for test in tests))) as bench:
+    with contextlib.closing(Bench(one, one.ctx_size or longest)) as bench:
         if args.output == "md" and bench.missing:
             print(f"not measured here: {bench.missing}", file=sys.stderr)
         yield from bench.rows(tests)
 
 
-def _apart(args, one, tests):
+def _apart(args, one, tests, longest):
     """In a process of its own, whose memory is nobody else's."""
     if not tests:
         return
     from edgeattn.apps import record
     flags = [flag for flag, given in (("--no-warmup", args.no_warmup), ("--progress", args.progress)) if given]
-    command = [sys.executable, "-m", "edgeattn.apps.cli", "bench", "--tests", ",".join(map(str, tests)), "-r", str(args.repetitions),
-               "--delay", str(args.delay), *flags, "-o", "jsonl", *axes.arguments(one)]
+    command = [sys.executable, "-m", "edgeattn.apps.cli", "bench", "--tests", f"{longest}/{','.join(map(str, tests))}",
+               "-r", str(args.repetitions), "--delay", str(args.delay), *flags, "-o", "jsonl", *axes.arguments(one)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
         for line in process.stdout:
             yield Row(**json.loads(line) | {"command": record.command()})

@@ -95,9 +95,9 @@ COLUMNS = {  # heading -> width, text
     "size": (9, lambda r: size(r.size_bytes)),
     "params": (7, lambda r: count(r.params)),
     "threads": (7, lambda r: str(r.threads) if r.device == "cpu" else r.device),
-    "setting": (7, lambda r: r.setting),
+    "setting": (7, lambda r: r.setting or "defaults"),
     "test": (13, lambda r: r.test),
-    "t/s": (15, lambda r: f"{r.tokens_per_second:.2f} ± {r.deviation:.2f}"),
+    "t/s": (17, lambda r: f"{r.tokens_per_second:.2f} ± {r.deviation:.2f}"),
     "TTFT ms": (7, lambda r: _maybe("{:.1f}", r.ttft_ms)),
     "p50 ms": (6, lambda r: _maybe("{:.2f}", r.p50_ms)),
     "p90 ms": (6, lambda r: _maybe("{:.2f}", r.p90_ms)),
@@ -118,17 +118,17 @@ COLUMNS = {  # heading -> width, text
 class Markdown:
     """A table that lines up in a terminal too. Its columns are chosen when the first row comes: of sensors those that are there."""
 
-    def __init__(self, file, settings):
-        self._file, self._width = file, max(map(len, settings), default=0)
-        self._columns = None
+    def __init__(self, file, settings, tests):
+        self._file, self._settings, self._columns = file, max(map(len, settings), default=0), None
+        self._widths = {"setting": self._settings, "test": max(map(len, tests), default=0)}
 
     def _line(self, cells):
         print("| " + " | ".join(cells) + " |", file=self._file, flush=True)
 
     def _begin(self, row):
-        known = {"setting": self._width, "°C": row.celsius, "MHz": row.mhz and row.sensors.get("frequency") != "/proc/cpuinfo",
+        known = {"setting": self._settings, "°C": row.celsius, "MHz": row.mhz and row.sensors.get("frequency") != "/proc/cpuinfo",
                  "W": row.watts, "J/token": row.watts}
-        self._columns = {name: (max(width, self._width) if name == "setting" else width, text)
+        self._columns = {name: (max(width, self._widths.get(name, 0)), text)
                          for name, (width, text) in COLUMNS.items() if known.get(name, True)}
         self._line([name.ljust(width) for name, (width, _) in self._columns.items()])
         self._line(["-" * (width - 1) + (":" if i else "-") for i, (width, _) in enumerate(self._columns.values())])
@@ -145,7 +145,7 @@ class Markdown:
 class Csv:
     """Every field of Row that is one value, a line each."""
 
-    def __init__(self, file, settings):
+    def __init__(self, file, settings, tests):
         names = [one.name for one in fields(Row) if one.name not in ("sensors", "samples_s", "token_ms")]
         self._file, self._writer = file, csv.DictWriter(file, names, extrasaction="ignore", lineterminator="\n")
         self._writer.writeheader()
@@ -161,7 +161,7 @@ class Csv:
 class JsonLines:
     """An object a line."""
 
-    def __init__(self, file, settings):
+    def __init__(self, file, settings, tests):
         self._file = file
 
     def add(self, row: Row) -> None:
@@ -174,7 +174,7 @@ class JsonLines:
 class Json:
     """One list; its brackets and commas are written as rows come."""
 
-    def __init__(self, file, settings):
+    def __init__(self, file, settings, tests):
         self._file, self._rows = file, 0
 
     def add(self, row: Row) -> None:
@@ -188,7 +188,7 @@ class Json:
 class Html:
     """A page, written at the end."""
 
-    def __init__(self, file, settings):
+    def __init__(self, file, settings, tests):
         from edgeattn.apps.report import need_plots
         need_plots()
         self._file, self._rows = file, []
@@ -205,6 +205,7 @@ class Html:
 FORMATS = {"md": Markdown, "json": Json, "csv": Csv, "jsonl": JsonLines, "html": Html}
 
 
-def make_report(name: str, file, settings: list[str]):
-    """A report that writes to `file`: add(row) for each row, then close(). settings: those that will come, if there are several."""
-    return FORMATS[name](file, settings)
+def make_report(name: str, file, settings: list[str], tests: list[str]):
+    """A report that writes to `file`: add(row) for each row, then close(). settings: those that will come, if there are several;
+    tests: their names."""
+    return FORMATS[name](file, settings, tests)

@@ -116,7 +116,7 @@ class Bench:
                   celsius=reading.celsius, throttled=reading.throttled, watts=reading.watts,
                   joules_per_token=None if joules is None else joules / tokens,
                   sensors={name: None for name in self._sensors.missing} | self._sensors.sources,
-                  samples_s=[round(run.seconds, 7) for run in runs], token_ms=[round(1e3 * s, 4) for run in runs for s in run.token_s])
+                  samples_s=[round(run.seconds, 7) for run in runs], token_ms=[round(1e3 * s, 3) for run in runs for s in run.token_s])
         if test.n_prompt:
             row.ttft_ms = 1e3 * statistics.mean(run.prompt_s for run in runs)
         if test.n_gen:

@@ -7,11 +7,12 @@ import os
 import sys
 
 import edgeattn
-from edgeattn.apps import (bench, calibrate, chat, doctor, estimate, export, generate, inspect, report, serve, session, tune,
-                           verify)
+from edgeattn.apps import (bench, calibrate, chat, doctor, estimate, eval, export, generate, inspect, report, serve, session,
+                           tune, verify)
 
 VERBS = {"chat": chat, "serve": serve, "generate": generate, "session": session, "export": export, "calibrate": calibrate,
-         "estimate": estimate, "bench": bench, "report": report, "tune": tune, "verify": verify, "inspect": inspect, "doctor": doctor}
+         "estimate": estimate, "bench": bench, "eval": eval, "report": report, "tune": tune, "verify": verify, "inspect": inspect,
+         "doctor": doctor}
 EXAMPLES = """examples:
   edgeattn chat                                     talk to the bundled model
   edgeattn chat -m ~/models/Llama-3.2-1B-Instruct   exports it first, once

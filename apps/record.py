@@ -44,11 +44,19 @@ def host() -> str:
     """The machine without its GPU."""
     import psutil
     flags = _cpuinfo("flags", "Features").split()
-    name = _cpuinfo("model name", "Model") or platform.processor() or platform.machine()
+    name = _board() or _cpuinfo("model name", "Model") or platform.processor() or platform.machine()
     features = " ".join(flag for flag in FEATURES if flag in flags)
     return ", ".join([name, f"{psutil.cpu_count()} cores{f' ({features})' if features else ''}",
                       f"{psutil.virtual_memory().total / 2**30:.1f} GiB", f"{platform.system()} {platform.release()}",
                       f"Python {platform.python_version()}"])
+
+
+def _board():
+    """What a board with a device tree calls itself: `Raspberry Pi 5 Model B Rev 1.0`."""
+    try:
+        return Path("/proc/device-tree/model").read_text(errors="replace").strip(" \0\n")
+    except OSError:
+        return ""
 
 
 def _cpuinfo(*names):

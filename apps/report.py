@@ -1,9 +1,13 @@
 """edgeattn report: measures a model on this machine and writes one page about it, which needs no network."""
 import argparse
 import os
+import shlex
+import signal
 import subprocess
 import sys
 from pathlib import Path
+
+from edgeattn.apps import options
 
 HELP = "measure speed, memory and quality, and write one self-contained HTML page about them"
 
@@ -12,10 +16,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("-m", "--model", metavar="FOLDER", help="as everywhere: an export, a checkpoint or a GGUF file; nano by default")
     parser.add_argument("-o", "--output", metavar="FILE.html", default="report.html", help="the page (report.html); results are kept "
                         "beside it as FILE.jsonl, and what is there is not measured again")
+    parser.add_argument("-c", "--ctx-size", type=options.whole(64), default=8192, metavar="N", help="tokens of the deepest context that is "
+                        "measured, if the model has as many (8192)")
+    options.add_device(parser)
     parser.add_argument("--from", dest="sources", metavar="FILE.jsonl", action="append", default=[], help="measure nothing: a page of what "
                         "`edgeattn bench` and `edgeattn eval` have kept with --out; may be repeated")
     parser.add_argument("--markdown", action="store_true", help="print the tables as Markdown and write no page")
-    parser.add_argument("--quick", action="store_true", help="few samples, to see that everything works")
+    parser.add_argument("--quick", action="store_true", help="few samples, to see that everything works; results are kept in "
+                        "FILE.quick.jsonl")
     parser.add_argument("--dry-run", action="store_true", help="print the commands that would measure")
 
 
@@ -32,10 +40,11 @@ def main(args: argparse.Namespace) -> int:
     if args.sources:
         results = [result for path in args.sources for result in record.read(path)]
     else:
-        kept = page.with_suffix(".jsonl")
+        kept = page.with_suffix(".quick.jsonl" if args.quick else ".jsonl")
         results = _measure(args, kept)
         if args.dry_run:
             return 0
+    results = latest(results)
     if not results:
         raise ValueError("no results to report")
     if args.markdown:
@@ -46,6 +55,12 @@ def main(args: argparse.Namespace) -> int:
     write(page, render(results))
     print(page)
     return 0
+
+
+def latest(results: list[dict]) -> list[dict]:
+    """Of results of the same model, setting and test the last; in the order of the first."""
+    return list({tuple(result.get(name) for name in ("kind", "model", "setting", "test", "task", "depth")): result
+                 for result in results}.values())
 
 
 def need_plots() -> None:
@@ -65,14 +80,19 @@ def write(path: Path, text: str) -> None:
         new.unlink(missing_ok=True)
 
 
+def _flags(args):
+    """What all commands are told."""
+    given = {"-m": args.model, "--device": None if args.device == "cpu" else args.device}
+    return [part for flag, value in given.items() if value for part in (flag, value)]
+
+
 def _measure(args, kept):
     """Run what is missing; the results of this model that `kept` then holds."""
-    import shlex
     from edgeattn.apps import models, record
     from edgeattn.apps.report_plan import steps
     from edgeattn.runtime import read_config
     config = read_config(models.exported(args.model))
-    plan = [step for step in steps(args.model, config, args.quick)]
+    plan, failed = steps(_flags(args), config, args.ctx_size, args.quick), []
     for i, step in enumerate(plan, 1):
         command = [*step.arguments, "--out", str(kept)]
         if args.dry_run:
@@ -80,7 +100,11 @@ def _measure(args, kept):
             continue
         print(f"{i} of {len(plan)}: {step.title} (edgeattn {shlex.join(command)})", file=sys.stderr, flush=True)
         done = subprocess.run([sys.executable, "-m", "edgeattn.apps.cli", *command], stdout=subprocess.DEVNULL)
+        if done.returncode in (130, -signal.SIGINT):
+            raise KeyboardInterrupt
         if done.returncode:
-            raise RuntimeError(f"{step.title} failed; what was measured is in {kept}, and the next call goes on from there")
+            failed.append(step.title)
+    if failed:
+        print(f"not all could be measured: {', '.join(failed)}; the next call tries again", file=sys.stderr)
     name = record.model_name(config)
     return [result for result in (record.read(kept) if kept.is_file() else []) if result["model"] == name]

@@ -3,7 +3,7 @@ import io
 import re
 from dataclasses import dataclass
 
-from edgeattn.apps.report_settings import commands, labels, styles
+from edgeattn.apps.report_settings import commands, labels, speed, styles
 
 WIDTH, HEIGHT = 4.4, 3.0  # inches: a phone shows letters about as they are
 INK, GRID = "#fe00ff", "#fe00fe"                        # no colours, but names: the page says what they are
@@ -27,16 +27,18 @@ def figures(results: list[dict]) -> list[Figure]:
     """Every plot that the results are enough for."""
     bench = [result for result in results if result["kind"] == "bench"]
     evals = [result for result in results if result["kind"] == "eval"]
+    bench = [row | {"speed": speed(row)} for row in bench]
     generated = [row for row in bench if row["n_gen"] and not row["n_prompt"]]
     prompts = [row for row in bench if row["n_prompt"] and not row["n_gen"]]
     found = [
-        _lines("Generation", "tokens a second", generated, "tokens_per_second", "One token at a time, after so many others: the mean of "
-               "all repetitions, and each one as a dot."),
-        _lines("Prompts", "tokens a second", prompts, "tokens_per_second", "A prompt of {n_prompt} tokens after so many others."),
+        _lines("Generation", "tokens a second", generated, "speed", "One token at a time, after so many others: the median of the "
+               "repetitions, and each one as a dot."),
+        _lines("Prompts", "tokens a second", prompts, "speed", "A prompt of {n_prompt} tokens after so many others."),
         _lines("Time of a token, 95th percentile", "ms", generated, "p95_ms", "One in 20 tokens takes longer."),
         _lines("Time to first token", "ms", prompts, "ttft_ms", "Of a prompt of {n_prompt} tokens after so many others."),
         _lines("Share of the memory's bandwidth", "%", [row | {"share": 100 * row["bandwidth_share"]} for row in generated], "share",
-               "Weights and cache that generation reads, of what plain reads reach on this machine."),
+               "Weights and cache that generation reads, of what plain reads of its memory reach on this machine. What fits the "
+               "processor's caches may pass 100 %."),
         _memory(generated or prompts),
         _cache(generated),
         _lines("Energy of a generated token", "J", [row for row in generated if row["joules_per_token"] is not None], "joules_per_token",
@@ -95,13 +97,13 @@ def _lines(title, unit, rows, field, note):
         own = sorted((row for row in rows if (row["model"], row["setting"]) == place), key=lambda row: row["depth"])
         axes.plot([row["depth"] for row in own], [row[field] for row in own], color=COLOURS[colour % 8], linestyle=DASHES[dash % 4],
                   marker="o", markersize=3.5, linewidth=1.6)
-        if field == "tokens_per_second":
+        if field == "speed":
             for row in own:
                 axes.plot([row["depth"]] * len(row["samples_s"]), [(row["n_prompt"] + row["n_gen"]) / s for s in row["samples_s"]], ".",
                           color=COLOURS[colour % 8], markersize=2.5, alpha=0.6)
     axes.set_ylim(bottom=0)
     axes.xaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
-    axes.yaxis.set_major_formatter(lambda value, _: f"{value:,.4g}")
+    axes.yaxis.set_major_formatter(lambda value, _: f"{value:,.0f}" if value >= 1000 else f"{value:.4g}")
     return Figure(title, _svg(canvas, title), _legend(names.values(), marks), commands(rows),
                   note.format(**rows[0]))
 
@@ -156,6 +158,7 @@ def _cache(rows):
 def _pareto(task, depth, records):
     """Score over the bytes of the cache. A line joins what no other setting beats in both."""
     records = [one for one in records if one.get("kv_bytes") and one["score"] is not None]
+    records = [one for i, one in enumerate(records) if not any(_coincide(one, other) for other in records[:i])]
     if len(records) < 2:
         return None
     more = records[0].get("unit", "%").startswith("%")
@@ -179,4 +182,9 @@ def _pareto(task, depth, records):
     title = f"Quality: {task}, {depth:,} tokens"
     text = f"{records[0]['samples']} samples" + ("; 95 % intervals" if records[0]["low"] is not None else "")
     return Figure(title, _svg(canvas, title), _legend(names.values()), commands(records),
-                  f"{text}. {'More' if more else 'Less'} is better; the line joins what no other setting beats in both.")
+                  f"{text}. {'More' if more else 'Less'} is better; the line joins what no other setting beats in both. Settings that "
+                  "coincide with one before are in the table only.")
+
+
+def _coincide(one, other):
+    return one["score"] == other["score"] and abs(one["kv_bytes"] / other["kv_bytes"] - 1) < 0.05

@@ -1,7 +1,7 @@
 """The results of a report as tables: headings and cells as text, for the page and for Markdown."""
 from dataclasses import dataclass
 
-from edgeattn.apps.report_settings import commands, labels
+from edgeattn.apps.report_settings import commands, labels, speed
 from edgeattn.apps.terminal import size
 
 
@@ -14,16 +14,35 @@ class Table:
     commands: list[str]
 
 
-def tables(results: list[dict]) -> list[Table]:
-    """Speed and memory, then quality; no table without results."""
+def tables(results: list[dict], brief: bool = False) -> list[Table]:
+    """Speed and memory, then quality; no table without results. brief: of speed a row for each setting, not for each depth."""
     bench = [result for result in results if result["kind"] == "bench"]
     evals = [result for result in results if result["kind"] == "eval"]
     found = []
     for test in dict.fromkeys((row["n_prompt"], row["n_gen"]) for row in bench):
-        found.append(_bench(*test, [row for row in bench if (row["n_prompt"], row["n_gen"]) == test]))
+        found.append((_by_depth if brief else _bench)(*test, [row for row in bench if (row["n_prompt"], row["n_gen"]) == test]))
     for task, depth in dict.fromkeys((one["task"], one["depth"]) for one in evals):
         found.append(_quality(task, depth, [one for one in evals if (one["task"], one["depth"]) == (task, depth)]))
     return found
+
+
+def _title(n_prompt, n_gen):
+    parts = [text.format(n) for text, n in (("a prompt of {} tokens", n_prompt), ("{} generated tokens", n_gen)) if n]
+    return " and ".join(parts).capitalize()
+
+
+def _by_depth(n_prompt, n_gen, rows):
+    """Tokens a second at each depth, and what the deepest takes."""
+    names, depths = labels(rows), sorted({row["depth"] for row in rows})
+    heads, cells = ["setting", *(f"at {depth:,}" for depth in depths), "KV cache", *(["read/token"] if n_gen else []), "peak RSS"], []
+    for place, name in names.items():
+        own = {row["depth"]: row for row in rows if (row["model"], row["setting"]) == place}
+        last = own[max(own)]
+        read = [size(last["weight_bytes_per_token"] + last["kv_bytes_per_token"])] if n_gen else []
+        cells.append([name, *(f"{speed(own[depth]):.0f}" if depth in own else "" for depth in depths), size(last["kv_bytes"]),
+                      *read, size(last["peak_rss_bytes"])])
+    title = f"{_title(n_prompt, n_gen)}, tokens a second after so many in the cache (medians); memory at the last"
+    return Table(title, heads, cells, commands(rows))
 
 
 def _bench(n_prompt, n_gen, rows):
@@ -39,13 +58,12 @@ def _bench(n_prompt, n_gen, rows):
     columns |= {"KV cache": lambda r: size(r["kv_bytes"]), "peak RSS": lambda r: size(r["peak_rss_bytes"])}
     for name, field, form in (("°C", "celsius", ".0f"), ("MHz", "mhz", ".0f"), ("W", "watts", ".1f"),
                               ("J/token", "joules_per_token", ".3f")):
-        if any(row[field] is not None for row in rows):
+        if any(row[field] is not None and (field != "mhz" or row["sensors"].get("frequency") != "/proc/cpuinfo") for row in rows):
             columns[name] = lambda r, field=field, form=form: "" if r[field] is None else format(r[field], form)
     if any(row["throttled"] for row in rows):
         columns["throttled"] = lambda r: "yes" if r["throttled"] else ""
-    parts = [text.format(n) for text, n in (("a prompt of {} tokens", n_prompt), ("{} generated tokens", n_gen)) if n]
     cells = [[text(row) for text in columns.values()] for row in rows]
-    return Table(" and ".join(parts).capitalize(), list(columns), cells, commands(rows))
+    return Table(_title(n_prompt, n_gen), list(columns), cells, commands(rows))
 
 
 def _quality(task, depth, records):
@@ -69,9 +87,9 @@ def machines(results: list[dict]) -> list[str]:
 
 
 def markdown(results: list[dict]) -> str:
-    """Every table, its machine above it and its commands below."""
+    """The brief tables, the machine above them, and below each its commands."""
     parts = ["\n".join(machines(results))]
-    for table in tables(results):
+    for table in tables(results, brief=True):
         lines = ["| " + " | ".join(cells) + " |" for cells in ([table.heads], table.rows) for cells in cells]
         lines.insert(1, "|---|" + "---:|" * (len(table.heads) - 1))
         parts += [f"**{table.title}**", "\n".join(lines), "\n".join(f"`{command}`" for command in table.commands)]

@@ -22,13 +22,14 @@ import time
 from pathlib import Path
 
 import numpy as np
-from kv_lookups import ANSWER_TOKENS, GROUP, MANY, difference, look_up
-from quality import log_softmax
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from edgeattn.cache.options import CacheOptions
-from edgeattn.cache.pages import PagePool
+from edgeattn.evaluation.asking import ANSWER_TOKENS, SLACK, widen
+from edgeattn.evaluation.lookups import GROUP, MANY, look_up
+from edgeattn.evaluation.statistics import difference
+from edgeattn.evaluation.windows import log_softmax
 from edgeattn.prefill_scheduler import PrefillOptions
 from edgeattn.runtime import Model
 from edgeattn.scheduler import SparseOptions
@@ -37,7 +38,6 @@ from edgeattn.tokenizer import Tokenizer
 BASE = ("f16", {"k_type": "f16", "v_type": "f16"})  # in words, for an export may have another default
 MOST_ALONE = 80  # each takes a prefill of most of a haystack, where eight facts share one
 TOGETHER = 8  # chunks of a window in one call: the end of each call reads everything
-SLACK = 256  # tokens of cache for pages that a question's branch copies
 
 
 def load(folder, fields, args):
@@ -51,17 +51,10 @@ def load(folder, fields, args):
     prefill = PrefillOptions(fields.get("prefill", "off"), own["prefill"], 0, correction)
     model = Model.load(folder, cache=CacheOptions(**cache), ctx_size=tokens + SLACK, ubatch=args.ubatch, sparse=sparse, prefill=prefill)
     if model.cache.options.budget:
-        widen(model.cache)
+        widen(model)
     if tokens > model.ctx_size:
         raise SystemExit(f"{folder}: {tokens} tokens are needed, its context is {model.ctx_size}; give a smaller --window or --depths")
     return model
-
-
-def widen(cache):
-    """Room for a haystack and a branch of it side by side. How much each sequence may hold is still what the budget says."""
-    for i, pool in enumerate(cache.pools):
-        cache.pools[i] = PagePool(pool.format, 3 * len(pool.references))
-        cache.table[i] = cache.pools[i].pages.table_row()
 
 
 def compare_text(model, base, ids, window, windows, decode, advance) -> dict:
@@ -134,7 +127,7 @@ def generate(model, base, ids, count) -> dict:
 
 
 def counts(args) -> dict[int, int]:
-    """Questions of each kind of look-up (kv_lookups.look_up)."""
+    """Questions of each kind of look-up (evaluation/lookups.py)."""
     return {kind: count for kind, count in ((1, args.one_fact), (GROUP, args.questions), (MANY, args.many), (0, args.turns)) if count}
 
 

@@ -13,22 +13,19 @@ import sys
 from pathlib import Path
 
 import numpy as np
-from kv_lookups import GROUP, difference, look_up
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from edgeattn.cache.options import CacheOptions
+from edgeattn.evaluation.lookups import GROUP, look_up
+from edgeattn.evaluation.statistics import difference
+from edgeattn.evaluation.windows import log_softmax
 from edgeattn.prefill_scheduler import PrefillOptions
 from edgeattn.runtime import Model
 from edgeattn.scheduler import SparseOptions
 from edgeattn.tokenizer import Tokenizer
 
 ROWS = 64  # of logits in work at a time: they stay in a core's cache
-
-
-def log_softmax(logits):
-    shifted = logits.astype(np.float64) - logits.max(-1, keepdims=True)
-    return shifted - np.log(np.exp(shifted).sum(-1, keepdims=True))
 
 
 def load(folder):

@@ -12,10 +12,10 @@ from tempfile import TemporaryDirectory
 
 import numpy as np
 import torch
-from quality import log_softmax
 from tokenizers import Tokenizer
 from transformers import AutoModelForCausalLM
 
+from edgeattn.evaluation.windows import log_softmax
 from edgeattn.exporters.checkpoint import open_checkpoint
 from edgeattn.exporters.decoder import build
 from edgeattn.exporters.export import FORMAT_VERSION, _model, _quantiser

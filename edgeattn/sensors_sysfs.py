@@ -1,9 +1,10 @@
 """Clocks, temperatures, throttling and power as Linux tells them in sysfs: x86, Arm boards, Jetson."""
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
 INPUTS = ("VDD_IN", "POM_5V_IN", "VIN")  # a Jetson's rails through which all power comes; a board without: the sum of its rails
-COOLING = ("cpufreq", "thermal-cpufreq", "thermal-devfreq", "Processor")  # cooling devices that slow something down
+COOLING = re.compile(r"(thermal-)?(cpu|dev)freq|Processor|.*throttle-alert")  # cooling devices that slow something down, no fans
 
 
 @dataclass(frozen=True)
@@ -47,7 +48,7 @@ class Sysfs:
         self._heat = [path for path in (*zones, *(p for m in monitors for p in sorted(m.glob("temp*_input")))) if _number(path) is not None]
         self._counts = sorted(root.glob("sys/devices/system/cpu/cpu[0-9]*/thermal_throttle/*_throttle_count"))
         self._cooling = [path / "cur_state" for path in sorted(root.glob("sys/class/thermal/cooling_device*"))
-                         if _text(path / "type").startswith(COOLING)]
+                         if COOLING.match(_text(path / "type"))]
         self._counters = self._watts = None
         power = self._find_power(root, monitors)
         self.sources = {name: source for name, source in (

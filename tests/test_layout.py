@@ -24,7 +24,7 @@ LAYERS = [  # a file may import only from its own row or the rows above
      "edgeattn.device_batch", "edgeattn.device_launches", "edgeattn.device_pages", "edgeattn.device_sampling", "edgeattn.device_sequence",
      "edgeattn.sensors", "edgeattn.sensors_smi", "edgeattn.sensors_sysfs"],
     ["edgeattn.runtime", "edgeattn.rebuild", "edgeattn.memory_estimate", "edgeattn.context_shift", "edgeattn.generation",
-     "edgeattn.conversation", "edgeattn.verification", "edgeattn.tuning"],
+     "edgeattn.conversation", "edgeattn.evaluation", "edgeattn.verification", "edgeattn.tuning"],
     ["edgeattn.exporters"],
     ["edgeattn.apps"],
 ]

@@ -24,7 +24,7 @@ def test_wheel_holds_one_import_name_and_every_module(wheel):
     names = zipfile.ZipFile(wheel).namelist()
     assert {name.split("/")[0] for name in names if "dist-info" not in name} == {"edgeattn"}
     for folder in FOLDERS:
-        for path in (ROOT / folder).rglob("*.py"):
+        for path in (*(ROOT / folder).rglob("*.py"), *(ROOT / folder).rglob("*.jinja")):
             inside = path.relative_to(ROOT if folder != "edgeattn" else ROOT / folder)
             assert f"edgeattn/{inside}" in names
 

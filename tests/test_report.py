@@ -1,5 +1,4 @@
 """edgeattn report: a page that stands alone, holds what was measured, and says by which commands."""
-import json
 import re
 from dataclasses import asdict
 from html.parser import HTMLParser
@@ -10,6 +9,7 @@ from test_bench import ROW
 
 from edgeattn.apps import record, report_plan
 from edgeattn.apps.bench_report import Trial
+from edgeattn.apps.report import latest
 from edgeattn.apps.report_figures import figures
 from edgeattn.apps.report_page import render
 from edgeattn.apps.report_settings import labels, styles
@@ -132,15 +132,22 @@ def test_a_line_has_the_shape_of_its_numbers():
     assert np.corrcoef(heights, speeds)[0, 1] > 0.9999
 
 
+def test_of_two_results_the_last_counts():
+    again = RESULTS[0] | {"tokens_per_second": 1.0, "repetitions": 9}
+    assert latest([*RESULTS, again]) == [again, *RESULTS[1:]]
+
+
 def test_labels_say_what_differs():
     assert list(labels(RESULTS).values())[:2] == ["--kv-bits 16", "--kv-bits 4"]
+    sparse = [{"model": "a", "setting": "--kv-bits 4 --sparse-attention off"}, {"model": "a", "setting": "--kv-bits 4"}]
+    assert list(labels(sparse).values()) == ["--sparse-attention off", "--sparse-attention auto"]
     mixed = [{"model": "a", "setting": ""}, {"model": "b", "setting": "-t 2"}]
     assert list(labels(mixed).values()) == ["a", "b -t 2"] and list(labels(mixed[:1]).values()) == ["defaults"]
 
 
 def test_settings_that_differ_in_one_flag_share_a_colour():
-    assert styles(["--kv-bits 16 --sparse-attention off", "--kv-bits 16 --sparse-attention auto", "--kv-bits 4 --sparse-attention off"]) == [
-        (0, 0), (0, 1), (1, 0)]
+    names = [f"--kv-bits {rest}" for rest in ("16 --kv-window 64", "16 --kv-window 32", "4 --kv-window 64")]
+    assert styles(names) == [(0, 0), (0, 1), (1, 0)]
     assert styles(["--kv-bits 16", "--kv-bits 4"]) == styles(["defaults", "--kv-bits 4 --kv-window 32"]) == [(0, 0), (1, 0)]
 
 
@@ -150,9 +157,10 @@ def test_what_one_result_is_enough_for():
     assert Page(render(RESULTS[-1:])).tags.count("svg") == 0
 
 
-def test_markdown_has_every_number_and_command():
+def test_markdown_is_brief_and_names_commands():
     text = markdown(RESULTS)
-    assert "| --kv-bits 16 | 0 | 216.0 ± 1.5 |" in text and "`edgeattn bench -n 64`" in text and "51.2 %" in text
+    assert "| --kv-bits 16 | 216 | 144 | 108 | 16.0 MiB | 24.0 MiB | 90.0 MiB |" in text
+    assert "`edgeattn bench -n 64`" in text and "51.2 %" in text
     assert all(len({line.count("|") for line in block.splitlines()}) == 1 for block in text.split("\n\n") if block.startswith("|"))
 
 
@@ -192,13 +200,13 @@ def test_a_file_that_a_crash_cut_off_can_be_added_to(tmp_path):
     assert [one["n"] for one in record.read(path)] == [1, 2] and path.read_text().count("\n") == 2
 
 
-def test_the_plan_is_of_commands_that_the_parser_knows(nano_checkpoint):
-    from edgeattn.apps.cli import VERBS, make_parser
+def test_the_plan_is_of_commands_that_the_parser_knows():
+    from edgeattn.apps.cli import make_parser
     about = {"model": {"ctx_size": 8192, "num_layers": 8, "kv_heads": 2, "head_dim": 64}}
-    plan = report_plan.steps("some folder", about)
+    plan = report_plan.steps(["-m", "some folder"], about)
     assert {step.arguments[0] for step in plan} == {"bench", "eval"} and len({step.title for step in plan}) == len(plan)
     for step in plan:
-        if step.arguments[0] in VERBS:
-            args = make_parser().parse_args(step.arguments + ["--out", "x.jsonl"])
-            assert args.out == "x.jsonl" and [str(one) for one in args.model] == ["some folder"]
-    assert json.dumps([step.arguments for step in plan]) == json.dumps([step.arguments for step in report_plan.steps("some folder", about)])
+        args = make_parser().parse_args([*step.arguments, "--out", "x.jsonl"])
+        assert args.out == "x.jsonl" and args.model == ["some folder"]
+    short = report_plan.steps([], {"model": about["model"] | {"ctx_size": 256}})
+    assert {step.arguments[0] for step in short} == {"bench"} and "0,192" in short[0].arguments

@@ -65,7 +65,7 @@ def test_throttling_that_was_counted(machine):
 
 
 @pytest.mark.parametrize("kind, state, throttled", [("cpufreq-cpu0", 0, False), ("cpufreq-cpu0", 3, True), ("pwm-fan", 3, None),
-                                                    ("Processor", 1, True)])
+                                                    ("Processor", 1, True), ("gpu-throttle-alert", 1, True)])
 def test_throttling_by_a_cooling_device(machine, kind, state, throttled):
     machine.write({"sys/class/thermal/cooling_device0/type": kind, "sys/class/thermal/cooling_device0/cur_state": state})
     assert machine.read()[1].throttled is throttled

@@ -1,0 +1,70 @@
+"""What a series of answers or losses says of all that might have been asked, and what two series over the same questions differ by.
+
+Values stand in clusters: the questions of one haystack, the tokens' mean of one window. What shares a cluster is not independent.
+"""
+from math import sqrt
+
+import numpy as np
+
+Z = 1.959964       # of a 95 % interval
+
+
+def design_effect(values: np.ndarray) -> float:
+    """Variance of the mean between clusters, over that of as many independent values: by how much more values one would need (Rao and
+    Scott, Biometrics 48, 1992, 577-585). At least 1. values [clusters, each]"""
+    independent = values.var() / values.size
+    if len(values) < 2 or not independent:
+        return 1.0
+    return max(1.0, float(values.mean(1).var(ddof=1) / len(values) / independent))
+
+
+def share(right) -> tuple[float, float, float]:
+    """Share of what is right and its 95 % interval. right: [clusters, each] of 0 and 1."""
+    right = np.asarray(right, float)
+    return float(right.mean()), *wilson(float(right.mean()), right.size / design_effect(right))
+
+
+def difference(right, base) -> tuple[float, float, float]:
+    """Share right less the base's over the same questions, and its 95 % interval; arguments are [clusters, each] of 0 and 1.
+
+    Newcombe's method 10 for paired proportions (Statistics in Medicine 17, 1998, 2635-2650), which has a width even where no answer
+    changes. It takes pairs as independent; those of one cluster are not, so their number is divided by the design effect.
+    """
+    right, base = np.asarray(right, float), np.asarray(base, float)
+    both, gained, lost = (right * base).sum(), (right * (1 - base)).sum(), ((1 - right) * base).sum()
+    deff = design_effect(right - base)
+    return (right - base).mean(), *paired_interval(*(x / deff for x in (both, gained, lost, right.size - both - gained - lost)))
+
+
+def paired_interval(both: float, gained: float, lost: float, neither: float) -> tuple[float, float]:
+    """Newcombe's method 10: limits of (both + gained) / n - (both + lost) / n."""
+    n = both + gained + lost + neither
+    p1, p2 = (both + gained) / n, (both + lost) / n
+    (low1, high1), (low2, high2) = wilson(p1, n), wilson(p2, n)
+    product = p1 * (1 - p1) * p2 * (1 - p2) * n ** 4
+    dependence = both * neither - gained * lost
+    phi = (max(dependence - n / 2, 0) if dependence > 0 else dependence) / sqrt(product) if product else 0
+
+    def reach(down, up):
+        return sqrt(max(0, down ** 2 - 2 * phi * down * up + up ** 2))
+    return p1 - p2 - reach(p1 - low1, high2 - p2), p1 - p2 + reach(p2 - low2, high1 - p1)
+
+
+def wilson(p: float, n: float) -> tuple[float, float]:
+    """Wilson's score interval of a share p of n."""
+    middle, half = p + Z ** 2 / (2 * n), Z * sqrt(p * (1 - p) / n + Z ** 2 / (4 * n * n))
+    return (middle - half) / (1 + Z ** 2 / n), (middle + half) / (1 + Z ** 2 / n)
+
+
+def mean(clusters) -> tuple[float, float | None, float | None]:
+    """Mean of all values and its 95 % interval, by Student's t over the clusters' means, each of its own size; None with fewer than two of
+    them. clusters: lists of numbers. Of paired series, give the differences."""
+    from scipy.stats import t
+    sizes, sums = (np.array([f(values) for values in clusters], float) for f in (len, np.sum))
+    found, count = sums.sum() / sizes.sum(), len(sizes)
+    if count < 2:
+        return float(found), None, None
+    # the variance of a ratio of sums, linearised: clusters of one size make it the usual variance of a mean
+    error = sqrt(((sums - found * sizes) ** 2).sum() / (count - 1) * count) / sizes.sum()
+    reach = float(t.ppf(0.975, count - 1)) * error
+    return float(found), float(found - reach), float(found + reach)

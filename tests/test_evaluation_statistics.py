@@ -1,0 +1,72 @@
+"""Intervals against scipy, closed forms and simulation."""
+import numpy as np
+import pytest
+from scipy import stats
+
+from edgeattn.evaluation import statistics
+from edgeattn.evaluation.outcome import Outcome
+
+
+@pytest.mark.parametrize("right, count", [(0, 12), (1, 12), (39, 40), (40, 40), (150, 200)])
+def test_wilson_is_scipys(right, count):
+    expected = stats.binomtest(right, count).proportion_ci(0.95, "wilson")
+    np.testing.assert_allclose(statistics.wilson(right / count, count), expected, atol=1e-6)
+
+
+def test_paired_interval_is_the_papers():
+    np.testing.assert_allclose(statistics.paired_interval(36, 12, 2, 0), (0.0569, 0.3404), atol=1e-4)
+
+
+@pytest.mark.parametrize("cells", [(36, 12, 2, 0), (0, 53, 1, 0), (53, 1, 0, 0), (10, 0, 0, 0), (0, 0, 0, 10), (5, 5, 5, 5)])
+def test_paired_interval_holds_its_difference(cells):
+    low, high = statistics.paired_interval(*cells)
+    assert -1 <= low <= (cells[1] - cells[2]) / sum(cells) <= high <= 1 and low < high
+
+
+def test_paired_interval_mirrors():
+    low, high = statistics.paired_interval(20, 7, 3, 10)
+    np.testing.assert_allclose(statistics.paired_interval(20, 3, 7, 10), (-high, -low))
+
+
+def test_interval_of_a_share_covers_what_is_true():
+    rng, held = np.random.default_rng(0), 0
+    for _ in range(400):
+        rates = rng.beta(8, 2, 20)[:, None]  # haystacks differ: their answers are not independent
+        _, low, high = statistics.share(rng.random((20, 8)) < rates)
+        held += low <= 0.8 <= high
+    assert held > 0.9 * 400
+
+
+def test_clusters_widen_an_interval():
+    alike, mixed = np.repeat([[0], [1]], 8, 1), np.tile([[0, 1]], (2, 4))
+    widths = [high - low for _, low, high in map(statistics.share, (alike, mixed))]
+    assert widths[0] > 2 * widths[1]
+
+
+def test_mean_of_equal_clusters_is_students():
+    values = np.random.default_rng(1).normal(3, 1, (7, 5))
+    means = values.mean(1)
+    expected = stats.t.interval(0.95, 6, means.mean(), stats.sem(means))
+    np.testing.assert_allclose(statistics.mean(values)[1:], expected)
+
+
+def test_mean_of_clusters_of_other_sizes_is_that_of_all_values():
+    found, low, high = statistics.mean([[1, 1, 1], [5]])
+    assert found == 2 and low < 2 < high
+
+
+def test_one_cluster_has_no_interval():
+    assert statistics.mean([[1.0, 2.0]]) == (1.5, None, None)
+
+
+def test_perplexity_is_compared_as_a_ratio():
+    base, other = Outcome("perplexity", [[1.0], [2.0], [4.0]]), Outcome("perplexity", [[1.1], [2.1], [4.1]])
+    assert base.score()[0] == pytest.approx(np.exp(7 / 3))
+    change, low, high = other.against(base)
+    np.testing.assert_allclose((change, low, high), np.expm1(0.1))  # every window by as much: no doubt is left
+
+
+def test_records_keep_outcomes():
+    outcome = Outcome("share", [[1, 0], [1, 1]], {"x": 0.5}, 10, 20)
+    record = outcome.record()
+    assert Outcome.of(record) == outcome and record["score"] == 0.75 and record["low"] < 0.75 < record["high"] and record["samples"] == 4
