@@ -162,8 +162,8 @@ class Engine:
         for run in [*self._running, *self._waiting]:
             if run.cancelled:
                 self._end(run, Piece(finish_reason="cancelled"))
-            elif now > run.job.deadline and run.sequence is None and not run.generated:
-                self._end(run, Piece(error="the request waited for longer than the server's time limit", busy=True))
+            elif now > run.job.deadline and not run.generated:
+                self._end(run, Piece(error="the server's time limit passed before the answer began", busy=True))
             elif now > run.job.deadline:
                 self._end(run, Piece(run.leave(), finish_reason="length"))
         while len(self._running) < self.parallel:
@@ -184,7 +184,7 @@ class Engine:
     def _begin(self, run):
         first = not run.tokens
         if first:
-            run.begin(self.tokenizer, self.constraints.matcher if run.job.grammar else None)
+            run.begin(self.tokenizer)
         if run.job.score_prompt and run.generated == 0:
             run.sequence = self.model.new_sequence()
         else:
