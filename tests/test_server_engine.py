@@ -190,6 +190,13 @@ def test_an_error_in_the_model_ends_its_answers_and_nothing_else(started, monkey
     assert finish(engine, [job([400])])[1][0].finish_reason == "length"
 
 
+def test_a_listener_that_fails_hurts_nobody_else(started):
+    engine = started(FakeModel(delay=0.001))
+    (run,) = engine.submit([job([400], 400)], [lambda piece: 1 / 0])
+    assert finish(engine, [job([401], 20)])[1][0].finish_reason == "length"
+    assert run.done and run.generated < 400
+
+
 def test_reload_goes_on_with_running_answers(started):
     loaded = []
 

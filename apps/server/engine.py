@@ -37,7 +37,7 @@ class Engine:
         self.figures = Figures()
         self._load, self._changes = load, {}
         self._inbox, self._waiting, self._running, self._order = queue.SimpleQueue(), FairQueue(), [], 0
-        self._open, self._lock, self._constraints = 0, threading.Lock(), None
+        self._open, self._lock, self._making = 0, threading.Lock(), threading.Lock()
         self._adopt(model, tokenizer)
         self._thread = threading.Thread(target=self._work, name="engine", daemon=True)
         self._stopping = False
@@ -59,8 +59,8 @@ class Engine:
 
     @property
     def constraints(self):
-        """Grammars and token bytes of this tokenizer; made when first needed."""
-        with self._lock:
+        """Grammars and token bytes of this tokenizer; made when first needed, which takes a moment."""
+        with self._making:
             if self._constraints is None:
                 from edgeattn.apps.server.grammar import Constraints
                 self._constraints = Constraints(self.tokenizer, self.model.vocab_size)
@@ -138,7 +138,8 @@ class Engine:
             except Exception as error:  # whatever it is, the server goes on, without the answers that it may belong to
                 traceback.print_exc(file=sys.stderr)
                 for run in list(self._running):
-                    self._end(run, Piece(error=f"internal error: {type(error).__name__}"), keep=False)
+                    run.sequence = None  # its pages return with it
+                    self._end(run, Piece(error=f"internal error: {type(error).__name__}"))
         self._listen(wait=False)
         for run in [*self._running, *self._waiting]:
             self._end(run, Piece(run.leave(), finish_reason="cancelled"), keep=False)
@@ -226,7 +227,7 @@ class Engine:
         if piece.finish_reason:
             self._end(run, piece)
         else:
-            run.emit(piece)
+            self._tell(run, piece)
 
     def _make_room(self):
         """After a call for which there were no pages: drop a kept sequence, or send the newest answer back to the queue."""
@@ -262,7 +263,13 @@ class Engine:
         with self._lock:
             self._open -= 1
         self.figures.ended(run, piece)
-        run.emit(piece)
+        self._tell(run, piece)
+
+    def _tell(self, run, piece):
+        try:
+            run.emit(piece)
+        except Exception:  # whoever listened has gone
+            run.cancelled = True
 
     def _reload(self, changes, done):
         try:

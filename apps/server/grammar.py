@@ -13,7 +13,8 @@ class Constraints:
 
     def __init__(self, tokenizer, vocab_size: int):
         from llguidance import LLTokenizer
-        self._tokenizer = LLTokenizer(tokenizer.backend.to_str(), n_vocab=vocab_size, eos_token=sorted(tokenizer.end_tokens) or None)
+        most = max(vocab_size, tokenizer.backend.get_vocab_size(with_added_tokens=True))  # either may have tokens that the other lacks
+        self._tokenizer = LLTokenizer(tokenizer.backend.to_str(), n_vocab=most, eos_token=sorted(tokenizer.end_tokens) or None)
 
     def schema(self, schema: dict) -> "Matcher":
         """At the beginning of the JSON texts that a schema allows."""
