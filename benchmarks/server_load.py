@@ -112,7 +112,8 @@ def streams(args):
 
         async def all_of_them(count):
             nonlocal peak
-            async with openai.AsyncOpenAI(base_url=f"http://127.0.0.1:{args.port}/v1", api_key="none", max_retries=0, timeout=900) as client:
+            address = f"http://127.0.0.1:{args.port}/v1"
+            async with openai.AsyncOpenAI(base_url=address, api_key="none", max_retries=0, timeout=900) as client:
                 found = asyncio.gather(*[_stream(client, i, args.tokens, count > 1 and i % 10 == 9) for i in range(count)])
                 while not found.done():
                     peak = max(peak, process.memory_info().rss)

@@ -44,7 +44,8 @@ def quiet(engine, seconds=20):
     return False
 
 
-BODIES = {"empty": b"", "no JSON": b"{", "list": b"[]", "bytes": b"\xff\xfe\x00", "bad UTF-8": b'{"messages": [{"role": "user", "content": "\xff"}]}',
+BODIES = {"empty": b"", "no JSON": b"{", "list": b"[]", "bytes": b"\xff\xfe\x00",
+          "bad UTF-8": b'{"messages": [{"role": "user", "content": "\xff"}]}',
           "deep": b"[" * 100_000, "deep object": b'{"tools": ' + b'{"a": ' * 50_000, "not a number": b'{"prompt": "a", "temperature": NaN}',
           "infinite": b'{"prompt": "a", "temperature": 1e999}', "long number": b'{"prompt": "a", "seed": ' + b"9" * 10_000 + b"}",
           "wrong types": b'{"prompt": {"a": 1}, "messages": 5}', "nothing": b"null", "mixed ids": b'{"prompt": [1, "a"]}'}

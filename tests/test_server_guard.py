@@ -41,7 +41,8 @@ def test_local_names_are_served(browse, host):
     assert browse().get("/health", headers={"Host": host}).status_code == 200
 
 
-@pytest.mark.parametrize("host", ["evil.example", "localhost.evil.example:8080", "192.168.1.7", "127.0.0.1.nip.io", "", "[::", "a@localhost:x"])
+@pytest.mark.parametrize("host", ["evil.example", "localhost.evil.example:8080", "192.168.1.7", "127.0.0.1.nip.io", "", "[::",
+                                  "a@localhost:x"])
 def test_other_names_are_not(browse, host):
     """A page of evil.example whose name resolves to 127.0.0.1 sends its own name."""
     answer = browse().post("/v1/chat/completions", json=ASK, headers={"Host": host})
