@@ -1,8 +1,8 @@
 """What a server bears: answers at once, tokens per second, time to the first token, memory, and clients that leave.
 
-python benchmarks/server_load.py decode -m FOLDER [-b 1,2,4,8]    the engine alone: decode throughput by how many answers are computed together
-python benchmarks/server_load.py streams -m FOLDER [-n 200]       a server as a process, so many streams at once, every tenth of which vanishes
-python benchmarks/server_load.py stall -m FOLDER [-p 4000]        how a long prompt delays the tokens of an answer that is running
+python benchmarks/server_load.py decode -m FOLDER [-b 1,2,4,8]   the engine alone: decode by how many answers are computed together
+python benchmarks/server_load.py streams -m FOLDER [-n 200]      a server as a process: so many streams at once, every tenth vanishes
+python benchmarks/server_load.py stall -m FOLDER [-l 4000]       how a long prompt delays the tokens of an answer that is running
 """
 import argparse
 import asyncio

@@ -72,7 +72,8 @@ def test_half_a_character_in_json_is_no_crash(served):
                        ("chat/completions", {**ASK, "tool_choice": {"function": {"name": half}}})):
         assert post(path, **body).status_code == 400
     inside = {"type": "object", "properties": {half: {"description": half}}}
-    assert post("chat/completions", **ASK, tools=[{"function": {"name": "f", "description": "\0", "parameters": inside}}]).status_code == 200
+    tool = {"function": {"name": "f", "description": "\0", "parameters": inside}}
+    assert post("chat/completions", **ASK, tools=[tool]).status_code == 200
     schema = {"type": "json_schema", "json_schema": {"name": "x", "schema": inside}}
     assert post("chat/completions", **ASK, response_format=schema).status_code in (200, 400)
     assert post("completions", prompt="a\0b", echo=True, max_tokens=2).json()["choices"][0]["text"].startswith("a\0b")
