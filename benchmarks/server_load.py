@@ -88,19 +88,18 @@ def stall(args):
 async def _stream(client, number, tokens, leave):
     began, first, count = time.perf_counter(), None, 0
     try:
-        stream = await client.chat.completions.create(model="any", stream=True, max_tokens=tokens, seed=number, messages=[
-            {"role": "user", "content": f"Write about the number {number}."}])
-        async for chunk in stream:
-            if chunk.choices and chunk.choices[0].delta.content:
-                first, count = first or time.perf_counter() - began, count + 1
-                if leave:
-                    await stream.close()
-                    return "left", first, count, None
-            if chunk.choices and chunk.choices[0].finish_reason:
-                return "finished", first, count, time.perf_counter() - began
+        async with await client.chat.completions.create(model="any", stream=True, max_tokens=tokens, seed=number, messages=[
+                {"role": "user", "content": f"Write about the number {number}."}], stream_options={"include_usage": True}) as stream:
+            async for chunk in stream:
+                if chunk.choices and chunk.choices[0].delta.content:
+                    first = first or time.perf_counter() - began
+                    if leave:
+                        return "left", first, 1
+                if chunk.usage:
+                    count = chunk.usage.completion_tokens
     except openai.APIStatusError as error:
-        return f"refused ({error.status_code})", None, 0, None
-    return "broken", first, count, None
+        return f"refused ({error.status_code})", None, 0
+    return "finished" if count else "broken", first, count
 
 
 def streams(args):
@@ -127,8 +126,8 @@ def streams(args):
             seconds = time.perf_counter() - began
             kinds = [kind for kind, *_ in found]
             print(f"{args.streams} streams: " + ", ".join(f"{kinds.count(kind)} {kind}" for kind in sorted(set(kinds)))
-                  + f"; {sum(count for _, _, count, _ in found) / seconds:.0f} tokens/s of all, {seconds:.1f} s")
-            firsts = sorted(first for _, first, _, _ in found if first)
+                  + f"; {sum(count for _, _, count in found) / seconds:.0f} tokens/s of all, {seconds:.1f} s")
+            firsts = sorted(first for _, first, _ in found if first)
             print(f"time to first token, s: median {statistics.median(firsts):.2f}, most {firsts[-1]:.2f}")
             print(f"resident memory of the server, MB: {before / 1e6:.0f} after one request, at most {peak / 1e6:.0f}, "
                   f"{process.memory_info().rss / 1e6:.0f} now", flush=True)
@@ -142,7 +141,7 @@ def main():
     parser.add_argument("-b", "--batch", type=numbers(1), default=[1, 2, 4, 8], help="decode: answers together")
     parser.add_argument("-p", "--prompt", type=whole(1), default=32, help="decode: tokens of the prompts")
     parser.add_argument("-l", "--long", type=whole(1), default=4000, help="stall: tokens of the long prompt")
-    parser.add_argument("-t", "--tokens", type=whole(2), default=64, help="tokens of each answer")
+    parser.add_argument("-t", "--tokens", type=whole(2), default=128, help="tokens of each answer")
     parser.add_argument("-r", "--repetitions", type=whole(1), default=3)
     parser.add_argument("-n", "--streams", type=whole(1), default=200)
     parser.add_argument("-np", "--parallel", type=whole(1), default=4)
