@@ -25,9 +25,9 @@ class Busy(RuntimeError):
 
 class Engine:
     """
-    load        load(changes) -> (model, tokenizer), for the first time with {}; called in the engine's thread
-    parallel    answers that are computed at once; more wait
-    most_waiting  more are refused
+    load          load(changes) -> (model, tokenizer): the model again with changed settings; None: it cannot be
+    parallel      answers that are computed at once; more wait
+    most_waiting  requests that may wait; more are refused
     Public methods may be called from any thread.
     """
 
@@ -93,6 +93,8 @@ class Engine:
     def reload(self, changes: dict) -> dict:
         """Load the model with other settings, names and values as `load` takes them; answers on their way go on with it. -> status().
         ValueError: they cannot be; then the old ones stay."""
+        if self._load is None or self._stopping:
+            raise ValueError("the settings of this server cannot be changed" + " any more" * self._stopping)
         done = Future()
         self._inbox.put(("reload", changes, done))
         return done.result()
@@ -180,7 +182,8 @@ class Engine:
     def _has_room(self, run):
         """Whether there may be pages for its text. Where there are not in the end, the newest gives way."""
         taken = sum(len(other.tokens) - other.cached for other in self._running)
-        return not self._running or taken + len(run.tokens or run.job.prompt) + PAGE <= self.model.ctx_size
+        needed = len(run.tokens) or len(run.job.prompt) * (run.follows is None)  # who follows shares a prompt that is there
+        return not self._running or taken + needed + PAGE <= self.model.ctx_size
 
     def _begin(self, run):
         first = not run.tokens
@@ -273,8 +276,6 @@ class Engine:
 
     def _reload(self, changes, done):
         try:
-            if self._load is None:
-                raise ValueError("this engine cannot load its model again")
             model, tokenizer = self._load({**self._changes, **changes})
             for run in sorted(self._running, key=lambda run: -run.order):
                 self._interrupt(run)
