@@ -34,7 +34,11 @@ def main(args: argparse.Namespace) -> int:
     import socket
     settings = _settings(args)
     family = socket.AF_INET6 if ":" in args.host else socket.AF_INET
-    listening = socket.create_server((args.host, args.port), family=family, backlog=1024)  # before the model: a taken port is told at once
+    try:  # before the model is read
+        listening = socket.create_server((args.host, args.port), family=family, backlog=1024)
+    except OSError as error:
+        why = os.strerror(error.errno) if error.errno > 0 else error.strerror.split(" (")[0]
+        raise ValueError(f"cannot listen on {args.host} port {args.port}: {why}; choose another --port (0: a free one) or --host") from None
     with listening:
         return _serve(args, settings, listening)
 
