@@ -24,7 +24,7 @@ async function answer() {
   try {
     const asked = {
       messages: withSystem(talk).map(({ role, content, facts }) => ({ role, content, facts: facts ?? {} })),
-      conversation: chat.conversation, revision: chat.revision, temperature: Number(at("temperature").value),
+      title: heading(talk[0]), conversation: chat.conversation, revision: chat.revision, temperature: Number(at("temperature").value),
     };
     for await (const event of events("/api/answer", asked)) {
       if (event.type === "start") {
@@ -55,6 +55,12 @@ async function answer() {
     follow();
     list.refresh(chat.conversation).then(title).catch((error) => tell(error.message));
   }
+}
+
+/** A title for a new conversation: its first question, and the file that goes with it. */
+function heading(message) {
+  const words = `${message.facts?.files?.[0] ? `${message.facts.files[0].name}: ` : ""}${typed(message)}`.replace(/\s+/g, " ");
+  return words.length > 60 ? `${words.slice(0, 57).replace(/ \S*$/, "")}...` : words;
 }
 
 /** A question that was refused goes back to where it was typed. */
