@@ -128,8 +128,7 @@ class _Answer:
                     done = []
         finally:
             if waiting is not None:
-                waiting.cancel()
-            await pieces.aclose()
+                waiting.cancel()  # and `pieces` with it, whose answers end then
 
     def _progress(self):
         sequence = self._run.sequence  # the engine's thread takes it away at the end
