@@ -55,7 +55,7 @@ class Page:
 
     def _load(self, changes):
         cache = CacheOptions(changes.get("cache_type_k") or "auto", changes.get("cache_type_v") or "auto", budget=changes.get("kv_budget"))
-        return Model.load(self._folder, cache=cache), Tokenizer(self._folder)
+        return Model.load(self._folder, cache=cache, threads=1), Tokenizer(self._folder)
 
     @contextlib.contextmanager
     def open(self):
