@@ -6,7 +6,6 @@ import sys
 from edgeattn.apps import options
 
 HELP = "serve a model over HTTP, with OpenAI's API"
-LOOPBACK = ("127.0.0.1", "::1", "localhost")
 CHANGEABLE = ("cache_type_k", "cache_type_v", "kv_bits", "kv_storage", "kv_budget", "kv_eviction", "sparse_attention", "sparse_budget",
               "sparse_prefill", "sparse_min_len", "ctx_size")
 
@@ -37,7 +36,11 @@ def main(args: argparse.Namespace) -> int:
     import socket
     settings = _settings(args)
     family = socket.AF_INET6 if ":" in args.host else socket.AF_INET
-    listening = socket.create_server((args.host, args.port), family=family, backlog=1024)  # before the model: a taken port is told at once
+    try:  # before the model is read
+        listening = socket.create_server((args.host, args.port), family=family, backlog=1024)
+    except OSError as error:
+        why = os.strerror(error.errno) if error.errno > 0 else error.strerror.split(" (")[0]
+        raise ValueError(f"cannot listen on {args.host} port {args.port}: {why}; choose another --port (0: a free one) or --host") from None
     with listening:
         return _serve(args, settings, listening)
 
@@ -45,11 +48,19 @@ def main(args: argparse.Namespace) -> int:
 def _settings(args):
     """ValueError: not safe."""
     from edgeattn.apps.server.settings import Settings
-    key, local = args.api_key or os.environ.get("EDGEATTN_API_KEY") or None, args.host in LOOPBACK
+    key, local = args.api_key or os.environ.get("EDGEATTN_API_KEY") or None, _is_local(args.host)
     if not local and not key:
         raise ValueError(f"--host {args.host} is open to other machines: give a key, --api-key KEY or EDGEATTN_API_KEY")
     return Settings(key, tuple(args.cors_origin), tuple(name.lower() for name in args.allowed_host), local, args.max_body, args.predict,
                     time_limit=args.timeout, sampling=options.sampler_options(args), stop=tuple(args.stop))
+
+
+def _is_local(host):
+    import ipaddress
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
 
 
 def _serve(args, settings, listening):

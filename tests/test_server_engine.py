@@ -190,6 +190,13 @@ def test_an_error_in_the_model_ends_its_answers_and_nothing_else(started, monkey
     assert finish(engine, [job([400])])[1][0].finish_reason == "length"
 
 
+def test_a_listener_that_fails_hurts_nobody_else(started):
+    engine = started(FakeModel(delay=0.001))
+    (run,) = engine.submit([job([400], 400)], [lambda piece: 1 / 0])
+    assert finish(engine, [job([401], 20)])[1][0].finish_reason == "length"
+    assert run.done and run.generated < 400
+
+
 def test_reload_goes_on_with_running_answers(started):
     loaded = []
 
@@ -240,3 +247,33 @@ def test_bias_and_penalties_change_logits_as_the_api_says():
     shaped = Shaping(bias=((1, 5.0), (2, -100.0)), presence=0.5, frequency=0.25).apply(logits, [3, 3, 4])
     assert shaped[[0, 1, 3, 4]] == pytest.approx([0, 5, -1.0, -0.75]) and shaped[2] < -1e29
     assert not logits.any() and Shaping().apply(logits, [3]) is logits
+
+
+@pytest.mark.parametrize("cache", [{}, {"k_type": "int4", "v_type": "int4"}], ids=["f16", "int4"])
+def test_answers_of_a_real_model_survive_a_full_cache(nano_fp32, cache):
+    """Three answers of which the context holds two: one gives way, and goes on when there is room."""
+    from edgeattn.cache.options import CacheOptions
+    from edgeattn.generation import generate
+    from edgeattn.runtime import Model
+    from edgeattn.tokenizer import Tokenizer
+    tokenizer, options = Tokenizer(nano_fp32), CacheOptions(**cache)
+    prompts = [tokenizer.encode(f"{name} walked along the river until the old mill came into sight, and then " * 8)
+               for name in ("Anna", "Jonas", "The miller")]
+    model, expected = Model.load(nano_fp32, cache=options, ctx_size=512), []
+    for prompt in prompts:
+        sequence = model.new_sequence()
+        run = generate(model, tokenizer, sequence, prompt, GREEDY, 70, end_tokens=frozenset())
+        expected.append([event.token for event in run if event.token is not None])
+        model.free(sequence)
+    engine = Engine(model, tokenizer).start()
+    engine.tokenizer.end_tokens = frozenset()
+    try:
+        assert sum(map(len, prompts)) < 512 < sum(map(len, prompts)) + 3 * 70
+        runs, ends = finish(engine, [job(prompt, 70) for prompt in prompts])
+        assert [end.finish_reason for end in ends] == ["length"] * 3 and [len(answer(run)) for run in runs] == [70] * 3
+        if not cache:  # quantised pages come about in other pieces when a text is computed again
+            assert [answer(run) for run in runs] == expected
+        engine._prefixes.clear()
+        assert model.kv_bytes() < 1 << 20 and all(pool.used == 0 for pool in model.cache.pools)
+    finally:
+        engine.close()

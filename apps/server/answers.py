@@ -61,12 +61,15 @@ class Answers:
         try:
             while left:
                 try:
-                    index, piece = await asyncio.wait_for(self._news.get(), KEEP_ALIVE)
+                    news = [await asyncio.wait_for(self._news.get(), KEEP_ALIVE)]
                 except TimeoutError:
                     yield -1, None
                     continue
-                left -= piece.error is not None or piece.finish_reason is not None
-                yield index, piece
+                while not self._news.empty():
+                    news.append(self._news.get_nowait())
+                for index, piece in _joined(news):
+                    left -= piece.error is not None or piece.finish_reason is not None
+                    yield index, piece
         finally:
             if left:
                 self.cancel()
@@ -113,6 +116,16 @@ class Answers:
         prompt, completion = sum(prompts.values()), sum(run.generated for run in self.runs)
         return {"prompt_tokens": prompt, "completion_tokens": completion, "total_tokens": prompt + completion,
                 "prompt_tokens_details": {"cached_tokens": sum(run.cached for run in leaders.values())}}
+
+
+def _joined(news):
+    """One piece a job: who falls behind gets more tokens at a time."""
+    found = {}
+    for index, piece in news:
+        if before := found.get(index):
+            piece = dataclasses.replace(piece, text=before.text + piece.text, scores=before.scores + piece.scores)
+        found[index] = piece
+    return found.items()
 
 
 def failure(piece: Piece) -> Refusal | None:

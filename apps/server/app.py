@@ -1,4 +1,5 @@
 """The ASGI application: routes, the guard before them, and errors in one shape."""
+import re
 import time
 
 from fastapi import APIRouter, FastAPI
@@ -13,6 +14,8 @@ from edgeattn.apps.server.engine import Engine
 from edgeattn.apps.server.events import respond
 from edgeattn.apps.server.guard import Guard
 from edgeattn.apps.server.settings import Settings
+
+FIELD = re.compile("(?!body$|str$|int$)[a-z_]+|[0-9]+")  # and not the kind that pydantic tried there
 
 
 def make_app(engine: Engine, settings: Settings = Settings(), routers: tuple[APIRouter, ...] = ()) -> FastAPI:
@@ -31,9 +34,9 @@ def make_app(engine: Engine, settings: Settings = Settings(), routers: tuple[API
 
     @app.exception_handler(RequestValidationError)
     async def invalid(request, error):
-        first = error.errors()[0]
-        where = ".".join(str(part) for part in first["loc"] if part != "body")
-        return errors.response(400, f"{where}: {first['msg']}" if where else first["msg"], param=where or None)
+        found = max(error.errors(), key=lambda one: len(one["loc"]))  # of several forms that were tried, the one that came furthest
+        where = ".".join(str(part) for part in found["loc"] if FIELD.fullmatch(str(part)))
+        return errors.response(400, f"{where}: {found['msg']}" if where else found["msg"], param=where or None)
 
     @app.exception_handler(HTTPException)
     async def http(request, error):

@@ -35,7 +35,8 @@ def make_router(engine: Engine, settings: Settings) -> APIRouter:
 def _jobs(engine, settings, body, client):
     try:
         prompt = prepare(body, engine.tokenizer)
-        grammar = engine.constraints.schema(prompt.schema) if prompt.schema is not None else None
+        tokens = engine.constraints if prompt.schema is not None or body.logprobs else None  # not first made in the event loop
+        grammar = tokens.schema(prompt.schema) if prompt.schema is not None else None
     except ValueError as error:
         raise Refusal(400, str(error)) from None
     ids = engine.tokenizer.encode(prompt.text, special=False)

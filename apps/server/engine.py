@@ -25,9 +25,9 @@ class Busy(RuntimeError):
 
 class Engine:
     """
-    load        load(changes) -> (model, tokenizer), for the first time with {}; called in the engine's thread
-    parallel    answers that are computed at once; more wait
-    most_waiting  more are refused
+    load          load(changes) -> (model, tokenizer): the model again with changed settings; None: it cannot be
+    parallel      answers that are computed at once; more wait
+    most_waiting  requests that may wait; more are refused
     Public methods may be called from any thread.
     """
 
@@ -37,7 +37,7 @@ class Engine:
         self.figures = Figures()
         self._load, self._changes = load, {}
         self._inbox, self._waiting, self._running, self._order = queue.SimpleQueue(), FairQueue(), [], 0
-        self._open, self._lock, self._constraints = 0, threading.Lock(), None
+        self._open, self._lock, self._making = 0, threading.Lock(), threading.Lock()
         self._adopt(model, tokenizer)
         self._thread = threading.Thread(target=self._work, name="engine", daemon=True)
         self._stopping = False
@@ -59,8 +59,8 @@ class Engine:
 
     @property
     def constraints(self):
-        """Grammars and token bytes of this tokenizer; made when first needed."""
-        with self._lock:
+        """Grammars and token bytes of this tokenizer; made when first needed, which takes a moment."""
+        with self._making:
             if self._constraints is None:
                 from edgeattn.apps.server.grammar import Constraints
                 self._constraints = Constraints(self.tokenizer, self.model.vocab_size)
@@ -93,6 +93,8 @@ class Engine:
     def reload(self, changes: dict) -> dict:
         """Load the model with other settings, names and values as `load` takes them; answers on their way go on with it. -> status().
         ValueError: they cannot be; then the old ones stay."""
+        if self._load is None or self._stopping:
+            raise ValueError("the settings of this server cannot be changed" + " any more" * self._stopping)
         done = Future()
         self._inbox.put(("reload", changes, done))
         return done.result()
@@ -138,7 +140,8 @@ class Engine:
             except Exception as error:  # whatever it is, the server goes on, without the answers that it may belong to
                 traceback.print_exc(file=sys.stderr)
                 for run in list(self._running):
-                    self._end(run, Piece(error=f"internal error: {type(error).__name__}"), keep=False)
+                    run.sequence = None  # its pages return with it
+                    self._end(run, Piece(error=f"internal error: {type(error).__name__}"))
         self._listen(wait=False)
         for run in [*self._running, *self._waiting]:
             self._end(run, Piece(run.leave(), finish_reason="cancelled"), keep=False)
@@ -162,8 +165,8 @@ class Engine:
         for run in [*self._running, *self._waiting]:
             if run.cancelled:
                 self._end(run, Piece(finish_reason="cancelled"))
-            elif now > run.job.deadline and run.sequence is None and not run.generated:
-                self._end(run, Piece(error="the request waited for longer than the server's time limit", busy=True))
+            elif now > run.job.deadline and not run.generated:
+                self._end(run, Piece(error="the server's time limit passed before the answer began", busy=True))
             elif now > run.job.deadline:
                 self._end(run, Piece(run.leave(), finish_reason="length"))
         while len(self._running) < self.parallel:
@@ -179,12 +182,13 @@ class Engine:
     def _has_room(self, run):
         """Whether there may be pages for its text. Where there are not in the end, the newest gives way."""
         taken = sum(len(other.tokens) - other.cached for other in self._running)
-        return not self._running or taken + len(run.tokens or run.job.prompt) + PAGE <= self.model.ctx_size
+        needed = len(run.tokens) or len(run.job.prompt) * (run.follows is None)  # who follows shares a prompt that is there
+        return not self._running or taken + needed + PAGE <= self.model.ctx_size
 
     def _begin(self, run):
         first = not run.tokens
         if first:
-            run.begin(self.tokenizer, self.constraints.matcher if run.job.grammar else None)
+            run.begin(self.tokenizer)
         if run.job.score_prompt and run.generated == 0:
             run.sequence = self.model.new_sequence()
         else:
@@ -226,7 +230,7 @@ class Engine:
         if piece.finish_reason:
             self._end(run, piece)
         else:
-            run.emit(piece)
+            self._tell(run, piece)
 
     def _make_room(self):
         """After a call for which there were no pages: drop a kept sequence, or send the newest answer back to the queue."""
@@ -262,12 +266,16 @@ class Engine:
         with self._lock:
             self._open -= 1
         self.figures.ended(run, piece)
-        run.emit(piece)
+        self._tell(run, piece)
+
+    def _tell(self, run, piece):
+        try:
+            run.emit(piece)
+        except Exception:  # whoever listened has gone
+            run.cancelled = True
 
     def _reload(self, changes, done):
         try:
-            if self._load is None:
-                raise ValueError("this engine cannot load its model again")
             model, tokenizer = self._load({**self._changes, **changes})
             for run in sorted(self._running, key=lambda run: -run.order):
                 self._interrupt(run)

@@ -9,40 +9,44 @@ COMPACT = {"whitespace_flexible": False}  # a small model may else write blanks 
 
 
 class Constraints:
-    """Matchers for the grammars of one tokenizer. ValueError from `schema`: the schema is wrong or asks for too much."""
+    """Grammars over the tokens of one tokenizer. ValueError from `schema`: the schema is wrong or asks for too much."""
 
     def __init__(self, tokenizer, vocab_size: int):
         from llguidance import LLTokenizer
-        self._tokenizer = LLTokenizer(tokenizer.backend.to_str(), n_vocab=vocab_size, eos_token=sorted(tokenizer.end_tokens) or None)
+        most = max(vocab_size, tokenizer.backend.get_vocab_size(with_added_tokens=True))  # either may have tokens that the other lacks
+        self._tokenizer = LLTokenizer(tokenizer.backend.to_str(), n_vocab=most, eos_token=sorted(tokenizer.end_tokens) or None)
 
-    def schema(self, schema: dict) -> str:
-        """The grammar of JSON texts that a schema allows."""
+    def schema(self, schema: dict) -> "Matcher":
+        """At the beginning of the JSON texts that a schema allows."""
         from llguidance import LLMatcher
-        grammar = LLMatcher.grammar_from_json_schema(json.dumps(schema), defaults=COMPACT)
-        if why := LLMatcher(self._tokenizer, grammar, log_level=0).get_error():
-            raise ValueError(f"the JSON schema cannot be followed: {' '.join(why.split())[:300]}")
-        return grammar
-
-    def matcher(self, grammar: str) -> "Matcher":
-        return Matcher(self._tokenizer, grammar)
+        matcher = LLMatcher(self._tokenizer, LLMatcher.grammar_from_json_schema(json.dumps(schema), defaults=COMPACT), log_level=0)
+        _check(matcher)
+        return Matcher(matcher)
 
     def bytes_of(self, token: int) -> bytes:
         """A token's bytes, which need not be whole characters."""
         return self._tokenizer.decode_bytes([token])
 
 
-class Matcher:
-    """One answer's place in its grammar."""
+def _check(matcher):
+    if why := matcher.get_error():
+        raise ValueError(f"the JSON schema cannot be followed: {' '.join(why.split())[:300]}")
 
-    def __init__(self, tokenizer, grammar):
-        from llguidance import LLMatcher
-        self._matcher = LLMatcher(tokenizer, grammar, log_level=0)
+
+class Matcher:
+    """An answer's place in a grammar."""
+
+    def __init__(self, matcher):
+        self._matcher = matcher
+
+    def copy(self) -> "Matcher":
+        """Another answer at the same place: grammars take a while to be made."""
+        return Matcher(self._matcher.deep_copy())
 
     def mask(self, logits: np.ndarray) -> np.ndarray:
         """A copy in which no forbidden token can be chosen."""
         allowed = np.unpackbits(np.frombuffer(self._matcher.compute_bitmask(), np.uint8), bitorder="little")[:len(logits)]
-        if why := self._matcher.get_error():
-            raise ValueError(f"the JSON schema cannot be followed: {' '.join(why.split())[:300]}")
+        _check(self._matcher)
         return np.where(allowed, logits, NEVER)
 
     def accept(self, token: int) -> bool:

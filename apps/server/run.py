@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from edgeattn.apps.server.grammar import Matcher
 from edgeattn.apps.server.logits import Shaping, TokenScore, log_probabilities, score
 from edgeattn.generation import Sampler, SamplerOptions, StopStrings
 
@@ -17,7 +18,7 @@ class Job:
     continues_text  the answer goes on with a text, whose leading space counts; False for an answer of its own
     scores          how many likely tokens are told beside each one's log probability; None: no log probabilities
     score_prompt    the prompt's tokens are scored too, so that nothing of it is reused
-    grammar         text of a constraint (grammar.py), or None
+    grammar         what the answer must follow, at its beginning, or None
     session         conversation whose cache is to be kept first
     client          whose turn it is in the queue
     deadline        time.monotonic() at which it ends, done or not
@@ -30,7 +31,7 @@ class Job:
     continues_text: bool = False
     scores: int | None = None
     score_prompt: bool = False
-    grammar: str | None = None
+    grammar: Matcher | None = None
     session: str | None = None
     client: str = ""
     deadline: float = float("inf")
@@ -66,12 +67,12 @@ class Run:
     first_token: float = 0.0      # time.monotonic()
     ended: float = 0.0
 
-    def begin(self, tokenizer, constrain: Callable | None) -> None:
-        """Make what sampling needs. constrain(grammar): a fresh matcher; None where there is no grammar."""
+    def begin(self, tokenizer) -> None:
+        """Make what sampling needs."""
         self.tokens = list(self.job.prompt)
         self._sampler, self._stops = Sampler(self.job.sampling), StopStrings(self.job.stop)
         self._stream, self._ends = tokenizer.stream(self.job.continues_text), tokenizer.end_tokens
-        self._matcher = constrain(self.job.grammar) if constrain else None
+        self._matcher = self.job.grammar and self.job.grammar.copy()
 
     @property
     def pending(self) -> int:

@@ -34,13 +34,20 @@ def prepare(body: ChatRequest, tokenizer) -> Prompt:
     chosen = _chosen(body, tools)
     messages = [_message(message) for message in body.messages]
     given = [tool.model_dump(exclude_none=True) for tool in tools]
+    uses = bool(tools) or any(message.tool_calls or message.role == "tool" for message in body.messages)
+    if uses and not _shows_tools(tokenizer):
+        messages, given = _as_text(messages, given), []
     text = tokenizer.render(messages, tools=given or None)
-    if any(message.tool_calls or message.role == "tool" for message in body.messages) or tools:
-        if text == tokenizer.render([{"role": m["role"], "content": m["content"]} for m in messages]):  # knows no tools
-            text = tokenizer.render(_as_text(messages, given))
     if not chosen:
         return Prompt(text, _format(body), bool(tools))
     return Prompt(text + OPEN + "\n" if OPEN in text else text, _call_schema(chosen), True)
+
+
+def _shows_tools(tokenizer):
+    """Whether the template does something with tools."""
+    probe = {"type": "function", "function": {"name": "probe", "description": "", "parameters": {"type": "object", "properties": {}}}}
+    question = [{"role": "user", "content": "?"}]
+    return tokenizer.render(question, tools=[probe]) != tokenizer.render(question)
 
 
 def _chosen(body, tools):
