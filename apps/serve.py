@@ -80,9 +80,9 @@ def _serve(args, settings, listening):
         def handle_exit(self, sig, frame):
             engine.stop()  # or streams would keep the server waiting
             super().handle_exit(sig, frame)
-    config = uvicorn.Config(make_app(engine, settings, (_page(engine, settings, args.save),)), log_level="warning", access_log=False, server_header=False, ws="none",
-                            timeout_keep_alive=30, limit_concurrency=args.parallel + args.max_waiting + 256,
-                            timeout_graceful_shutdown=5)
+    app = make_app(engine, settings, (_page(engine, settings, args.save),))
+    config = uvicorn.Config(app, log_level="warning", access_log=False, server_header=False, ws="none", timeout_keep_alive=30,
+                            limit_concurrency=args.parallel + args.max_waiting + 256, timeout_graceful_shutdown=5)
     host, port = listening.getsockname()[:2]
     print(f"{engine.name} at http://{f'[{host}]' if ':' in host else host}:{port} (chat page; OpenAI's API: /v1); Ctrl-C ends it",
           file=sys.stderr, flush=True)

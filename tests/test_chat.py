@@ -97,9 +97,9 @@ def test_warm_start_is_quick(edgeattn, nano_int4):
 class Terminal:
     """The command on a pseudo-terminal: send(text), expect(text) -> all that was printed up to it."""
 
-    def __init__(self, *arguments, home):
+    def __init__(self, *arguments, home, term="dumb"):
         self._master, slave = pty.openpty()
-        environment = os.environ | {"TERM": "dumb", "XDG_CACHE_HOME": str(home), "XDG_DATA_HOME": str(home / "data"),
+        environment = os.environ | {"TERM": term, "XDG_CACHE_HOME": str(home), "XDG_DATA_HOME": str(home / "data"),
                                     "NUMBA_CACHE_DIR": str(CACHE_FOLDER.parent.parent)}
         self.process = subprocess.Popen([*EDGEATTN, *map(str, arguments)], stdin=slave, stdout=slave, stderr=slave, env=environment)
         os.close(slave)

@@ -91,6 +91,7 @@ def test_files_stay_small(path):
     assert len(path.read_text().splitlines()) <= LONG.get(path.name, 300)
 
 
+FILES += [pytest.param(p, id=f"page/{p.name}") for p in sorted((ROOT / "apps/web/page").iterdir()) if p.suffix != ".svg"]
 CUDA = [pytest.param(p, id=str(p.relative_to(ROOT))) for p in sorted((ROOT / "kernels_cuda").glob("*.cu*"))]
 
 

@@ -33,8 +33,8 @@ class Answering:
         except ValueError as error:
             raise Refusal(400, one_line(error)) from None
 
-    async def start(self, talk) -> AsyncIterator[bytes]:
-        """Events of an answer. Refusal: it cannot be given."""
+    async def start(self, talk) -> tuple[AsyncIterator[bytes], Answers]:
+        """Events of an answer, as EventStream takes them. Refusal: it cannot be given."""
         if talk.messages[-1].role != "user":
             raise Refusal(400, "the last message must be the user's")
         ids, settings = await self.encode(talk), self._settings
@@ -47,11 +47,11 @@ class Answering:
         name = secrets.token_hex(8)
         job = Job(ids, sampling, -1 if talk.max_tokens is None and settings.max_tokens < 0 else most, settings.stop,
                   session=f"page-{talk.conversation or name}", client="page", deadline=time.monotonic() + settings.time_limit)
-        one = _Answer(self._engine, self._store, talk, Answers(self._engine, [job]), name)
-        self._open[name] = one
-        return self._run(one)
+        answers = Answers(self._engine, [job])
+        return self._run(_Answer(self._engine, self._store, talk, answers, name)), answers
 
     async def _run(self, one):
+        self._open[one.name] = one
         try:
             async for found in one.events():
                 yield event(found)
@@ -70,7 +70,7 @@ class _Answer:
         self._engine, self._store, self.answers, self.name = engine, store, answers, name
         self._run, self._text, self._reason = answers.runs[0], "", "cancelled"
         self._messages = [message.model_dump() for message in talk.messages]
-        self._where, self._counted = (talk.conversation, talk.revision), self._count()
+        self._where, self._title, self._counted = (talk.conversation, talk.revision), talk.title, self._count()
 
     def _count(self):
         """What the sparse scheduler has counted; None where asking would wait for a GPU, or where there is none."""
@@ -128,8 +128,7 @@ class _Answer:
                     done = []
         finally:
             if waiting is not None:
-                waiting.cancel()
-            await pieces.aclose()
+                waiting.cancel()  # and `pieces` with it, whose answers end then
 
     def _progress(self):
         sequence = self._run.sequence  # the engine's thread takes it away at the end
@@ -153,9 +152,9 @@ class _Answer:
         if self._store is not None:
             number, revision = self._where
             try:
-                self._where = self._store.save(messages, self._engine.name, number, revision)
+                self._where = self._store.save(messages, self._engine.name, number, revision, self._title if number is None else None)
             except Changed:
-                self._where = self._store.save(messages, self._engine.name)
+                self._where = self._store.save(messages, self._engine.name, title=self._title)
                 told = "It was changed elsewhere meanwhile: this one is kept beside it."
             except (OSError, ValueError) as error:
                 told = f"Not kept: {one_line(error)}"

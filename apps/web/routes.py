@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 from fastapi import APIRouter
-from fastapi.responses import FileResponse, StreamingResponse
+from fastapi.responses import FileResponse
 from pydantic import BaseModel, Field
 
 from edgeattn.apps import options
@@ -14,7 +14,7 @@ from edgeattn.apps.cli import one_line
 from edgeattn.apps.markdown import to_html
 from edgeattn.apps.server.engine import Engine
 from edgeattn.apps.server.errors import Refusal
-from edgeattn.apps.server.events import EVENTS, respond
+from edgeattn.apps.server.events import EventStream, respond
 from edgeattn.apps.server.settings import Settings
 from edgeattn.apps.store import Store
 from edgeattn.apps.web import memory
@@ -41,6 +41,7 @@ class Message(BaseModel):
 class Talk(BaseModel):
     """A conversation up to a question; `conversation` and `revision` say where it is kept, if it is."""
     messages: Annotated[list[Message], Field(min_length=1, max_length=10_000)]
+    title: Annotated[str, Field(max_length=200)] | None = None  # of a new one
     conversation: Number | None = None
     revision: Number | None = None
     temperature: Annotated[float, Field(ge=0, le=5, allow_inf_nan=False)] | None = None
@@ -94,8 +95,7 @@ def make_router(engine: Engine, store: Store | None, settings: Settings, unkept:
     # ---- answers ------------------------------------------------------------------------------------------------
     @router.post("/api/answer", summary="Answer a conversation, as server-sent events, and keep it")
     async def answer(talk: Talk):
-        stream = await answering.start(talk)
-        return StreamingResponse(stream, headers=EVENTS, media_type="text/event-stream")
+        return EventStream(*await answering.start(talk))
 
     @router.post("/api/stop/{answer}", summary="End an answer; what was said stays")
     async def stop(answer: str):

@@ -11,6 +11,7 @@ const question = at("question");
 const IDEAS = ["What is the capital of France?", "Who was Napoleon?", "Write a short story about a mill."];
 
 const chat = { conversation: null, revision: null, messages: [] };
+let sent = []; // the files of the newest question
 let answering = null; // {name, stopped} of the answer that is being given
 const acts = { edit, retry };
 
@@ -24,7 +25,7 @@ async function answer() {
   try {
     const asked = {
       messages: withSystem(talk).map(({ role, content, facts }) => ({ role, content, facts: facts ?? {} })),
-      conversation: chat.conversation, revision: chat.revision, temperature: Number(at("temperature").value),
+      title: heading(talk[0]), conversation: chat.conversation, revision: chat.revision, temperature: Number(at("temperature").value),
     };
     for await (const event of events("/api/answer", asked)) {
       if (event.type === "start") {
@@ -57,12 +58,17 @@ async function answer() {
   }
 }
 
+/** A title for a new conversation: its first question, and the file that goes with it. */
+function heading(message) {
+  const words = `${message.facts?.files?.[0] ? `${message.facts.files[0].name}: ` : ""}${typed(message)}`.replace(/\s+/g, " ");
+  return words.length > 60 ? `${words.slice(0, 57).replace(/ \S*$/, "")}...` : words;
+}
+
 /** A question that was refused goes back to where it was typed. */
 function giveBack(talk) {
   if (talk.at(-1)?.role !== "user" || question.value) return;
-  const refused = talk.pop();
-  if (!refused.facts?.files) question.value = typed(refused);
-  resize();
+  question.value = typed(talk.pop());
+  files.exchange(sent);
 }
 
 function withSystem(messages) {
@@ -84,8 +90,7 @@ function submit() {
   if (answering || !text) return;
   const message = files.withFiles(text);
   question.value = "";
-  files.clear();
-  resize();
+  sent = files.exchange();
   ask(message);
 }
 
@@ -94,6 +99,7 @@ function edit(index, text) {
   const former = chat.messages[index];
   const before = former.content.slice(0, former.content.length - typed(former).length);
   chat.messages.length = index;
+  sent = [];
   ask({ role: "user", content: before + text.trim(), facts: former.facts ?? {} });
 }
 
@@ -101,6 +107,7 @@ function retry(index) {
   if (answering) return;
   const asked = chat.messages[index - 1];
   chat.messages.length = index - 1;
+  sent = [];
   ask(asked);
 }
 

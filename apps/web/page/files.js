@@ -86,7 +86,10 @@ export function withFiles(text) {
 
 export const any = () => files.length > 0;
 
-export function clear() {
-  files = [];
+/** Attach these instead, none by default -> those that were. */
+export function exchange(others = []) {
+  const former = files;
+  files = others;
   show();
+  return former;
 }

@@ -9,7 +9,7 @@ let known = [];
 let current = null;
 let acts = {};
 
-/** acts: {open(id), removed(id), renamed(id, title), trouble(error)} */
+/** acts: {open(id), removed(id), renamed(), trouble(error)} */
 export function start(given) {
   acts = given;
   find.addEventListener("input", show);
@@ -52,12 +52,22 @@ function day(date) {
 async function rename(one) {
   const title = await ask("Rename the conversation", { label: "Title", value: one.title, yes: "Rename" });
   if (!title?.trim()) return;
-  await send("PATCH", `/api/conversations/${one.id}`, { title: title.slice(0, 200) }).then(() => acts.renamed(one.id, title), acts.trouble);
-  await refresh();
+  try {
+    await send("PATCH", `/api/conversations/${one.id}`, { title: title.slice(0, 200) });
+    await refresh();
+    acts.renamed();
+  } catch (error) {
+    acts.trouble(error);
+  }
 }
 
 async function remove(one) {
   if (!await ask(`Delete “${one.title}”? This cannot be undone.`, { yes: "Delete" })) return;
-  await send("DELETE", `/api/conversations/${one.id}`).then(() => acts.removed(one.id), acts.trouble);
-  await refresh();
+  try {
+    await send("DELETE", `/api/conversations/${one.id}`);
+    await refresh();
+    acts.removed(one.id);
+  } catch (error) {
+    acts.trouble(error);
+  }
 }

@@ -48,8 +48,9 @@ export function figures(facts) {
   at("first").textContent = facts?.ttft_s ? seconds(facts.ttft_s) : "–";
   at("reused").textContent = facts ? count(facts.cached_tokens) : "–";
   const used = facts ? facts.prompt_tokens + facts.tokens : 0;
-  at("context").max = contextSize() || 1;
-  at("context").value = used;
+  at("context").setAttribute("aria-valuemax", contextSize());
+  at("context").setAttribute("aria-valuenow", used);
+  at("context").firstElementChild.style.width = `${100 * Math.min(1, used / (contextSize() || 1))}%`;
   at("context-label").textContent = `Context: ${count(used)} of ${count(contextSize())} tokens`;
   if (status) at("sparse").textContent = sparseNow();
 }
