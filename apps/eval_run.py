@@ -57,6 +57,7 @@ class Evaluation:
                     raise ValueError(f"{name}: {length} tokens and {task.room} for questions and answers need a context of "
                                      f"{length + task.room}, there are {reach}; lower --lengths{', or raise -c' if one.ctx_size else ''}")
                 source = Source(self._args.text, length, self._args.samples or task.samples, self._args.seed)
+                task.total(source)  # a mistake should not wait for a model
                 found.append((name, source, self._key(name, source, folder, one, number)))
         return found
 
@@ -74,7 +75,8 @@ class Evaluation:
         if name == "kld" and self._args.base:
             about.append(digest(self._args.base))
         elif name == "kld" and number:
-            about.append(self._key(name, source, models.exported(self._settings[0].model, self._settings[0].precision), self._settings[0], 0))
+            first = self._settings[0]
+            about.append(self._key(name, source, models.exported(first.model, first.precision), first, 0))
         return hashlib.sha256(json.dumps(about).encode()).hexdigest()[:16]
 
     def _of_setting(self, number, plan, plans):
@@ -118,7 +120,8 @@ class Evaluation:
     def _load(self, one, tokens):
         one.ubatch_size = one.ubatch_size or UBATCH
         # With a budget types are chosen so that the whole context fits: a smaller one would be another setting.
-        model, tokenizer = models.load(one, ctx_size=None if one.kv_budget else tokens + SLACK)
+        reach = read_config(models.exported(one.model, one.precision))["model"]["ctx_size"]
+        model, tokenizer = models.load(one, ctx_size=None if one.kv_budget else min(tokens + SLACK, reach))
         widen(model)
         return model, tokenizer
 
@@ -174,7 +177,8 @@ class Bars:
         return self
 
     def __exit__(self, *exception) -> None:
-        self._progress.stop()
+        if sys.stderr.isatty():
+            self._progress.stop()
 
     @contextmanager
     def of(self, label: str, total: int):
