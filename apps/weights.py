@@ -43,7 +43,8 @@ class Weights:
         one_row = role in TABLES or node.op_type in ROWS
         token_bytes = array.nbytes // rows if one_row else array.nbytes
         params = 0 if role in (*TABLES, "scales", "zero_points") else about["N"] * about["K"] if role == "codes" else array.size
-        kind = f"int{about['bits']}/{about['block_size']}" if role in PACKED else "table" if role in TABLES else str(array.dtype)
+        packed = "ternary" if "activation_bits" in about else f"int{about.get('bits')}/{about.get('block_size')}"
+        kind = packed if role in PACKED else "table" if role in TABLES else str(array.dtype)
         use = self.uses.setdefault(name, Use(name, array.nbytes, params, 0, kind))
         use.token_bytes = max(use.token_bytes, token_bytes)  # a tied embedding is read whole, by the head
 

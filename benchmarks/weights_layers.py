@@ -3,7 +3,8 @@
     python benchmarks/weights_layers.py CHECKPOINT --text BOOK [--layers 0 1]
 
 Of every layer alone: the entropy of its outputs over 100 clusters (LUQ, arXiv 2509.23729; by k-means, 4,096 tokens); KL from the checkpoint
-(nats a token, over 384 tokens) with all its matrices at 2 bits by rtn, and with q, k and v alone by gptq and by boa, calibrated on 3,072 tokens.
+(nats a token, over 384 tokens) with all its matrices at 2 bits by rtn, and with q, k and v alone by gptq and by boa, calibrated on 3,072
+tokens.
 """
 import argparse
 from pathlib import Path
@@ -80,7 +81,8 @@ def main():
             rows = rounded(qkv.read(0, qkv.shape[0]), method, about)
             ends = np.cumsum([part.shape[0] for part in parts.values()])[:-1]
             attention.append(kl(layer, dict(zip(parts, np.split(rows, ends)))))
-        print(f"{layer:5} {entropy(np.concatenate(hidden)):8.3f} {kl(layer, whole):8.4f} {attention[0]:14.5f} {attention[1]:7.5f}", flush=True)
+        figures = f"{entropy(np.concatenate(hidden)):8.3f} {kl(layer, whole):8.4f} {attention[0]:14.5f} {attention[1]:7.5f}"
+        print(f"{layer:5} {figures}", flush=True)
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ from tokenizers import Tokenizer
 from transformers import AutoModelForCausalLM
 
 from edgeattn.evaluation.windows import log_softmax
-from edgeattn.exporters.checkpoint import open_checkpoint
+from edgeattn.exporters.checkpoint import concatenate, open_checkpoint
 from edgeattn.exporters.decoder import build
 from edgeattn.exporters.export import FORMAT_VERSION, _model, _quantiser
 from edgeattn.exporters.families import read_architecture
@@ -54,21 +54,25 @@ def round_weights(model, folder, setting, text):
                               lambda what, done, total: done == total and print(what, file=sys.stderr))
     tensors, method = model.state_dict(), load(formats.quantiser)
     for name in ("model.embed_tokens", *([] if decoder.tied else ["lm_head"])):
-        put(tensors[f"{name}.weight"], load("rtn"), EDGE_BITS, int(size), prepared, f"{name}.weight", None)
+        put(tensors, [f"{name}.weight"], load("rtn"), EDGE_BITS, int(size), prepared, None)
     for stored in formats.stored:
         statistics = formats.statistics(stored) if method.NEEDS_STATISTICS else None
         prefix, _, name = stored.removesuffix(".weight").rpartition(".")
-        for part in (f"{prefix}.{part}.weight" for part in PARTS.get(name, (name,))):
-            put(tensors[part], method, formats.widths.get(stored, int(formats.bits)), int(size), prepared, part, statistics)
+        parts = [f"{prefix}.{part}.weight" for part in PARTS.get(name, (name,))]
+        put(tensors, parts, method, formats.widths.get(stored, int(formats.bits)), int(size), prepared, statistics)
     for name, tensor in tensors.items():
         if tensor.ndim == 1:  # norms and biases, which awq scales
             tensor.copy_(torch.from_numpy(prepared.vector(name, len(tensor))))
     return report.get("mixed")
 
 
-def put(tensor, method, bits, size, checkpoint, name, statistics):
-    weight = checkpoint.weight(name, tuple(tensor.shape)).read(0, tensor.shape[0])
-    tensor.copy_(torch.from_numpy(dequantise(*method.quantise(weight, bits, size, statistics), bits)[:, :tensor.shape[1]].copy()))
+def put(tensors, names, method, bits, size, checkpoint, statistics):
+    """Round the tensors of these names as one matrix, as an export does."""
+    whole = concatenate([checkpoint.weight(name, tuple(tensors[name].shape)) for name in names])
+    codes = method.quantise(whole.read(0, whole.shape[0]), bits, size, statistics)
+    rounded = torch.from_numpy(dequantise(*codes, bits)[:, :whole.shape[1]].copy())
+    for name, rows in zip(names, rounded.split([len(tensors[name]) for name in names])):
+        tensors[name].copy_(rows)
 
 
 def main():

@@ -61,7 +61,7 @@ def export(checkpoint: str | Path, folder: str | Path, precision: str | None = N
     graph = build(decoder, source, formats, ctx_size)
     if formats.bits and not formats.stored and (formats.bits not in (4, 8) or calibration or (quantiser, mixed) != ("auto", "auto")):
         raise ValueError(f"{source.folder}: its weights are codes already, and kept, so there is nothing to round; leave --bits and the "
-                         "like out, or give --allow-requantize to round the codes again, with more loss than rounding the original's floats")
+                         "like out, or give --allow-requantize to round the codes again, which loses more than rounding floats")
     folder.parent.mkdir(parents=True, exist_ok=True)
     work = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
     remove_abandoned(folder.parent, f"{folder.name}.")

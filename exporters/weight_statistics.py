@@ -9,8 +9,8 @@ from edgeattn.exporters.decoder import Decoder
 from edgeattn.exporters.forward import embed, run_layer
 from edgeattn.exporters.quantisers import Statistics
 
-# {matrix of the checkpoint: the stored matrix that has its input}; k, v and up have the inputs of q and gate.
 QKV = "self_attn.qkv_proj"
+# {matrix of the checkpoint: the stored matrix that has its input}; k, v and up have the inputs of q and gate.
 STORED = {"self_attn.q_proj": QKV, "self_attn.o_proj": "self_attn.o_proj", "mlp.gate_proj": "mlp.gate_up_proj",
           "mlp.down_proj": "mlp.down_proj"}
 

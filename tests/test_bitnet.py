@@ -10,6 +10,8 @@ from safetensors.torch import load_file, save_file
 from transformers import BitNetQuantConfig
 from transformers.integrations.bitnet import WeightQuant, pack_weights, replace_with_bitnet_linear, unpack_weights
 
+from edgeattn.apps.export import summary
+from edgeattn.apps.weights import Weights
 from edgeattn.exporters import check, export as export_module
 from edgeattn.exporters.checkpoint import Checkpoint
 from edgeattn.exporters.export import export
@@ -241,6 +243,11 @@ def test_eight_bit_embedding_by_default(tmp_path):
     report = export(folder, tmp_path / "out", group_size=16)
     assert report["precision"] == "ternary" and set(report["weights"].values()) == {"int8/16", "ternary"}
     assert report["verify"]["rms_error"] < 0.05 and report["verify"]["checkpoint_in"] == "numpy"
+    formats, config = Weights(tmp_path / "out").by_format(), read_architecture(Checkpoint(folder))
+    assert {"ternary", "int8/16"} <= set(formats) and ", ternary, " in summary(tmp_path / "out")
+    hidden, wide = config.hidden_size, config.num_heads * config.head_dim
+    layer = (wide + 2 * config.kv_heads * config.head_dim) * hidden + hidden * wide + 3 * hidden * config.intermediate_size
+    assert formats["ternary"][1] == config.num_layers * layer
 
 
 def test_float8_embedding(tmp_path):
