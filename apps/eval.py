@@ -8,36 +8,36 @@ from edgeattn.apps import axes, options
 HELP = "measure quality: perplexity, KL divergence, look-ups, RULER-style tasks, question answering; several settings side by side"
 TASKS = ("perplexity", "kld", "needle", "recall", "multi_key", "multi_value", "multi_query", "variable_tracking", "common_words",
          "frequent_words", "docqa", "masks")  # edgeattn.evaluation.TASKS, which --help does not wait for
-GROUPS = {"all": TASKS, "ruler": TASKS[4:10]}
+GROUPS = {"ruler": TASKS[4:10]}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("tasks", type=_tasks, metavar="TASK[,TASK]", help=f"{', '.join(TASKS)}; ruler: six of them; docs/evaluation.md says "
-                        "what each one is")
-    parser.add_argument("--lengths", type=options.numbers(64), metavar="N[,N]", help="tokens of a prompt or of a window of text (4000; texts "
-                        "4096; as far as the context reaches)")
-    parser.add_argument("--samples", type=options.whole(1), metavar="N", help="questions of a task and length, in whole groups (40; recall 32 "
-                        "of each kind; docqa 100); of texts: windows (4)")
-    parser.add_argument("-s", "--seed", type=options.whole(0), default=0, metavar="N", help="of what is made up (0)")
-    parser.add_argument("--text", metavar="FILE", help="text to read, or to hide facts in, that the model has not seen (nano's own writing; "
-                        "perplexity needs a file)")
-    parser.add_argument("--documents", metavar="FILE", help='docqa: {"context": ..., "question": ..., "answers": [...]} a line')
-    parser.add_argument("--decode", type=options.whole(0), default=128, metavar="N", help="perplexity, kld: tokens at the end of a window that "
-                        "are computed one at a time, as generated ones are: sparse attention is about these (128)")
-    parser.add_argument("--save-base", metavar="FILE", help="kld: keep the first setting's probabilities, to compare other models with")
-    parser.add_argument("--base", metavar="FILE", help="kld: compare with these instead of the first setting")
-    parser.add_argument("--out", metavar="FILE.jsonl", help="add results to a file as they are made; what it holds is not measured again")
-    parser.add_argument("-o", "--output", choices=("md", "jsonl"), default="md", help="what is printed (md)")
+    add = parser.add_argument
+    add("tasks", type=_tasks, metavar="TASK[,TASK]", help=f"{', '.join(TASKS)}; ruler: six of them; docs/evaluation.md says what each is")
+    add("--lengths", type=options.numbers(64), metavar="N[,N]", help="tokens of a prompt or of a window of text (4000; texts 4096; as far "
+        "as the context reaches)")
+    add("--samples", type=options.whole(1), metavar="N", help="questions of a task and length, in whole groups (40; recall 32 of each "
+        "kind; docqa 100); of texts: windows (4); of masks: all of them (1)")
+    add("-s", "--seed", type=options.whole(0), default=0, metavar="N", help="of what is made up (0)")
+    add("--text", metavar="FILE", help="text to read, or to hide facts in, that the model has not seen (nano's own writing; perplexity "
+        "needs a file)")
+    add("--documents", metavar="FILE", help='docqa: {"context": ..., "question": ..., "answers": [...]} a line')
+    add("--decode", type=options.whole(0), default=128, metavar="N", help="perplexity, kld: tokens at the end of a window that are "
+        "computed one at a time, as generated ones are: sparse attention is about these (128)")
+    add("--save-base", metavar="FILE", help="kld: keep the first setting's probabilities, to compare other models with")
+    add("--base", metavar="FILE", help="kld: compare with these instead of the first setting")
+    add("--out", metavar="FILE.jsonl", help="add results to a file as they are made; what it holds is not measured again")
+    add("-o", "--output", choices=("md", "jsonl"), default="md", help="what is printed (md)")
     axes.add_model(parser)
-    parser.epilog = ("Flags of the model, the KV cache and sparse attention take several values with commas between them: every combination "
-                     "is a setting, and each is compared with the first, question by question.")
+    parser.epilog = ("Flags of the model, the KV cache and sparse attention take several values with commas between them: every "
+                     "combination is a setting, and each is compared with the first, question by question.")
 
 
 def _tasks(text):
     found = [name for part in text.split(",") for name in GROUPS.get(part, (part,))]
     for name in found:
         if name not in TASKS:
-            raise argparse.ArgumentTypeError(f"no task {name!r}; tasks are {', '.join(TASKS)}, and ruler and all for several")
+            raise argparse.ArgumentTypeError(f"no task {name!r}; tasks are {', '.join(TASKS)}, and ruler")
     return list(dict.fromkeys(found))
 
 

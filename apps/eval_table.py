@@ -1,25 +1,40 @@
-"""Records of `edgeattn eval` as a Markdown table."""
+"""Records of `edgeattn eval` as Markdown tables: scores, and below them what else each task counted."""
 from edgeattn.apps.terminal import size
 
-HEADS = "task", "tokens", "model, setting", "KV cache", "samples", "score (95 %)", "against the first (95 %)", "more"
+HEADS = "task", "tokens", "model, setting", "KV cache", "samples", "score (95 %)", "against the first (95 %)"
 
 
 def table(records: list[dict]) -> str:
-    """One row a record, those of a task and length side by side."""
-    order = list(dict.fromkeys((record["task"], record["depth"]) for record in records))
-    rows = [cells(record) for place in order for record in records if (record["task"], record["depth"]) == place]
-    widths = [max(map(len, column)) for column in zip(HEADS, *rows)]
-    lines = ["| " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths)) + " |" for row in (HEADS, *rows)]
-    lines.insert(1, "|" + "|".join("-" * (width + 1) + ("-" if i in (0, 2, 7) else ":") for i, width in enumerate(widths)) + "|")
+    """Scores, those of a task and length side by side; then a table of metrics for each of these."""
+    groups = [[record for record in records if (record["task"], record["depth"]) == place]
+              for place in dict.fromkeys((record["task"], record["depth"]) for record in records)]
+    parts = [markdown([HEADS, *(cells(record) for group in groups for record in group)])]
+    for group in groups:
+        names = list(dict.fromkeys(name for record in group for name in record["metrics"]))
+        if names:
+            rows = [[name, *(_metric(record, name) for record in group)] for name in names]
+            parts.append(markdown([[f"{group[0]['task']}, {group[0]['depth']:,} tokens", *map(_setting, group)], *rows]))
+    return "\n\n".join(parts)
+
+
+def markdown(rows: list) -> str:
+    """rows: lists of texts, the first of them the heading."""
+    widths = [max(3, *map(len, column)) for column in zip(*rows)]
+    lines = ["| " + " | ".join(text.rjust(width) if i else text.ljust(width) for i, (text, width) in enumerate(zip(row, widths))) + " |"
+             for row in rows]
+    lines.insert(1, "|" + "|".join("-" * (width + 1) + (":" if i else "-") for i, width in enumerate(widths)) + "|")
     return "\n".join(lines)
 
 
 def cells(record: dict) -> list[str]:
     kind, against = record["values"]["kind"], record["against"]
-    more = "; ".join(f"{name} {_metric(kind, name, value)}" for name, value in record["metrics"].items())
-    return [record["task"], f"{record['depth']:,}", f"{record['model']} {record['setting']}".strip(), size(record["kv_bytes"]),
+    return [record["task"], f"{record['depth']:,}", _setting(record), size(record["kv_bytes"]) if record["kv_bytes"] else "",
             str(record["samples"]), _between(*(_score(kind, record[name]) for name in ("score", "low", "high"))),
-            "" if not against else _between(*(_change(kind, against[name]) for name in ("difference", "low", "high"))), more]
+            "" if not against else _between(*(_change(kind, against[name]) for name in ("difference", "low", "high")))]
+
+
+def _setting(record):
+    return f"{record['model']} {record['setting']}".strip()
 
 
 def _between(value, low, high):
@@ -40,10 +55,13 @@ def _change(kind, value):
 
 
 def _number(value):
-    return f"{value:.4f}" if not value or value >= 1e-3 else f"{value:.1e}"
+    return f"{value:.4f}" if not value or abs(value) >= 1e-3 else f"{value:.1e}"
 
 
-def _metric(kind, name, value):
-    if kind in ("share", "quality") or name == "same top":
+def _metric(record, name):
+    if name not in record["metrics"]:
+        return ""
+    value = record["metrics"][name]
+    if record["values"]["kind"] in ("share", "quality") or name == "same top":
         return f"{100 * value:.1f} %"
     return f"{value:.2f}" if "perplexity" in name else _number(value)

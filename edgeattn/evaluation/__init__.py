@@ -1,7 +1,7 @@
 """Quality of a model with a setting of its cache and attention: tasks, one file each, over seeded questions or a user's text.
 
-`edgeattn eval` is their command (docs/evaluation.md). A task is a frozen dataclass whose fields are its options and whose `measure` gives an
-Outcome; `run` makes a record of it, which `edgeattn report` reads too.
+`edgeattn eval` is their command (docs/evaluation.md). A task is a frozen dataclass whose fields are its options and whose `measure` gives
+an Outcome; `run` makes a record of it, which `edgeattn report` reads too.
 """
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -35,10 +35,10 @@ class Task(Protocol):
     room: ClassVar[int]
 
     def total(self, source: Source) -> int:
-        """What `advance` will count up to."""
+        """What `advance` will count up to, or a little more where a text is short. ValueError: the source does not do."""
 
     def measure(self, model, tokenizer, source: Source, advance: Callable[[int], None]) -> Outcome:
-        """ValueError: the source does not do, in words for its user."""
+        """ValueError: the source does not do for this model, in words for its user."""
 
 
 def load_task(name: str, **options) -> Task:

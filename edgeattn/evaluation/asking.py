@@ -44,9 +44,10 @@ def plant(rng, tokenizer, book: list[int], length: int, sentences: list[str], qu
         before, between, *sentences, *(question + after for question in questions)))
     facts, asked = pieces[:len(sentences)], pieces[len(sentences):]
     room = length - len(opening) - (sum if together else max)(map(len, facts)) - max(map(len, asked))
-    if not 0 < room <= len(book):
-        raise ValueError(f"a haystack of {length} tokens takes {room} tokens of text (at least 1, at most the text's {len(book)}): "
-                         "give another length or another text")
+    if room < 1:
+        raise ValueError(f"{length} tokens are too few: facts and question take {length - room}; raise --lengths")
+    if room > len(book):
+        raise ValueError(f"a haystack of {length} tokens takes {room} tokens of text, there are {len(book)}; give a longer --text")
     start = int(rng.integers(0, len(book) - room + 1))
     spots = sorted(rng.integers(0, room + 1, len(facts)).tolist()) if places is None else [round(place * room) for place in places]
     return Haystack(opening, book[start:start + room], spots, facts, asked, wanted, between)

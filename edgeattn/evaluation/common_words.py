@@ -9,7 +9,8 @@ from edgeattn.evaluation.ruler import Ruler
 
 @dataclass(frozen=True)
 class CommonWords(Ruler):
-    """rare: how often another word stands in the list; a common one stands there ten times as often, or as often as half the list allows."""
+    """rare: how often another word stands in the list; a common one stands there ten times as often, or as often as half the list has
+    room for."""
     rare: int = 3
 
     each: ClassVar[int] = 10  # common words
@@ -21,5 +22,5 @@ class CommonWords(Ruler):
         chosen = fitting(tokenizer, wanted * (10 * self.rare), room // 2)
         used = sum(len(tokenizer.encode(f" {word}", special=False)) for word in chosen)
         chosen += fitting(tokenizer, [word for word in every[self.each:] for _ in range(self.rare)], room - used)
-        return listed(tokenizer, [chosen[i] for i in rng.permutation(len(chosen))], "Below is a list of words, of which some come more often "
-                      "than others.\n", f"\nWhat are the {self.each} most common words in the list?", wanted)
+        return listed(tokenizer, [chosen[i] for i in rng.permutation(len(chosen))], "Below is a list of words, of which some come more "
+                      "often than others.\n", f"\nWhat are the {self.each} most common words in the list?", wanted)

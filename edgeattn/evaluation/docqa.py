@@ -34,20 +34,23 @@ class Docqa:
         return self.limit
 
     def total(self, source: Source) -> int:
-        return source.samples
+        return len(self._rows(source))
 
-    def measure(self, model, tokenizer, source: Source, advance) -> Outcome:
+    def _rows(self, source):
         if not self.documents:
             raise ValueError('docqa asks about documents of yours: give a file with {"context": ..., "question": ..., "answers": [...]} a '
                              "line, --documents FILE")
+        return read(self.documents)[:source.samples]
+
+    def measure(self, model, tokenizer, source: Source, advance) -> Outcome:
         (before, after, _), found, exact = frame(tokenizer), Outcome("quality", []), []
-        for context, rows in groupby(read(self.documents)[:source.samples], lambda row: row["context"]):
+        for context, rows in groupby(self._rows(source), lambda row: row["context"]):
             rows = list(rows)
             trunk, ids = model.new_sequence(), tokenizer.encode(before + context, special=False)
             asks = [tokenizer.encode(f"\n\n{row['question']}{after}", special=False) for row in rows]
             if (tokens := len(ids) + max(map(len, asks))) > source.length:
-                raise ValueError(f"{self.documents}, line {rows[0]['line']}: {tokens} tokens; raise --length, which is {source.length}, or "
-                                 "give shorter documents")
+                raise ValueError(f"{self.documents}, line {rows[0]['line']}: {tokens} tokens; raise --lengths, which is {source.length}, "
+                                 "or give shorter documents")
             try:
                 model.forward([(trunk, ids)], "none")
                 kv_bytes, scores = model.kv_bytes(), []

@@ -89,7 +89,7 @@ def open_base(path: str, vocab: int, length: int) -> np.ndarray:
         what = f"of {has} tokens' probabilities, this model has {vocab}" if has else "no base file"
         raise ValueError(f"{path}: {what}; make one with this tokenizer: edgeattn eval kld --save-base FILE")
     if found.shape[1] != length:
-        raise ValueError(f"{path}: its windows have {found.shape[1]} tokens; give --length {found.shape[1]}")
+        raise ValueError(f"{path}: its windows have {found.shape[1]} tokens; give --lengths {found.shape[1]}")
     return found
 
 

@@ -9,8 +9,8 @@ way this runtime makes it, checked against the mask itself in NumPy, and timed.
     block_sparse           pages at random for each KV head and 64 queries: what every method of sparse prefill is to the kernels
     variable_block_sparse  the same, with single keys besides
 
-The other half of that suite lets tokens see later ones (full, full_document, sliding_window, both prefix_lm, block_causal_document) or joins
-texts that were read apart (causal_blockwise). No decoder that runs here attends so, and no kernel here can.
+The other half of that suite lets tokens see later ones (full, full_document, sliding_window, both prefix_lm, block_causal_document) or
+joins texts that were read apart (causal_blockwise). No decoder that runs here attends so, and no kernel here can.
 """
 from dataclasses import dataclass
 from typing import ClassVar
@@ -27,7 +27,7 @@ KINDS = ("causal", "causal_document", "share_question", "sliding_window_causal",
          "variable_block_sparse")
 BRANCHES = 4
 SHARE = 0.25                   # of the length, that windows see; of pages, that are read at random
-EXACT, ROUNDED = 1e-3, 0.08    # mean relative errors: of 16-bit pages; of codes, and of lists, whose keys and weights are rounded to 127 steps
+EXACT, ROUNDED = 1e-3, 0.08    # mean relative errors: of 16-bit pages; of codes, and of lists, whose keys and weights have 127 steps
 
 
 @dataclass(frozen=True)

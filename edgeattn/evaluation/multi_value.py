@@ -14,5 +14,5 @@ class MultiValue(Ruler):
 
     def sample(self, rng, tokenizer, book, length):
         name, codes = words.names(rng, 1)[0], words.codes(rng, self.each)
-        return plant(rng, tokenizer, book, length, [fact(name, code) for code in codes], [f"\nWhat are all the secret codes of the {name}?"],
-                     [codes])
+        question = f"\nWhat are all the secret codes of the {name}?"
+        return plant(rng, tokenizer, book, length, [fact(name, code) for code in codes], [question], [codes])

@@ -19,11 +19,12 @@ class Perplexity:
     room: ClassVar[int] = 0
 
     def total(self, source: Source) -> int:
+        if source.text is None:
+            raise ValueError("perplexity is of a text that the model has not seen: give one with --text FILE")
         return source.samples * source.length
 
     def measure(self, model, tokenizer, source: Source, advance) -> Outcome:
-        if source.text is None:
-            raise ValueError("perplexity is of a text that the model has not seen: give one with --text FILE")
+        self.total(source)
         losses, kv_bytes = [], 0
         for ids in windows(tokenizer, source):
             row = np.empty(len(ids) - 1)

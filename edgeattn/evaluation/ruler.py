@@ -1,4 +1,5 @@
-"""What RULER's tasks share (Hsieh et al., 2024, arXiv 2404.06654): questions to a made-up text, of whose answers each wanted string counts."""
+"""What RULER's tasks share (Hsieh et al., 2024, arXiv 2404.06654): questions to a made-up text, in whose answers each wanted string counts.
+"""
 from dataclasses import dataclass
 from typing import ClassVar
 

@@ -33,7 +33,7 @@ def difference(right, base) -> tuple[float, float, float]:
     right, base = np.asarray(right, float), np.asarray(base, float)
     both, gained, lost = (right * base).sum(), (right * (1 - base)).sum(), ((1 - right) * base).sum()
     deff = design_effect(right - base)
-    return (right - base).mean(), *paired_interval(*(x / deff for x in (both, gained, lost, right.size - both - gained - lost)))
+    return float((right - base).mean()), *paired_interval(*(x / deff for x in (both, gained, lost, right.size - both - gained - lost)))
 
 
 def paired_interval(both: float, gained: float, lost: float, neither: float) -> tuple[float, float]:

@@ -13,8 +13,8 @@ def windows(tokenizer, source: Source) -> np.ndarray:
     ids = words.book(tokenizer, source.text, 0 if source.text else source.samples * source.length, source.seed)
     count = min(source.samples, len(ids) // source.length)
     if not count:
-        raise ValueError(f"{source.text}: {len(ids)} tokens, less than a window of {source.length}; give a longer --text or a smaller "
-                         "--length")
+        raise ValueError(f"{source.text}: {len(ids)} tokens, less than a window of {source.length}; give a longer --text or smaller "
+                         "--lengths")
     return np.array(ids[:count * source.length], np.int64).reshape(count, source.length)
 
 
@@ -25,8 +25,9 @@ def log_softmax(logits: np.ndarray) -> np.ndarray:
 
 
 def log_probabilities(model, ids: np.ndarray, decode: int) -> Iterator[tuple[int, np.ndarray, int]]:
-    """(first token, [tokens, vocab] float64, bytes in the cache) of pieces of a window. The last `decode` tokens are computed one at a time, as generated ones
-    are, the others in chunks, of which each sees its own tokens before they are stored and earlier ones as the cache gives them back."""
+    """(first token, [tokens, vocab] float64, bytes in the cache) of pieces of a window. The last `decode` tokens are computed one at a
+    time, as generated ones are, the others in chunks, of which each sees its own tokens before they are stored, and earlier ones as the
+    cache gives them back."""
     sequence, first = model.new_sequence(), len(ids) - decode
     piece = max(1, PIECE // model.ubatch) * model.ubatch
     try:

@@ -1,0 +1,195 @@
+"""Tasks over tiny models and nano: what they count, that a bad setting scores lower, and that a second call measures nothing again."""
+import json
+
+import numpy as np
+import pytest
+
+from edgeattn.apps.eval import GROUPS, TASKS
+from edgeattn.evaluation import TASKS as KNOWN, Source, docqa, kld, load_task, masks, run, words
+from edgeattn.evaluation.asking import together
+from edgeattn.evaluation.mask_layer import MaskLayer
+from edgeattn.evaluation.outcome import Outcome
+from edgeattn.cache.options import CacheOptions
+from edgeattn.runtime import Model
+from edgeattn.tokenizer import Tokenizer
+
+TEXT = " ".join(f"The {number} boats of the harbour went out at dawn and came back with fish." for number in range(400))
+
+
+@pytest.fixture(scope="module")
+def tokenizer(nano_int4):
+    return Tokenizer(nano_int4)
+
+
+@pytest.fixture(scope="module")
+def model(nano_int4):
+    return Model.load(nano_int4, ctx_size=1024, ubatch=128, cache=CacheOptions("f16", "f16"))
+
+
+@pytest.fixture
+def text(tmp_path):
+    path = tmp_path / "boats.txt"
+    path.write_text(TEXT)
+    return path
+
+
+def evaluate(edgeattn, folder, *arguments):
+    done = edgeattn("eval", *arguments, "-m", folder, "-o", "jsonl")
+    assert done.returncode == 0, done.stderr
+    return [json.loads(line) for line in done.stdout.splitlines()]
+
+
+# ---- what tasks ask ------------------------------------------------------------------------------------------------
+def test_the_command_knows_every_task():
+    assert TASKS == KNOWN
+    for name in TASKS:
+        load_task(name)
+
+
+@pytest.mark.parametrize("name", GROUPS["ruler"])
+@pytest.mark.parametrize("length", [600, 3000])
+def test_samples_fit_and_are_seeded(name, length, tokenizer):
+    task, book = load_task(name), words.book(tokenizer, None, length)
+    first, same, other = (task.sample(np.random.default_rng(seed), tokenizer, book, length) for seed in (1, 1, 2))
+    assert first == same != other
+    prompt = together(first)
+    longest = max(map(len, first.questions))
+    assert 0.9 * length - 120 < len(prompt) + longest <= length
+    said = tokenizer.decode(prompt)
+    wanted = sum(first.wanted, [])
+    assert len(wanted) == task.each == len(set(wanted)) and all(one in said for one in wanted)
+    assert not any(one in tokenizer.decode(question) for question in first.questions for one in wanted)
+
+
+def test_frequent_words_are_the_most_frequent(tokenizer):
+    hay = load_task("frequent_words").sample(np.random.default_rng(0), tokenizer, [], 2000)
+    said = tokenizer.decode(hay.text).split()
+    counts = {word: said.count(word) for word in set(said)}
+    assert sorted(hay.wanted[0]) == sorted(sorted(counts, key=counts.get)[-3:])
+
+
+def test_a_short_text_comes_again_in_another_order(tokenizer, text):
+    ids = words.book(tokenizer, text, 30_000)
+    assert len(ids) >= 30_000 and words.book(tokenizer, text, 30_000) == ids
+
+
+# ---- what they find ------------------------------------------------------------------------------------------------
+def test_nano_finds_facts_and_a_cache_without_room_loses_them(nano_int4, tokenizer, model):
+    source = Source(length=700, samples=24)
+    dense = run(model, tokenizer, "recall", source, facts=(8,))
+    assert dense["score"] >= 0.75 and dense["low"] < dense["score"] and dense["tokens"] <= 700 < dense["tokens"] + 40
+    least = CacheOptions("f16", "f16", budget=900_000, eviction="streaming_llm")
+    from edgeattn.evaluation.asking import widen
+    small = Model.load(nano_int4, ctx_size=1024, ubatch=128, cache=least)
+    widen(small)
+    poor = run(small, tokenizer, "recall", source, facts=(8,))
+    change, _, high = Outcome.of(poor).against(Outcome.of(dense))
+    assert poor["score"] <= 0.5 and change < 0 and high < 0 and poor["kv_bytes"] < dense["kv_bytes"]
+
+
+def test_needle_has_a_grid(tokenizer, model):
+    record = run(model, tokenizer, "needle", Source(length=500, samples=5))
+    assert list(record["metrics"]) == ["at 0 %", "at 25 %", "at 50 %", "at 75 %", "at 100 %"] and record["samples"] == 5
+    assert record["score"] == pytest.approx(np.mean(list(record["metrics"].values())))
+
+
+def test_answers_are_scored_as_squad_does():
+    assert docqa.f1("The Anna Petrov.", "anna petrov") == 1 and docqa.f1("Anna", "Anna Petrov") == pytest.approx(2 / 3)
+    assert docqa.f1("", "x") == 0 and docqa.normal("An apple, a day!") == ["apple", "day"]
+
+
+def test_docqa_reads_a_document_once(tokenizer, model, tmp_path):
+    path, context = tmp_path / "qa.jsonl", "The lighthouse was built in 1871 by the engineer Anna Petrov. It is forty metres tall."
+    rows = [{"context": context, "question": "Who built the lighthouse?", "answers": ["Anna Petrov"]},
+            {"context": context, "question": "When was it built?", "answers": ["1871", "in 1871"]}]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    record = run(model, tokenizer, "docqa", Source(length=500, samples=10), documents=str(path))
+    assert record["samples"] == 2 and len(record["values"]["of"]) == 1 and record["metrics"]["F1"] > 0.5
+    path.write_text('{"context": "x"}\n')
+    with pytest.raises(ValueError, match="line 1: must be"):
+        docqa.read(str(path))
+
+
+def test_divergence_from_itself_is_nothing(tokenizer, model, nano_int4, text, tmp_path):
+    source, base = Source(str(text), 300, 2), tmp_path / "base.npy"
+    saved = run(model, tokenizer, "kld", source, save=str(base), decode=40)
+    assert [path.name for path in tmp_path.glob("*base*")] == ["base.npy"] and saved["score"] == 0
+    same = run(model, tokenizer, "kld", source, base=str(base), decode=40)
+    assert abs(same["score"]) < 1e-6 and same["metrics"]["same top"] == 1
+    assert same["metrics"]["perplexity"] == pytest.approx(saved["metrics"]["perplexity"])
+    rough = Model.load(nano_int4, ctx_size=1024, ubatch=128, cache=CacheOptions("int2", "int2"))
+    other = run(rough, tokenizer, "kld", source, base=str(base), decode=40)
+    assert other["score"] > 1e-4 and other["metrics"]["99.9 %"] > other["metrics"]["median"] and other["low"] < other["score"]
+    with pytest.raises(ValueError, match="give --lengths 300"):
+        kld.open_base(str(base), model.vocab_size, 200)
+    with pytest.raises(ValueError, match="this model has 7"):
+        kld.open_base(str(base), 7, 300)
+    base.write_bytes(b"nothing")
+    with pytest.raises(ValueError, match="not a base file"):
+        kld.open_base(str(base), model.vocab_size, 300)
+
+
+def test_perplexity_is_that_of_the_logits(tokenizer, model, text):
+    record = run(model, tokenizer, "perplexity", Source(str(text), 200, 1), decode=50)
+    ids = words.book(tokenizer, text)[:200]
+    sequence = model.new_sequence()
+    rows = model.forward([(sequence, ids)], "all").astype(np.float64)
+    model.free(sequence)
+    losses = np.log(np.exp(rows[:-1] - rows[:-1].max(-1, keepdims=True)).sum(-1)) + rows[:-1].max(-1) - rows[np.arange(199), ids[1:]]
+    assert record["score"] == pytest.approx(np.exp(losses.mean()), rel=1e-3) and record["low"] is None
+
+
+@pytest.mark.parametrize("kind", masks.KINDS)
+def test_kernels_keep_to_masks(kind, model):
+    layer = masks.attend(kind, model, 640, 0)
+    assert layer.error < masks.ROUNDED and layer.pairs > 0
+
+
+def test_a_mask_that_is_not_kept_to_is_seen(model):
+    about = model.config["model"]
+    layer = MaskLayer((about["num_heads"], about["kv_heads"], about["head_dim"]), CacheOptions("f16", "f16"), 512, 128, model.threads)
+    layer._seen = lambda sequence, count, plan: np.ones((1, count, sequence.length), bool)  # every token sees the later ones
+    layer.call([(layer.cache.new_sequence(), 128, None)], True)
+    assert layer.error > masks.ROUNDED
+
+
+# ---- the command ---------------------------------------------------------------------------------------------------
+def test_settings_are_paired_and_a_second_call_measures_nothing(edgeattn, nano_int4, tmp_path, text, monkeypatch):
+    arguments = "kld,recall", "--lengths", 700, "--samples", 1, "--text", text, "-ctk", "f16,int2", "--out", tmp_path / "r.jsonl"
+    records = evaluate(edgeattn, nano_int4, *arguments)
+    assert [(r["task"], r["setting"], r["depth"]) for r in records] == [
+        ("kld", "-ctk f16", 700), ("recall", "-ctk f16", 700), ("kld", "-ctk int2", 700), ("recall", "-ctk int2", 700)]
+    assert records[0]["against"] is None and records[2]["against"]["setting"] == "-ctk f16" and records[2]["score"] > 0
+    assert all({"kind", "model", "setting", "command", "machine", "date", "edgeattn", "samples", "score", "low", "high", "metrics",
+                "kv_bytes"} <= set(r) for r in records)
+    monkeypatch.setattr("edgeattn.apps.eval_run.run", lambda *a, **b: pytest.fail("measured again"))
+    assert evaluate(edgeattn, nano_int4, *arguments) == records
+    assert len((tmp_path / "r.jsonl").read_text().splitlines()) == 4
+    table = edgeattn("eval", *arguments, "-m", nano_int4).stdout.splitlines()
+    assert [line.split()[1] for line in table[2:6]] == ["kld", "kld", "recall", "recall"] and len(set(map(len, table[:6]))) == 1
+    assert any(line.startswith("| 99.9 %") for line in table) and any(line.startswith("| 32 facts") for line in table)
+
+
+def test_a_line_that_a_crash_cut_off_is_measured_again(edgeattn, nano_int4, tmp_path):
+    arguments = "needle", "--lengths", 300, "--samples", 1, "--out", tmp_path / "r.jsonl"
+    whole = evaluate(edgeattn, nano_int4, *arguments)
+    text = (tmp_path / "r.jsonl").read_text()
+    (tmp_path / "r.jsonl").write_text(text + text[:50])
+    assert evaluate(edgeattn, nano_int4, *arguments) == whole
+    assert (tmp_path / "r.jsonl").read_text() == text
+
+
+@pytest.mark.parametrize("arguments, message", [
+    (["perplexity"], "give one with --text FILE"), (["docqa"], "--documents FILE"), (["nothing"], "no task 'nothing'"),
+    (["recall", "--lengths", "9000"], "need a context of"), (["recall", "--lengths", "100"], "raise --lengths"), (["kld", "--base", "none.npy"], "none.npy: no such file"),
+    (["kld", "--base", "x", "--save-base", "y"], "give one of them"),
+    (["kld", "--save-base", "y", "--lengths", "100,200"], "windows of one length")])
+def test_mistakes_are_told_in_a_line(edgeattn, nano_int4, arguments, message):
+    assert message in edgeattn.fails("eval", *arguments, "-m", nano_int4)
+
+
+def test_help_is_instant():
+    import subprocess
+    import sys
+    code = "import sys; from edgeattn.apps import cli; cli.make_parser(); print({'numpy', 'scipy', 'rich'} & set(sys.modules))"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "set()"
