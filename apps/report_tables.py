@@ -79,7 +79,7 @@ def _quality(task, depth, records):
 def number(value: float | None, percent: bool = False) -> str:
     if value is None:
         return ""
-    return f"{100 * value:.1f} %" if percent else f"{value:.2f}" if abs(value) >= 10 else f"{value:.4f}"
+    return f"{100 * value:z.1f} %" if percent else f"{value:.2f}" if abs(value) >= 10 else f"{value:z.4f}"
 
 
 def machines(results: list[dict]) -> list[str]:
