@@ -92,7 +92,7 @@ def test_a_full_disk_is_told_and_the_chat_goes_on(page):
     pages = page.store._base.execute("PRAGMA page_count").fetchone()[0]
     page.store._base.execute(f"PRAGMA max_page_count = {pages}")
     page.script.say("Yes.", "Yes.")
-    long = [{"role": "user", "content": "word " * 600}]
+    long = [{"role": "user", "content": "word " * 1500}]
     end = list(answer(page, long))[-1]
     assert end["type"] == "end" and end["text"] == "Yes." and end["told"].startswith("Not kept: ") and "full" in end["told"]
     assert end["conversation"] is None
