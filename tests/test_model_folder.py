@@ -180,7 +180,7 @@ def split_sizes(graph, sizes):
     (lambda g: (g.input.remove(g.input[0]), g.node[3].output.append("token_ids")), "makes 'token_ids'"),
     (lambda g: (g.input.remove(g.input[0]), g.initializer.append(numpy_helper.from_array(np.full(5, 1 << 40), "token_ids"))),
      "makes 'token_ids'"),
-    (lambda g: g.node[0].attribute.add(name="odd"), "attribute of no known kind"),
+    (lambda g: g.node[0].attribute.add(name="odd", ref_attr_name="q"), "attribute of no known kind"),
     (lambda g: g.node[-1].__setattr__("op_type", "sample"), "not an operator of exported graphs")])
 def test_a_graph_is_what_kernels_expect(export, edit, message):
     change(export, edit)
