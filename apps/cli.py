@@ -7,10 +7,10 @@ import os
 import sys
 
 import edgeattn
-from edgeattn.apps import bench, calibrate, chat, doctor, estimate, eval, export, generate, inspect, session, verify
+from edgeattn.apps import bench, calibrate, chat, doctor, estimate, eval, export, generate, inspect, serve, session, verify
 
-VERBS = {"chat": chat, "generate": generate, "session": session, "export": export, "calibrate": calibrate, "estimate": estimate,
-         "bench": bench, "eval": eval, "verify": verify, "inspect": inspect, "doctor": doctor}
+VERBS = {"chat": chat, "serve": serve, "generate": generate, "session": session, "export": export, "calibrate": calibrate,
+         "estimate": estimate, "bench": bench, "eval": eval, "verify": verify, "inspect": inspect, "doctor": doctor}
 EXAMPLES = """examples:
   edgeattn chat                                     talk to the bundled model
   edgeattn chat -m ~/models/Llama-3.2-1B-Instruct   exports it first, once

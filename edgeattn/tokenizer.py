@@ -66,9 +66,10 @@ class Tokenizer:
         """Token ids of a conversation; the template writes the begin token itself where the model has one."""
         return self.encode(self.render(messages, add_generation_prompt), special=False)
 
-    def render(self, messages: list[dict], add_generation_prompt: bool = True) -> str:
-        """The conversation, [{"role": ..., "content": ...}], as the text the model was trained on."""
-        variables = dict(self.special, messages=messages, add_generation_prompt=add_generation_prompt, tools=None, documents=None)
+    def render(self, messages: list[dict], add_generation_prompt: bool = True, tools: list[dict] | None = None) -> str:
+        """The conversation, [{"role": ..., "content": ...}], as the text the model was trained on. tools: functions that it may call, as
+        in OpenAI's API, for templates that show them."""
+        variables = dict(self.special, messages=messages, add_generation_prompt=add_generation_prompt, tools=tools, documents=None)
         try:
             return self._template.render(variables)
         except (TemplateError, TypeError, ValueError, LookupError, ArithmeticError) as error:
