@@ -13,6 +13,7 @@ from edgeattn.apps.record import common
 from edgeattn.evaluation import Source, load_task, run
 from edgeattn.evaluation.asking import SLACK, widen
 from edgeattn.evaluation.outcome import Outcome
+from edgeattn.evaluation.words import HAYSTACK
 from edgeattn.runtime import read_config
 
 UBATCH = 128  # tokens of a chunk: it sees its own before they are stored, and the evaluation is of what is stored
@@ -30,7 +31,7 @@ class Evaluation:
         self._bases: dict[int, str] = {}  # length -> file of the first setting's probabilities
 
     def records(self) -> Iterator[dict]:
-        """Every record of the call, settings one after the other. ValueError: a task's source does not do, or two settings of a kind."""
+        """Every record of the call, settings one after the other. ValueError: a task's source does not do."""
         first, plans = {}, [self._plan(number, one) for number, one in enumerate(self._settings)]
         with tempfile.TemporaryDirectory(prefix="edgeattn-eval-") as self._work:
             for number, plan in enumerate(plans):
@@ -65,7 +66,7 @@ class Evaluation:
         """Of all that a record's figures depend on."""
         sparse, prefill = options.sparse_options(one), options.prefill_options(one)
         calibration = folder / "calibration.safetensors"
-        about = [name, asdict(replace(source, text=None)), digest(source.text), digest(folder / "edgeattn.json"),
+        about = [name, asdict(replace(source, text=None)), digest(source.text or HAYSTACK), digest(folder / "edgeattn.json"),
                  digest(calibration if calibration.is_file() else None), repr(options.cache_options(one)), repr(sparse), repr(prefill),
                  one.ubatch_size or UBATCH, one.device, one.ctx_size if one.kv_budget else 0]
         if name in ("perplexity", "kld"):
@@ -131,8 +132,11 @@ class Evaluation:
                 file.write(json.dumps(record) + "\n")
 
 
-def compare(record: dict, base: dict) -> dict:
-    """What a record says of its difference from another setting's."""
+def compare(record: dict, base: dict) -> dict | None:
+    """What a record says of its difference from another setting's; None where the two did not get the same questions, as with models whose
+    tokenizers make another number of windows of a text."""
+    if [len(row) for row in record["values"]["of"]] != [len(row) for row in base["values"]["of"]]:
+        return None
     difference, low, high = Outcome.of(record).against(Outcome.of(base))
     return {"setting": base["setting"], "model": base["model"], "difference": difference, "low": low, "high": high}
 
