@@ -181,7 +181,8 @@ def test_a_line_that_a_crash_cut_off_is_measured_again(edgeattn, nano_int4, tmp_
 
 @pytest.mark.parametrize("arguments, message", [
     (["perplexity"], "give one with --text FILE"), (["docqa"], "--documents FILE"), (["nothing"], "no task 'nothing'"),
-    (["recall", "--lengths", "9000"], "need a context of"), (["recall", "--lengths", "100"], "raise --lengths"), (["kld", "--base", "none.npy"], "none.npy: no such file"),
+    (["recall", "--lengths", "9000"], "need a context of"),
+    (["recall", "--lengths", "100"], "raise --lengths"), (["kld", "--base", "none.npy"], "none.npy: no such file"),
     (["kld", "--base", "x", "--save-base", "y"], "give one of them"),
     (["kld", "--save-base", "y", "--lengths", "100,200"], "windows of one length")])
 def test_mistakes_are_told_in_a_line(edgeattn, nano_int4, arguments, message):
