@@ -51,8 +51,8 @@ def test_the_harness_scores_texts_as_the_model_does(url, nano_int4, nano_checkpo
     (tmp_path / "facts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     (tmp_path / "facts.yaml").write_text(TASK.replace("FILE", str(tmp_path / "facts.jsonl")))
     about = f"model=nano,base_url={url}/v1/completions,tokenizer={nano_checkpoint},tokenizer_backend=huggingface,num_concurrent=4"
-    done = subprocess.run([sys.executable, "-m", "lm_eval", "run", "--model", "local-completions", "--model_args", about, "--tasks", "facts",
-                           "--include_path", tmp_path, "--output_path", tmp_path / "out", "--log_samples"],
+    done = subprocess.run([sys.executable, "-m", "lm_eval", "run", "--model", "local-completions", "--model_args", about,
+                           "--tasks", "facts", "--include_path", tmp_path, "--output_path", tmp_path / "out", "--log_samples"],
                           capture_output=True, text=True, env=os.environ | OFFLINE | {"HF_HOME": str(tmp_path / "hf")}, timeout=300)
     assert done.returncode == 0, done.stderr
     samples = [json.loads(line) for path in (tmp_path / "out").rglob("samples_facts_*.jsonl") for line in path.read_text().splitlines()]
