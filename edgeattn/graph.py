@@ -64,6 +64,9 @@ def _initializer(tensor: TensorProto, folder: Path, maps: dict[str, np.ndarray])
 def _check_nodes(proto, initializers):
     """Names are given once, so that nothing is written where something else lies; nodes hold no graphs (loops never end), name no other
     file's tensors, and functions do not call functions (a few lines would unfold to billions)."""
+    for node in proto.graph.node:
+        if not all(isinstance(text, str) for text in (node.op_type, node.domain, node.name, *node.input, *node.output)):
+            raise ValueError("a name in it is not UTF-8")  # protobuf gives such as bytes
     taken = {value.name for value in proto.graph.input} | set(initializers)
     for node in proto.graph.node:
         for name in filter(None, node.output):

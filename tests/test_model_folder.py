@@ -140,6 +140,14 @@ def test_graphs_that_do_more_than_compute(export, edit, message):
         read_graph(export)
 
 
+def test_names_that_are_no_text(export):
+    """Found by fuzzing: protobuf gives them as bytes."""
+    whole = (export / "model.onnx").read_bytes()
+    (export / "model.onnx").write_bytes(whole.replace(b"embedding_nbits", b"embedding_nbit\xff"))
+    with pytest.raises(ValueError, match="not UTF-8"):
+        read_graph(export)
+
+
 def test_functions_may_not_unfold(export):
     proto = onnx.load(export / "model.onnx", load_external_data=False)
     for i in range(40):
