@@ -6,7 +6,7 @@ import sys
 from importlib import metadata
 
 HELP = "check this machine and installation; exit code 1 when something needed is missing"
-NEEDED = ("numpy", "numba", "llvmlite", "onnx", "onnxruntime", "tokenizers", "safetensors", "jinja2", "psutil", "rich", "scipy")
+NEEDED = ("numpy", "numba", "llvmlite", "onnx", "onnxruntime", "tokenizers", "safetensors", "jinja2", "psutil", "rich")
 OPTIONAL = {"torch": "checks exports against the original model", "transformers": "needed by the tests only"}
 
 
