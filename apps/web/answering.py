@@ -72,19 +72,16 @@ class _Answer:
         self._run, self._text, self._reason = answers.runs[0], "", "cancelled"
         self._messages = [message.model_dump(exclude_unset=True) for message in talk.messages]
         self._saving = threading.Lock()
-        self._where, self._title, self._counted = (talk.conversation, talk.revision), talk.title, self._count()
-
-    def _count(self):
-        """What the sparse scheduler has counted; None where asking would wait for a GPU, or where there is none."""
-        model = self._engine.model
-        return model.scheduler.counted() if model.scheduler and model.device == "cpu" else None
+        self._where, self._title = (talk.conversation, talk.revision), talk.title
+        self._scheduler = engine.model.scheduler if engine.model.device == "cpu" else None  # asking would wait for a GPU
+        self._counted = self._scheduler and self._scheduler.counted()
 
     def _share_read(self):
         """Of the cache, by sparse steps since this answer began, others' included."""
-        now = self._count()
-        if now is None or self._counted is None or not (now - self._counted)[HELD]:
+        if self._scheduler is None or self._engine.model.scheduler is not self._scheduler:  # other settings since
             return None
-        return round(self._engine.model.scheduler.share_read(now - self._counted), 4)
+        counted = self._scheduler.counted() - self._counted
+        return round(self._scheduler.share_read(counted), 4) if counted[HELD] else None
 
     async def events(self) -> AsyncIterator[dict]:
         """start, reading..., text..., end; or error. A page that is closed leaves what was said so far in the store."""
