@@ -172,9 +172,13 @@ def test_models_health_and_metrics(client, address, engine):
     with pytest.raises(openai.NotFoundError):
         client.models.retrieve("other")
     assert httpx.get(f"{address}/health").json() == {"status": "ok"}
-    lines = httpx.get(f"{address}/metrics").text.splitlines()
-    values = {line.split()[0]: float(line.split()[1]) for line in lines if not line.startswith("#")}
-    assert values["edgeattn_completion_tokens_total"] >= 0 and values["edgeattn_running"] == 0
+
+    def figures():
+        lines = httpx.get(f"{address}/metrics").text.splitlines()
+        return lines, {line.split()[0]: float(line.split()[1]) for line in lines if not line.startswith("#")}
+    (_, before), _, (lines, after) = figures(), client.completions.create(model="any", prompt=[400], max_tokens=3), figures()
+    grown = {name: after[f"edgeattn_{name}_total"] - before[f"edgeattn_{name}_total"] for name in ("prompt_tokens", "completion_tokens")}
+    assert grown["prompt_tokens"] == 1 and 1 <= grown["completion_tokens"] <= 3 and after["edgeattn_running"] == 0
     assert all(line.split()[2].startswith("edgeattn_") for line in lines if line.startswith("#"))
 
 
