@@ -125,9 +125,10 @@ def _kv(chat, argument):
         for word in words if not words[0].startswith("-") else []:
             _short_kv(args, word)
         if words[0].startswith("-"):
-            if {"-ctk", "-ctv", "--cache-type-k", "--cache-type-v"} & set(words):
+            flags = {word.partition("=")[0] for word in words}
+            if {"-ctk", "-ctv", "--cache-type-k", "--cache-type-v"} & flags:
                 args.kv_bits = None
-            elif "--kv-bits" in words:
+            elif "--kv-bits" in flags:
                 args.cache_type_k = args.cache_type_v = None
             _parse(options.add_cache, args, words)
         _reload(chat, args)

@@ -3,6 +3,7 @@ import html
 import re
 from functools import cache
 
+COLOURED = 20_000  # characters of code that get colours: some lexers take time by the square of it
 ALLOWED = re.compile(r"(https?://|mailto:)", re.IGNORECASE)  # what a link may lead to
 
 
@@ -47,6 +48,8 @@ def _highlight(code, language, attributes):
     from pygments.formatters import HtmlFormatter
     from pygments.lexers import get_lexer_by_name
     from pygments.util import ClassNotFound
+    if len(code) > COLOURED:
+        return ""
     try:
         lexer = get_lexer_by_name(language, stripnl=False)
     except ClassNotFound:

@@ -1,6 +1,7 @@
 """edgeattn serve: OpenAI's API on this machine."""
 import argparse
 import os
+import re
 import sys
 
 from edgeattn.apps import options
@@ -48,7 +49,11 @@ def main(args: argparse.Namespace) -> int:
 def _settings(args):
     """ValueError: not safe."""
     from edgeattn.apps.server.settings import Settings
-    key, local = args.api_key or os.environ.get("EDGEATTN_API_KEY") or None, _is_local(args.host)
+    key, local = args.api_key, _is_local(args.host)
+    if key is None:
+        key = os.environ.get("EDGEATTN_API_KEY") or None
+    if key is not None and not re.fullmatch("[!-~]+", key):  # an empty one, of a variable that is not set, must not open the server
+        raise ValueError("the key must be of visible ASCII characters without spaces, and not empty")
     if not local and not key:
         raise ValueError(f"--host {args.host} is open to other machines: give a key, --api-key KEY or EDGEATTN_API_KEY")
     return Settings(key, tuple(args.cors_origin), tuple(name.lower() for name in args.allowed_host), local, args.max_body, args.predict,

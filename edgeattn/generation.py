@@ -90,7 +90,8 @@ class StopStrings:
             self.hit = True
             shown, self.held = self.held[:min(ends)[1]], ""
             return shown
-        keep = max((n for stop in self.stops for n in range(1, len(stop)) if self.held.endswith(stop[:n])), default=0)
+        starts = (stop[:n] for stop in self.stops for n in range(1, min(len(stop), len(self.held) + 1)))
+        keep = max((len(start) for start in starts if self.held.endswith(start)), default=0)
         cut = len(self.held) - keep
         shown, self.held = self.held[:cut], self.held[cut:]
         return shown

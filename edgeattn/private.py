@@ -15,7 +15,8 @@ def private(folder: Path) -> Path:
     about, own = folder.stat(), "set XDG_CACHE_HOME to a folder of your own"
     if about.st_uid != os.geteuid() or about.st_mode & 0o002:
         raise ValueError(f"{folder} holds compiled code, and other users could write there: remove it, or {own}")
-    folder.chmod(0o700)  # a group's members could write, where the umask lets them
+    if about.st_mode & 0o077:  # a group's members could write, where the umask lets them
+        folder.chmod(0o700)
     for path in folder.resolve().parents:
         if path.stat().st_mode & 0o002 and not path.stat().st_mode & stat.S_ISVTX:
             raise ValueError(f"{folder} holds compiled code, and everybody can write to {path}: chmod o-w {path}, or {own}")

@@ -69,7 +69,8 @@ class Tokenizer:
 
     def encode(self, text: str, special: bool = True) -> list[int]:
         """Token ids; `special` adds what the model expects around plain text (a begin token), once."""
-        ids = self._guarded(self.backend.encode, _valid(text), add_special_tokens=special).ids
+        found = self._guarded(self.backend.encode_batch, [_valid(text)], add_special_tokens=special)  # encode would stop all other threads
+        ids = found[0].ids
         if special and self.bos_id is not None and ids[:2] == [self.bos_id, self.bos_id]:
             return ids[1:]
         return ids

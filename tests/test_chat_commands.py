@@ -61,12 +61,12 @@ def test_what_is_loaded_answers_as_if_it_had_never_ended(chat):
 
 
 def test_cache_and_sparse_attention_change(chat):
-    done = chat("hi", "/kv", "/kv int8/int4", "/kv 3M", "/kv -ctk f16 -ctv f16 --kv-eviction streaming_llm", "/kv default", "/kv 9x",
-                "/kv -ctk x", "/kv \"", "/sparse", "/sparse quest 256", "/sparse off", "/sparse nothing", "so")
+    done = chat("hi", "/kv", "/kv int8/int4", "/kv 3M", "/kv -ctk f16 -ctv f16 --kv-eviction streaming_llm", "/kv --kv-bits=4",
+                "/kv default", "/kv 9x", "/kv -ctk x", "/kv \"", "/sparse", "/sparse quest 256", "/sparse off", "/sparse nothing", "so")
     assert done.returncode == 0 and done.stdout.count("\n") == 2
     said = [line for line in done.stderr.splitlines() if not line.startswith("the conversation is read again")]
     caches = [line.split(",")[0] for line in said if line.startswith("cache ")]
-    assert caches == ["cache f16", "cache int8/int4", "cache int8/int4", "cache f16", "cache f16"]
+    assert caches == ["cache f16", "cache int8/int4", "cache int8/int4", "cache f16", "cache int4", "cache f16"]
     assert "evicts by streaming_llm" in done.stderr
     for text in ("'9x' is no type", "invalid choice: 'x'", "No closing quotation", "got 'nothing'", "method quest", "sparse attention off"):
         assert text in done.stderr, text

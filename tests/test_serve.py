@@ -16,6 +16,12 @@ def test_a_server_for_other_machines_needs_a_key(edgeattn, monkeypatch, host):
     assert "give a key" in edgeattn.fails("serve", "--host", host)
 
 
+@pytest.mark.parametrize("key", ["", "two words", "schl\u00fcssel"])
+def test_a_key_that_no_client_could_show_is_refused(edgeattn, key):
+    """An empty one comes of a variable that is not set."""
+    assert "visible ASCII characters" in edgeattn.fails("serve", "--api-key", key)
+
+
 def test_a_taken_port_is_told_before_the_model_is_read(edgeattn):
     with socket.create_server(("127.0.0.1", 0)) as taken:
         assert "in use" in edgeattn.fails("serve", "-m", "no model", "--port", taken.getsockname()[1])

@@ -111,6 +111,9 @@ def test_completions_continue_text_and_ids(client, engine):
     assert [choice.text for choice in both.choices] == ["The old mill stood" + text] * 2
     assert client.completions.create(model="any", prompt=ids, max_tokens=8).choices[0].text == text
     assert [c.text for c in client.completions.create(model="any", prompt=[ids, ids], max_tokens=8).choices] == [text, text]
+    special = [f"a{engine.tokenizer.backend.id_to_token(min(engine.special_tokens))}b", "c"]  # which decoding would drop
+    echoed = client.completions.create(model="any", prompt=special, n=2, max_tokens=1, echo=True).choices
+    assert all(choice.text.startswith(special[i // 2]) for i, choice in enumerate(echoed))
     streamed = list(client.completions.create(model="any", prompt=ids, max_tokens=8, stream=True))
     assert "".join(chunk.choices[0].text for chunk in streamed) == text
 
@@ -169,9 +172,13 @@ def test_models_health_and_metrics(client, address, engine):
     with pytest.raises(openai.NotFoundError):
         client.models.retrieve("other")
     assert httpx.get(f"{address}/health").json() == {"status": "ok"}
-    lines = httpx.get(f"{address}/metrics").text.splitlines()
-    values = {line.split()[0]: float(line.split()[1]) for line in lines if not line.startswith("#")}
-    assert values["edgeattn_completion_tokens_total"] >= 0 and values["edgeattn_running"] == 0
+
+    def figures():
+        lines = httpx.get(f"{address}/metrics").text.splitlines()
+        return lines, {line.split()[0]: float(line.split()[1]) for line in lines if not line.startswith("#")}
+    (_, before), _, (lines, after) = figures(), client.completions.create(model="any", prompt=[400], max_tokens=3), figures()
+    grown = {name: after[f"edgeattn_{name}_total"] - before[f"edgeattn_{name}_total"] for name in ("prompt_tokens", "completion_tokens")}
+    assert grown["prompt_tokens"] == 1 and 1 <= grown["completion_tokens"] <= 3 and after["edgeattn_running"] == 0
     assert all(line.split()[2].startswith("edgeattn_") for line in lines if line.startswith("#"))
 
 
@@ -182,7 +189,10 @@ def test_models_health_and_metrics(client, address, engine):
     (dict(logit_bias={"9000": 1}), "0 to 8191"), (dict(tool_choice="required"), "no tools"),
     (dict(tools=[WEATHER], tool_choice={"type": "function", "function": {"name": "wether"}}), "only weather"),
     (dict(response_format={"type": "json_schema", "json_schema": {"name": "x", "schema": {"type": "objekt"}}}), "objekt"),
-    (dict(response_format={"type": "json_schema", "json_schema": {"name": "x"}}), "needs json_schema.schema")])
+    (dict(response_format={"type": "json_schema", "json_schema": {"name": "x"}}), "needs json_schema.schema"),
+    (dict(response_format={"type": "json_schema", "json_schema": {"name": "x", "schema": {"enum": ["a" * 140_000]}}}),
+     "131072 are the most")],
+    ids=lambda value: value if isinstance(value, str) else "")
 def test_mistakes_are_told_in_one_sentence(client, wrong, message):
     with pytest.raises(openai.BadRequestError, match=message) as caught:
         client.chat.completions.create(**{"model": "any", "messages": QUESTION} | wrong)

@@ -10,12 +10,14 @@ import openai
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis.errors import Unsatisfiable
+from pydantic import ValidationError
 from schemathesis import GenerationMode
 from schemathesis.openapi import from_asgi
 from server_model import TOKENIZER, FakeModel, serving
 
 from edgeattn.apps.server.app import make_app
 from edgeattn.apps.server.engine import Engine
+from edgeattn.apps.server.schema import ChatRequest
 from edgeattn.apps.server.settings import Settings
 
 ASK = {"messages": [{"role": "user", "content": "Hello"}], "max_tokens": 8}
@@ -60,6 +62,24 @@ def test_nonsense_is_answered_with_400(served, path):
             assert answer.status_code == 400 and answer.json()["error"]["message"], name
         assert client.post(path, content=b"a=1", headers={"Content-Type": "text/plain"}).status_code == 400
         assert client.post("/v1/chat/completions", json=ASK).status_code == 200
+
+
+@pytest.mark.parametrize("field, value", [("top_k", "5"), ("seed", 1.5), ("seed", True), ("n", "2"), ("temperature", "0.5"),
+                                          ("stream", "yes"), ("max_tokens", 3.0), ("logprobs", 1), ("logit_bias", {"-1": 1}),
+                                          ("logit_bias", {"5\n": 1}), ("logit_bias", {"5": "1"}), ("stop", [1]), ("user", 7)])
+def test_a_value_of_another_type_is_refused(field, value):
+    with pytest.raises(ValidationError, match=field):
+        ChatRequest.model_validate({**ASK, field: value})
+
+
+@pytest.mark.parametrize("body", [{"messages": [0] * 5000}, {"messages": [{"role": "user", "content": [0] * 5000}]}, {"tools": [0] * 5000},
+                                  {"messages": [{"role": "assistant", "tool_calls": [0] * 5000}]}, {"stop": [0] * 5000},
+                                  {"logit_bias": {f"x{i}": "" for i in range(5000)}}], ids=lambda body: next(iter(body)))
+def test_of_many_mistakes_few_are_told(body):
+    """Each takes a kilobyte, and a body has room for millions."""
+    with pytest.raises(ValidationError) as caught:
+        ChatRequest.model_validate({**ASK, **body})
+    assert caught.value.error_count() < 10
 
 
 def test_half_a_character_in_json_is_no_crash(served):

@@ -86,6 +86,7 @@ def test_a_key_opens_everything_but_the_page(browse, path):
 def test_answers_carry_headers_that_keep_pages_in(browse):
     headers = browse().get("/health").headers
     assert headers["x-content-type-options"] == "nosniff" and "default-src 'self'" in headers["content-security-policy"]
+    assert headers["cross-origin-resource-policy"] == "same-origin"
 
 
 def test_bodies_have_a_limit_announced_or_not(browse):

@@ -6,6 +6,8 @@ import os
 import signal
 import subprocess
 import sys
+import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -177,6 +179,16 @@ def test_files_of_the_wrong_kind(tmp_path, name, text, message):
     with pytest.raises(ValueError, match=message) as caught:
         Tokenizer(tmp_path)
     assert "\n" not in str(caught.value)
+
+
+def test_other_threads_go_on_while_a_long_text_is_encoded(nano):
+    """A server's would otherwise all stand still."""
+    looks, encoding = 0, threading.Thread(target=nano.encode, args=["The old mill stood by the river. " * 20_000])
+    encoding.start()
+    while encoding.is_alive():
+        time.sleep(0.001)
+        looks += 1
+    assert looks > 5
 
 
 def test_tokens_that_do_not_exist(nano):

@@ -110,6 +110,44 @@ def test_a_conversation_changed_elsewhere_is_kept_beside_it(page):
     assert page.store.load(first["conversation"])["messages"][0]["content"] == "other"
 
 
+def test_changed_elsewhere_on_a_full_disk_is_told(page):
+    page.script.say("One.", "Two.")
+    first = list(answer(page))[-1]
+    page.store.save([{"role": "user", "content": "other"}], "nano", first["conversation"], first["revision"])
+    page.store._base.execute(f"PRAGMA max_page_count = {page.store._base.execute('PRAGMA page_count').fetchone()[0]}")
+    long = [{"role": "user", "content": "word " * 1500}]
+    end = list(answer(page, long, conversation=first["conversation"], revision=first["revision"]))[-1]
+    assert end["type"] == "end" and end["told"].startswith("Not kept: ")
+
+
+@pytest.mark.parametrize("facts", ['{"ttft_s": NaN}', '{"files": 5}', '{"tokens": "5"}', "[" * 400 + "]" * 400])
+def test_facts_that_could_not_be_shown_again_are_refused(page, facts):
+    body = f'{{"messages": [{{"role": "user", "content": "x", "facts": {facts}}}]}}'
+    response = page.client.post("/api/answer", content=body, headers={"Content-Type": "application/json"})
+    status = page.engine.status()
+    assert response.status_code == 400 and status["running"] == status["waiting"] == 0 and not page.store.conversations()
+
+
+def test_facts_that_the_page_does_not_know_are_not_kept(page):
+    page.script.say("Yes.")
+    deep = json.loads('{"a":' * 300 + "1" + "}" * 300)
+    facts = {"files": [{"name": "mill.txt", "length": 1}], "deep": deep}
+    end = list(answer(page, [{**QUESTION[0], "facts": facts}]))[-1]
+    assert page.store.load(end["conversation"])["messages"][0]["facts"] == {"files": facts["files"]}
+
+
+def test_the_memory_of_a_full_context_does_not_grow_with_use(page):
+    page.script.say("Yes.")
+    before = page.client.get("/api/status").json()["memory"]["total"]
+    list(answer(page, [{"role": "user", "content": "word " * 3000}]))
+    assert page.client.get("/api/status").json()["memory"]["total"] == before
+
+
+def test_long_code_has_no_colours():
+    """Lexers may take time by the square of a text, and while it is told it is coloured again and again."""
+    assert "<span" in to_html("```python\nx = 1\n```") and "<span" not in to_html("```python\n" + "x = 1\n" * 5000 + "```")
+
+
 def test_what_cannot_be_answered_is_refused_in_words(page):
     def refused(status, path, **body):
         response = page.client.post(path, json=body)

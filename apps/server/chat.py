@@ -27,7 +27,7 @@ def make_router(engine: Engine, settings: Settings) -> APIRouter:
         if body.stream:
             return EventStream(_stream(engine, answers, body, prompt, about), answers)
         found = await answers.collect(request)
-        choices = [_choice(engine, index, pieces, prompt.calls, body) for index, pieces in enumerate(found)]
+        choices = await asyncio.to_thread(lambda: [_choice(engine, i, pieces, prompt.calls, body) for i, pieces in enumerate(found)])
         return respond({**about, "object": "chat.completion", "choices": choices, "usage": answers.usage()})
     return router
 
@@ -37,9 +37,9 @@ def _jobs(engine, settings, body, client):
         prompt = prepare(body, engine.tokenizer)
         tokens = engine.constraints if prompt.schema is not None or body.logprobs else None  # not first made in the event loop
         grammar = tokens.schema(prompt.schema) if prompt.schema is not None else None
-    except ValueError as error:
+        ids = engine.tokenizer.encode(prompt.text, special=False)
+    except (ValueError, RecursionError) as error:  # tools and schemas may be nested deeper than they can be written
         raise Refusal(400, str(error)) from None
-    ids = engine.tokenizer.encode(prompt.text, special=False)
     wanted = body.max_completion_tokens if body.max_tokens is None else body.max_tokens
     scores = body.top_logprobs or 0 if body.logprobs else None
     return prompt, make_jobs(body, [ids], settings, engine, client, wanted, scores=scores, grammar=grammar)
@@ -53,7 +53,7 @@ def _choice(engine, index, pieces, calls, body):
         text, found = (text + rest).strip() if found or more else text + rest, found + more
     message = {"role": "assistant", "content": text or (None if found else ""), "refusal": None}
     scores = [score for piece in pieces for score in piece.scores]
-    if scores and reason == "stop" and len(scores) and scores[-1].token in engine.tokenizer.end_tokens:
+    if scores and reason == "stop" and scores[-1].token in engine.tokenizer.end_tokens:
         scores.pop()  # the end token has no text
     return {"index": index, "message": message | ({"tool_calls": found} if found else {}),
             "logprobs": {"content": [chat_score(engine, score) for score in scores], "refusal": None} if body.logprobs else None,

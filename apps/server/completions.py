@@ -28,7 +28,7 @@ def make_router(engine: Engine, settings: Settings) -> APIRouter:
         if body.stream:
             return EventStream(_stream(engine, answers, body, about), answers)
         found = await answers.collect(request)
-        choices = [_choice(engine, index, run, found[index], body) for index, run in enumerate(answers.runs)]
+        choices = await asyncio.to_thread(lambda: [_choice(engine, i, run, found[i], body) for i, run in enumerate(answers.runs)])
         return respond({**about, "choices": choices, "usage": answers.usage()})
     return router
 
@@ -39,7 +39,10 @@ def _jobs(engine, settings, body, client):
     prompts = [body.prompt] if isinstance(body.prompt, str) or not body.prompt or isinstance(body.prompt[0], int) else body.prompt
     if len(prompts) > settings.max_choices:
         raise Refusal(400, f"{len(prompts)} prompts, and {settings.max_choices} are the most of one request", param="prompt")
-    ids = [engine.tokenizer.encode(prompt) if isinstance(prompt, str) else prompt for prompt in prompts]
+    try:
+        ids = [engine.tokenizer.encode(prompt) if isinstance(prompt, str) else prompt for prompt in prompts]
+    except ValueError as error:
+        raise Refusal(400, str(error), param="prompt") from None
     if body.logprobs is not None:
         engine.constraints  # takes a moment, so not in the event loop
     most = DEFAULT_TOKENS if body.max_tokens is None else body.max_tokens
@@ -47,20 +50,22 @@ def _jobs(engine, settings, body, client):
     return make_jobs(body, ids, settings, engine, client, most, scores=body.logprobs, score_prompt=scored, continues_text=True)
 
 
-def _prompt_text(engine, body, run):
+def _prompt_text(engine, body, index, run):
     """What echo shows before the answer."""
     if not body.echo:
         return ""
     if isinstance(body.prompt, str):
         return body.prompt
+    if isinstance(body.prompt[0], str):
+        return body.prompt[index // (body.n or 1)]
     return engine.tokenizer.decode(run.job.prompt)
 
 
 def _choice(engine, index, run, pieces, body):
-    before, scores = _prompt_text(engine, body, run), [score for piece in pieces for score in piece.scores]
+    before, scores = _prompt_text(engine, body, index, run), [score for piece in pieces for score in piece.scores]
     text, logprobs = before + "".join(piece.text for piece in pieces), None
     if body.logprobs is not None:
-        logprobs = completion_scores(engine, [*run.prompt_scores, *scores], 0 if body.echo else len(before))
+        logprobs = completion_scores(engine, [*run.prompt_scores, *scores], 0)
     return {"text": text, "index": index, "logprobs": logprobs, "finish_reason": pieces[-1].finish_reason}
 
 
@@ -83,7 +88,7 @@ async def _stream(engine, answers, body, about) -> AsyncIterator[bytes]:
         run = answers.runs[index]
         first = not told[index]
         told[index] = True
-        text = (_prompt_text(engine, body, run) if first else "") + piece.text
+        text = (_prompt_text(engine, body, index, run) if first else "") + piece.text
         scores = [*(run.prompt_scores if first else ()), *piece.scores]
         if text or scores or piece.finish_reason:
             yield chunk(index, text, piece.finish_reason, scores)

@@ -5,6 +5,7 @@ import numpy as np
 
 from edgeattn.apps.server.logits import NEVER
 
+LONGEST = 1 << 17  # characters of a schema; OpenAI takes 120,000
 COMPACT = {"whitespace_flexible": False}  # a small model may else write blanks for ever
 
 
@@ -19,7 +20,9 @@ class Constraints:
     def schema(self, schema: dict) -> "Matcher":
         """At the beginning of the JSON texts that a schema allows."""
         from llguidance import LLMatcher
-        matcher = LLMatcher(self._tokenizer, LLMatcher.grammar_from_json_schema(json.dumps(schema), defaults=COMPACT), log_level=0)
+        if len(text := json.dumps(schema)) > LONGEST:
+            raise ValueError(f"the JSON schema has {len(text)} characters, and {LONGEST} are the most")
+        matcher = LLMatcher(self._tokenizer, LLMatcher.grammar_from_json_schema(text, defaults=COMPACT), log_level=0)
         _check(matcher)
         return Matcher(matcher)
 

@@ -14,6 +14,7 @@ from edgeattn.apps.server.settings import Settings
 PUBLIC = ("/", "/health", "/favicon.ico")  # the page itself holds no secret: whoever opens it types the key into it
 HOST = re.compile(r"(\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9._-]+)(?::[0-9]{1,5})?")
 HEADERS = {b"x-content-type-options": b"nosniff", b"referrer-policy": b"no-referrer", b"cache-control": b"no-store",
+           b"cross-origin-resource-policy": b"same-origin",
            b"content-security-policy": b"default-src 'self'; frame-ancestors 'none'; base-uri 'none'; form-action 'self'"}
 
 

@@ -1,15 +1,25 @@
-"""The bodies of requests, as OpenAI's API has them; fields that are not known are ignored."""
+"""The bodies of requests, as OpenAI's API has them; fields that are not known are ignored, and none is taken for another type.
+
+Lists fail at their first wrong entry: telling of each of a million takes gigabytes.
+"""
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
 Text = Annotated[str, Field(max_length=1 << 23)]
 Number = Annotated[float, Field(allow_inf_nan=False)]
-Ids = list[Annotated[int, Field(ge=0, lt=1 << 31)]]
+Ids = Annotated[list[Annotated[int, Field(ge=0, lt=1 << 31)]], Field(fail_fast=True)]
+MOST_BIASED = 1024
+
+
+def _few(bias):
+    if isinstance(bias, dict) and len(bias) > MOST_BIASED:  # Field(max_length) looks only after all entries
+        raise ValueError(f"at most {MOST_BIASED} tokens can have a bias")
+    return bias
 
 
 class Body(BaseModel):
-    model_config = ConfigDict(extra="ignore")
+    model_config = ConfigDict(extra="ignore", strict=True)
 
 
 class Part(Body):
@@ -30,9 +40,9 @@ class ToolCall(Body):
 
 class Message(Body):
     role: Literal["system", "developer", "user", "assistant", "tool"]
-    content: Text | list[Part] | None = None
+    content: Text | Annotated[list[Part], Field(fail_fast=True)] | None = None
     name: str | None = None
-    tool_calls: list[ToolCall] | None = None
+    tool_calls: Annotated[list[ToolCall], Field(fail_fast=True)] | None = None
     tool_call_id: str | None = None
 
     @property
@@ -89,10 +99,10 @@ class Generated(Body):
     presence_penalty: Annotated[Number, Field(ge=-2, le=2)] | None = None
     frequency_penalty: Annotated[Number, Field(ge=-2, le=2)] | None = None
     logit_bias: Annotated[dict[Annotated[str, Field(pattern=r"^[0-9]{1,9}$")], Annotated[Number, Field(ge=-100, le=100)]],
-                          Field(max_length=1024)] | None = None
+                          BeforeValidator(_few), Field(max_length=MOST_BIASED)] | None = None
     seed: Annotated[int, Field(ge=-(1 << 63), lt=1 << 63)] | None = None
     stop: Annotated[str, Field(max_length=1000)] | Annotated[
-        list[Annotated[str, Field(max_length=1000)]], Field(max_length=16)] | None = None
+        list[Annotated[str, Field(max_length=1000)]], Field(max_length=16, fail_fast=True)] | None = None
     n: Annotated[int, Field(ge=1, le=1024)] | None = None
     user: str | None = None
     session: Annotated[str, Field(max_length=200)] | None = Field(default=None, description="an edgeattn extension: the conversation "
@@ -100,18 +110,19 @@ class Generated(Body):
 
 
 class ChatRequest(Generated):
-    messages: Annotated[list[Message], Field(min_length=1, max_length=10000)]
+    messages: Annotated[list[Message], Field(min_length=1, max_length=10000, fail_fast=True)]
     max_tokens: Annotated[int, Field(ge=1, lt=1 << 31)] | None = None
     max_completion_tokens: Annotated[int, Field(ge=1, lt=1 << 31)] | None = None
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
-    tools: Annotated[list[Tool], Field(max_length=128)] | None = None
+    tools: Annotated[list[Tool], Field(max_length=128, fail_fast=True)] | None = None
     tool_choice: Literal["none", "auto", "required"] | ToolChoice | None = None
     response_format: ResponseFormat | None = None
 
 
 class CompletionRequest(Generated):
-    prompt: Text | Annotated[list[Text], Field(min_length=1)] | Ids | Annotated[list[Ids], Field(min_length=1)]
+    prompt: Text | Annotated[list[Text], Field(min_length=1, fail_fast=True)] | Ids | \
+        Annotated[list[Ids], Field(min_length=1, fail_fast=True)]
     max_tokens: Annotated[int, Field(ge=0, lt=1 << 31)] | None = None
     echo: bool | None = None
     logprobs: Annotated[int, Field(ge=0, le=20)] | None = None

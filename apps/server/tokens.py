@@ -1,4 +1,5 @@
 """Tokens and their log probabilities as OpenAI's answers show them."""
+from itertools import accumulate
 
 
 def token_text(engine, token: int) -> str:
@@ -29,5 +30,5 @@ def completion_scores(engine, scores, offset: int) -> dict:
     texts = [token_text(engine, score.token) for score in scores]
     tops = [None if score.logprob is None else {token_text(engine, token): value for token, value in reversed(score.top)}
             | {text: score.logprob} for score, text in zip(scores, texts)]
-    offsets = [offset + sum(map(len, texts[:i])) for i in range(len(texts))]
+    offsets = list(accumulate(map(len, texts), initial=offset))[:len(texts)]
     return {"tokens": texts, "token_logprobs": [score.logprob for score in scores], "top_logprobs": tops, "text_offset": offsets}

@@ -2,6 +2,7 @@
 import asyncio
 import dataclasses
 import secrets
+import threading
 import time
 from collections.abc import AsyncIterator
 
@@ -69,20 +70,18 @@ class _Answer:
     def __init__(self, engine, store, talk, answers, name):
         self._engine, self._store, self.answers, self.name = engine, store, answers, name
         self._run, self._text, self._reason = answers.runs[0], "", "cancelled"
-        self._messages = [message.model_dump() for message in talk.messages]
-        self._where, self._title, self._counted = (talk.conversation, talk.revision), talk.title, self._count()
-
-    def _count(self):
-        """What the sparse scheduler has counted; None where asking would wait for a GPU, or where there is none."""
-        model = self._engine.model
-        return model.scheduler.counted() if model.scheduler and model.device == "cpu" else None
+        self._messages = [message.model_dump(exclude_unset=True) for message in talk.messages]
+        self._saving = threading.Lock()
+        self._where, self._title = (talk.conversation, talk.revision), talk.title
+        self._scheduler = engine.model.scheduler if engine.model.device == "cpu" else None  # asking would wait for a GPU
+        self._counted = self._scheduler and self._scheduler.counted()
 
     def _share_read(self):
         """Of the cache, by sparse steps since this answer began, others' included."""
-        now = self._count()
-        if now is None or self._counted is None or not (now - self._counted)[HELD]:
+        if self._scheduler is None or self._engine.model.scheduler is not self._scheduler:  # other settings since
             return None
-        return round(self._engine.model.scheduler.share_read(now - self._counted), 4)
+        counted = self._scheduler.counted() - self._counted
+        return round(self._scheduler.share_read(counted), 4) if counted[HELD] else None
 
     async def events(self) -> AsyncIterator[dict]:
         """start, reading..., text..., end; or error. A page that is closed leaves what was said so far in the store."""
@@ -93,13 +92,14 @@ class _Answer:
                 yield found
                 if found["type"] == "error":
                     return
-            ended = True
-            yield {"type": "end", "html": await asyncio.to_thread(to_html, self._text), "text": self._text, "facts": self._facts(),
+            end = {"type": "end", "html": await asyncio.to_thread(to_html, self._text), "text": self._text, "facts": self._facts(),
                    **await asyncio.to_thread(self._keep)}
+            ended = True
+            yield end
         finally:
             if not ended:
                 self.answers.cancel_unfinished()
-                self._keep()
+                asyncio.get_running_loop().run_in_executor(None, self._keep)  # not awaited, which nobody may who is cancelled
 
     async def _stream(self):
         pieces, blocks, done, shown = self.answers.pieces(), Blocks(), [], time.monotonic()
@@ -124,7 +124,8 @@ class _Answer:
                     yield {"type": "reading", **self._progress()}
                 if dirty and (time.monotonic() - shown >= EVERY or waiting is None):
                     shown, dirty = time.monotonic(), False
-                    yield {"type": "text", "done": [to_html(text) for text in done], "tail": to_html(blocks.tail), "facts": self._facts()}
+                    html = await asyncio.to_thread(lambda: [to_html(text) for text in [*done, blocks.tail]])
+                    yield {"type": "text", "done": html[:-1], "tail": html[-1], "facts": self._facts()}
                     done = []
         finally:
             if waiting is not None:
@@ -148,14 +149,18 @@ class _Answer:
         messages = self._messages
         if self._text:
             messages = [*messages, {"role": "assistant", "content": self._text, "facts": self._facts()}]
-        told = ""
-        if self._store is not None:
-            number, revision = self._where
+        with self._saving:  # a page may be closed while its question is being saved
+            told = "" if self._store is None else self._save(messages)
+            return {"conversation": self._where[0], "revision": self._where[1], "told": told}
+
+    def _save(self, messages):
+        number, revision = self._where
+        try:
             try:
                 self._where = self._store.save(messages, self._engine.name, number, revision, self._title if number is None else None)
+                return ""
             except Changed:
                 self._where = self._store.save(messages, self._engine.name, title=self._title)
-                told = "It was changed elsewhere meanwhile: this one is kept beside it."
-            except (OSError, ValueError) as error:
-                told = f"Not kept: {one_line(error)}"
-        return {"conversation": self._where[0], "revision": self._where[1], "told": told}
+                return "It was changed elsewhere meanwhile: this one is kept beside it."
+        except (OSError, ValueError) as error:
+            return f"Not kept: {one_line(error)}"

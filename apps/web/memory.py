@@ -6,13 +6,13 @@ from edgeattn.apps.terminal import sparse_state
 from edgeattn.cache.budget import choose_types
 from edgeattn.cache.kv_cache import KVCache
 from edgeattn.cache.options import CacheOptions, evictions
-from edgeattn.memory_estimate import _page_bytes, estimate
+from edgeattn.memory_estimate import Estimate, estimate, page_bytes
 from edgeattn.policies import policy_names
 from edgeattn.scheduler import Scheduler, SparseOptions, refusal
 
 
-def present(model) -> dict:
-    """The settings of a model, what else could be chosen, and its memory."""
+def present(model, runtime: int) -> dict:
+    """The settings of a model, what else could be chosen, and its memory. runtime: as `estimated` takes it."""
     chosen = model.cache.options
     same = chosen.k_type == chosen.v_type
     method = model.scheduler.options.method if model.scheduler else "auto" if model.dense_because else "off"
@@ -21,16 +21,23 @@ def present(model) -> dict:
             "choices": {"cache_type": options.KV_TYPES, "kv_eviction": ["auto", "none", *evictions()],
                         "sparse_attention": ["off", *policy_names("decode")]},
             "sparse_state": sparse_state(model, 0) if not model.dense_because else f"sparse attention off: {model.dense_because}",
-            "memory": _told(estimate(model), model.ctx_size)}
+            "memory": _told(estimated(model, runtime), model.ctx_size)}
 
 
-def predict(model, flags) -> dict:
+def estimated(model, runtime: int) -> Estimate:
+    """`estimate` of a model that has computed already. runtime: bytes that the process had before that; what it has now would count
+    weights and cache that are in use a second time."""
+    return replace(estimate(model), runtime=runtime)
+
+
+def predict(model, flags, runtime: int) -> dict:
     """{"total", "kv", "available", "ctx_size"} in bytes and tokens, as the model would take them when its context is full.
 
     model  loaded, with any settings
     flags  () -> changes, as Engine.reload takes them; ValueError, as everything that does not go together
+    runtime  as `estimated` takes it
     """
-    changes, now, about = flags(), estimate(model), model.config["model"]
+    changes, now, about = flags(), estimated(model, runtime), model.config["model"]
     former = model.cache.options
     kind = {"k_type": changes["cache_type_k"], "v_type": changes["cache_type_v"]} if "cache_type_k" in changes else {}
     wanted = replace(former, **kind, budget=changes.get("kv_budget", former.budget), eviction=changes.get("kv_eviction", former.eviction))
@@ -40,7 +47,7 @@ def predict(model, flags) -> dict:
     selection = _selection(model, sparse, wanted, about)
     wanted = choose_types(wanted, model.config["defaults"]["kv_type"], *shape, model.ubatch, model.cache.plan.classes, selection)
     cache = KVCache(*shape, wanted, model.ubatch, model.cache.plan.classes, selection, model.backend)
-    kv = int(_page_bytes(cache, cache.capacity, cache.plan.chunk).sum()) + cache.plan.state_bytes()
+    kv = int(page_bytes(cache, cache.capacity, cache.plan.chunk).sum()) + cache.plan.state_bytes()
     before = sum(now.kv_layers) + now.kv_state
     return {"total": now.total - before + kv, "kv": kv, "available": now.available, "ctx_size": cache.capacity}
 

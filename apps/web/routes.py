@@ -1,13 +1,13 @@
 """Routes of the chat page: its files, conversations, answers, settings. Conversations live in the store; the page sends all of a
 conversation with each question, so that it goes on also where nothing can be saved."""
+import argparse
 import asyncio
-import mimetypes
 from pathlib import Path
 from typing import Annotated, Literal
 
 from fastapi import APIRouter
 from fastapi.responses import FileResponse
-from pydantic import BaseModel, Field
+from pydantic import Field
 
 from edgeattn.apps import options
 from edgeattn.apps.cli import one_line
@@ -15,46 +15,61 @@ from edgeattn.apps.markdown import to_html
 from edgeattn.apps.server.engine import Engine
 from edgeattn.apps.server.errors import Refusal
 from edgeattn.apps.server.events import EventStream, respond
+from edgeattn.apps.server.schema import Body, Number
 from edgeattn.apps.server.settings import Settings
 from edgeattn.apps.store import Store
 from edgeattn.apps.web import memory
 from edgeattn.apps.web.answering import Answering
+from edgeattn.memory_estimate import estimate
 
 PAGE = Path(__file__).parent / "page"
-FILES = {path.name: path for path in PAGE.iterdir()}  # nothing else is ever sent
+TYPES = {".html": "text/html", ".css": "text/css", ".js": "text/javascript", ".svg": "image/svg+xml"}  # Windows may know others
+FILES = {path.name: path for path in PAGE.iterdir() if path.suffix in TYPES}  # nothing else is ever sent
 Text = Annotated[str, Field(max_length=1 << 22)]
-Number = Annotated[int, Field(ge=0, lt=1 << 62)]
+Whole = Annotated[int, Field(ge=0, lt=1 << 62)]
 
 
-class Attached(BaseModel):
+class Attached(Body):
     """A text file that was dropped: the first `length` characters of a question are its."""
     name: Annotated[str, Field(max_length=200)]
-    length: Number
+    length: Whole
 
 
-class Message(BaseModel):
+class Facts(Body):
+    """What the page tells beside a message: the files of a question, the figures of an answer."""
+    files: Annotated[list[Attached], Field(max_length=1000, fail_fast=True)] = []
+    prompt_tokens: Whole = 0
+    cached_tokens: Whole = 0
+    tokens: Whole = 0
+    finish: Annotated[str, Field(max_length=40)] = ""
+    ttft_s: Number | None = None
+    sparse_share: Number | None = None
+    tokens_per_second: Number | None = None
+
+
+class Message(Body):
     role: Literal["system", "user", "assistant"]
     content: Text
-    facts: dict = {}
+    facts: Facts = Facts()
 
 
-class Talk(BaseModel):
+class Talk(Body):
     """A conversation up to a question; `conversation` and `revision` say where it is kept, if it is."""
-    messages: Annotated[list[Message], Field(min_length=1, max_length=10_000)]
+    messages: Annotated[list[Message], Field(min_length=1, max_length=10_000, fail_fast=True)]
     title: Annotated[str, Field(max_length=200)] | None = None  # of a new one
-    conversation: Number | None = None
-    revision: Number | None = None
-    temperature: Annotated[float, Field(ge=0, le=5, allow_inf_nan=False)] | None = None
+    conversation: Whole | None = None
+    revision: Whole | None = None
+    temperature: Annotated[Number, Field(ge=0, le=5)] | None = None
     max_tokens: Annotated[int, Field(ge=1)] | None = None
 
 
-class Title(BaseModel):
+class Title(Body):
     title: Annotated[str, Field(min_length=1, max_length=200)]
 
 
-class Changes(BaseModel):
+class Changes(Body):
     """Of the cache and of sparse attention; what is left out stays."""
-    cache_type: Literal["f32", "f16", "int8", "int4", "int3", "int2"] | None = None
+    cache_type: Literal[options.KV_TYPES] | None = None
     kv_budget: Annotated[str, Field(max_length=20)] | None = None  # "10M"; "" is none
     kv_eviction: Annotated[str, Field(max_length=40)] | None = None
     sparse_attention: Annotated[str, Field(max_length=40)] | None = None
@@ -69,7 +84,7 @@ class Changes(BaseModel):
         if self.kv_budget is not None:
             try:
                 found["kv_budget"] = options.size(self.kv_budget) if self.kv_budget.strip() else None
-            except options.argparse.ArgumentTypeError as error:
+            except argparse.ArgumentTypeError as error:
                 raise ValueError(f"the budget {error}") from None
         return found
 
@@ -77,20 +92,24 @@ class Changes(BaseModel):
 def make_router(engine: Engine, store: Store | None, settings: Settings, unkept: str = "") -> APIRouter:
     """store: None where conversations are not kept; unkept: why, for the page to tell."""
     router, answering = APIRouter(), Answering(engine, store, settings)
+    runtime = estimate(engine.model).runtime  # now, since nothing has been computed yet
+
+    def facts():
+        return engine.status() | {"unkept": unkept, **memory.present(engine.model, runtime)}
 
     @router.get("/", summary="The chat page", include_in_schema=False)
     async def page():
-        return FileResponse(FILES["index.html"], media_type="text/html; charset=utf-8")
+        return FileResponse(FILES["index.html"], media_type=TYPES[".html"])
 
     @router.get("/static/{name}", summary="A file of the chat page", include_in_schema=False)
     async def file(name: str):
         if name not in FILES:
             raise Refusal(404, "no such file")
-        return FileResponse(FILES[name], media_type=mimetypes.guess_type(name)[0] or "text/plain")
+        return FileResponse(FILES[name], media_type=TYPES[FILES[name].suffix])
 
     @router.get("/api/status", summary="What the server is doing, and its settings")
     async def status():
-        return respond(await asyncio.to_thread(_status, engine, unkept))
+        return respond(await asyncio.to_thread(facts))
 
     # ---- answers ------------------------------------------------------------------------------------------------
     @router.post("/api/answer", summary="Answer a conversation, as server-sent events, and keep it")
@@ -111,7 +130,7 @@ def make_router(engine: Engine, store: Store | None, settings: Settings, unkept:
         return respond({"conversations": await _from(store, Store.conversations) if store else []})
 
     @router.get("/api/conversations/{number}", summary="A conversation; answers also as HTML")
-    async def conversation(number: Number):
+    async def conversation(number: Whole):
         found = await _from(store, Store.load, number)
         for message in found["messages"]:
             if message["role"] == "assistant":
@@ -119,29 +138,25 @@ def make_router(engine: Engine, store: Store | None, settings: Settings, unkept:
         return respond(found)
 
     @router.patch("/api/conversations/{number}", summary="Give a conversation another title")
-    async def rename(number: Number, body: Title):
+    async def rename(number: Whole, body: Title):
         await _from(store, Store.rename, number, body.title)
         return respond({"id": number})
 
     @router.delete("/api/conversations/{number}", summary="Delete a conversation")
-    async def remove(number: Number):
+    async def remove(number: Whole):
         await _from(store, Store.remove, number)
         return respond({"id": number})
 
     # ---- settings -----------------------------------------------------------------------------------------------
     @router.post("/api/predict", summary="The memory that other settings would take")
     async def predict(changes: Changes):
-        return respond(await _refusing(memory.predict, engine.model, changes.flags))
+        return respond(await _refusing(memory.predict, engine.model, changes.flags, runtime))
 
     @router.post("/api/settings", summary="Load the model with other settings")
     async def change(changes: Changes):
         await _refusing(lambda: engine.reload(changes.flags()))
-        return respond(await asyncio.to_thread(_status, engine, unkept))
+        return respond(await asyncio.to_thread(facts))
     return router
-
-
-def _status(engine, unkept):
-    return engine.status() | {"unkept": unkept, **memory.present(engine.model)}
 
 
 async def _from(store, method, *arguments):
