@@ -5,6 +5,7 @@ import os
 import platform
 import shlex
 import sys
+from dataclasses import fields
 from datetime import datetime, timezone
 from pathlib import Path
 
@@ -71,25 +72,43 @@ def _cpuinfo(*names):
 
 def read(path: str | os.PathLike) -> list[dict]:
     """The results of a file, one a line; a last line that a crash has cut off does not count. ValueError names a line that is no result."""
-    found, lines = [], Path(path).read_text(encoding="utf-8").splitlines(keepends=True)
-    for number, line in enumerate(lines, 1):
-        try:
-            found.append(json.loads(line))
-        except ValueError:
-            if number < len(lines) or line.endswith("\n"):
-                raise ValueError(f"{path}, line {number}: not JSON; give a file that `edgeattn bench` or `edgeattn eval` wrote") from None
-            break
-        if not isinstance(found[-1], dict) or "kind" not in found[-1]:
-            raise ValueError(f"{path}, line {number}: no result; give a file that `edgeattn bench` or `edgeattn eval` wrote")
+    needed, found = _required(), []
+    lines = Path(path).read_text(encoding="utf-8").split("\n")
+    for number, line in enumerate(lines[:-1] if _cut(lines[-1]) else lines, 1):
+        result = _parse(line)
+        wanted = needed.get(str(result.get("kind"))) if isinstance(result, dict) else None
+        if wanted is None or not wanted <= result.keys():
+            raise ValueError(f"{path}, line {number}: no result of this version of `edgeattn bench` or `edgeattn eval`")
+        found.append(result)
     return found
+
+
+def _required() -> dict[str, set[str]]:
+    """{kind: the fields without which a result is none}."""
+    from edgeattn.apps.bench_report import Row
+    common = {"kind", "model", "setting", "command", "machine", "date", "edgeattn"}
+    return {"bench": {one.name for one in fields(Row)}, "eval": common | {"task", "depth", "samples", "score", "low", "high", "metrics"}}
+
+
+def _parse(line):
+    try:
+        return json.loads(line)
+    except ValueError:
+        return None
+
+
+def _cut(last):
+    """Whether a last line without an end is nothing, or what a crash has left of a result: not a whole one, and not a user's own text."""
+    return last[:8] == '{"kind":'[:len(last)] and _parse(last) is None
 
 
 def append(path: str | os.PathLike, result: dict) -> None:
     """Add a result to a file, in the place of what a crash has cut off there."""
     with open(path, "ab+") as file:
-        size = file.seek(0, os.SEEK_END)
         file.seek(0)
-        held = file.read() if size else b""
-        if held and not held.endswith(b"\n"):
-            file.truncate(held.rfind(b"\n") + 1)
+        held, _, last = file.read().rpartition(b"\n")
+        if _cut(last.decode(errors="replace")):
+            file.truncate(len(held) + bool(held))
+        else:
+            file.write(b"\n")
         file.write(json.dumps(result).encode() + b"\n")
