@@ -11,6 +11,7 @@ from pathlib import Path
 
 import edgeattn
 from edgeattn.apps import axes
+from edgeattn.device_profile import processor
 
 FEATURES = ("avx2", "avx_vnni", "avx512f", "avx512_vnni", "amx_int8", "asimddp", "i8mm")  # that kernels make use of
 
@@ -44,8 +45,8 @@ def machine(device: str = "cpu") -> str:
 def host() -> str:
     """The machine without its GPU."""
     import psutil
-    flags = _cpuinfo("flags", "Features").split()
-    name = _board() or _cpuinfo("model name", "Model") or platform.processor() or platform.machine()
+    flags = _instructions()
+    name = _board() or processor()
     features = " ".join(flag for flag in FEATURES if flag in flags)
     return ", ".join([name, f"{psutil.cpu_count()} cores{f' ({features})' if features else ''}",
                       f"{psutil.virtual_memory().total / 2**30:.1f} GiB", f"{platform.system()} {platform.release()}",
@@ -60,14 +61,13 @@ def _board():
         return ""
 
 
-def _cpuinfo(*names):
-    """The first value of one of the names in /proc/cpuinfo; "" where there is none."""
+def _instructions():
+    """What the processor can do, as /proc/cpuinfo has it for the first core."""
     try:
         with open("/proc/cpuinfo", encoding="utf-8", errors="replace") as file:
-            found = dict(reversed([[part.strip() for part in line.split(":", 1)] for line in file if ":" in line]))
+            return next((line.split(":")[1].split() for line in file if line.startswith(("flags\t", "Features\t"))), [])
     except OSError:
-        found = {}
-    return next((found[name] for name in names if name in found), "")
+        return []
 
 
 def read(path: str | os.PathLike) -> list[dict]:
@@ -78,7 +78,7 @@ def read(path: str | os.PathLike) -> list[dict]:
         result = _parse(line)
         wanted = needed.get(str(result.get("kind"))) if isinstance(result, dict) else None
         if wanted is None or not wanted <= result.keys():
-            raise ValueError(f"{path}, line {number}: no result of this version of `edgeattn bench` or `edgeattn eval`")
+            raise ValueError(f"{path}, line {number}: no result of this version of `edgeattn bench` or `edgeattn eval`; give another file")
         found.append(result)
     return found
 

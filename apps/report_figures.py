@@ -1,4 +1,5 @@
 """The plots of a report: drawn by matplotlib as SVG whose colours are the page's, so that they follow a light or a dark scheme."""
+import html
 import io
 import re
 from dataclasses import dataclass
@@ -69,7 +70,8 @@ def _svg(canvas, name):
         canvas.savefig(file, format="svg", transparent=True, metadata={"Date": None})
     text = file.getvalue()
     text = re.sub(r"<metadata>.*?</metadata>", "", text[text.index("<svg"):], flags=re.DOTALL)
-    text = re.sub(r'<svg [^>]*?viewBox="([^"]*)"[^>]*>', rf'<svg viewBox="\1" role="img" aria-label="{name}">', text, count=1)
+    box = re.search(r'<svg [^>]*?viewBox="([^"]*)"[^>]*>', text)
+    text = f'<svg viewBox="{box[1]}" role="img" aria-label="{html.escape(name)}">{text[box.end():]}'
     text = re.sub(r"font: ([\d.]+)px [^;\"]*", r"font-size: \1px", text)
     text = text.replace(INK, "currentColor").replace(GRID, "var(--grid)")
     for i, colour in enumerate(COLOURS):

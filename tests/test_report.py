@@ -107,6 +107,12 @@ def test_the_page_holds_what_was_measured(page):
     assert "--kv-bits 2 <&>" in seen and "a board" in seen and "power" in seen
 
 
+def test_a_file_of_somebody_else_writes_no_markup():
+    evil = [row | {"task": '"><script>\\1', "setting": f"--x '{row['setting']}<script>'"} for row in RESULTS if row["kind"] == "eval"]
+    page = Page(render(evil))
+    assert "script" not in page.tags and page.tags.count("svg") and '"><script>' in "".join(page.text)
+
+
 def test_every_figure_names_its_commands():
     for one in [*figures(RESULTS), *tables(RESULTS)]:
         assert one.commands and all(command.startswith("edgeattn ") for command in one.commands), one.title
