@@ -1,5 +1,6 @@
 """Tasks over tiny models and nano: what they count, that a bad setting scores lower, and that a second call measures nothing again."""
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -139,6 +140,16 @@ def test_perplexity_is_that_of_the_logits(tokenizer, model, text):
     model.free(sequence)
     losses = np.log(np.exp(rows[:-1] - rows[:-1].max(-1, keepdims=True)).sum(-1)) + rows[:-1].max(-1) - rows[np.arange(199), ids[1:]]
     assert record["score"] == pytest.approx(np.exp(losses.mean()), rel=1e-3) and record["low"] is None
+
+
+def test_a_base_that_finds_no_room_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=4 * 1000 * 300))
+    with pytest.raises(ValueError, match="fewer --samples"):
+        kld.SavedBase(str(tmp_path / "base.npy"), 1000, np.zeros((1, 300), np.int64))
+    assert not list(tmp_path.iterdir())
+    with kld.SavedBase(str(tmp_path / "base.npy"), 1000, np.zeros((1, 200), np.int64)):
+        pass
+    assert kld.open_base(str(tmp_path / "base.npy"), 1000, 200).shape == (1, 200)
 
 
 @pytest.mark.parametrize("kind", masks.KINDS)
