@@ -5,6 +5,7 @@ BITS = "16,8,4"
 BUDGETS = 0.3, 0.15, 0.075  # of what a question's text takes in 16 bits
 SHORT = 1024                # tokens of a context, in which there is nothing to look up
 LEAST = 300                 # tokens in 16 bits, without which a cache with eviction does not work
+SPARSE = "sparse attention"
 DENSE = ("--sparse-attention", "off", "--sparse-prefill", "off")
 
 
@@ -22,13 +23,13 @@ def steps(flags: list[str], config: dict, reach: int = 8192, quick: bool = False
     reach = min(reach, about["ctx_size"])
     room = 512 if reach > 1536 else reach // 4
     depths = ",".join(map(str, _depths(reach - room, quick)))
-    repeat, samples = ("1", "8") if quick else ("3", "16")
+    repeat, samples, windows = ("1", "8", "1") if quick else ("5", "24", "4")
     length = min(4000 if not quick else 1024, reach - 512)
     token = 4 * about["num_layers"] * about["kv_heads"] * about["head_dim"]  # bytes in a cache of 16 bits
     most, sizes = 2 * reach, [length * share for share in BUDGETS if length * share >= LEAST]  # the first is none, to compare with
     budgets = ",".join(f"{round(token * tokens / 1024)}K" for tokens in (most, *sizes))
     kinds = {"cache types": ["--kv-bits", "16,8,4,3,2", *DENSE], "budgets with eviction": ["--kv-budget", budgets, *DENSE],
-             "sparse attention": ["--sparse-attention", "off,auto", "--sparse-prefill", "off"]}
+             SPARSE: ["--sparse-attention", "off,auto", "--sparse-prefill", "off"]}
     if reach < SHORT:
         kinds = {}
     elif about.get("window"):  # neither goes with layers that see a window only
@@ -39,8 +40,8 @@ def steps(flags: list[str], config: dict, reach: int = 8192, quick: bool = False
                                        "--sparse-prefill", "off,auto"])]
     for kind, axes in kinds.items():
         found.append(Step(f"look-ups, {kind}", ["eval", "recall", *flags, "--lengths", str(length), "--samples", samples, *axes]))
-        found.append(Step(f"divergence, {kind}", ["eval", "kld", *flags, "--lengths", str(min(2048, length)), "--samples",
-                                                  "1" if quick else "2", *axes]))
+        window = length if kind == SPARSE else min(2048, length)  # in a short one everything is read
+        found.append(Step(f"divergence, {kind}", ["eval", "kld", *flags, "--lengths", str(window), "--samples", windows, *axes]))
     return found
 
 

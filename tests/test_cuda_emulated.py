@@ -20,7 +20,7 @@ FAULT = """
 import sys
 import emulated_gpu, numpy as np
 emulated_gpu.install()
-from test_kernels import matmul_ternary_case
+from edgeattn.verification.cases import matmul_ternary_case
 from edgeattn.kernels_cuda import compile
 from edgeattn.ops import load_kernel
 source = compile.source

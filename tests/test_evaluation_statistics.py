@@ -13,6 +13,11 @@ def test_wilson_is_scipys(right, count):
     np.testing.assert_allclose(statistics.wilson(right / count, count), expected, atol=1e-6)
 
 
+@pytest.mark.parametrize("freedom", [*range(1, 12), 15, 30, 200, 10_000])
+def test_student_is_scipys(freedom):
+    np.testing.assert_allclose(statistics.student(freedom), stats.t.ppf(0.975, freedom), rtol=2e-4)
+
+
 def test_paired_interval_is_the_papers():
     np.testing.assert_allclose(statistics.paired_interval(36, 12, 2, 0), (0.0569, 0.3404), atol=1e-4)
 

@@ -207,6 +207,7 @@ def test_contexts_shorter_than_the_check(tmp_path, checkpoint, monkeypatch, ctx_
 
 MEMORY = """
 import sys
+sys.modules["scipy"] = None  # Numba imports it where it is installed, 18 MB that edgeattn does not use
 from edgeattn.exporters import check
 check.TORCH_BYTES, check.MAPPED_BYTES = 0, -1 << 40  # as for a large model
 from edgeattn.exporters.export import export

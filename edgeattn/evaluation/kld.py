@@ -103,8 +103,8 @@ class SavedBase:
         if path:
             needed, free = ids.size * layout(vocab).itemsize, shutil.disk_usage(self._path.parent).free
             if needed > free:  # a mapped file on a full disk would kill the process without a word
-                raise ValueError(f"{self._path.parent}: the base's probabilities take {needed / 1e9:.1f} GB, {free / 1e9:.1f} are free; give "
-                                 "fewer --samples or smaller --lengths, or name a folder with room in TMPDIR or --save-base")
+                raise ValueError(f"{self._path.parent}: the base's probabilities take {needed / 1e9:.1f} GB, {free / 1e9:.1f} are free; "
+                                 "give fewer --samples or smaller --lengths, or name a folder with room in TMPDIR or --save-base")
             self._part = self._path.with_name(f".{self._path.name}.{os.getpid()}.part")
             self._records = np.lib.format.open_memmap(self._part, "w+", layout(vocab), ids.shape)
             self._records["token"] = ids
