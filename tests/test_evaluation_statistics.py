@@ -15,7 +15,7 @@ def test_wilson_is_scipys(right, count):
 
 @pytest.mark.parametrize("freedom", [*range(1, 12), 15, 30, 200, 10_000])
 def test_student_is_scipys(freedom):
-    np.testing.assert_allclose(statistics.student(freedom), stats.t.ppf(0.975, freedom), rtol=6e-5)
+    np.testing.assert_allclose(statistics.student(freedom), stats.t.ppf(0.975, freedom), rtol=2e-4)
 
 
 def test_paired_interval_is_the_papers():
@@ -52,7 +52,7 @@ def test_mean_of_equal_clusters_is_students():
     values = np.random.default_rng(1).normal(3, 1, (7, 5))
     means = values.mean(1)
     expected = stats.t.interval(0.95, 6, means.mean(), stats.sem(means))
-    np.testing.assert_allclose(statistics.mean(values)[1:], expected, rtol=1e-5)
+    np.testing.assert_allclose(statistics.mean(values)[1:], expected, rtol=1e-4)
 
 
 def test_mean_of_clusters_of_other_sizes_is_that_of_all_values():

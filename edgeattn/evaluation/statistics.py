@@ -61,8 +61,8 @@ def student(freedom: int) -> float:
     """The 97.5 % quantile of Student's t: looked up, or Fisher's expansion (Abramowitz and Stegun 26.7.5)."""
     if freedom <= len(STUDENT):
         return STUDENT[freedom - 1]
-    return (Z + (Z ** 3 + Z) / (4 * freedom) + (5 * Z ** 5 + 16 * Z ** 3 + 3 * Z) / (96 * freedom ** 2)
-            + (3 * Z ** 7 + 19 * Z ** 5 + 17 * Z ** 3 - 15 * Z) / (384 * freedom ** 3))
+    terms = Z, (Z ** 3 + Z) / 4, (5 * Z ** 5 + 16 * Z ** 3 + 3 * Z) / 96, (3 * Z ** 7 + 19 * Z ** 5 + 17 * Z ** 3 - 15 * Z) / 384
+    return sum(term / freedom ** power for power, term in enumerate(terms))
 
 
 def mean(clusters) -> tuple[float, float | None, float | None]:

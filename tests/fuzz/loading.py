@@ -203,7 +203,8 @@ def _dims(node, other, tensor, names, proto, rng):
 def _location(node, other, tensor, names, proto, rng):
     if tensor.data_location:
         entry = rng.choice(tensor.external_data)
-        entry.value = rng.choice(("../../etc/passwd", "/etc/passwd", "..", "", "-1", "0", "1", "64", str(1 << 70), "x", str(entry.value) + "0"))
+        entry.value = rng.choice(("../../etc/passwd", "/etc/passwd", "..", "", "-1", "0", "1", "64", str(1 << 70), "x",
+                                  str(entry.value) + "0"))
     else:
         tensor.raw_data = np.array([rng.choice((0, -1, 1, 2, 1 << 40)) for _ in range(len(tensor.raw_data) // 8)], np.int64).tobytes()
 
