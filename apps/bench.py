@@ -4,7 +4,7 @@ import contextlib
 import json
 import subprocess
 import sys
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from pathlib import Path
 
 from edgeattn.apps import axes, options
@@ -133,7 +133,7 @@ class Kept:
         from edgeattn.cache.session import fingerprint
         from edgeattn.runtime import read_config
         export, host = fingerprint(read_config(models.exported(args.model, args.precision)))[:16], record.host()
-        return {found["test"]: Row(**found) for found in self._rows
+        return {found["test"]: Row(**{one.name: found[one.name] for one in fields(Row)}) for found in self._rows
                 if (found["export"], found["setting"], found["repetitions"]) == (export, axes.setting(args), repetitions)
                 and found["machine"].endswith(host)}
 

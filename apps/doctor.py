@@ -6,8 +6,10 @@ import sys
 from importlib import metadata
 
 HELP = "check this machine and installation; exit code 1 when something needed is missing"
-NEEDED = ("numpy", "numba", "llvmlite", "onnx", "onnxruntime", "tokenizers", "safetensors", "jinja2", "psutil", "rich")
-OPTIONAL = {"torch": "checks exports against the original model", "transformers": "needed by the tests only"}
+NEEDED = ("numpy", "numba", "llvmlite", "onnx", "onnxruntime", "tokenizers", "safetensors", "jinja2", "psutil", "rich",
+          "markdown-it-py", "pygments", "prompt_toolkit", "fastapi", "uvicorn", "llguidance")  # llvmlite: numba brings it
+OPTIONAL = {"matplotlib": "draws the page of edgeattn report", "torch": "checks exports against the original model",
+            "transformers": "needed by the tests only"}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -1,7 +1,6 @@
 """The work of `edgeattn eval`: what is missing of a call's records, measured setting by setting and kept as soon as it is there."""
 import hashlib
 import json
-import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -9,7 +8,8 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 from edgeattn.apps import axes, models, options
-from edgeattn.apps.record import common
+from edgeattn.apps.progress import Progress
+from edgeattn.apps.record import append, common, read
 from edgeattn.evaluation import Source, load_task, run
 from edgeattn.evaluation.asking import SLACK, widen
 from edgeattn.evaluation.outcome import Outcome
@@ -68,7 +68,8 @@ class Evaluation:
         calibration = folder / "calibration.safetensors"
         about = [name, asdict(replace(source, text=None)), digest(source.text or HAYSTACK), digest(folder / "edgeattn.json"),
                  digest(calibration if calibration.is_file() else None), repr(options.cache_options(one)), repr(sparse), repr(prefill),
-                 one.ubatch_size or UBATCH, one.device, one.ctx_size if one.kv_budget else 0]
+                 one.ubatch_size or UBATCH, one.device, one.ctx_size if one.kv_budget else 0,
+                 *([one.threads] if one.threads else [])]
         if name in ("perplexity", "kld"):
             about.append(self._args.decode)
         if name == "docqa":
@@ -87,17 +88,16 @@ class Evaluation:
             return
         one = self._settings[number]
         model, tokenizer = self._load(one, max(source.length + load_task(name).room for name, source, _ in missing))
-        with Bars() as bars:
-            for name, source, key in plan:
-                if (name, source, key) not in missing:
-                    yield self._known[key]
-                    continue
-                task_options = self._options[name] | (self._base_options(number, source) if name == "kld" else {})
-                label = f"{axes.setting(one) or 'as it is'}: {name}, {source.length:,} tokens"
-                with bars.of(label, load_task(name, **task_options).total(source)) as advance:
-                    found = run(model, tokenizer, name, source, advance, **task_options)
-                record = common("eval", one, model) | found | {"against": None, "key": key, "new": key not in self._known}
-                yield record if record["new"] else self._known[key]
+        for name, source, key in plan:
+            if (name, source, key) not in missing:
+                yield self._known[key]
+                continue
+            task_options = self._options[name] | (self._base_options(number, source) if name == "kld" else {})
+            label = f"{axes.setting(one) or 'as it is'}: {name}, {source.length:,} tokens"
+            with counted(label, load_task(name, **task_options).total(source)) as advance:
+                found = run(model, tokenizer, name, source, advance, **task_options)
+            record = common("eval", one, model) | found | {"against": None, "key": key, "new": key not in self._known}
+            yield record if record["new"] else self._known[key]
 
     def _missing(self, number, entry, plans):
         """Whether it is not in the file, or what others that are not will be compared with is no longer there."""
@@ -128,8 +128,7 @@ class Evaluation:
 
     def _keep(self, record):
         if self._args.out:
-            with open(self._args.out, "a", encoding="utf-8") as file:
-                file.write(json.dumps(record) + "\n")
+            append(self._args.out, record)
 
 
 def compare(record: dict, base: dict) -> dict | None:
@@ -142,22 +141,10 @@ def compare(record: dict, base: dict) -> dict | None:
 
 
 def stored(path: str | None) -> dict[str, dict]:
-    """Records of a file by key; none where there is no file. ValueError names a line that is none; a last one that was cut off by a crash
-    is taken away."""
+    """Records of a file by key; none where there is no file. ValueError names a line that is none."""
     if not path or not Path(path).is_file():
         return {}
-    found, lines = {}, Path(path).read_text(encoding="utf-8").splitlines(keepends=True)
-    for number, line in enumerate(lines, 1):
-        try:
-            record = json.loads(line)
-        except ValueError:
-            if number < len(lines) or line.endswith("\n"):
-                raise ValueError(f"{path}, line {number}: not JSON; give another file with --out") from None
-            Path(path).write_text("".join(lines[:-1]), encoding="utf-8")
-            break
-        if record.get("kind") == "eval" and "key" in record:
-            found[record["key"]] = record | {"against": None}
-    return found
+    return {record["key"]: record | {"against": None} for record in read(path) if record["kind"] == "eval" and "key" in record}
 
 
 def digest(path) -> str | None:
@@ -168,29 +155,14 @@ def digest(path) -> str | None:
         return hashlib.sha256(f"{Path(path).stat().st_size} ".encode() + file.read(1 << 20)).hexdigest()
 
 
-class Bars:
-    """Progress with the time that is left: a bar in a terminal, a line for each thing elsewhere."""
-
-    def __enter__(self) -> "Bars":
-        from rich.console import Console
-        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-        columns = TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
-        self._progress = Progress(*columns, TextColumn("left"), TimeRemainingColumn(), console=Console(stderr=True), transient=True)
-        if sys.stderr.isatty():
-            self._progress.start()
-        return self
-
-    def __exit__(self, *exception) -> None:
-        if sys.stderr.isatty():
-            self._progress.stop()
-
-    @contextmanager
-    def of(self, label: str, total: int):
-        """Gives advance(n) for one thing."""
-        if not sys.stderr.isatty():
-            print(f"{label} ...", file=sys.stderr, flush=True)
-        task = self._progress.add_task(label, total=total)
-        try:
-            yield lambda n: self._progress.advance(task, n)
-        finally:
-            self._progress.remove_task(task)
+@contextmanager
+def counted(label: str, total: int):
+    """Gives advance(n), which shows how far one thing is."""
+    done = 0
+    with Progress(label, patience=0) as progress:
+        def advance(n):
+            nonlocal done
+            done += n
+            progress("", done, total)
+        advance(0)
+        yield advance

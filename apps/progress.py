@@ -50,8 +50,9 @@ class Progress:
 
 def _bar(title):
     from rich.console import Console
-    from rich.progress import BarColumn, Progress as Bar, TaskProgressColumn, TextColumn, TimeElapsedColumn
-    bar = Bar(TextColumn("{task.description}", markup=False), BarColumn(), TaskProgressColumn(), TimeElapsedColumn(),
-              TextColumn("{task.fields[what]}", markup=False), console=Console(stderr=True), transient=True)
+    from rich.progress import (BarColumn, Progress as Bar, TaskProgressColumn, TextColumn, TimeElapsedColumn,
+                               TimeRemainingColumn)
+    bar = Bar(TextColumn("{task.description}", markup=False), BarColumn(), TaskProgressColumn(), TimeElapsedColumn(), TextColumn("left"),
+              TimeRemainingColumn(), TextColumn("{task.fields[what]}", markup=False), console=Console(stderr=True), transient=True)
     bar.start()
     return bar, bar.add_task(title, total=None, what="")

@@ -5,11 +5,13 @@ import os
 import platform
 import shlex
 import sys
+from dataclasses import fields
 from datetime import datetime, timezone
 from pathlib import Path
 
 import edgeattn
 from edgeattn.apps import axes
+from edgeattn.device_profile import processor
 
 FEATURES = ("avx2", "avx_vnni", "avx512f", "avx512_vnni", "amx_int8", "asimddp", "i8mm")  # that kernels make use of
 
@@ -43,8 +45,8 @@ def machine(device: str = "cpu") -> str:
 def host() -> str:
     """The machine without its GPU."""
     import psutil
-    flags = _cpuinfo("flags", "Features").split()
-    name = _board() or _cpuinfo("model name", "Model") or platform.processor() or platform.machine()
+    flags = _instructions()
+    name = _board() or processor()
     features = " ".join(flag for flag in FEATURES if flag in flags)
     return ", ".join([name, f"{psutil.cpu_count()} cores{f' ({features})' if features else ''}",
                       f"{psutil.virtual_memory().total / 2**30:.1f} GiB", f"{platform.system()} {platform.release()}",
@@ -59,37 +61,54 @@ def _board():
         return ""
 
 
-def _cpuinfo(*names):
-    """The first value of one of the names in /proc/cpuinfo; "" where there is none."""
+def _instructions():
+    """What the processor can do, as /proc/cpuinfo has it for the first core."""
     try:
         with open("/proc/cpuinfo", encoding="utf-8", errors="replace") as file:
-            found = dict(reversed([[part.strip() for part in line.split(":", 1)] for line in file if ":" in line]))
+            return next((line.split(":")[1].split() for line in file if line.startswith(("flags\t", "Features\t"))), [])
     except OSError:
-        found = {}
-    return next((found[name] for name in names if name in found), "")
+        return []
 
 
 def read(path: str | os.PathLike) -> list[dict]:
     """The results of a file, one a line; a last line that a crash has cut off does not count. ValueError names a line that is no result."""
-    found, lines = [], Path(path).read_text(encoding="utf-8").splitlines(keepends=True)
-    for number, line in enumerate(lines, 1):
-        try:
-            found.append(json.loads(line))
-        except ValueError:
-            if number < len(lines) or line.endswith("\n"):
-                raise ValueError(f"{path}, line {number}: not JSON; give a file that `edgeattn bench` or `edgeattn eval` wrote") from None
-            break
-        if not isinstance(found[-1], dict) or "kind" not in found[-1]:
-            raise ValueError(f"{path}, line {number}: no result; give a file that `edgeattn bench` or `edgeattn eval` wrote")
+    needed, found = _required(), []
+    lines = Path(path).read_text(encoding="utf-8").split("\n")
+    for number, line in enumerate(lines[:-1] if _cut(lines[-1]) else lines, 1):
+        result = _parse(line)
+        wanted = needed.get(str(result.get("kind"))) if isinstance(result, dict) else None
+        if wanted is None or not wanted <= result.keys():
+            raise ValueError(f"{path}, line {number}: no result of this version of `edgeattn bench` or `edgeattn eval`; give another file")
+        found.append(result)
     return found
+
+
+def _required() -> dict[str, set[str]]:
+    """{kind: the fields without which a result is none}."""
+    from edgeattn.apps.bench_report import Row
+    common = {"kind", "model", "setting", "command", "machine", "date", "edgeattn"}
+    return {"bench": {one.name for one in fields(Row)}, "eval": common | {"task", "depth", "samples", "score", "low", "high", "metrics"}}
+
+
+def _parse(line):
+    try:
+        return json.loads(line)
+    except ValueError:
+        return None
+
+
+def _cut(last):
+    """Whether a last line without an end is nothing, or what a crash has left of a result: not a whole one, and not a user's own text."""
+    return last[:8] == '{"kind":'[:len(last)] and _parse(last) is None
 
 
 def append(path: str | os.PathLike, result: dict) -> None:
     """Add a result to a file, in the place of what a crash has cut off there."""
     with open(path, "ab+") as file:
-        size = file.seek(0, os.SEEK_END)
         file.seek(0)
-        held = file.read() if size else b""
-        if held and not held.endswith(b"\n"):
-            file.truncate(held.rfind(b"\n") + 1)
+        held, _, last = file.read().rpartition(b"\n")
+        if _cut(last.decode(errors="replace")):
+            file.truncate(len(held) + bool(held))
+        else:
+            file.write(b"\n")
         file.write(json.dumps(result).encode() + b"\n")

@@ -38,10 +38,10 @@ def main(args: argparse.Namespace) -> int:
     if not args.markdown and not args.dry_run:
         need_plots()
     if args.sources:
-        results = [result for path in args.sources for result in record.read(path)]
+        results, failed = [result for path in args.sources for result in record.read(path)], []
     else:
         kept = page.with_suffix(".quick.jsonl" if args.quick else ".jsonl")
-        results = _measure(args, kept)
+        results, failed = _measure(args, kept)
         if args.dry_run:
             return 0
     results = latest(results)
@@ -50,15 +50,19 @@ def main(args: argparse.Namespace) -> int:
     if args.markdown:
         from edgeattn.apps.report_tables import markdown
         print(markdown(results))
-        return 0
+        return 1 if failed else 0
     from edgeattn.apps.report_page import render
     write(page, render(results))
     print(page)
-    return 0
+    return 1 if failed else 0
 
 
 def latest(results: list[dict]) -> list[dict]:
-    """Of results of the same model, setting and test the last; in the order of the first."""
+    """Of results of the same machine, model, setting and test the last; in the order of the first. A machine is its processor's name, for a
+    new kernel makes none; where there are several, models are named with theirs."""
+    machines = [result["machine"].partition(",")[0] for result in results]
+    if len(set(machines)) > 1:
+        results = [result | {"model": f"{result['model']} on {machine}"} for result, machine in zip(results, machines)]
     return list({tuple(result.get(name) for name in ("kind", "model", "setting", "test", "task", "depth")): result
                  for result in results}.values())
 
@@ -87,7 +91,7 @@ def _flags(args):
 
 
 def _measure(args, kept):
-    """Run what is missing; the results of this model that `kept` then holds."""
+    """Run what is missing. -> (the results of this model that `kept` then holds, titles of what failed)"""
     from edgeattn.apps import models, record
     from edgeattn.apps.report_plan import steps
     from edgeattn.runtime import read_config
@@ -107,4 +111,4 @@ def _measure(args, kept):
     if failed:
         print(f"not all could be measured: {', '.join(failed)}; the next call tries again", file=sys.stderr)
     name = record.model_name(config)
-    return [result for result in (record.read(kept) if kept.is_file() else []) if result["model"] == name]
+    return [result for result in (record.read(kept) if kept.is_file() else []) if result["model"] == name], failed

@@ -1,4 +1,5 @@
 """The plots of a report: drawn by matplotlib as SVG whose colours are the page's, so that they follow a light or a dark scheme."""
+import html
 import io
 import re
 from dataclasses import dataclass
@@ -31,17 +32,17 @@ def figures(results: list[dict]) -> list[Figure]:
     generated = [row for row in bench if row["n_gen"] and not row["n_prompt"]]
     prompts = [row for row in bench if row["n_prompt"] and not row["n_gen"]]
     found = [
-        _lines("Generation", "tokens a second", generated, "speed", "One token at a time, after so many others: the median of the "
+        *_each("Generation", "tokens a second", generated, "speed", "One token at a time, after so many others: the median of the "
                "repetitions, and each one as a dot."),
-        _lines("Prompts", "tokens a second", prompts, "speed", "A prompt of {n_prompt} tokens after so many others."),
-        _lines("Time of a token, 95th percentile", "ms", generated, "p95_ms", "One in 20 tokens takes longer."),
-        _lines("Time to first token", "ms", prompts, "ttft_ms", "Of a prompt of {n_prompt} tokens after so many others."),
-        _lines("Share of the memory's bandwidth", "%", [row | {"share": 100 * row["bandwidth_share"]} for row in generated], "share",
+        *_each("Prompts", "tokens a second", prompts, "speed", "A prompt of {n_prompt} tokens after so many others."),
+        *_each("Time of a token, 95th percentile", "ms", generated, "p95_ms", "One in 20 tokens takes longer."),
+        *_each("Time to first token", "ms", prompts, "ttft_ms", "Of a prompt of {n_prompt} tokens after so many others."),
+        *_each("Share of the memory's bandwidth", "%", [row | {"share": 100 * row["bandwidth_share"]} for row in generated], "share",
                "Weights and cache that generation reads, of what plain reads of its memory reach on this machine. What fits the "
                "processor's caches may pass 100 %."),
         _memory(generated or prompts),
         _cache(generated),
-        _lines("Energy of a generated token", "J", [row for row in generated if row["joules_per_token"] is not None], "joules_per_token",
+        *_each("Energy of a generated token", "J", [row for row in generated if row["joules_per_token"] is not None], "joules_per_token",
                "From what the machine's power sensors tell."),
         *(_pareto(task, depth, [one for one in evals if (one["task"], one["depth"]) == (task, depth)])
           for task, depth in dict.fromkeys((one["task"], one["depth"]) for one in evals))]
@@ -69,7 +70,8 @@ def _svg(canvas, name):
         canvas.savefig(file, format="svg", transparent=True, metadata={"Date": None})
     text = file.getvalue()
     text = re.sub(r"<metadata>.*?</metadata>", "", text[text.index("<svg"):], flags=re.DOTALL)
-    text = re.sub(r'<svg [^>]*?viewBox="([^"]*)"[^>]*>', rf'<svg viewBox="\1" role="img" aria-label="{name}">', text, count=1)
+    box = re.search(r'<svg [^>]*?viewBox="([^"]*)"[^>]*>', text)
+    text = f'<svg viewBox="{box[1]}" role="img" aria-label="{html.escape(name)}">{text[box.end():]}'
     text = re.sub(r"font: ([\d.]+)px [^;\"]*", r"font-size: \1px", text)
     text = text.replace(INK, "currentColor").replace(GRID, "var(--grid)")
     for i, colour in enumerate(COLOURS):
@@ -84,6 +86,13 @@ def _legend(texts, marks=None):
     """marks: (colour, dash) of each text."""
     marks = marks or [(i, 0) for i in range(len(texts))]
     return [(f"var(--c{colour % len(COLOURS)})", bool(dash), text) for text, (colour, dash) in zip(texts, marks)]
+
+
+def _each(title, unit, rows, field, note):
+    """A plot for each number of tokens that was timed: they are not to compare."""
+    kinds = dict.fromkeys(row["n_prompt"] + row["n_gen"] for row in rows)
+    return [_lines(f"{title}, {n} tokens" if len(kinds) > 1 else title, unit,
+                   [row for row in rows if row["n_prompt"] + row["n_gen"] == n], field, note) for n in kinds]
 
 
 def _lines(title, unit, rows, field, note):

@@ -3,7 +3,6 @@
 The variant is the type of weights and cache: bfloat16 (the default), float16 or float32.
 """
 import json
-import sys
 from pathlib import Path
 
 REQUIRES = {"transformers": "transformers", "torch": "torch", "numpy": "numpy"}
@@ -41,8 +40,6 @@ def _numbers(checkpoint, config):
 class Engine:
     def __init__(self, path: str, context: int, threads: int, variant: str, device: str = "cpu"):
         import torch
-        own = Path(__file__).resolve().parent
-        sys.path[:] = [path for path in sys.path if Path(path).resolve() != own]  # kernels.py is also a package that transformers looks for
         import transformers
         torch.set_num_threads(threads)
         self.torch, self.device = torch, device

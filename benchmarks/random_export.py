@@ -12,7 +12,7 @@ from random_checkpoint import SHAPES, write_tokenizer
 
 from edgeattn.exporters.checkpoint import Weight
 from edgeattn.exporters.decoder import build
-from edgeattn.exporters.export import FORMAT_VERSION, _model
+from edgeattn.exporters.export import FORMAT_VERSION, describe_model
 from edgeattn.exporters.families import read_architecture
 from edgeattn.exporters.functions import functions
 from edgeattn.exporters.targets import target_defaults
@@ -50,7 +50,7 @@ def write_export(shape: str, folder: Path, precision: str = "int4", ctx_size: in
     graph.write(folder, functions(graph.nodes))
     write_tokenizer(folder, config)
     report = {"format_version": FORMAT_VERSION, "architecture": config["model_type"], "source": {"name": shape}, "precision": precision,
-              "group_size": 32, "model": _model(decoder, source, min(ctx_size, decoder.max_position)), "weights": formats.used,
+              "group_size": 32, "model": describe_model(decoder, source, min(ctx_size, decoder.max_position)), "weights": formats.used,
               "target": "generic", "defaults": target_defaults("generic", precision), "files": {}, "verify": {}}
     (folder / "edgeattn.json").write_text(json.dumps(report))
     return folder

@@ -9,7 +9,7 @@ from time import perf_counter
 
 import numpy as np
 import onnxruntime
-from kernels import FOOTPRINT, read_step, rows, seconds
+from cpu_kernels import FOOTPRINT, read_step, rows, seconds
 from numba import get_num_threads, set_num_threads
 from onnx import TensorProto, helper, numpy_helper
 

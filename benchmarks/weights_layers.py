@@ -17,7 +17,7 @@ from edgeattn.exporters.checkpoint import Weight, concatenate, open_checkpoint
 from edgeattn.exporters.families import read_architecture
 from edgeattn.exporters.forward import embed, head, run_layer
 from edgeattn.exporters.quantisers import dequantise, load
-from edgeattn.exporters.survey import PARTS, _Replaced
+from edgeattn.exporters.survey import PARTS, Replaced
 from edgeattn.exporters.weight_statistics import Calibration
 
 LENGTH, CALIBRATED, CLUSTERED, PROBE = 512, 6, 8, 384  # tokens of a sequence; sequences; sequences; tokens
@@ -61,7 +61,7 @@ def main():
     expected = head(source, decoder, states[-1])
 
     def kl(layer, values):
-        changed, x = _Replaced(source, values), states[layer]
+        changed, x = Replaced(source, values), states[layer]
         for i in range(layer, decoder.num_layers):
             x = through(changed, decoder, i, x)
         return compare(head(source, decoder, x), expected)["mean_kl"]

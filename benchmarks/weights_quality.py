@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM
 from edgeattn.evaluation.windows import log_softmax
 from edgeattn.exporters.checkpoint import concatenate, open_checkpoint
 from edgeattn.exporters.decoder import build
-from edgeattn.exporters.export import FORMAT_VERSION, _model, _quantiser
+from edgeattn.exporters.export import FORMAT_VERSION, describe_model, settle_quantiser
 from edgeattn.exporters.families import read_architecture
 from edgeattn.exporters.prepare import prepare
 from edgeattn.exporters.quantisers import dequantise, load
@@ -44,10 +44,10 @@ def round_weights(model, folder, setting, text):
     quantiser, bits, size, mixed = given + ["32", "auto"][len(given) - 2:]
     source, precision = open_checkpoint(folder), f"int{float(bits):g}"
     decoder = read_architecture(source)
-    formats = Formats(precision, int(size), _quantiser(quantiser, precision, text, mixed))
+    formats = Formats(precision, int(size), settle_quantiser(quantiser, precision, text, mixed))
     build(decoder, source, formats, decoder.max_position)
     report = {"format_version": FORMAT_VERSION, "defaults": target_defaults("generic", precision),
-              "model": _model(decoder, source, decoder.max_position)}
+              "model": describe_model(decoder, source, decoder.max_position)}
     with TemporaryDirectory() as work:
         source.copy_files(("tokenizer.json",), Path(work))
         prepared, _ = prepare(source, decoder, formats, text, mixed, Path(work), report,

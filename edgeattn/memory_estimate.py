@@ -42,7 +42,7 @@ def estimate(model) -> Estimate:
     """Of a Model that has computed nothing yet, for one sequence that fills the context, read in chunks of `ubatch` tokens."""
     cache, plan = model.cache, model.plan
     weights, runtime = plan.graph.mapped_bytes, psutil.Process().memory_info().rss
-    layers = page_bytes(cache, model.ctx_size, model.ubatch)
+    layers = layer_bytes(cache, model.ctx_size, model.ubatch)
     workspace = plan.touched_bytes({"tokens": model.ubatch, "rows": 1, "sequences": 1, "probes": 0})
     own, available = 0, psutil.virtual_memory().available
     if model.device != "cpu":
@@ -53,8 +53,9 @@ def estimate(model) -> Estimate:
     return Estimate(weights, layers.tolist(), cache.plan.state_bytes(), workspace, runtime, cache.read_bytes(2048) / 2048, available, own)
 
 
-def page_bytes(cache, tokens, chunk):
-    """[layers] bytes of pages, at their most: while the last chunk is being read, it is floats still."""
+def layer_bytes(cache, tokens: int, chunk: int) -> np.ndarray:
+    """[layers] int64, bytes of a KVCache's pages with so many tokens of one sequence, at their most: while the last `chunk` is being read,
+    it is floats still."""
     each = cache.head_bytes(np.minimum(cache.plan.limits, tokens))
     if len(cache.pools) > 1:
         each = each + -(-min(chunk, tokens) // PAGE) * cache.pools[0].format.page_bytes

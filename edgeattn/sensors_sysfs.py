@@ -63,7 +63,8 @@ class Sysfs:
 
     def _find_power(self, root, monitors):
         """Sets how power is read, and says from where, or why it cannot be."""
-        zones = [z for z in sorted(root.glob("sys/class/powercap/intel-rapl*:*")) if _text(z / "name").startswith(("package", "dram"))]
+        # not intel-rapl-mmio:*, through which laptops tell the same package's energy once more
+        zones = [z for z in sorted(root.glob("sys/class/powercap/intel-rapl:*")) if _text(z / "name").startswith(("package", "dram"))]
         if zones and all(_number(z / "energy_uj") is not None for z in zones):
             self._counters = [(z / "energy_uj", (_number(z / "max_energy_range_uj") or 0)) for z in zones]
             return "RAPL: " + ", ".join(_text(z / "name") for z in zones)

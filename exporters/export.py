@@ -51,7 +51,7 @@ def export(checkpoint: str | Path, folder: str | Path, precision: str | None = N
     source, folder = open_checkpoint(checkpoint), Path(folder).resolve()
     decoder = read_architecture(source)
     precision = _precision(source, precision)
-    formats = Formats(precision, group_size, _quantiser(quantiser, precision, calibration, mixed), ternary_layout=ternary_layout,
+    formats = Formats(precision, group_size, settle_quantiser(quantiser, precision, calibration, mixed), ternary_layout=ternary_layout,
                       requantise=allow_requantize)
     defaults = target_defaults(target, precision)
     ctx_size = ctx_size or min(decoder.max_position, LONGEST_CTX)
@@ -70,7 +70,7 @@ def export(checkpoint: str | Path, folder: str | Path, precision: str | None = N
         source.copy_files(COPIED, work)
         report = {"format_version": FORMAT_VERSION, "architecture": source.config["model_type"], "source": _source(source),
                   "precision": precision, "group_size": group_size, "quantiser": formats.quantiser,
-                  "model": _model(decoder, source, ctx_size), "target": target, "defaults": defaults}
+                  "model": describe_model(decoder, source, ctx_size), "target": target, "defaults": defaults}
         prepared, probe = prepare(source, decoder, formats, calibration, mixed, work, report, preparing)
         graph = build(decoder, prepared, formats, ctx_size)
         graph.write(work, functions(graph.nodes), progress)
@@ -88,7 +88,7 @@ def export(checkpoint: str | Path, folder: str | Path, precision: str | None = N
     return report
 
 
-def _quantiser(name, precision, calibration, mixed):
+def settle_quantiser(name: str, precision: str, calibration, mixed: str) -> str:
     """What "auto" means. Statistics win at every width, but cost a forward pass of text, too long a wait for what 4 bits gain."""
     bits = bits_of(precision)
     if bits is None and (calibration or (name, mixed) != ("auto", "auto")):
@@ -114,7 +114,8 @@ def _source(source):
             "config_sha256": source.config_sha256}
 
 
-def _model(decoder, source, ctx_size):
+def describe_model(decoder, source, ctx_size: int) -> dict:
+    """`model` of edgeattn.json: the shape of a decoder, and the tokens that begin and end a text."""
     generation = source.read_json("generation_config.json")
     bos, eos = (generation.get(key, source.config.get(key)) for key in ("bos_token_id", "eos_token_id"))
     eos = [] if eos is None else eos if isinstance(eos, list) else [eos]

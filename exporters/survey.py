@@ -36,7 +36,7 @@ class Survey:
             states.append(self._through(self.source, layer, states[-1]))
         expected = head(self.source, self.decoder, states[-1])
         for i, matrix in enumerate(self.matrices):
-            rounded, hidden = _Replaced(self.source, self._rounded(matrix.name)), states[matrix.layer]
+            rounded, hidden = Replaced(self.source, self._rounded(matrix.name)), states[matrix.layer]
             for layer in range(matrix.layer, self.decoder.num_layers):
                 hidden = self._through(rounded, layer, hidden)
             matrix.divergence = compare(head(self.source, self.decoder, hidden), expected)["mean_kl"]
@@ -76,7 +76,7 @@ class Survey:
         return hidden
 
 
-class _Replaced:
+class Replaced:
     """The checkpoint with other values in some matrices, {name: [N, K]}."""
 
     def __init__(self, source, values):

@@ -6,6 +6,7 @@ import re
 import shutil
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import onnx
@@ -224,6 +225,11 @@ def test_verify_tells_figures_and_differences(edgeattn, nano_int4, tmp_path):
     bad = edgeattn("verify", folder, "--only", "export")
     assert bad.returncode == 1 and "generation_config.json: missing or changed" in bad.stdout
     assert "/no/such: no such folder" in edgeattn.fails("verify", nano_int4, "--checkpoint", "/no/such")
+
+
+def test_doctor_looks_for_all_that_the_package_needs():
+    needed = tomllib.loads((Path(__file__).parent.parent / "pyproject.toml").read_text())["project"]["dependencies"]
+    assert {name.split(">=")[0] for name in needed} == {*doctor.NEEDED} - {"llvmlite"}
 
 
 def test_doctor_finds_what_is_missing(edgeattn, monkeypatch):

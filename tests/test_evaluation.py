@@ -1,5 +1,6 @@
 """Tasks over tiny models and nano: what they count, that a bad setting scores lower, and that a second call measures nothing again."""
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -105,6 +106,8 @@ def test_docqa_reads_a_document_once(tokenizer, model, tmp_path):
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     record = run(model, tokenizer, "docqa", Source(length=500, samples=10), documents=str(path))
     assert record["samples"] == 2 and len(record["values"]["of"]) == 1 and record["metrics"]["F1"] > 0.5
+    path.write_text(json.dumps(rows[0] | {"context": "A line\u2028and another."}, ensure_ascii=False))
+    assert docqa.read(str(path))[0]["context"] == "A line\u2028and another."
     path.write_text('{"context": "x"}\n')
     with pytest.raises(ValueError, match="line 1: must be"):
         docqa.read(str(path))
@@ -137,6 +140,16 @@ def test_perplexity_is_that_of_the_logits(tokenizer, model, text):
     model.free(sequence)
     losses = np.log(np.exp(rows[:-1] - rows[:-1].max(-1, keepdims=True)).sum(-1)) + rows[:-1].max(-1) - rows[np.arange(199), ids[1:]]
     assert record["score"] == pytest.approx(np.exp(losses.mean()), rel=1e-3) and record["low"] is None
+
+
+def test_a_base_that_finds_no_room_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=4 * 1000 * 300))
+    with pytest.raises(ValueError, match="fewer --samples"):
+        kld.SavedBase(str(tmp_path / "base.npy"), 1000, np.zeros((1, 300), np.int64))
+    assert not list(tmp_path.iterdir())
+    with kld.SavedBase(str(tmp_path / "base.npy"), 1000, np.zeros((1, 200), np.int64)):
+        pass
+    assert kld.open_base(str(tmp_path / "base.npy"), 1000, 200).shape == (1, 200)
 
 
 @pytest.mark.parametrize("kind", masks.KINDS)
@@ -176,13 +189,21 @@ def test_a_line_that_a_crash_cut_off_is_measured_again(edgeattn, nano_int4, tmp_
     text = (tmp_path / "r.jsonl").read_text()
     (tmp_path / "r.jsonl").write_text(text + text[:50])
     assert evaluate(edgeattn, nano_int4, *arguments) == whole
-    assert (tmp_path / "r.jsonl").read_text() == text
+    (tmp_path / "r.jsonl").write_text(text[:-50])
+    again = evaluate(edgeattn, nano_int4, *arguments)
+    assert again[0]["values"] == whole[0]["values"] and (tmp_path / "r.jsonl").read_text() == json.dumps(again[0]) + "\n"
+
+
+def test_where_stderr_is_no_terminal_progress_is_a_line_a_thing(edgeattn, nano_int4):
+    done = edgeattn("eval", "needle", "-m", nano_int4, "--lengths", "200,300", "--samples", 1, "-o", "jsonl")
+    assert done.returncode == 0 and done.stderr == ""  # less the lines that end in " ..."
 
 
 @pytest.mark.parametrize("arguments, message", [
     (["perplexity"], "give one with --text FILE"), (["docqa"], "--documents FILE"), (["nothing"], "no task 'nothing'"),
     (["recall", "--lengths", "9000"], "need a context of"),
-    (["recall", "--lengths", "100"], "raise --lengths"), (["kld", "--base", "none.npy"], "none.npy: no such file"),
+    (["recall", "--lengths", "100"], "raise --lengths"), (["frequent_words", "--lengths", "64"], "raise --lengths"),
+    (["common_words", "--lengths", "200"], "raise --lengths"), (["kld", "--base", "none.npy"], "none.npy: no such file"),
     (["kld", "--base", "x", "--save-base", "y"], "give one of them"),
     (["kld", "--save-base", "y", "--lengths", "100,200"], "windows of one length")])
 def test_mistakes_are_told_in_a_line(edgeattn, nano_int4, arguments, message):

@@ -107,6 +107,12 @@ def test_the_page_holds_what_was_measured(page):
     assert "--kv-bits 2 <&>" in seen and "a board" in seen and "power" in seen
 
 
+def test_a_file_of_somebody_else_writes_no_markup():
+    evil = [row | {"task": '"><script>\\1', "setting": f"--x '{row['setting']}<script>'"} for row in RESULTS if row["kind"] == "eval"]
+    page = Page(render(evil))
+    assert "script" not in page.tags and page.tags.count("svg") and '"><script>' in "".join(page.text)
+
+
 def test_every_figure_names_its_commands():
     for one in [*figures(RESULTS), *tables(RESULTS)]:
         assert one.commands and all(command.startswith("edgeattn ") for command in one.commands), one.title
@@ -132,9 +138,24 @@ def test_a_line_has_the_shape_of_its_numbers():
     assert np.corrcoef(heights, speeds)[0, 1] > 0.9999
 
 
+def test_prompts_of_several_lengths_are_not_one_line():
+    both = RESULTS + [row | {"n_prompt": 128, "test": "other"} for row in RESULTS if row["kind"] == "bench" and row["n_prompt"]]
+    titles = [figure.title for figure in figures(both)]
+    assert "Prompts, 512 tokens" in titles and "Prompts, 128 tokens" in titles and "Generation" in titles
+    page = Page(render(both))
+    assert page.open == [] and len(page.ids) == len(set(page.ids))
+
+
 def test_of_two_results_the_last_counts():
     again = RESULTS[0] | {"tokens_per_second": 1.0, "repetitions": 9}
     assert latest([*RESULTS, again]) == [again, *RESULTS[1:]]
+
+
+def test_results_of_several_machines_stand_side_by_side():
+    other = [row | {"machine": "a laptop, 8 cores, Linux 6"} for row in RESULTS]
+    found = latest([*RESULTS, *other, *(row | {"machine": "a laptop, 8 cores, Linux 7"} for row in other)])
+    assert len(found) == 2 * len(RESULTS) and found[len(RESULTS)]["machine"].endswith("Linux 7")
+    assert list(labels(found[:1] + found[len(RESULTS):][:1]).values()) == ["nano int4 on a board", "nano int4 on a laptop"]
 
 
 def test_labels_say_what_differs():
@@ -184,7 +205,7 @@ def test_mistakes(edgeattn, kept, tmp_path, monkeypatch):
     assert "no such file" in edgeattn.fails("report", "--from", tmp_path / "none.jsonl")
     assert "no such folder" in edgeattn.fails("report", "--from", kept, "-o", tmp_path / "no/page.html")
     (tmp_path / "bad.jsonl").write_text('{"kind": "bench"}\nno json\n')
-    assert "bad.jsonl, line 2: not JSON" in edgeattn.fails("report", "--from", tmp_path / "bad.jsonl", "-o", tmp_path / "page.html")
+    assert "bad.jsonl, line 1: no result" in edgeattn.fails("report", "--from", tmp_path / "bad.jsonl", "-o", tmp_path / "page.html")
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     assert "pip install matplotlib" in edgeattn.fails("report", "--from", kept, "-o", tmp_path / "page.html")
     assert not (tmp_path / "page.html").exists()
@@ -192,12 +213,36 @@ def test_mistakes(edgeattn, kept, tmp_path, monkeypatch):
 
 def test_a_file_that_a_crash_cut_off_can_be_added_to(tmp_path):
     path = tmp_path / "cut.jsonl"
-    record.append(path, {"kind": "bench", "n": 1})
+    record.append(path, RESULTS[0])
     with open(path, "a") as file:
         file.write('{"kind": "be')
-    assert [one["n"] for one in record.read(path)] == [1]
-    record.append(path, {"kind": "bench", "n": 2})
-    assert [one["n"] for one in record.read(path)] == [1, 2] and path.read_text().count("\n") == 2
+    assert record.read(path) == RESULTS[:1]
+    record.append(path, RESULTS[1])
+    assert record.read(path) == RESULTS[:2] and path.read_text().count("\n") == 2
+
+
+def test_a_whole_last_line_without_its_end_is_kept(kept):
+    kept.write_text(kept.read_text()[:-1])
+    assert record.read(kept) == RESULTS
+    record.append(kept, RESULTS[0])
+    assert record.read(kept) == [*RESULTS, RESULTS[0]]
+
+
+@pytest.mark.parametrize("result", [{name: value for name, value in RESULTS[0].items() if name != "samples_s"},
+                                    {"kind": "eval", "task": "recall"}, {"kind": ["bench"]}, {"name": "x"}, ["bench"]], ids=lambda _: "")
+def test_what_is_no_result_is_refused(kept, result):
+    record.append(kept, result)
+    with pytest.raises(ValueError, match=f"line {len(RESULTS) + 1}: no result"):
+        record.read(kept)
+
+
+def test_a_text_that_is_no_result_is_not_cut(tmp_path):
+    path = tmp_path / "notes.txt"
+    path.write_text("my notes")
+    with pytest.raises(ValueError, match="line 1: no result"):
+        record.read(path)
+    record.append(path, RESULTS[0])
+    assert path.read_text().startswith("my notes\n{")
 
 
 def test_the_plan_is_of_commands_that_the_parser_knows():

@@ -73,7 +73,7 @@ def test_throttling_by_a_cooling_device(machine, kind, state, throttled):
 
 def rapl(package, dram=1_000_000):
     zones = {"intel-rapl:0": ("package-0", package), "intel-rapl:0:0": ("core", 77), "intel-rapl:0:1": ("dram", dram),
-             "intel-rapl:1": ("psys", 99)}
+             "intel-rapl:1": ("psys", 99), "intel-rapl-mmio:0": ("package-0", package)}
     return {f"sys/class/powercap/{zone}/{name}": value for zone, (kind, energy) in zones.items()
             for name, value in (("name", kind), ("energy_uj", energy), ("max_energy_range_uj", 262_143_000_000))}
 

@@ -6,7 +6,7 @@ from edgeattn.apps.terminal import sparse_state
 from edgeattn.cache.budget import choose_types
 from edgeattn.cache.kv_cache import KVCache
 from edgeattn.cache.options import CacheOptions, evictions
-from edgeattn.memory_estimate import Estimate, estimate, page_bytes
+from edgeattn.memory_estimate import Estimate, estimate, layer_bytes
 from edgeattn.policies import policy_names
 from edgeattn.scheduler import Scheduler, SparseOptions, refusal
 
@@ -47,7 +47,7 @@ def predict(model, flags, runtime: int) -> dict:
     selection = _selection(model, sparse, wanted, about)
     wanted = choose_types(wanted, model.config["defaults"]["kv_type"], *shape, model.ubatch, model.cache.plan.classes, selection)
     cache = KVCache(*shape, wanted, model.ubatch, model.cache.plan.classes, selection, model.backend)
-    kv = int(page_bytes(cache, cache.capacity, cache.plan.chunk).sum()) + cache.plan.state_bytes()
+    kv = int(layer_bytes(cache, cache.capacity, cache.plan.chunk).sum()) + cache.plan.state_bytes()
     before = sum(now.kv_layers) + now.kv_state
     return {"total": now.total - before + kv, "kv": kv, "available": now.available, "ctx_size": cache.capacity}
 

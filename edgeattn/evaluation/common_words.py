@@ -20,6 +20,8 @@ class CommonWords(Ruler):
         every, room = words.coined(rng, self.each + length // self.rare), length - FRAME_TOKENS
         wanted = every[:self.each]
         chosen = fitting(tokenizer, wanted * (10 * self.rare), room // 2)
+        if len(chosen) < self.each * (self.rare + 1):  # the others would be the common ones
+            raise ValueError(f"{length} tokens are too few for {self.each} words to stand out; raise --lengths")
         used = sum(len(tokenizer.encode(f" {word}", special=False)) for word in chosen)
         chosen += fitting(tokenizer, [word for word in every[self.each:] for _ in range(self.rare)], room - used)
         return listed(tokenizer, [chosen[i] for i in rng.permutation(len(chosen))], "Below is a list of words, of which some come more "

@@ -73,7 +73,8 @@ class Docqa:
 def read(path: str) -> list[dict]:
     """The questions of a file. ValueError names the line that is none."""
     found = []
-    for number, line in enumerate(Path(path).read_text(encoding="utf-8", errors="replace").splitlines(), 1):
+    lines = Path(path).read_text(encoding="utf-8", errors="replace").split("\n")  # splitlines would cut a text with U+2028
+    for number, line in enumerate(lines, 1):
         if not line.strip():
             continue
         try:

@@ -4,6 +4,7 @@ The base is a file of log-probabilities, as llama.cpp's perplexity tool keeps on
 another model of the same tokenizer. A NumPy array [windows, length] of BASE's records, so the text comes along with it.
 """
 import os
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
@@ -94,11 +95,16 @@ def open_base(path: str, vocab: int, length: int) -> np.ndarray:
 
 
 class SavedBase:
-    """A base file that is being written: it has its name only when all of it is there. Without a path nothing is kept."""
+    """A base file that is being written: it has its name only when all of it is there. Without a path nothing is kept. ValueError: no room.
+    """
 
     def __init__(self, path: str | None, vocab: int, ids: np.ndarray):
         self.ids, self._path, self._records = ids, path and Path(path), None
         if path:
+            needed, free = ids.size * layout(vocab).itemsize, shutil.disk_usage(self._path.parent).free
+            if needed > free:  # a mapped file on a full disk would kill the process without a word
+                raise ValueError(f"{self._path.parent}: the base's probabilities take {needed / 1e9:.1f} GB, {free / 1e9:.1f} are free; "
+                                 "give fewer --samples or smaller --lengths, or name a folder with room in TMPDIR or --save-base")
             self._part = self._path.with_name(f".{self._path.name}.{os.getpid()}.part")
             self._records = np.lib.format.open_memmap(self._part, "w+", layout(vocab), ids.shape)
             self._records["token"] = ids

@@ -1,4 +1,4 @@
-"""Times matmul_nbits against the memory: python benchmarks/kernels.py [-t THREADS] [--repeats N]
+"""Times matmul_nbits against the memory: python benchmarks/cpu_kernels.py [-t THREADS] [--repeats N]
 
 For one token the limit is reading the weights, so each line gives the share of a plain prefetched parallel read measured in
 the same rounds, turn by turn; for many tokens it gives GFLOP/s. Medians, best in brackets. Weights rotate through enough copies
