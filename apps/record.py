@@ -49,7 +49,7 @@ def host() -> str:
     name = _board() or processor()
     features = " ".join(flag for flag in FEATURES if flag in flags)
     return ", ".join([name, f"{psutil.cpu_count()} cores{f' ({features})' if features else ''}",
-                      f"{psutil.virtual_memory().total / 2**30:.1f} GiB", f"{platform.system()} {platform.release().partition("-")[0]}",
+                      f"{psutil.virtual_memory().total / 2**30:.1f} GiB", f"{platform.system()} {platform.release().partition('-')[0]}",
                       f"Python {platform.python_version()}"])
 
 
