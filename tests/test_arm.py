@@ -12,7 +12,7 @@ import pytest
 
 TESTS = Path(__file__).parent
 ARM = str(TESTS / "arm64-python")
-PACKAGES = [f"numba=={numba.__version__}", "numpy", "pytest"]
+PACKAGES = [f"numba=={numba.__version__}", "numpy", "psutil", "pytest"]
 A76, A76_I8MM = "", "ARM64_FEATURES=+neon,+dotprod,+fullfp16,+i8mm "
 PARTS = {  # run side by side, for two cores; what starts further processes cannot be emulated
     "nbits": [A76 + "{} tests/test_kernels.py -k 'nbits or ternary'",
