@@ -98,12 +98,12 @@ def test_boa_equals_the_textbook(bits):
 
 @pytest.mark.parametrize("bits", [2, 3])
 def test_boa_costs_heads_less(bits):
-    w, s = heads_problem(heads=8, rows=16, k=128)
+    problems = [heads_problem(heads=8, rows=16, k=128) for _ in range(5)]  # of one, some in a hundred miss the mark
 
-    def cost(method):
+    def cost(method, w, s):
         change = dequantise(*method.quantise(w, bits, 32, s), bits) - w
         return sum(np.trace(h.metric @ change[h.start:h.stop] @ h.hessian @ change[h.start:h.stop].T) for h in s.heads)
-    assert cost(boa) < 0.8 * cost(gptq)
+    assert np.mean([cost(boa, *p) / cost(gptq, *p) for p in problems]) < 0.8
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4])
