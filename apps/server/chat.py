@@ -6,10 +6,10 @@ from collections.abc import AsyncIterator
 
 from fastapi import APIRouter, Request
 
-from edgeattn.apps.server.answers import Answers, failure, make_jobs
+from edgeattn.apps.server.answers import Answers, make_jobs
 from edgeattn.apps.server.engine import Engine
 from edgeattn.apps.server.errors import Refusal
-from edgeattn.apps.server.events import EventStream, event, respond
+from edgeattn.apps.server.events import EventStream, respond, stream
 from edgeattn.apps.server.schema import ChatRequest
 from edgeattn.apps.server.settings import Settings
 from edgeattn.apps.server.tokens import chat_score
@@ -60,24 +60,13 @@ def _choice(engine, index, pieces, calls, body):
             "finish_reason": "tool_calls" if found else reason}
 
 
-async def _stream(engine, answers, body, prompt, about) -> AsyncIterator[bytes]:
-    """Chunks of all choices as they come, in OpenAI's form."""
-    usage = bool(body.stream_options and body.stream_options.include_usage)
-    about = {**about, "object": "chat.completion.chunk"}
+def _stream(engine, answers, body, prompt, about) -> AsyncIterator[bytes]:
     readers, calls = [CallReader() for _ in answers.runs], [0] * len(answers.runs)
 
-    def chunk(index, delta, reason=None, logprobs=None):
-        return event({**about, "choices": [{"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": reason}],
-                      **({"usage": None} if usage else {})})
-    for index in range(len(answers.runs)):
-        yield chunk(index, {"role": "assistant", "content": "", "refusal": None})
-    async for index, piece in answers.pieces():
-        if piece is None:
-            yield b": waiting\n\n"
-            continue
-        if refusal := failure(piece):
-            yield event(refusal.body)
-            return
+    def choice(index, delta, reason=None, logprobs=None):
+        return {"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": reason}
+
+    def choices(index, piece):
         text, found = piece.text, []
         if prompt.calls:
             text, found = readers[index].add(piece.text)
@@ -86,12 +75,11 @@ async def _stream(engine, answers, body, prompt, about) -> AsyncIterator[bytes]:
                 text, found = text + rest, found + more
         scores = [chat_score(engine, score) for score in piece.scores if score.token not in engine.tokenizer.end_tokens]
         if text or scores:
-            yield chunk(index, {"content": text}, logprobs={"content": scores, "refusal": None} if body.logprobs else None)
+            yield choice(index, {"content": text}, logprobs={"content": scores, "refusal": None} if body.logprobs else None)
         for call in found:
-            yield chunk(index, {"tool_calls": [{"index": calls[index], **call}]})
+            yield choice(index, {"tool_calls": [{"index": calls[index], **call}]})
             calls[index] += 1
         if piece.finish_reason:
-            yield chunk(index, {}, "tool_calls" if calls[index] else piece.finish_reason)
-    if usage:
-        yield event({**about, "choices": [], "usage": answers.usage()})
-    yield b"data: [DONE]\n\n"
+            yield choice(index, {}, "tool_calls" if calls[index] else piece.finish_reason)
+    first = [choice(index, {"role": "assistant", "content": "", "refusal": None}) for index in range(len(answers.runs))]
+    return stream(answers, {**about, "object": "chat.completion.chunk"}, body.stream_options, choices, first)

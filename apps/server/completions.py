@@ -6,10 +6,10 @@ from collections.abc import AsyncIterator
 
 from fastapi import APIRouter, Request
 
-from edgeattn.apps.server.answers import Answers, failure, make_jobs
+from edgeattn.apps.server.answers import Answers, make_jobs
 from edgeattn.apps.server.engine import Engine
 from edgeattn.apps.server.errors import Refusal
-from edgeattn.apps.server.events import EventStream, event, respond
+from edgeattn.apps.server.events import EventStream, respond, stream
 from edgeattn.apps.server.schema import CompletionRequest
 from edgeattn.apps.server.settings import Settings
 from edgeattn.apps.server.tokens import completion_scores
@@ -69,29 +69,16 @@ def _choice(engine, index, run, pieces, body):
     return {"text": text, "index": index, "logprobs": logprobs, "finish_reason": pieces[-1].finish_reason}
 
 
-async def _stream(engine, answers, body, about) -> AsyncIterator[bytes]:
-    usage = bool(body.stream_options and body.stream_options.include_usage)
+def _stream(engine, answers, body, about) -> AsyncIterator[bytes]:
     told, offsets = [False] * len(answers.runs), [0] * len(answers.runs)
 
-    def chunk(index, text, reason, scores):
-        logprobs = None if body.logprobs is None else completion_scores(engine, scores, offsets[index])
-        offsets[index] += len(text)
-        return event({**about, "choices": [{"text": text, "index": index, "logprobs": logprobs, "finish_reason": reason}],
-                      **({"usage": None} if usage else {})})
-    async for index, piece in answers.pieces():
-        if piece is None:
-            yield b": waiting\n\n"
-            continue
-        if refusal := failure(piece):
-            yield event(refusal.body)
-            return
-        run = answers.runs[index]
-        first = not told[index]
+    def choices(index, piece):
+        run, begins = answers.runs[index], not told[index]
         told[index] = True
-        text = (_prompt_text(engine, body, index, run) if first else "") + piece.text
-        scores = [*(run.prompt_scores if first else ()), *piece.scores]
+        text = (_prompt_text(engine, body, index, run) if begins else "") + piece.text
+        scores = [*(run.prompt_scores if begins else ()), *piece.scores]
         if text or scores or piece.finish_reason:
-            yield chunk(index, text, piece.finish_reason, scores)
-    if usage:
-        yield event({**about, "choices": [], "usage": answers.usage()})
-    yield b"data: [DONE]\n\n"
+            logprobs = None if body.logprobs is None else completion_scores(engine, scores, offsets[index])
+            offsets[index] += len(text)
+            yield {"text": text, "index": index, "logprobs": logprobs, "finish_reason": piece.finish_reason}
+    return stream(answers, about, body.stream_options, choices)
