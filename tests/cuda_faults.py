@@ -1,5 +1,5 @@
-"""A plugin for pytest on a GPU (`-p cuda_faults`, with pytest-xdist's -n): a process that a kernel's bad address leaves without its GPU tells
-the fault and ends, and another one takes its place, so that the tests after it do not fail as well."""
+"""A plugin for pytest on a GPU (`-p cuda_faults`, with pytest-xdist's -n): a process that a bad address leaves without its GPU tells the
+fault and ends, and another one takes its place, so that the tests after it do not fail as well."""
 import os
 import sys
 
