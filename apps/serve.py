@@ -72,6 +72,7 @@ def _serve(args, settings, listening):
     import uvicorn
 
     from edgeattn.apps import models
+    from edgeattn.apps.server import connection
     from edgeattn.apps.server.app import make_app
     from edgeattn.apps.server.engine import Engine
 
@@ -86,13 +87,11 @@ def _serve(args, settings, listening):
             engine.stop()  # or streams would keep the server waiting
             super().handle_exit(sig, frame)
     app = make_app(engine, settings, (_page(engine, settings, args.save),))
-    config = uvicorn.Config(app, log_level="warning", access_log=False, server_header=False, ws="none", timeout_keep_alive=30,
-                            limit_concurrency=args.parallel + args.max_waiting + 256, timeout_graceful_shutdown=5)
     host, port = listening.getsockname()[:2]
     print(f"{engine.name} at http://{f'[{host}]' if ':' in host else host}:{port} (chat page; OpenAI's API: /v1); Ctrl-C ends it",
           file=sys.stderr, flush=True)
     try:
-        Server(config).run(sockets=[listening])
+        Server(connection.config(app, args.parallel + args.max_waiting + 256)).run(sockets=[listening])
     except KeyboardInterrupt:
         pass
     finally:

@@ -11,6 +11,7 @@ from types import SimpleNamespace
 import numpy as np
 import uvicorn
 
+from edgeattn.apps.server import connection
 from edgeattn.cache.pages import CacheFull
 from edgeattn.tokenizer import Tokenizer
 
@@ -102,10 +103,10 @@ def greedy(prompt, count):
 
 
 @contextlib.contextmanager
-def serving(app):
-    """The address of a real server on a free port."""
+def serving(app, connections=600):
+    """The address of a real server on a free port, with so many connections at most."""
     listening = socket.create_server(("127.0.0.1", 0), backlog=1024)
-    server = uvicorn.Server(uvicorn.Config(app, log_level="error", ws="none", timeout_graceful_shutdown=2))
+    server = uvicorn.Server(connection.config(app, connections))
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]}, daemon=True)
     thread.start()
     try:

@@ -230,16 +230,32 @@ def test_close_ends_everything(started):
         ask(engine, [job([400])])
 
 
-def test_clients_take_turns():
-    waiting = FairQueue()
-    for client, number in (("a", 1), ("a", 2), ("a", 3), ("b", 4), ("c", 5)):
-        waiting.put(Run(Job([number], client=client), print))
+def order_of(waiting):
+    """Takes all runs out."""
     order = []
     while len(waiting):
         run = waiting.next(lambda run: True)
         waiting.remove(run)
         order.append(run.job.prompt[0])
-    assert order == [1, 4, 5, 2, 3]
+    return order
+
+
+def test_clients_take_turns():
+    waiting = FairQueue()
+    for client, number in (("a", 1), ("a", 2), ("a", 3), ("b", 4), ("c", 5)):
+        waiting.put(Run(Job([number], client=(client, "")), print))
+    assert order_of(waiting) == [1, 4, 5, 2, 3]
+
+
+def test_names_share_the_turns_of_their_address():
+    """So whoever invents a name for each request gains nothing, and users behind one address take turns."""
+    waiting = FairQueue()
+    for address, name, number in (("a", "1", 1), ("a", "2", 2), ("a", "3", 3), ("b", "", 4), ("b", "", 5), ("b", "", 6)):
+        waiting.put(Run(Job([number], client=(address, name)), print))
+    assert order_of(waiting) == [1, 4, 2, 5, 3, 6]
+    for name, number in (("anna", 1), ("anna", 2), ("anna", 3), ("ben", 4), ("", 5)):
+        waiting.put(Run(Job([number], client=("proxy", name)), print))
+    assert order_of(waiting) == [1, 4, 5, 2, 3]
 
 
 def test_bias_and_penalties_change_logits_as_the_api_says():

@@ -14,7 +14,7 @@ from edgeattn.apps.server.errors import Refusal
 from edgeattn.apps.server.events import event
 from edgeattn.apps.server.run import Job
 from edgeattn.apps.server.settings import Settings
-from edgeattn.apps.store import Changed, Store
+from edgeattn.apps.store import Changed, Missing, Store
 from edgeattn.scheduler import HELD
 
 EVERY = 0.06  # seconds between events with text
@@ -34,8 +34,8 @@ class Answering:
         except ValueError as error:
             raise Refusal(400, one_line(error)) from None
 
-    async def start(self, talk) -> tuple[AsyncIterator[bytes], Answers]:
-        """Events of an answer, as EventStream takes them. Refusal: it cannot be given."""
+    async def start(self, talk, client: str) -> tuple[AsyncIterator[bytes], Answers]:
+        """Events of an answer, as EventStream takes them. client: its address. Refusal: it cannot be given."""
         if talk.messages[-1].role != "user":
             raise Refusal(400, "the last message must be the user's")
         ids, settings = await self.encode(talk), self._settings
@@ -47,7 +47,7 @@ class Answering:
         most = talk.max_tokens if talk.max_tokens and settings.max_tokens < 0 else min(talk.max_tokens or 1 << 40, settings.max_tokens)
         name = secrets.token_hex(8)
         job = Job(ids, sampling, -1 if talk.max_tokens is None and settings.max_tokens < 0 else most, settings.stop,
-                  session=f"page-{talk.conversation or name}", client="page", deadline=time.monotonic() + settings.time_limit)
+                  session=f"page-{talk.conversation or name}", client=(client, "page"), deadline=time.monotonic() + settings.time_limit)
         answers = Answers(self._engine, [job])
         return self._run(_Answer(self._engine, self._store, talk, answers, name)), answers
 
@@ -72,7 +72,7 @@ class _Answer:
         self._run, self._text, self._reason = answers.runs[0], "", "cancelled"
         self._messages = [message.model_dump(exclude_unset=True) for message in talk.messages]
         self._saving = threading.Lock()
-        self._where, self._title = (talk.conversation, talk.revision), talk.title
+        self._where, self._title, self._kept, self._deleted = (talk.conversation, talk.revision), talk.title, False, False
         self._scheduler = engine.model.scheduler if engine.model.device == "cpu" else None  # asking would wait for a GPU
         self._counted = self._scheduler and self._scheduler.counted()
 
@@ -150,17 +150,24 @@ class _Answer:
         if self._text:
             messages = [*messages, {"role": "assistant", "content": self._text, "facts": self._facts()}]
         with self._saving:  # a page may be closed while its question is being saved
-            told = "" if self._store is None else self._save(messages)
+            told = "" if self._store is None or self._deleted else self._save(messages)
             return {"conversation": self._where[0], "revision": self._where[1], "told": told}
 
     def _save(self, messages):
         number, revision = self._where
+        told = ""
         try:
             try:
                 self._where = self._store.save(messages, self._engine.name, number, revision, self._title if number is None else None)
-                return ""
-            except Changed:
+            except Changed as error:
+                gone = isinstance(error, Missing)
+                self._deleted = gone and self._kept
+                if self._deleted:  # while it was answered: then it stays so
+                    self._where = None, None
+                    return "Not kept: it was deleted meanwhile."
+                told = f"It was {'deleted' if gone else 'changed'} elsewhere meanwhile: this one is kept beside it."
                 self._where = self._store.save(messages, self._engine.name, title=self._title)
-                return "It was changed elsewhere meanwhile: this one is kept beside it."
+            self._kept = True
+            return told
         except (OSError, ValueError) as error:
             return f"Not kept: {one_line(error)}"

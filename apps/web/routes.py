@@ -5,19 +5,22 @@ import asyncio
 from pathlib import Path
 from typing import Annotated, Literal
 
-from fastapi import APIRouter
+from fastapi import APIRouter, Request
 from fastapi.responses import FileResponse
 from pydantic import Field
 
 from edgeattn.apps import options
 from edgeattn.apps.cli import one_line
 from edgeattn.apps.markdown import to_html
+from edgeattn.apps.server.admission import prepared
+from edgeattn.apps.server.answers import address
 from edgeattn.apps.server.engine import Engine
 from edgeattn.apps.server.errors import Refusal
 from edgeattn.apps.server.events import EventStream, respond
+from edgeattn.apps.server.queue import Busy
 from edgeattn.apps.server.schema import Body, Number
 from edgeattn.apps.server.settings import Settings
-from edgeattn.apps.store import Store
+from edgeattn.apps.store import Missing, Store
 from edgeattn.apps.web import memory
 from edgeattn.apps.web.answering import Answering
 from edgeattn.memory_estimate import estimate
@@ -113,8 +116,8 @@ def make_router(engine: Engine, store: Store | None, settings: Settings, unkept:
 
     # ---- answers ------------------------------------------------------------------------------------------------
     @router.post("/api/answer", summary="Answer a conversation, as server-sent events, and keep it")
-    async def answer(talk: Talk):
-        return EventStream(*await answering.start(talk))
+    async def answer(talk: Talk, request: Request):
+        return EventStream(*await answering.start(talk, address(request)))
 
     @router.post("/api/stop/{answer}", summary="End an answer; what was said stays")
     async def stop(answer: str):
@@ -153,7 +156,8 @@ def make_router(engine: Engine, store: Store | None, settings: Settings, unkept:
         return respond(await _refusing(memory.predict, engine.model, changes.flags, runtime))
 
     @router.post("/api/settings", summary="Load the model with other settings")
-    async def change(changes: Changes):
+    async def change(changes: Changes, request: Request):
+        prepared(request)  # others need not wait for the model to be loaded
         await _refusing(lambda: engine.reload(changes.flags()))
         return respond(await asyncio.to_thread(facts))
     return router
@@ -164,8 +168,10 @@ async def _from(store, method, *arguments):
         raise Refusal(404, "conversations are not kept")
     try:
         return await asyncio.to_thread(method, store, *arguments)
-    except ValueError as error:
+    except Missing as error:
         raise Refusal(404, str(error)) from None
+    except ValueError as error:
+        raise Refusal(400, str(error)) from None
     except OSError as error:
         raise Refusal(507, one_line(error), "not_kept") from None
 
@@ -173,5 +179,7 @@ async def _from(store, method, *arguments):
 async def _refusing(call, *arguments):
     try:
         return await asyncio.to_thread(call, *arguments)
-    except (ValueError, OSError, MemoryError) as error:
+    except Busy as error:
+        raise Refusal(503, str(error), "server_busy") from None
+    except (ValueError, OSError, MemoryError, OverflowError) as error:
         raise Refusal(400, one_line(error)) from None
