@@ -11,7 +11,8 @@ from edgeattn.apps.server import errors
 
 HEAD = 10.0    # seconds until the head of a first request must be there, and of a later one that has begun
 IDLE = 30      # seconds that a connection may be kept for another request
-SPARE = 64     # connections beyond the most that are still told why they are refused
+GRACE = 1.0    # seconds that a connection is idle before it gives way to a new one
+SPARE = 256    # connections beyond the most that are still told why they are refused
 
 
 def config(app, connections: int) -> uvicorn.Config:
@@ -33,9 +34,9 @@ class Connection(H11Protocol):
         self._await_head()
         if len(self.connections) <= self._most:
             return
-        idle = [other for other in self.connections if other.idle and other is not self]
-        if idle:
-            min(idle, key=lambda other: other._since).transport.abort()
+        longest = min((other for other in self.connections if other.idle), key=lambda other: other._since)
+        if time.monotonic() - longest._since > GRACE:
+            longest.transport.abort()
         elif len(self.connections) <= self._most + SPARE:
             self.app = _full
         else:
@@ -56,15 +57,21 @@ class Connection(H11Protocol):
         self._since = time.monotonic()
         super().on_response_complete()
 
+    def shutdown(self) -> None:
+        if self.idle or not self.cycle.more_body:
+            super().shutdown()
+        else:  # what it still has to send is not waited for
+            self.transport.close()
+
     def send_400_response(self, msg: str) -> None:
-        if self.idle:
+        if self.idle or not self.cycle.response_started:
             self._answer(errors.response(400, "this is no HTTP request"))
-        else:  # an answer is on its way, so that there is no place for another one
+        else:  # in the middle of an answer
             self.transport.close()
 
     @property
     def idle(self) -> bool:
-        """Nothing is being answered."""
+        """Nothing is asked for, or what was is answered."""
         return (self.cycle is None or self.cycle.response_complete) and not self.transport.is_closing()
 
     def _await_head(self):
