@@ -7,8 +7,9 @@ import pytest
 from edgeattn.apps import models
 from edgeattn.apps.cli import make_parser
 from edgeattn.apps.markdown import Blocks, to_html
+from edgeattn.apps.options import cache_options, sparse_options
 from edgeattn.apps.server.settings import Settings
-from edgeattn.apps.web.memory import predict
+from edgeattn.apps.web.memory import Asked, predict
 from edgeattn.apps.web.routes import Changes
 from edgeattn.memory_estimate import estimate
 
@@ -205,20 +206,26 @@ def test_names_and_removal(page):
     assert page.client.delete(f"/api/conversations/{number}").status_code == 404
 
 
-@pytest.mark.parametrize("changes", [{}, {"cache_type": "int8"}, {"cache_type": "int4", "sparse_attention": "quest"}, {"kv_budget": "6M"},
-                                     {"sparse_attention": "off"}, {"kv_budget": "4M", "kv_eviction": "snapkv"}], ids=str)
-def test_the_prediction_is_what_edgeattn_estimate_tells(nano_int4, changes):
+@pytest.mark.parametrize("begun, changes", [
+    ("-c=8192", {}), ("-c=8192", {"cache_type": "int8"}), ("-c=8192", {"cache_type": "int4", "sparse_attention": "quest"}),
+    ("-c=8192", {"kv_budget": "6M"}), ("-c=8192", {"sparse_attention": "off"}), ("--kv-budget=6M", {"kv_budget": ""}),
+    ("-c=8192", {"kv_budget": "4M", "kv_eviction": "snapkv"}), ("-c=2048", {"cache_type": "int8"}),
+    ("--kv-budget=1500K", {"kv_budget": "6M"})], ids=str)
+def test_the_prediction_is_what_edgeattn_estimate_tells(nano_int4, begun, changes):
     """For the same settings, of a model that was loaded with others and has computed."""
     def loaded(*flags):
-        return models.load(make_parser().parse_args(["estimate", "-m", str(nano_int4), "-t", "1", *flags]))[0]
-    model = loaded()
+        args = make_parser().parse_args(["estimate", "-m", str(nano_int4), "-t", "1", *flags])
+        return args, models.load(args)[0]
+    args, model = loaded(begun)
     model.forward([(model.new_sequence(), [7] * 600)])
-    kind = changes.get("cache_type")
-    expected = estimate(loaded(*([f"-ctk={kind}", f"-ctv={kind}"] if kind else []), *(
-        f"--{name.replace('_', '-')}={value}" for name, value in changes.items() if name != "cache_type")))
-    told = predict(model, Changes(**changes).flags, expected.runtime)
+    flags = {name: value for name, value in changes.items() if value and name != "cache_type"}
+    flags |= dict.fromkeys(("cache-type-k", "cache-type-v"), changes["cache_type"]) if "cache_type" in changes else {}
+    begun = [] if "kv_budget" in changes and "budget" in begun else [begun]
+    expected = estimate(loaded(*begun, *(f"--{name.replace('_', '-')}={value}" for name, value in flags.items()))[1])
+    asked = Asked(cache_options(args), sparse_options(args), args.ctx_size or None, args.ubatch_size)
+    told = predict(model, asked, Changes(**changes).flags, expected.runtime)
     assert told["kv"] == sum(expected.kv_layers) + expected.kv_state
-    assert told["total"] == pytest.approx(expected.total, rel=0.01)
+    assert told["total"] - expected.runtime == pytest.approx(expected.total - expected.runtime, rel=0.02)
 
 
 def test_without_a_store_and_with_a_key(nano_int4, tmp_path, monkeypatch):

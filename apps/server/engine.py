@@ -21,7 +21,7 @@ SECONDS = 0.2  # between looks at the clock and at the model's figures
 
 class Engine:
     """
-    load          load(changes) -> (model, tokenizer): the model again with changed settings; None: it cannot be
+    load          load(changes) -> (model, tokenizer): the model again with changed settings; None: it cannot be. `changes`: those so far
     parallel      answers that are computed at once; more wait
     most_waiting  requests that may wait; more are refused
     Public methods may be called from any thread.
@@ -30,7 +30,7 @@ class Engine:
     def __init__(self, model, tokenizer, load: Callable | None = None, parallel: int = 4, most_waiting: int = 256):
         self.parallel, self.most_waiting = min(parallel, MAX_SEQUENCES), most_waiting
         self.figures = Figures()
-        self._load, self._changes = load, {}
+        self._load, self.changes = load, {}
         self._inbox, self._waiting, self._running, self._order = queue.SimpleQueue(), FairQueue(), [], 0
         self._open, self._lock, self._making, self._change = 0, threading.Lock(), threading.Lock(), None
         self._adopt(model, tokenizer)
@@ -102,7 +102,7 @@ class Engine:
     def status(self) -> dict:
         """What the server is doing; figures of the model are of the last fifth of a second."""
         return {"model": self.name, "ctx_size": self.model.ctx_size, "parallel": self.parallel, "running": len(self._running),
-                "waiting": max(0, self._open - len(self._running)), "settings": dict(self._changes), **self._about, **self.figures.status()}
+                "waiting": max(0, self._open - len(self._running)), "settings": dict(self.changes), **self._about, **self.figures.status()}
 
     @property
     def name(self) -> str:
@@ -284,11 +284,11 @@ class Engine:
     def _reload(self, changes):
         if self._stopping:
             raise Busy("the server is stopping")
-        model, tokenizer = self._load({**self._changes, **changes})
+        model, tokenizer = self._load({**self.changes, **changes})
         for run in sorted(self._running, key=lambda run: -run.order):
             self._interrupt(run)
         self._prefixes.clear()
-        self._changes |= changes
+        self.changes |= changes
         self._adopt(model, tokenizer)
         return self.status()
 

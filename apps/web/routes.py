@@ -92,7 +92,8 @@ class Changes(Body):
         return found
 
 
-def make_router(engine: Engine, store: Store | None, settings: Settings, unkept: str = "") -> APIRouter:
+def make_router(engine: Engine, store: Store | None, settings: Settings, unkept: str = "",
+                asked: memory.Asked = memory.Asked()) -> APIRouter:
     """store: None where conversations are not kept; unkept: why, for the page to tell."""
     router, answering = APIRouter(), Answering(engine, store, settings)
     runtime = estimate(engine.model).runtime  # now, since nothing has been computed yet
@@ -153,7 +154,7 @@ def make_router(engine: Engine, store: Store | None, settings: Settings, unkept:
     # ---- settings -----------------------------------------------------------------------------------------------
     @router.post("/api/predict", summary="The memory that other settings would take")
     async def predict(changes: Changes):
-        return respond(await _refusing(memory.predict, engine.model, changes.flags, runtime))
+        return respond(await _refusing(memory.predict, engine.model, asked, lambda: engine.changes | changes.flags(), runtime))
 
     @router.post("/api/settings", summary="Load the model with other settings")
     async def change(changes: Changes, request: Request):
