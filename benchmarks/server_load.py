@@ -2,7 +2,7 @@
 
 python benchmarks/server_load.py decode -m FOLDER [-b 1,2,4,8]   the engine alone: decode by how many answers are computed together
 python benchmarks/server_load.py streams -m FOLDER [-n 200]      a server as a process: so many streams at once, every tenth vanishes
-python benchmarks/server_load.py prompts -m FOLDER [-n 200]      so many long prompts at once: memory, and how soon /health answers meanwhile
+python benchmarks/server_load.py prompts -m FOLDER [-n 200]      so many long prompts at once: memory, and how soon /health answers
 python benchmarks/server_load.py stall -m FOLDER [-l 4000]       how a long prompt delays the tokens of an answer that is running
 """
 import argparse
@@ -120,7 +120,8 @@ def prompts(args):
     words = random.Random(1).choices("mill river stone grain winter bread road the of and was in".split(), k=args.long)
 
     async def all_of_them(count, process):
-        async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{args.port}", timeout=900, limits=httpx.Limits(max_connections=600)) as client:
+        limits = httpx.Limits(max_connections=600)
+        async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{args.port}", timeout=900, limits=limits) as client:
             async def ask(number):
                 return (await client.post("/v1/completions", json={"prompt": " ".join([str(number), *words]), "max_tokens": 1})).status_code
             asked, peak, delays = asyncio.gather(*map(ask, range(count))), 0, []
@@ -135,8 +136,8 @@ def prompts(args):
         _, before, _ = asyncio.run(all_of_them(1, process))
         began = time.perf_counter()
         found, peak, delays = asyncio.run(all_of_them(args.streams, process))
-        print(f"{args.streams} prompts of {args.long} words: " + ", ".join(f"{found.count(status)} got {status}" for status in sorted(set(found)))
-              + f"; {time.perf_counter() - began:.1f} s")
+        seconds, statuses = time.perf_counter() - began, ", ".join(f"{found.count(status)} got {status}" for status in sorted(set(found)))
+        print(f"{args.streams} prompts of {args.long} words: {statuses}; {seconds:.1f} s")
         print(f"/health, ms: median {1e3 * statistics.median(delays):.0f}, most {1e3 * delays[-1]:.0f}; resident memory, MB: "
               f"{before / 1e6:.0f} after one prompt, at most {peak / 1e6:.0f}")
 

@@ -12,7 +12,7 @@ from edgeattn.apps.server.settings import Settings
 PLACES = 2            # requests that are prepared at once: each may take hundreds of megabytes
 BODIES = 8            # largest bodies that are held at once, by requests of any state
 SMALL = 1 << 16       # bytes of a body that there is always room for: a few who send slowly must not take all of it
-SLOWEST = 1 << 16     # bytes a second; a client that sends or reads less is left
+SLOWEST = 1 << 14     # bytes a second; a client that sends or reads less is left
 HEAVY = "/api/conversations/"  # a conversation can be as long as a book, and is made HTML
 
 
