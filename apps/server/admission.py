@@ -32,7 +32,7 @@ class Admission:
             try:
                 async for size in body.arrive(receive):
                     self._hold(body, size)
-                if body.content or scope["path"].startswith(HEAVY):
+                if body.content or scope["method"] == "GET" and scope["path"].startswith(HEAVY):
                     leave = await self._enter(receive)
             except Refusal as refusal:
                 return await refusal.response()(scope, receive, send)

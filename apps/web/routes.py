@@ -101,6 +101,18 @@ def make_router(engine: Engine, store: Store | None, settings: Settings, unkept:
     def facts():
         return engine.status() | {"unkept": unkept, **memory.present(engine.model, runtime)}
 
+    async def kept(method, *arguments):
+        if store is None:
+            raise Refusal(404, "conversations are not kept")
+        try:
+            return await answering.in_store(method, store, *arguments)
+        except Missing as error:
+            raise Refusal(404, str(error)) from None
+        except ValueError as error:
+            raise Refusal(400, str(error)) from None
+        except OSError as error:
+            raise Refusal(507, one_line(error), "not_kept") from None
+
     @router.get("/", summary="The chat page", include_in_schema=False)
     async def page():
         return FileResponse(FILES["index.html"], media_type=TYPES[".html"])
@@ -131,11 +143,11 @@ def make_router(engine: Engine, store: Store | None, settings: Settings, unkept:
     # ---- conversations ------------------------------------------------------------------------------------------
     @router.get("/api/conversations", summary="What is kept, the newest first")
     async def conversations():
-        return respond({"conversations": await _from(store, Store.conversations) if store else []})
+        return respond({"conversations": await kept(Store.conversations) if store else []})
 
     @router.get("/api/conversations/{number}", summary="A conversation; answers also as HTML")
     async def conversation(number: Whole):
-        found = await _from(store, Store.load, number)
+        found = await kept(Store.load, number)
         for message in found["messages"]:
             if message["role"] == "assistant":
                 message["html"] = await asyncio.to_thread(to_html, message["content"])
@@ -143,12 +155,12 @@ def make_router(engine: Engine, store: Store | None, settings: Settings, unkept:
 
     @router.patch("/api/conversations/{number}", summary="Give a conversation another title")
     async def rename(number: Whole, body: Title):
-        await _from(store, Store.rename, number, body.title)
+        await kept(Store.rename, number, body.title)
         return respond({"id": number})
 
     @router.delete("/api/conversations/{number}", summary="Delete a conversation")
     async def remove(number: Whole):
-        await _from(store, Store.remove, number)
+        await kept(Store.remove, number)
         return respond({"id": number})
 
     # ---- settings -----------------------------------------------------------------------------------------------
@@ -162,19 +174,6 @@ def make_router(engine: Engine, store: Store | None, settings: Settings, unkept:
         await _refusing(lambda: engine.reload(changes.flags()))
         return respond(await asyncio.to_thread(facts))
     return router
-
-
-async def _from(store, method, *arguments):
-    if store is None:
-        raise Refusal(404, "conversations are not kept")
-    try:
-        return await asyncio.to_thread(method, store, *arguments)
-    except Missing as error:
-        raise Refusal(404, str(error)) from None
-    except ValueError as error:
-        raise Refusal(400, str(error)) from None
-    except OSError as error:
-        raise Refusal(507, one_line(error), "not_kept") from None
 
 
 async def _refusing(call, *arguments):
