@@ -225,7 +225,7 @@ def test_the_prediction_is_what_edgeattn_estimate_tells(nano_int4, begun, change
     asked = Asked(cache_options(args), sparse_options(args), args.ctx_size or None, args.ubatch_size)
     told = predict(model, asked, Changes(**changes).flags, expected.runtime)
     assert told["kv"] == sum(expected.kv_layers) + expected.kv_state
-    assert told["total"] - expected.runtime == pytest.approx(expected.total - expected.runtime, rel=0.02)
+    assert told["total"] - expected.runtime == pytest.approx(expected.total - expected.runtime, rel=0.03)
 
 
 def test_without_a_store_and_with_a_key(nano_int4, tmp_path, monkeypatch):

@@ -59,7 +59,7 @@ def predict(model, asked: Asked, flags, runtime: int) -> dict:
     wanted = choose_types(wanted, model.config["defaults"]["kv_type"], *shape, ubatch, model.cache.plan.classes, selection)
     cache = KVCache(*shape, wanted, ubatch, model.cache.plan.classes, selection, model.backend)
     kv = int(layer_bytes(cache, cache.capacity, cache.plan.chunk).sum()) + cache.plan.state_bytes()
-    workspace = model.plan.touched_bytes({"tokens": cache.plan.chunk, "rows": 1, "sequences": 1, "probes": 0})
+    workspace = now.workspace * cache.plan.chunk // model.ubatch  # nearly all of it is rows of a call's tokens
     total = replace(now, kv_layers=[kv], kv_state=0, workspace=workspace).total
     return {"total": total, "kv": kv, "available": now.available, "ctx_size": cache.capacity}
 
