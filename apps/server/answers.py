@@ -37,8 +37,9 @@ def make_jobs(body: Generated, prompts: list[list[int]], settings: Settings, eng
     stop = settings.stop if body.stop is None else (body.stop,) if isinstance(body.stop, str) else tuple(body.stop)
     shaping = Shaping(bias, body.presence_penalty or 0.0, body.frequency_penalty or 0.0)
     most = settings.max_tokens if max_tokens is None else max_tokens if settings.max_tokens < 0 else min(max_tokens, settings.max_tokens)
-    scores, most_each = more.get("scores"), most if most >= 0 else engine.model.ctx_size
-    if scores is not None and n * sum(most_each + len(prompt) for prompt in prompts) * (scores + 1) > SCORES:
+    room, scores = engine.model.ctx_size, more.get("scores")
+    rows = sum(min(room if most < 0 else most, room - len(prompt)) + len(prompt) * more.get("score_prompt", False) for prompt in prompts)
+    if scores is not None and n * rows * (scores + 1) > SCORES:
         raise Refusal(400, f"more than {SCORES} log probabilities are asked for: lower max_tokens, n or how many are told of a token",
                       param="logprobs")
     seed = settings.sampling.seed if body.seed is None else body.seed % (1 << 63)
@@ -53,9 +54,7 @@ class Answers:
 
     def __init__(self, engine: Engine, jobs: list[Job]):
         """Refusal: the engine takes them not."""
-        self._engine, self._news, loop = engine, asyncio.Queue(), asyncio.get_running_loop()
-
-        self._behind = 0
+        self._engine, self._news, self._behind, loop = engine, asyncio.Queue(), 0, asyncio.get_running_loop()
 
         def teller(index):
             return lambda piece: None if loop.is_closed() else loop.call_soon_threadsafe(self._take, index, piece)

@@ -1,6 +1,7 @@
 """Connections: uvicorn's over h11, of which only so many may be open, and none for long without asking for something."""
 import asyncio
 import time
+from http import HTTPStatus
 
 import uvicorn
 from starlette.responses import Response
@@ -23,6 +24,8 @@ def config(app, connections: int) -> uvicorn.Config:
 
 
 class Connection(H11Protocol):
+    """One of them, with requests one after the other; what goes wrong before there is a request is told in the form of all errors."""
+
     def __init__(self, *args, **options):
         super().__init__(*args, **options)
         self._most, self.limit_concurrency = self.limit_concurrency, None  # its refusal is plain text
@@ -34,7 +37,7 @@ class Connection(H11Protocol):
         self._await_head()
         if len(self.connections) <= self._most:
             return
-        longest = min((other for other in self.connections if other.idle), key=lambda other: other._since)
+        longest = min((other for other in self.connections if other.idle), key=lambda other: other._since, default=self)
         if time.monotonic() - longest._since > GRACE:
             longest.transport.abort()
         elif len(self.connections) <= self._most + SPARE:
@@ -89,7 +92,7 @@ class Connection(H11Protocol):
 
     def _answer(self, response: Response):
         """Outside of HTTP's turns, as the last thing that is said."""
-        lines = [b"HTTP/1.1 %d" % response.status_code + b" ", b"connection: close",
+        lines = [b"HTTP/1.1 %d %s" % (response.status_code, HTTPStatus(response.status_code).phrase.encode()), b"connection: close",
                  *(name + b": " + value for name, value in response.raw_headers)]
         self.transport.write(b"\r\n".join(lines) + b"\r\n\r\n" + response.body)
         self.transport.close()

@@ -88,11 +88,12 @@ class Guard:
 
     def _guarded(self, send):
         """send with our headers; a client that reads nothing for too long is left, and so is one that reads too little for very long."""
-        size, deadline = 0, time.monotonic() + self._settings.time_limit + self._settings.write_limit
+        size, deadline = 0, 0.0
 
         async def sending(message: Message) -> None:
-            nonlocal size
+            nonlocal size, deadline
             if message["type"] == "http.response.start":
+                deadline = time.monotonic() + self._settings.time_limit + self._settings.write_limit
                 present = {name.lower() for name, _ in message["headers"]}
                 message["headers"] = [*message["headers"], *((name, value) for name, value in HEADERS.items() if name not in present)]
             try:
