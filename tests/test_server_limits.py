@@ -163,7 +163,8 @@ def test_a_head_that_does_not_come_is_not_waited_for(served, monkeypatch, begun)
         assert heard(second)[0] == 408
 
 
-def test_idle_connections_give_way(served):
+def test_idle_connections_give_way(served, monkeypatch):
+    monkeypatch.setattr(connection, "HEAD", 60)
     client, _ = served(connections=8)
     idle = [dial(client, begun) for begun in [b"", b"POST /v1/completions HTTP/1.1\r\nX-Slow: "] * 20]
     soon(lambda: client.get("/health").status_code == 200)
