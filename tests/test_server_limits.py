@@ -1,5 +1,6 @@
 """What requests and connections may take before anything is computed for them."""
 import json
+import select
 import socket
 import threading
 import time
@@ -131,6 +132,20 @@ def test_long_bodies_have_a_limit_together_and_short_ones_always_room(served):
         soon(refused)
         assert client.post("/v1/chat/completions", json=ASK).status_code == 200
     soon(lambda: status() == 200)
+
+
+def test_of_many_long_bodies_at_once_those_get_through_for_which_there_is_room(served):
+    client, _ = served(Settings(max_body=200_000))
+    content = json.dumps(ASK).encode() + b" " * 150_000
+    room, head = admission.BODIES * 200_000 // len(content), HEAD + b"Content-Length: %d\r\n\r\n" % len(content)
+    begun = [dial(client, head + content[:100]) for _ in range(room + 10)]
+    soon(lambda: len(select.select(begun, [], [], 0)[0]) == 10)  # are refused before they send it all
+    refused = select.select(begun, [], [], 0)[0]
+    for connected in begun:
+        if connected not in refused:
+            connected.sendall(content[100:])
+        assert connected.recv(100).split()[1] == (b"503" if connected in refused else b"200")
+        connected.close()
 
 
 def test_a_body_that_trickles_is_not_waited_for(served, monkeypatch):

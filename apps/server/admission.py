@@ -30,6 +30,7 @@ class Admission:
         leave = None
         try:
             try:
+                self._hold(body, _announced(scope))  # or many that come at once would all be refused half-way
                 async for size in body.arrive(receive):
                     self._hold(body, size)
                 if body.content or scope["method"] == "GET" and scope["path"].startswith(HEAVY):
@@ -44,9 +45,11 @@ class Admission:
                 leave()
 
     def _hold(self, body, size):
-        if body.held + size > SMALL and self._held + size > BODIES * self._settings.max_body:
+        """Count a body as so many bytes at least."""
+        more = max(0, size - body.held)
+        if more and size > SMALL and self._held + more > BODIES * self._settings.max_body:
             raise Refusal(503, "the server holds as many long requests as it may: try again later", "server_busy")
-        body.held, self._held = body.held + size, self._held + size
+        body.held, self._held = body.held + more, self._held + more
 
     async def _enter(self, receive) -> Callable[[], None]:
         """-> what gives the place back, once. Refusal: nobody left in time, or the client has gone."""
@@ -84,8 +87,8 @@ class _Body:
         self._settings, self._pieces, self.content, self.held, self.complete = settings, [], b"", 0, False
 
     async def arrive(self, receive):
-        """Yields the size of each piece before it is kept; `complete` is False in the end if the client has gone. Refusal: too large, or
-        too slow."""
+        """Yields the size with each piece before that is kept; `complete` is False in the end if the client has gone. Refusal: too large
+        or too slow."""
         size, deadline = 0, time.monotonic() + self._settings.write_limit
         while not self.complete:
             try:
@@ -99,7 +102,7 @@ class _Body:
             size += len(piece)
             if size > self._settings.max_body:
                 raise Refusal(413, too_large(self._settings))
-            yield len(piece)
+            yield size
             self._pieces.append(piece)
             self.complete = not message.get("more_body", False)
         self.content = b"".join(self._pieces)
@@ -117,6 +120,11 @@ class _Body:
             content, self.content = self.content, b""
             return {"type": "http.request", "body": content, "more_body": False}
         return receiving
+
+
+def _announced(scope):
+    """What Guard has looked at: its length in bytes, 0 where that is not told."""
+    return next((int(value) for name, value in scope["headers"] if name == b"content-length"), 0)
 
 
 def too_large(settings: Settings) -> str:
