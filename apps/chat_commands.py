@@ -5,6 +5,7 @@ import shlex
 import sys
 
 from edgeattn.apps import options
+from edgeattn.apps.terminal import plain
 
 NOTES = """Enter sends; Alt-Enter, a \\ at the end of a line, or \"\"\" around the text make more lines.
 Ctrl-C stops an answer; what was said so far is kept. Ctrl-D leaves."""
@@ -71,14 +72,14 @@ def _save(chat, argument):
 def _load(chat, argument):
     if not argument:
         known = chat.kept.store.conversations()
-        return "\n".join(f"{c['id']:>5}  {c['updated'][:10]}  {_plain(c['title'])} ({c['messages']} messages)" for c in known[:20]) or \
+        return "\n".join(f"{c['id']:>5}  {c['updated'][:10]}  {plain(c['title'])} ({c['messages']} messages)" for c in known[:20]) or \
             "no conversation is kept yet"
     messages = chat.kept.load(argument)
     chat.kept.on = chat.args.save is not False
     closed = _close(chat)
     system = next((m["content"] for m in messages if m["role"] == "system"), None)
     chat.conversation.replace(messages, system or chat.args.system_prompt)
-    last = "\n".join(f"{m['role']}: {_plain(m['content'])[:400]}" for m in messages[-2:])
+    last = "\n".join(f"{m['role']}: {plain(m['content'])[:400]}" for m in messages[-2:])
     last += "\n(no answer yet: /regen asks again)" if messages and messages[-1]["role"] == "user" else ""
     return f"{closed}conversation {chat.kept.number}, {len(messages)} messages; it is read when you next say something\n{last}"
 
@@ -104,11 +105,6 @@ def _close(chat):
     from edgeattn.apps.session import SessionFile
     left, chat.session = chat.session.path, SessionFile(None)
     return f"session {left} is left as it is\n" if left else ""
-
-
-def _plain(text):
-    from edgeattn.apps.terminal import CONTROLS
-    return text.translate(CONTROLS)
 
 
 # ---- the model -----------------------------------------------------------------------------------------------------

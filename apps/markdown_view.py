@@ -3,7 +3,7 @@ import os
 import sys
 
 from edgeattn.apps.markdown import Blocks
-from edgeattn.apps.terminal import CONTROLS
+from edgeattn.apps.terminal import plain
 
 
 def can_show() -> bool:
@@ -38,7 +38,7 @@ def show(run, events, status, console=None) -> None:
               refresh_per_second=12, vertical_overflow="crop") as live:
         run.on_prompt = reading
         for event in events:
-            finish(blocks.add(event.text.translate(CONTROLS)))
+            finish(blocks.add(plain(event.text)))
     finish([blocks.tail.strip("\n")] if blocks.tail.strip() else [])
     if first:  # no text at all
         console.print()

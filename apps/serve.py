@@ -72,6 +72,7 @@ def _serve(args, settings, listening):
     import uvicorn
 
     from edgeattn.apps import models
+    from edgeattn.apps.server import connection
     from edgeattn.apps.server.app import make_app
     from edgeattn.apps.server.engine import Engine
 
@@ -85,14 +86,12 @@ def _serve(args, settings, listening):
         def handle_exit(self, sig, frame):
             engine.stop()  # or streams would keep the server waiting
             super().handle_exit(sig, frame)
-    app = make_app(engine, settings, (_page(engine, settings, args.save),))
-    config = uvicorn.Config(app, log_level="warning", access_log=False, server_header=False, ws="none", timeout_keep_alive=30,
-                            limit_concurrency=args.parallel + args.max_waiting + 256, timeout_graceful_shutdown=5)
+    app = make_app(engine, settings, (_page(engine, settings, args),))
     host, port = listening.getsockname()[:2]
     print(f"{engine.name} at http://{f'[{host}]' if ':' in host else host}:{port} (chat page; OpenAI's API: /v1); Ctrl-C ends it",
           file=sys.stderr, flush=True)
     try:
-        Server(config).run(sockets=[listening])
+        Server(connection.config(app, args.parallel + args.max_waiting + 256)).run(sockets=[listening])
     except KeyboardInterrupt:
         pass
     finally:
@@ -101,15 +100,18 @@ def _serve(args, settings, listening):
     return 0
 
 
-def _page(engine, settings, keep):
+def _page(engine, settings, args):
     """The chat page's routes; where its conversations cannot be kept, it says why and works without."""
     from edgeattn.apps.cli import one_line
     from edgeattn.apps.store import Store
+    from edgeattn.apps.web.memory import Asked
     from edgeattn.apps.web.routes import make_router
-    if not keep:
-        return make_router(engine, None, settings, "not kept: the server was started with --no-save")
-    try:
-        return make_router(engine, Store(), settings)
-    except (ValueError, OSError) as error:
-        print(f"conversations are not kept: {one_line(error)}", file=sys.stderr)
-        return make_router(engine, None, settings, f"not kept: {one_line(error)}")
+    store, unkept = None, "not kept: the server was started with --no-save"
+    if args.save:
+        try:
+            store, unkept = Store(), ""
+        except (ValueError, OSError) as error:
+            print(f"conversations are not kept: {one_line(error)}", file=sys.stderr)
+            unkept = f"not kept: {one_line(error)}"
+    asked = Asked(options.cache_options(args), options.sparse_options(args), args.ctx_size or None, args.ubatch_size)
+    return make_router(engine, store, settings, unkept, asked)

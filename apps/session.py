@@ -4,6 +4,8 @@ import os
 import sys
 from pathlib import Path
 
+from edgeattn.apps.terminal import plain
+
 HELP = "list, show or remove what `chat --session` and `generate --session` have saved"
 
 
@@ -37,7 +39,7 @@ def _list(folder):
     rows.insert(0, ["file", "model", "tokens", "KV cache", "size", "date"])
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     for row in rows:
-        print("  ".join(_plain(cell).ljust(width) for cell, width in zip(row, widths)).rstrip())
+        print("  ".join(plain(cell, sys.stdout).ljust(width) for cell, width in zip(row, widths)).rstrip())
     return 0
 
 
@@ -50,14 +52,14 @@ def _show(path):
     except SessionError as error:
         state, code = str(error), 1
     for name, value in (_facts(metadata, path) | {"state": state}).items():
-        print(_plain(f"{name:<10} {value}"))
+        print(plain(f"{name:<10} {value}", sys.stdout))
     try:
         meta = json.loads(metadata.get("meta", ""))
         turns = [(turn["role"], turn["content"]) for turn in meta["messages"]] if "messages" in meta else [("text", meta["text"])]
     except (ValueError, LookupError, TypeError, RecursionError):
         return code or 1
     for role, content in turns:
-        print(f"\n{_plain(str(role))}:\n{_plain(str(content))}")
+        print(plain(f"\n{role}:\n{content}", sys.stdout))
     return code
 
 
@@ -89,11 +91,6 @@ def _facts(metadata, path):
     return {"file": str(path), "model": metadata.get("model_name", "?"), "tokens": metadata.get("tokens", "?"), "KV cache": kinds,
             "size": size(os.path.getsize(path)), "date": metadata.get("date", "?"), "edgeattn": metadata.get("edgeattn", "?"),
             "format": metadata.get("version", "?")}
-
-
-def _plain(text):
-    from edgeattn.apps.terminal import CONTROLS
-    return text.translate(CONTROLS) if sys.stdout.isatty() else text
 
 
 # ---- --session -----------------------------------------------------------------------------------------------------
@@ -145,9 +142,7 @@ class SessionFile:
             print(f"session {self.path}: not saved: interrupted", file=sys.stderr)
 
     def _give_up(self, why):
-        from edgeattn.apps.terminal import CONTROLS
-        why = why.translate(CONTROLS)  # parts of it come from the file
-        print(f"session {self.path}: {why}; the file stays as it is, and nothing more is saved", file=sys.stderr)
+        print(f"session {self.path}: {plain(why)}; the file stays as it is, and nothing more is saved", file=sys.stderr)
         self.path = None
 
     def unchanged(self, state) -> None:

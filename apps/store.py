@@ -30,6 +30,10 @@ class Changed(ValueError):
     """Another program has saved the conversation meanwhile, or removed it."""
 
 
+class Missing(Changed):
+    """There is no such conversation, or not any more."""
+
+
 class Store:
     """Conversations, each a list of messages {"role", "content"} and, where there are any, "facts": a dict that nothing here reads.
 
@@ -92,12 +96,12 @@ class Store:
                           "FROM conversations ORDER BY updated DESC, id DESC")
 
     def load(self, number: int) -> dict:
-        """{"id", "title", "model", "created", "updated", "revision", "messages": [...]}; ValueError: there is none."""
+        """{"id", "title", "model", "created", "updated", "revision", "messages": [...]}; Missing: there is none."""
         with self._lock:
             found = self._rows("SELECT * FROM conversations WHERE id = ?", number)
             rows = self._rows("SELECT role, content, facts FROM messages WHERE conversation = ? ORDER BY position", number)
         if not found:
-            raise ValueError(f"there is no conversation {number}")
+            raise Missing(f"there is no conversation {number}")
         return found[0] | {"messages": [_message(row) for row in rows]}
 
     def find(self, name: str) -> int:
@@ -115,7 +119,7 @@ class Store:
 
         number, revision  of what this one goes on from; None starts a new one
         title             None: as it was, or else from the first question
-        Changed: it is not at that revision any more; nothing was saved
+        Changed: it is not at that revision any more, Missing: not there any more; nothing was saved
         """
         now = datetime.now(timezone.utc).isoformat(timespec="milliseconds")
         with self._change() as base:
@@ -127,7 +131,9 @@ class Store:
                 changed = base.execute("UPDATE conversations SET model = ?, updated = ?, title = coalesce(?, title) WHERE id = ? AND "
                                        "revision = ?", (model, now, title and _utf8(title), number, revision))
                 if not changed.rowcount:
-                    raise Changed(f"conversation {number} was changed or removed by another program")
+                    if not base.execute("SELECT 1 FROM conversations WHERE id = ?", (number,)).fetchone():
+                        raise Missing(f"conversation {number} was removed by another program")
+                    raise Changed(f"conversation {number} was changed by another program")
                 held = base.execute("SELECT role, content, facts FROM messages WHERE conversation = ? ORDER BY position",
                                     (number,)).fetchall()
             rows = [(_utf8(m["role"]), _utf8(m["content"]), json.dumps(m.get("facts", {}))) for m in messages]
@@ -138,18 +144,18 @@ class Store:
             return number, revision + 1
 
     def rename(self, number: int, title: str) -> None:
-        """ValueError: there is no such conversation, or no title."""
+        """ValueError: no title; Missing: there is no such conversation."""
         if not title.strip():
             raise ValueError("the title is empty")
         with self._change() as base:
             if not base.execute("UPDATE conversations SET title = ? WHERE id = ?", (_utf8(" ".join(title.split())), number)).rowcount:
-                raise ValueError(f"there is no conversation {number}")
+                raise Missing(f"there is no conversation {number}")
 
     def remove(self, number: int) -> None:
-        """ValueError: there is none. Its text is gone from the disk too."""
+        """Missing: there is none. Its text is gone from the disk too."""
         with self._change() as base:
             if not base.execute("DELETE FROM conversations WHERE id = ?", (number,)).rowcount:
-                raise ValueError(f"there is no conversation {number}")
+                raise Missing(f"there is no conversation {number}")
         with self._lock, self._told():
             self._base.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchall()
 

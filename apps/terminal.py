@@ -3,8 +3,12 @@ import signal
 import sys
 from contextlib import contextmanager
 
-# A model may have read text that wants to steer the terminal: control characters are not passed on to one.
-CONTROLS = {code: "\N{REPLACEMENT CHARACTER}" for code in [*range(32), *range(127, 160)] if chr(code) not in "\n\t"}
+_CONTROLS = {code: "\N{REPLACEMENT CHARACTER}" for code in [*range(32), *range(127, 160)] if chr(code) not in "\n\t"}
+
+
+def plain(text: str, stream=None) -> str:
+    """Text of others, which may want to steer a terminal: without control characters, unless `stream` is no terminal."""
+    return text if stream is not None and not stream.isatty() else text.translate(_CONTROLS)
 
 
 @contextmanager
@@ -22,11 +26,10 @@ def interruptible(cancel):
 
 def show(run, events) -> None:
     """Write the text of a Generation's events to stdout as they come, and a new line: to a pipe or file as it is."""
-    plain = not sys.stdout.isatty()
     if sys.stderr.isatty():
         run.on_prompt = _prompt_notes()
     for event in events:
-        sys.stdout.write(event.text if plain else event.text.translate(CONTROLS))
+        sys.stdout.write(plain(event.text, sys.stdout))
         sys.stdout.flush()
     sys.stdout.write("\n")
     sys.stdout.flush()

@@ -2,10 +2,12 @@
 
 python benchmarks/server_load.py decode -m FOLDER [-b 1,2,4,8]   the engine alone: decode by how many answers are computed together
 python benchmarks/server_load.py streams -m FOLDER [-n 200]      a server as a process: so many streams at once, every tenth vanishes
+python benchmarks/server_load.py prompts -m FOLDER [-n 200]      so many long prompts at once: memory, and how soon /health answers
 python benchmarks/server_load.py stall -m FOLDER [-l 4000]       how a long prompt delays the tokens of an answer that is running
 """
 import argparse
 import asyncio
+import contextlib
 import queue
 import random
 import statistics
@@ -13,6 +15,7 @@ import subprocess
 import sys
 import time
 
+import httpx
 import openai
 import psutil
 
@@ -102,12 +105,46 @@ async def _stream(client, number, tokens, leave):
     return "finished" if count else "broken", first, count
 
 
-def streams(args):
+@contextlib.contextmanager
+def serving(args):
+    """The process of a server."""
     command = [sys.executable, "-m", "edgeattn.apps.cli", "serve", "-m", args.model, "--port", str(args.port), "-np", str(args.parallel)]
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as server:
         while "http://" not in server.stderr.readline():
             assert server.poll() is None, "the server ended"
-        process, peak = psutil.Process(server.pid), 0
+        yield psutil.Process(server.pid)
+        server.terminate()
+
+
+def prompts(args):
+    words = random.Random(1).choices("mill river stone grain winter bread road the of and was in".split(), k=args.long)
+
+    async def all_of_them(count, process):
+        limits = httpx.Limits(max_connections=600)
+        async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{args.port}", timeout=900, limits=limits) as client:
+            async def ask(number):
+                return (await client.post("/v1/completions", json={"prompt": " ".join([str(number), *words]), "max_tokens": 1})).status_code
+            asked, peak, delays = asyncio.gather(*map(ask, range(count))), 0, []
+            while not asked.done():
+                began = time.perf_counter()
+                assert (await client.get("/health")).status_code == 200
+                delays.append(time.perf_counter() - began)
+                peak = max(peak, process.memory_info().rss)
+                await asyncio.sleep(0.05)
+            return await asked, peak, sorted(delays)
+    with serving(args) as process:
+        _, before, _ = asyncio.run(all_of_them(1, process))
+        began = time.perf_counter()
+        found, peak, delays = asyncio.run(all_of_them(args.streams, process))
+        seconds, statuses = time.perf_counter() - began, ", ".join(f"{found.count(status)} got {status}" for status in sorted(set(found)))
+        print(f"{args.streams} prompts of {args.long} words: {statuses}; {seconds:.1f} s")
+        print(f"/health, ms: median {1e3 * statistics.median(delays):.0f}, most {1e3 * delays[-1]:.0f}; resident memory, MB: "
+              f"{before / 1e6:.0f} after one prompt, at most {peak / 1e6:.0f}")
+
+
+def streams(args):
+    with serving(args) as process:
+        peak = 0
 
         async def all_of_them(count):
             nonlocal peak
@@ -131,23 +168,22 @@ def streams(args):
             print(f"time to first token, s: median {statistics.median(firsts):.2f}, most {firsts[-1]:.2f}")
             print(f"resident memory of the server, MB: {before / 1e6:.0f} after one request, at most {peak / 1e6:.0f}, "
                   f"{process.memory_info().rss / 1e6:.0f} now", flush=True)
-        server.terminate()
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("decode", "streams", "stall"))
+    parser.add_argument("what", choices=("decode", "streams", "prompts", "stall"))
     parser.add_argument("-m", "--model", required=True, metavar="FOLDER", help="an exported folder")
     parser.add_argument("-b", "--batch", type=numbers(1), default=[1, 2, 4, 8], help="decode: answers together")
     parser.add_argument("-p", "--prompt", type=whole(1), default=32, help="decode: tokens of the prompts")
-    parser.add_argument("-l", "--long", type=whole(1), default=4000, help="stall: tokens of the long prompt")
+    parser.add_argument("-l", "--long", type=whole(1), default=4000, help="stall, prompts: tokens, or words, of long prompts")
     parser.add_argument("-t", "--tokens", type=whole(2), default=128, help="tokens of each answer")
     parser.add_argument("-r", "--repetitions", type=whole(1), default=3)
     parser.add_argument("-n", "--streams", type=whole(1), default=200)
     parser.add_argument("-np", "--parallel", type=whole(1), default=4)
     parser.add_argument("--port", type=whole(1), default=8099)
     args = parser.parse_args()
-    {"decode": decode, "streams": streams, "stall": stall}[args.what](args)
+    {"decode": decode, "streams": streams, "prompts": prompts, "stall": stall}[args.what](args)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,8 @@
-"""A model for tests of the server that says what follows from all of its tokens, so that no token may be lost, doubled or mixed up; and
-servers that run in a thread."""
+"""A model for tests of the server that says what follows from all of its tokens, so that no token may be lost, doubled or mixed up;
+engines over it, and servers that run in a thread."""
 import contextlib
 import hashlib
+import queue
 import socket
 import threading
 import time
@@ -9,13 +10,19 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
+import pytest
 import uvicorn
 
+from edgeattn.apps.server import connection
+from edgeattn.apps.server.engine import Engine
+from edgeattn.apps.server.run import Job
 from edgeattn.cache.pages import CacheFull
+from edgeattn.generation import SamplerOptions
 from edgeattn.tokenizer import Tokenizer
 
 TOKENIZER = Tokenizer(Path(__file__).parent.parent / "models/nano")
 WORDS = np.array([i for i in range(300, 8192) if i not in TOKENIZER.end_tokens])
+GREEDY = SamplerOptions(temperature=0)
 
 
 class FakeSequence:
@@ -101,11 +108,49 @@ def greedy(prompt, count):
     return ids[len(prompt):]
 
 
+@pytest.fixture
+def started():
+    """A function that starts an engine over a FakeModel, which the test's end closes."""
+    engines = []
+
+    def start(model=None, **options):
+        engines.append(Engine(model or FakeModel(), TOKENIZER, **options).start())
+        return engines[-1]
+    yield start
+    for engine in engines:
+        engine.close()
+
+
+def job(prompt, count=8, **more):
+    return Job(list(prompt), **{"sampling": GREEDY, "max_tokens": count} | more)
+
+
+def ask(engine, jobs):
+    """-> (runs, a queue of (index, piece))"""
+    news = queue.Queue()
+    return engine.submit(jobs, [lambda piece, i=i: news.put((i, piece)) for i in range(len(jobs))]), news
+
+
+def finish(engine, jobs):
+    """-> (runs, the last pieces)"""
+    runs, news = ask(engine, jobs)
+    ends = {}
+    while len(ends) < len(jobs):
+        index, piece = news.get(timeout=30)
+        if piece.finish_reason or piece.error:
+            ends[index] = piece
+    return runs, [ends[i] for i in range(len(jobs))]
+
+
+def answer(run):
+    return run.tokens[len(run.job.prompt):]
+
+
 @contextlib.contextmanager
-def serving(app):
-    """The address of a real server on a free port."""
+def serving(app, connections=600):
+    """The address of a real server on a free port, with so many connections at most."""
     listening = socket.create_server(("127.0.0.1", 0), backlog=1024)
-    server = uvicorn.Server(uvicorn.Config(app, log_level="error", ws="none", timeout_graceful_shutdown=2))
+    server = uvicorn.Server(connection.config(app, connections))
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]}, daemon=True)
     thread.start()
     try:

@@ -1,5 +1,4 @@
 """The engine: whatever is batched, shared, interrupted or cancelled, each answer is what its prompt alone gives."""
-import queue
 import threading
 import time
 
@@ -8,52 +7,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from edgeattn.apps.server.engine import Busy, Engine
+from edgeattn.apps.server.engine import Engine
 from edgeattn.apps.server.logits import Shaping
-from edgeattn.apps.server.queue import FairQueue
+from edgeattn.apps.server.queue import Busy, FairQueue
 from edgeattn.apps.server.run import Job, Run
-from edgeattn.generation import SamplerOptions
-from server_model import TOKENIZER, FakeModel, greedy, next_logits
-
-GREEDY = SamplerOptions(temperature=0)
-
-
-@pytest.fixture
-def started():
-    """A function that starts an engine over a FakeModel, which the test's end closes."""
-    engines = []
-
-    def start(model=None, **options):
-        engines.append(Engine(model or FakeModel(), TOKENIZER, **options).start())
-        return engines[-1]
-    yield start
-    for engine in engines:
-        engine.close()
-
-
-def job(prompt, count=8, **more):
-    return Job(list(prompt), **{"sampling": GREEDY, "max_tokens": count} | more)
-
-
-def ask(engine, jobs):
-    """-> (runs, a queue of (index, piece))"""
-    news = queue.Queue()
-    return engine.submit(jobs, [lambda piece, i=i: news.put((i, piece)) for i in range(len(jobs))]), news
-
-
-def finish(engine, jobs):
-    """-> (runs, the last pieces)"""
-    runs, news = ask(engine, jobs)
-    ends = {}
-    while len(ends) < len(jobs):
-        index, piece = news.get(timeout=30)
-        if piece.finish_reason or piece.error:
-            ends[index] = piece
-    return runs, [ends[i] for i in range(len(jobs))]
-
-
-def answer(run):
-    return run.tokens[len(run.job.prompt):]
+from server_model import GREEDY, TOKENIZER, FakeModel, answer, ask, finish, greedy, job, next_logits, started  # noqa: F401
 
 
 def test_answers_computed_together_are_those_of_each_prompt_alone(started):
@@ -197,26 +155,6 @@ def test_a_listener_that_fails_hurts_nobody_else(started):
     assert run.done and run.generated < 400
 
 
-def test_reload_goes_on_with_running_answers(started):
-    loaded = []
-
-    def load(changes):
-        if changes.get("ctx_size") == 13:
-            raise ValueError("too small")
-        loaded.append(FakeModel(ctx_size=changes["ctx_size"], delay=0.001))
-        return loaded[-1], TOKENIZER
-    engine = started(FakeModel(delay=0.001), load=load)
-    (run,), news = ask(engine, [job([400, 401], 300)])
-    news.get(timeout=30)
-    with pytest.raises(ValueError, match="too small"):
-        engine.reload({"ctx_size": 13})
-    status = engine.reload({"ctx_size": 1024})
-    assert status["ctx_size"] == 1024 and status["settings"] == {"ctx_size": 1024}
-    while news.get(timeout=30)[1].finish_reason is None:
-        pass
-    assert answer(run) == greedy([400, 401], 300) and loaded[0].batches
-
-
 def test_close_ends_everything(started):
     engine = started(FakeModel(delay=0.01, ctx_size=4096), parallel=1)
     _, news = ask(engine, [job([400], 4000), job([401], 4000)])
@@ -230,16 +168,32 @@ def test_close_ends_everything(started):
         ask(engine, [job([400])])
 
 
-def test_clients_take_turns():
-    waiting = FairQueue()
-    for client, number in (("a", 1), ("a", 2), ("a", 3), ("b", 4), ("c", 5)):
-        waiting.put(Run(Job([number], client=client), print))
+def order_of(waiting):
+    """Takes all runs out."""
     order = []
     while len(waiting):
         run = waiting.next(lambda run: True)
         waiting.remove(run)
         order.append(run.job.prompt[0])
-    assert order == [1, 4, 5, 2, 3]
+    return order
+
+
+def test_clients_take_turns():
+    waiting = FairQueue()
+    for client, number in (("a", 1), ("a", 2), ("a", 3), ("b", 4), ("c", 5)):
+        waiting.put(Run(Job([number], client=(client, "")), print))
+    assert order_of(waiting) == [1, 4, 5, 2, 3]
+
+
+def test_names_share_the_turns_of_their_address():
+    """So whoever invents a name for each request gains nothing, and users behind one address take turns."""
+    waiting = FairQueue()
+    for address, name, number in (("a", "1", 1), ("a", "2", 2), ("a", "3", 3), ("b", "", 4), ("b", "", 5), ("b", "", 6)):
+        waiting.put(Run(Job([number], client=(address, name)), print))
+    assert order_of(waiting) == [1, 4, 2, 5, 3, 6]
+    for name, number in (("anna", 1), ("anna", 2), ("anna", 3), ("ben", 4), ("", 5)):
+        waiting.put(Run(Job([number], client=("proxy", name)), print))
+    assert order_of(waiting) == [1, 4, 5, 2, 3]
 
 
 def test_bias_and_penalties_change_logits_as_the_api_says():

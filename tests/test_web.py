@@ -4,8 +4,14 @@ import json
 import httpx
 import pytest
 
+from edgeattn.apps import models
+from edgeattn.apps.cli import make_parser
 from edgeattn.apps.markdown import Blocks, to_html
+from edgeattn.apps.options import cache_options, sparse_options
 from edgeattn.apps.server.settings import Settings
+from edgeattn.apps.web.memory import Asked, predict
+from edgeattn.apps.web.routes import Changes
+from edgeattn.memory_estimate import estimate
 
 from web_page import Page
 
@@ -173,13 +179,53 @@ def test_the_prediction_is_what_the_model_then_takes(page):
     assert again["kv"] == pytest.approx(before["memory"]["kv"], rel=0.01)
 
 
+def test_a_conversation_deleted_while_it_is_answered_stays_so(page):
+    page.script.say("word " * 400, "Yes.", delay=0.005)
+    for event in answer(page):
+        if event["type"] == "start":
+            begun = event
+        if event["type"] == "text" and event["facts"]["tokens"] > 5 and page.store.conversations():
+            assert page.client.delete(f"/api/conversations/{begun['conversation']}").status_code == 200
+            page.client.post(f"/api/stop/{begun['answer']}")
+    assert event["type"] == "end" and "deleted" in event["told"] and event["conversation"] is None
+    assert not page.store.conversations()
+    end = list(answer(page, conversation=begun["conversation"], revision=begun["revision"]))[-1]  # who goes on with it starts another one
+    assert end["told"] == "" and len(page.store.load(end["conversation"])["messages"]) == 2
+
+
 def test_names_and_removal(page):
     page.script.say("One.")
     number = list(answer(page))[-1]["conversation"]
     assert page.client.patch(f"/api/conversations/{number}", json={"title": "Mills"}).status_code == 200
+    for title in ("", "  \t"):
+        assert page.client.patch(f"/api/conversations/{number}", json={"title": title}).status_code == 400
+    assert page.client.patch(f"/api/conversations/{number + 1}", json={"title": "Mills"}).status_code == 404
     assert page.client.get("/api/conversations").json()["conversations"][0]["title"] == "Mills"
     assert page.client.delete(f"/api/conversations/{number}").status_code == 200
     assert page.client.get("/api/conversations").json()["conversations"] == []
+    assert page.client.delete(f"/api/conversations/{number}").status_code == 404
+
+
+@pytest.mark.parametrize("begun, changes", [
+    ("-c=8192", {}), ("-c=8192", {"cache_type": "int8"}), ("-c=8192", {"cache_type": "int4", "sparse_attention": "quest"}),
+    ("-c=8192", {"kv_budget": "6M"}), ("-c=8192", {"sparse_attention": "off"}), ("--kv-budget=6M", {"kv_budget": ""}),
+    ("-c=8192", {"kv_budget": "4M", "kv_eviction": "snapkv"}), ("-c=2048", {"cache_type": "int8"}),
+    ("--kv-budget=1500K", {"kv_budget": "6M"})], ids=str)
+def test_the_prediction_is_what_edgeattn_estimate_tells(nano_int4, begun, changes):
+    """For the same settings, of a model that was loaded with others and has computed."""
+    def loaded(*flags):
+        args = make_parser().parse_args(["estimate", "-m", str(nano_int4), "-t", "1", *flags])
+        return args, models.load(args)[0]
+    args, model = loaded(begun)
+    model.forward([(model.new_sequence(), [7] * 600)])
+    flags = {name: value for name, value in changes.items() if value and name != "cache_type"}
+    flags |= dict.fromkeys(("cache-type-k", "cache-type-v"), changes["cache_type"]) if "cache_type" in changes else {}
+    begun = [] if "kv_budget" in changes and "budget" in begun else [begun]
+    expected = estimate(loaded(*begun, *(f"--{name.replace('_', '-')}={value}" for name, value in flags.items()))[1])
+    asked = Asked(cache_options(args), sparse_options(args), args.ctx_size or None, args.ubatch_size)
+    told = predict(model, asked, Changes(**changes).flags, expected.runtime)
+    assert told["kv"] == sum(expected.kv_layers) + expected.kv_state
+    assert told["total"] - expected.runtime == pytest.approx(expected.total - expected.runtime, rel=0.03)
 
 
 def test_without_a_store_and_with_a_key(nano_int4, tmp_path, monkeypatch):

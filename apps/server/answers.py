@@ -6,19 +6,26 @@ from collections.abc import AsyncIterator
 
 from starlette.requests import Request
 
-from edgeattn.apps.server.engine import Busy, Engine
+from edgeattn.apps.server.engine import Engine
 from edgeattn.apps.server.errors import Refusal
 from edgeattn.apps.server.logits import Shaping
+from edgeattn.apps.server.queue import Busy
 from edgeattn.apps.server.run import Job, Piece
 from edgeattn.apps.server.schema import Generated
 from edgeattn.apps.server.settings import Settings
 
-KEEP_ALIVE = 10.0  # seconds without news after which a stream says that it lives
+KEEP_ALIVE = 10.0   # seconds without news after which a stream says that it lives
+BEHIND = 1 << 18    # log probabilities and tokens that a client who reads slowly may be behind: about 25 MB
+SCORES = 1 << 22    # log probabilities of one request
+
+
+def address(request: Request) -> str:
+    return request.client.host if request.client else ""
 
 
 def make_jobs(body: Generated, prompts: list[list[int]], settings: Settings, engine: Engine, client: str, max_tokens: int | None,
               **more) -> list[Job]:
-    """n jobs for each prompt. Refusal: too many answers, or a token that does not exist."""
+    """n jobs for each prompt. client: its address. Refusal: too many answers, or a token that does not exist."""
     n = body.n or 1
     if n * len(prompts) > settings.max_choices:
         raise Refusal(400, f"{n * len(prompts)} answers are asked for, and {settings.max_choices} are the most of one request", param="n")
@@ -30,10 +37,15 @@ def make_jobs(body: Generated, prompts: list[list[int]], settings: Settings, eng
     stop = settings.stop if body.stop is None else (body.stop,) if isinstance(body.stop, str) else tuple(body.stop)
     shaping = Shaping(bias, body.presence_penalty or 0.0, body.frequency_penalty or 0.0)
     most = settings.max_tokens if max_tokens is None else max_tokens if settings.max_tokens < 0 else min(max_tokens, settings.max_tokens)
+    room, scores = engine.model.ctx_size, more.get("scores")
+    rows = sum(min(room if most < 0 else most, room - len(prompt)) + len(prompt) * more.get("score_prompt", False) for prompt in prompts)
+    if scores is not None and n * rows * (scores + 1) > SCORES:
+        raise Refusal(400, f"more than {SCORES} log probabilities are asked for: lower max_tokens, n or how many are told of a token",
+                      param="logprobs")
     seed = settings.sampling.seed if body.seed is None else body.seed % (1 << 63)
     deadline = time.monotonic() + settings.time_limit
     return [Job(prompt, dataclasses.replace(settings.sampling, seed=None if seed is None or seed < 0 else seed + i, **given), most, stop,
-                shaping, session=body.session, client=body.session or body.user or client, deadline=deadline, **more)
+                shaping, session=body.session, client=(client, body.session or body.user or ""), deadline=deadline, **more)
             for prompt in prompts for i in range(n)]
 
 
@@ -42,10 +54,10 @@ class Answers:
 
     def __init__(self, engine: Engine, jobs: list[Job]):
         """Refusal: the engine takes them not."""
-        self._engine, self._news, loop = engine, asyncio.Queue(), asyncio.get_running_loop()
+        self._engine, self._news, self._behind, loop = engine, asyncio.Queue(), 0, asyncio.get_running_loop()
 
         def teller(index):
-            return lambda piece: None if loop.is_closed() else loop.call_soon_threadsafe(self._news.put_nowait, (index, piece))
+            return lambda piece: None if loop.is_closed() else loop.call_soon_threadsafe(self._take, index, piece)
         try:
             self.runs = engine.submit(jobs, [teller(index) for index in range(len(jobs))])
         except Busy as error:
@@ -53,6 +65,13 @@ class Answers:
         except ValueError as error:
             long = "context" in str(error)
             raise Refusal(400, str(error), "context_length_exceeded" if long else None, "prompt") from None
+
+    def _take(self, index, piece):
+        self._behind += piece.size
+        if self._behind > BEHIND:
+            self.cancel()
+            piece = Piece(error="the answer came faster than it was read, and has ended")
+        self._news.put_nowait((index, piece))
 
     async def pieces(self) -> AsyncIterator[tuple[int, Piece | None]]:
         """(which job, its piece), or (-1, None) where there is no news for long; ends when all jobs have. Whoever leaves early cancels
@@ -67,6 +86,7 @@ class Answers:
                     continue
                 while not self._news.empty():
                     news.append(self._news.get_nowait())
+                self._behind -= sum(piece.size for _, piece in news)
                 for index, piece in _joined(news):
                     left -= piece.error is not None or piece.finish_reason is not None
                     yield index, piece

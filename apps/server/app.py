@@ -10,6 +10,7 @@ from starlette.responses import Response
 
 import edgeattn
 from edgeattn.apps.server import chat, completions, errors
+from edgeattn.apps.server.admission import Admission
 from edgeattn.apps.server.engine import Engine
 from edgeattn.apps.server.events import respond
 from edgeattn.apps.server.guard import Guard
@@ -23,6 +24,7 @@ def make_app(engine: Engine, settings: Settings = Settings(), routers: tuple[API
     app = FastAPI(title="edgeattn", version=edgeattn.__version__, docs_url=None, redoc_url=None)  # their pages load scripts from afar
     for router in (_about(engine), chat.make_router(engine, settings), completions.make_router(engine, settings), *routers):
         app.include_router(router)
+    app.add_middleware(Admission, settings=settings)
     app.add_middleware(Guard, settings=settings)
     if settings.cors_origins:  # outermost: a preflight request carries no key
         app.add_middleware(CORSMiddleware, allow_origins=list(settings.cors_origins), allow_methods=["GET", "POST"],
@@ -56,6 +58,8 @@ def _about(engine):
 
     @router.get("/health", summary="Whether the server answers")
     async def health():
+        if not engine.alive:
+            raise errors.Refusal(503, "the model's thread has ended: start the server again")
         return respond({"status": "ok"})
 
     @router.get("/v1/models", summary="The model")

@@ -6,7 +6,8 @@ from collections.abc import AsyncIterator
 
 from fastapi import APIRouter, Request
 
-from edgeattn.apps.server.answers import Answers, make_jobs
+from edgeattn.apps.server.admission import prepared
+from edgeattn.apps.server.answers import Answers, address, make_jobs
 from edgeattn.apps.server.engine import Engine
 from edgeattn.apps.server.errors import Refusal
 from edgeattn.apps.server.events import EventStream, respond, stream
@@ -21,8 +22,9 @@ def make_router(engine: Engine, settings: Settings) -> APIRouter:
 
     @router.post("/v1/chat/completions", summary="Answer a conversation")
     async def chat(body: ChatRequest, request: Request):
-        prompt, jobs = await asyncio.to_thread(_jobs, engine, settings, body, request.client.host if request.client else "")
+        prompt, jobs = await asyncio.to_thread(_jobs, engine, settings, body, address(request))
         answers = Answers(engine, jobs)
+        prepared(request)
         about = {"id": f"chatcmpl-{secrets.token_hex(12)}", "created": int(time.time()), "model": engine.name}
         if body.stream:
             return EventStream(_stream(engine, answers, body, prompt, about), answers)

@@ -6,7 +6,8 @@ from collections.abc import AsyncIterator
 
 from fastapi import APIRouter, Request
 
-from edgeattn.apps.server.answers import Answers, make_jobs
+from edgeattn.apps.server.admission import prepared
+from edgeattn.apps.server.answers import Answers, address, make_jobs
 from edgeattn.apps.server.engine import Engine
 from edgeattn.apps.server.errors import Refusal
 from edgeattn.apps.server.events import EventStream, respond, stream
@@ -22,8 +23,9 @@ def make_router(engine: Engine, settings: Settings) -> APIRouter:
 
     @router.post("/v1/completions", summary="Continue a text")
     async def completions(body: CompletionRequest, request: Request):
-        jobs = await asyncio.to_thread(_jobs, engine, settings, body, request.client.host if request.client else "")
+        jobs = await asyncio.to_thread(_jobs, engine, settings, body, address(request))
         answers = Answers(engine, jobs)
+        prepared(request)
         about = {"id": f"cmpl-{secrets.token_hex(12)}", "object": "text_completion", "created": int(time.time()), "model": engine.name}
         if body.stream:
             return EventStream(_stream(engine, answers, body, about), answers)

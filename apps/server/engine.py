@@ -5,12 +5,12 @@ import threading
 import time
 import traceback
 from collections.abc import Callable
-from concurrent.futures import Future
 
-from edgeattn.apps.server.figures import Figures
+from edgeattn.apps.server.figures import Figures, model_state
 from edgeattn.apps.server.prefixes import Prefixes
-from edgeattn.apps.server.queue import FairQueue
-from edgeattn.apps.server.run import Job, Piece, Run
+from edgeattn.apps.server.queue import Busy, FairQueue
+from edgeattn.apps.server.reload import Reload
+from edgeattn.apps.server.run import Job, Piece, Run, runs_of
 from edgeattn.apps.server.turns import next_call
 from edgeattn.cache.pages import CacheFull
 from edgeattn.page_formats import PAGE
@@ -19,25 +19,20 @@ from edgeattn.runtime import LOGITS_BYTES, MAX_SEQUENCES
 SECONDS = 0.2  # between looks at the clock and at the model's figures
 
 
-class Busy(RuntimeError):
-    """The queue is full; the client is to come again."""
-
-
 class Engine:
     """
-    load          load(changes) -> (model, tokenizer): the model again with changed settings; None: it cannot be
+    load          load(changes) -> (model, tokenizer): the model again with changed settings; None: it cannot be. `changes`: those so far
     parallel      answers that are computed at once; more wait
     most_waiting  requests that may wait; more are refused
     Public methods may be called from any thread.
     """
 
     def __init__(self, model, tokenizer, load: Callable | None = None, parallel: int = 4, most_waiting: int = 256):
-        self.model, self.tokenizer = model, tokenizer
         self.parallel, self.most_waiting = min(parallel, MAX_SEQUENCES), most_waiting
         self.figures = Figures()
-        self._load, self._changes = load, {}
+        self._load, self.changes = load, {}
         self._inbox, self._waiting, self._running, self._order = queue.SimpleQueue(), FairQueue(), [], 0
-        self._open, self._lock, self._making = 0, threading.Lock(), threading.Lock()
+        self._open, self._lock, self._making, self._change = 0, threading.Lock(), threading.Lock(), None
         self._adopt(model, tokenizer)
         self._thread = threading.Thread(target=self._work, name="engine", daemon=True)
         self._stopping = False
@@ -54,8 +49,13 @@ class Engine:
     def close(self) -> None:
         """Stop, and wait for the thread."""
         self.stop()
-        if self._thread.is_alive() and threading.current_thread() is not self._thread:
+        if self.alive and threading.current_thread() is not self._thread:
             self._thread.join()
+
+    @property
+    def alive(self) -> bool:
+        """Whether anything is answered."""
+        return self._thread.is_alive()
 
     @property
     def constraints(self):
@@ -72,17 +72,13 @@ class Engine:
         for job in jobs:
             self._check(job)
         with self._lock:
-            if self._stopping:
-                raise Busy("the server is stopping")
-            if self._open + len(jobs) > self.parallel + self.most_waiting:
+            self._check_alive()
+            if self._open + len(jobs) > (most := self.parallel + self.most_waiting):
                 self.figures.count("refused")
-                raise Busy(f"{self._open} requests are being answered or wait, and no more than {self.parallel + self.most_waiting} may")
+                raise Busy(f"{self._open} requests are being answered or wait, and no more than {most} may")
             self._open += len(jobs)
-        runs = []
-        for job, emit in zip(jobs, emits):
-            leader = next((run for run in runs if run.job.prompt == job.prompt and not job.score_prompt), None)
-            runs.append(Run(job, emit, leader))
-        self._inbox.put(("submit", runs))
+            runs = runs_of(jobs, emits)
+            self._inbox.put(("submit", runs))
         return runs
 
     def cancel(self, run: Run) -> None:
@@ -92,24 +88,31 @@ class Engine:
 
     def reload(self, changes: dict) -> dict:
         """Load the model with other settings, names and values as `load` takes them; answers on their way go on with it. -> status().
-        ValueError: they cannot be; then the old ones stay."""
-        if self._load is None or self._stopping:
-            raise ValueError("the settings of this server cannot be changed" + " any more" * self._stopping)
-        done = Future()
-        self._inbox.put(("reload", changes, done))
-        return done.result()
+        ValueError: they cannot be; then the old ones stay. Busy: another change is on its way, or the engine has no time for one."""
+        if self._load is None:
+            raise ValueError("the settings of this server cannot be changed")
+        with self._lock:
+            self._check_alive()
+            if self._change and not self._change.over:
+                raise Busy("the settings are being changed already: try again")
+            self._change = change = Reload(changes)
+            self._inbox.put(("reload", change))
+        return change.wait(self._thread)
 
     def status(self) -> dict:
         """What the server is doing; figures of the model are of the last fifth of a second."""
         return {"model": self.name, "ctx_size": self.model.ctx_size, "parallel": self.parallel, "running": len(self._running),
-                "waiting": max(0, self._open - len(self._running)), "settings": dict(self._changes), **self._about, **self.figures.status()}
+                "waiting": max(0, self._open - len(self._running)), "settings": dict(self.changes), **self._about, **self.figures.status()}
 
     @property
     def name(self) -> str:
         """The model's name: the folder that it was exported from, and its precision."""
-        config = self.model.config
-        source = config.get("source", {})
-        return f"{source.get('name') or source.get('folder') or 'model'}-{config.get('precision', '')}".rstrip("-")
+        source = self.model.config.get("source", {})
+        return f"{source.get('name') or source.get('folder') or 'model'}-{self.model.config.get('precision', '')}".rstrip("-")
+
+    def _check_alive(self):
+        if self._stopping or not self.alive:
+            raise Busy("the server is stopping" if self._stopping else "the model's thread has ended: start the server again")
 
     def _check(self, job):
         if not job.prompt:
@@ -137,12 +140,13 @@ class Engine:
                 self._admit()
                 self._step()
                 self._look()
-            except Exception as error:  # whatever it is, the server goes on, without the answers that it may belong to
+            except BaseException as error:  # a panic of a library too: the server goes on, without the answers that it may belong to
                 traceback.print_exc(file=sys.stderr)
                 for run in list(self._running):
                     run.sequence = None  # its pages return with it
                     self._end(run, Piece(error=f"internal error: {type(error).__name__}"))
-        self._listen(wait=False)
+        with self._lock:  # nothing comes after this
+            self._listen(wait=False)
         for run in [*self._running, *self._waiting]:
             self._end(run, Piece(run.leave(), finish_reason="cancelled"), keep=False)
 
@@ -158,7 +162,7 @@ class Engine:
                 for run in message[1]:
                     self._waiting.put(run)
             elif message[0] == "reload":
-                self._reload(*message[1:])
+                message[1].run(self._reload)
 
     def _admit(self):
         now = time.monotonic()
@@ -186,6 +190,9 @@ class Engine:
         return not self._running or taken + needed + PAGE <= self.model.ctx_size
 
     def _begin(self, run):
+        self._check(run.job)  # again: the settings may have changed since
+        if len(run.tokens) > self.model.ctx_size:
+            return self._end(run, Piece(run.leave(), finish_reason="length"))
         first = not run.tokens
         if first:
             run.begin(self.tokenizer)
@@ -274,24 +281,20 @@ class Engine:
         except Exception:  # whoever listened has gone
             run.cancelled = True
 
-    def _reload(self, changes, done):
-        try:
-            model, tokenizer = self._load({**self._changes, **changes})
-            for run in sorted(self._running, key=lambda run: -run.order):
-                self._interrupt(run)
-            self._prefixes.clear()
-            self._changes |= changes
-            self._adopt(model, tokenizer)
-            done.set_result(self.status())
-        except BaseException as error:
-            done.set_exception(error)
+    def _reload(self, changes):
+        if self._stopping:
+            raise Busy("the server is stopping")
+        model, tokenizer = self._load({**self.changes, **changes})
+        for run in sorted(self._running, key=lambda run: -run.order):
+            self._interrupt(run)
+        self._prefixes.clear()
+        self.changes |= changes
+        self._adopt(model, tokenizer)
+        return self.status()
 
     def _look(self):
         if time.monotonic() - self._looked < SECONDS and self._running:
             return
-        self._looked, model = time.monotonic(), self.model
+        self._looked = time.monotonic()
         longest = max((run.sequence.length for run in self._running), default=0)
-        self._about = {"context_used": longest, "kv_bytes": model.kv_bytes(), "kept_sequences": len(self._prefixes),
-                       "k_type": model.cache.options.k_type, "v_type": model.cache.options.v_type,
-                       "sparse_attention": list(model.scheduler.explain()) if model.scheduler else [model.dense_because or "off"],
-                       "sparse_prefill": list(model.prefill.explain()) if model.prefill else [model.whole_because or "off"]}
+        self._about = {"context_used": longest, "kept_sequences": len(self._prefixes), **model_state(self.model)}

@@ -5,7 +5,7 @@ from http import HTTPStatus
 from starlette.responses import Response
 
 TYPES = {401: "authentication_error", 403: "permission_error", 404: "not_found_error", 413: "invalid_request_error",
-         500: "server_error", 503: "overloaded_error", 504: "timeout_error"}
+         408: "timeout_error", 500: "server_error", 503: "overloaded_error", 504: "timeout_error", 507: "server_error"}
 
 
 class Refusal(Exception):

@@ -13,6 +13,13 @@ HELP = {"requests_total": "Answers by how they ended.", "prompt_tokens_total": "
         "kept_sequences": "Finished sequences kept for reuse."}
 
 
+def model_state(model) -> dict:
+    """What the page shows of a model's cache and sparse attention."""
+    return {"kv_bytes": model.kv_bytes(), "k_type": model.cache.options.k_type, "v_type": model.cache.options.v_type,
+            "sparse_attention": list(model.scheduler.explain()) if model.scheduler else [model.dense_because or "off"],
+            "sparse_prefill": list(model.prefill.explain()) if model.prefill else [model.whole_because or "off"]}
+
+
 class Figures:
     def __init__(self):
         self._ends, self._totals, self._recent = Counter(), Counter(), deque(maxlen=50)

@@ -1,14 +1,15 @@
-"""What every request must pass, whatever its route: Host, Origin, key, size of the body, a client that reads."""
+"""What every request must pass, whatever its route: Host, Origin, key, announced size, a client that reads."""
 import asyncio
 import hmac
 import ipaddress
 import re
 import socket
+import time
 
-from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from edgeattn.apps.server import errors
+from edgeattn.apps.server.admission import SLOWEST, too_large
 from edgeattn.apps.server.settings import Settings
 
 PUBLIC = ("/", "/health", "/favicon.ico")  # the page itself holds no secret: whoever opens it types the key into it
@@ -40,7 +41,7 @@ class Guard:
             await refused(scope, receive, self._guarded(send))
             return
         try:
-            await self._app(scope, self._bounded(receive), self._guarded(send))
+            await self._app(scope, receive, self._guarded(send))
         except ClientGone:
             pass  # the connection closes, because the answer is not complete
 
@@ -58,12 +59,8 @@ class Guard:
             return errors.response(401, "a key is needed: send it as Authorization: Bearer KEY", "invalid_api_key")
         length = headers.get(b"content-length", "0")
         if not length.isascii() or not length.isdigit() or int(length[:20]) > self._settings.max_body:
-            return errors.response(413, self._too_large)
+            return errors.response(413, too_large(self._settings))
         return None
-
-    @property
-    def _too_large(self):
-        return f"the request is larger than {self._settings.max_body} bytes"
 
     def _host_allowed(self, host):
         found = HOST.fullmatch(host)
@@ -89,30 +86,20 @@ class Guard:
         scheme, _, key = authorization.partition(" ")
         return scheme.lower() == "bearer" and hmac.compare_digest(key.strip().encode(), self._settings.api_key.encode())
 
-    def _bounded(self, receive):
-        """receive with a limit of bytes, and of time until the body is there."""
-        size, complete = 0, False
-
-        async def receiving() -> Message:
-            nonlocal size, complete
-            try:
-                message = await asyncio.wait_for(receive(), None if complete else self._settings.write_limit)
-            except TimeoutError:
-                raise HTTPException(408, "the request did not arrive in time") from None
-            size, complete = size + len(message.get("body", b"")), complete or not message.get("more_body", False)
-            if size > self._settings.max_body:
-                raise HTTPException(413, self._too_large)
-            return message
-        return receiving
-
     def _guarded(self, send):
-        """send with our headers; a client that reads nothing for too long is left."""
+        """send with our headers; a client that reads nothing for too long is left, and so is one that reads too little for very long."""
+        size, deadline = 0, 0.0
+
         async def sending(message: Message) -> None:
+            nonlocal size, deadline
             if message["type"] == "http.response.start":
+                deadline = time.monotonic() + self._settings.time_limit + self._settings.write_limit
                 present = {name.lower() for name, _ in message["headers"]}
                 message["headers"] = [*message["headers"], *((name, value) for name, value in HEADERS.items() if name not in present)]
             try:
-                await asyncio.wait_for(send(message), self._settings.write_limit)
+                within = min(self._settings.write_limit, deadline + size / SLOWEST - time.monotonic())
+                await asyncio.wait_for(send(message), within)
             except TimeoutError:
                 raise ClientGone from None
+            size += len(message.get("body", b""))
         return sending

@@ -20,7 +20,7 @@ class Job:
     score_prompt    the prompt's tokens are scored too, so that nothing of it is reused
     grammar         what the answer must follow, at its beginning, or None
     session         conversation whose cache is to be kept first
-    client          whose turn it is in the queue
+    client          whose turn it is in the queue: address, and name there
     deadline        time.monotonic() at which it ends, done or not
     """
     prompt: list[int]
@@ -33,7 +33,7 @@ class Job:
     score_prompt: bool = False
     grammar: Matcher | None = None
     session: str | None = None
-    client: str = ""
+    client: tuple[str, str] = ("", "")
     deadline: float = float("inf")
 
 
@@ -45,6 +45,11 @@ class Piece:
     finish_reason: str | None = None
     error: str | None = None
     busy: bool = False  # the error is that there was no time or room, not that the request is wrong
+
+    @property
+    def size(self) -> int:
+        """Tokens and log probabilities."""
+        return 1 + sum(1 + len(score.top) for score in self.scores)
 
 
 @dataclass(eq=False)
@@ -126,3 +131,11 @@ class Run:
     def leave(self) -> str:
         """The text still held back of an answer that is ended from outside."""
         return self._rest() if self.tokens else ""
+
+
+def runs_of(jobs: list[Job], emits: list[Callable[[Piece], None]]) -> list[Run]:
+    """Those after the first with the same prompt follow it."""
+    found = []
+    for job, emit in zip(jobs, emits):
+        found.append(Run(job, emit, next((run for run in found if run.job.prompt == job.prompt and not job.score_prompt), None)))
+    return found

@@ -121,8 +121,8 @@ class ChatRequest(Generated):
 
 
 class CompletionRequest(Generated):
-    prompt: Text | Annotated[list[Text], Field(min_length=1, fail_fast=True)] | Ids | \
-        Annotated[list[Ids], Field(min_length=1, fail_fast=True)]
+    prompt: Text | Annotated[list[Text], Field(min_length=1, max_length=1024, fail_fast=True)] | Ids | \
+        Annotated[list[Ids], Field(min_length=1, max_length=1024, fail_fast=True)]
     max_tokens: Annotated[int, Field(ge=0, lt=1 << 31)] | None = None
     echo: bool | None = None
     logprobs: Annotated[int, Field(ge=0, le=20)] | None = None

@@ -15,7 +15,8 @@ class Settings:
     max_tokens     most tokens of an answer that a client may ask for; -1: what the context holds
     max_choices    answers of one request: n times prompts
     time_limit     seconds of a request, waiting included
-    write_limit    seconds that a client may leave what it was sent unread
+    write_limit    seconds that a client may leave what it was sent unread, or not send what it announced
+    wait_limit     seconds that a request may wait until it is read and tokenized
     sampling, stop  defaults of requests
     """
     api_key: str | None = field(default=None, repr=False)
@@ -27,5 +28,6 @@ class Settings:
     max_choices: int = 64
     time_limit: float = 600.0
     write_limit: float = 30.0
+    wait_limit: float = 30.0
     sampling: SamplerOptions = SamplerOptions()
     stop: tuple[str, ...] = ()

@@ -2,9 +2,9 @@
 import asyncio
 import dataclasses
 import secrets
-import threading
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable
+from concurrent.futures import ThreadPoolExecutor
 
 from edgeattn.apps.cli import one_line
 from edgeattn.apps.markdown import Blocks, to_html
@@ -14,7 +14,7 @@ from edgeattn.apps.server.errors import Refusal
 from edgeattn.apps.server.events import event
 from edgeattn.apps.server.run import Job
 from edgeattn.apps.server.settings import Settings
-from edgeattn.apps.store import Changed, Store
+from edgeattn.apps.store import Changed, Missing, Store
 from edgeattn.scheduler import HELD
 
 EVERY = 0.06  # seconds between events with text
@@ -25,6 +25,11 @@ class Answering:
 
     def __init__(self, engine: Engine, store: Store | None, settings: Settings):
         self._engine, self._store, self._settings, self._open = engine, store, settings, {}
+        self._threads = ThreadPoolExecutor(1, "store")
+
+    def in_store(self, call: Callable, *arguments) -> Awaitable:
+        """Begin a call in the store's one thread: another program's lock may last for seconds, in which answers go on."""
+        return asyncio.get_running_loop().run_in_executor(self._threads, call, *arguments)
 
     async def encode(self, talk) -> list[int]:
         """Token ids. Refusal: no chat template, or one that refuses."""
@@ -34,8 +39,8 @@ class Answering:
         except ValueError as error:
             raise Refusal(400, one_line(error)) from None
 
-    async def start(self, talk) -> tuple[AsyncIterator[bytes], Answers]:
-        """Events of an answer, as EventStream takes them. Refusal: it cannot be given."""
+    async def start(self, talk, client: str) -> tuple[AsyncIterator[bytes], Answers]:
+        """Events of an answer, as EventStream takes them. client: its address. Refusal: it cannot be given."""
         if talk.messages[-1].role != "user":
             raise Refusal(400, "the last message must be the user's")
         ids, settings = await self.encode(talk), self._settings
@@ -47,9 +52,9 @@ class Answering:
         most = talk.max_tokens if talk.max_tokens and settings.max_tokens < 0 else min(talk.max_tokens or 1 << 40, settings.max_tokens)
         name = secrets.token_hex(8)
         job = Job(ids, sampling, -1 if talk.max_tokens is None and settings.max_tokens < 0 else most, settings.stop,
-                  session=f"page-{talk.conversation or name}", client="page", deadline=time.monotonic() + settings.time_limit)
+                  session=f"page-{talk.conversation or name}", client=(client, "page"), deadline=time.monotonic() + settings.time_limit)
         answers = Answers(self._engine, [job])
-        return self._run(_Answer(self._engine, self._store, talk, answers, name)), answers
+        return self._run(_Answer(self._engine, self._store, self.in_store, talk, answers, name)), answers
 
     async def _run(self, one):
         self._open[one.name] = one
@@ -67,12 +72,11 @@ class Answering:
 
 
 class _Answer:
-    def __init__(self, engine, store, talk, answers, name):
-        self._engine, self._store, self.answers, self.name = engine, store, answers, name
+    def __init__(self, engine, store, in_store, talk, answers, name):
+        self._engine, self._store, self._in_store, self.answers, self.name = engine, store, in_store, answers, name
         self._run, self._text, self._reason = answers.runs[0], "", "cancelled"
         self._messages = [message.model_dump(exclude_unset=True) for message in talk.messages]
-        self._saving = threading.Lock()
-        self._where, self._title = (talk.conversation, talk.revision), talk.title
+        self._where, self._title, self._kept, self._deleted = (talk.conversation, talk.revision), talk.title, False, False
         self._scheduler = engine.model.scheduler if engine.model.device == "cpu" else None  # asking would wait for a GPU
         self._counted = self._scheduler and self._scheduler.counted()
 
@@ -87,19 +91,19 @@ class _Answer:
         """start, reading..., text..., end; or error. A page that is closed leaves what was said so far in the store."""
         ended = False
         try:
-            yield {"type": "start", "answer": self.name, **await asyncio.to_thread(self._keep)}
+            yield {"type": "start", "answer": self.name, **await self._in_store(self._keep)}
             async for found in self._stream():
                 yield found
                 if found["type"] == "error":
                     return
             end = {"type": "end", "html": await asyncio.to_thread(to_html, self._text), "text": self._text, "facts": self._facts(),
-                   **await asyncio.to_thread(self._keep)}
+                   **await self._in_store(self._keep)}
             ended = True
             yield end
         finally:
             if not ended:
                 self.answers.cancel_unfinished()
-                asyncio.get_running_loop().run_in_executor(None, self._keep)  # not awaited, which nobody may who is cancelled
+                self._in_store(self._keep)  # not awaited, which nobody may who is cancelled
 
     async def _stream(self):
         pieces, blocks, done, shown = self.answers.pieces(), Blocks(), [], time.monotonic()
@@ -145,22 +149,29 @@ class _Answer:
                 "tokens_per_second": round((run.generated - 1) / since, 2) if run.generated > 1 and since > 0 else None}
 
     def _keep(self):
-        """Save what there is -> where it is kept now, and what is to be told of it."""
+        """Save what there is -> where it is kept now, and what is to be told of it. Only in the store's thread: a page may be closed while
+        its question is being saved."""
         messages = self._messages
         if self._text:
             messages = [*messages, {"role": "assistant", "content": self._text, "facts": self._facts()}]
-        with self._saving:  # a page may be closed while its question is being saved
-            told = "" if self._store is None else self._save(messages)
-            return {"conversation": self._where[0], "revision": self._where[1], "told": told}
+        told = "" if self._store is None or self._deleted else self._save(messages)
+        return {"conversation": self._where[0], "revision": self._where[1], "told": told}
 
     def _save(self, messages):
         number, revision = self._where
+        told = ""
         try:
             try:
                 self._where = self._store.save(messages, self._engine.name, number, revision, self._title if number is None else None)
-                return ""
-            except Changed:
+            except Changed as error:
+                gone = isinstance(error, Missing)
+                self._deleted = gone and self._kept
+                if self._deleted:  # while it was answered: then it stays so
+                    self._where = None, None
+                    return "Not kept: it was deleted meanwhile."
+                told = f"It was {'deleted' if gone else 'changed'} elsewhere meanwhile: this one is kept beside it."
                 self._where = self._store.save(messages, self._engine.name, title=self._title)
-                return "It was changed elsewhere meanwhile: this one is kept beside it."
+            self._kept = True
+            return told
         except (OSError, ValueError) as error:
             return f"Not kept: {one_line(error)}"

@@ -5,19 +5,22 @@ import asyncio
 from pathlib import Path
 from typing import Annotated, Literal
 
-from fastapi import APIRouter
+from fastapi import APIRouter, Request
 from fastapi.responses import FileResponse
 from pydantic import Field
 
 from edgeattn.apps import options
 from edgeattn.apps.cli import one_line
 from edgeattn.apps.markdown import to_html
+from edgeattn.apps.server.admission import prepared
+from edgeattn.apps.server.answers import address
 from edgeattn.apps.server.engine import Engine
 from edgeattn.apps.server.errors import Refusal
 from edgeattn.apps.server.events import EventStream, respond
+from edgeattn.apps.server.queue import Busy
 from edgeattn.apps.server.schema import Body, Number
 from edgeattn.apps.server.settings import Settings
-from edgeattn.apps.store import Store
+from edgeattn.apps.store import Missing, Store
 from edgeattn.apps.web import memory
 from edgeattn.apps.web.answering import Answering
 from edgeattn.memory_estimate import estimate
@@ -89,13 +92,26 @@ class Changes(Body):
         return found
 
 
-def make_router(engine: Engine, store: Store | None, settings: Settings, unkept: str = "") -> APIRouter:
+def make_router(engine: Engine, store: Store | None, settings: Settings, unkept: str = "",
+                asked: memory.Asked = memory.Asked()) -> APIRouter:
     """store: None where conversations are not kept; unkept: why, for the page to tell."""
     router, answering = APIRouter(), Answering(engine, store, settings)
     runtime = estimate(engine.model).runtime  # now, since nothing has been computed yet
 
     def facts():
         return engine.status() | {"unkept": unkept, **memory.present(engine.model, runtime)}
+
+    async def kept(method, *arguments):
+        if store is None:
+            raise Refusal(404, "conversations are not kept")
+        try:
+            return await answering.in_store(method, store, *arguments)
+        except Missing as error:
+            raise Refusal(404, str(error)) from None
+        except ValueError as error:
+            raise Refusal(400, str(error)) from None
+        except OSError as error:
+            raise Refusal(507, one_line(error), "not_kept") from None
 
     @router.get("/", summary="The chat page", include_in_schema=False)
     async def page():
@@ -113,8 +129,8 @@ def make_router(engine: Engine, store: Store | None, settings: Settings, unkept:
 
     # ---- answers ------------------------------------------------------------------------------------------------
     @router.post("/api/answer", summary="Answer a conversation, as server-sent events, and keep it")
-    async def answer(talk: Talk):
-        return EventStream(*await answering.start(talk))
+    async def answer(talk: Talk, request: Request):
+        return EventStream(*await answering.start(talk, address(request)))
 
     @router.post("/api/stop/{answer}", summary="End an answer; what was said stays")
     async def stop(answer: str):
@@ -127,11 +143,11 @@ def make_router(engine: Engine, store: Store | None, settings: Settings, unkept:
     # ---- conversations ------------------------------------------------------------------------------------------
     @router.get("/api/conversations", summary="What is kept, the newest first")
     async def conversations():
-        return respond({"conversations": await _from(store, Store.conversations) if store else []})
+        return respond({"conversations": await kept(Store.conversations) if store else []})
 
     @router.get("/api/conversations/{number}", summary="A conversation; answers also as HTML")
     async def conversation(number: Whole):
-        found = await _from(store, Store.load, number)
+        found = await kept(Store.load, number)
         for message in found["messages"]:
             if message["role"] == "assistant":
                 message["html"] = await asyncio.to_thread(to_html, message["content"])
@@ -139,39 +155,31 @@ def make_router(engine: Engine, store: Store | None, settings: Settings, unkept:
 
     @router.patch("/api/conversations/{number}", summary="Give a conversation another title")
     async def rename(number: Whole, body: Title):
-        await _from(store, Store.rename, number, body.title)
+        await kept(Store.rename, number, body.title)
         return respond({"id": number})
 
     @router.delete("/api/conversations/{number}", summary="Delete a conversation")
     async def remove(number: Whole):
-        await _from(store, Store.remove, number)
+        await kept(Store.remove, number)
         return respond({"id": number})
 
     # ---- settings -----------------------------------------------------------------------------------------------
     @router.post("/api/predict", summary="The memory that other settings would take")
     async def predict(changes: Changes):
-        return respond(await _refusing(memory.predict, engine.model, changes.flags, runtime))
+        return respond(await _refusing(memory.predict, engine.model, asked, lambda: engine.changes | changes.flags(), runtime))
 
     @router.post("/api/settings", summary="Load the model with other settings")
-    async def change(changes: Changes):
+    async def change(changes: Changes, request: Request):
+        prepared(request)  # others need not wait for the model to be loaded
         await _refusing(lambda: engine.reload(changes.flags()))
         return respond(await asyncio.to_thread(facts))
     return router
 
 
-async def _from(store, method, *arguments):
-    if store is None:
-        raise Refusal(404, "conversations are not kept")
-    try:
-        return await asyncio.to_thread(method, store, *arguments)
-    except ValueError as error:
-        raise Refusal(404, str(error)) from None
-    except OSError as error:
-        raise Refusal(507, one_line(error), "not_kept") from None
-
-
 async def _refusing(call, *arguments):
     try:
         return await asyncio.to_thread(call, *arguments)
-    except (ValueError, OSError, MemoryError) as error:
+    except Busy as error:
+        raise Refusal(503, str(error), "server_busy") from None
+    except (ValueError, OSError, MemoryError, OverflowError) as error:
         raise Refusal(400, one_line(error)) from None
