@@ -10,6 +10,7 @@ import os
 import statistics
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 
 PROMPT, DECODED = 1024, 24  # tokens of a round: a prompt, and single tokens behind it
@@ -39,6 +40,17 @@ class Duel:
     taken: bool
 
 
+@contextmanager
+def at_level(level: str):
+    """Processes that are started inside compile for these instructions: they read them when they import the kernels."""
+    before = os.environ.get("EDGEATTN_SIMD")
+    os.environ["EDGEATTN_SIMD"] = level
+    try:
+        yield
+    finally:
+        os.environ.pop("EDGEATTN_SIMD") if before is None else os.environ.update(EDGEATTN_SIMD=before)
+
+
 class Worker:
     """A process with a model under a setting. ValueError: it cannot run there."""
 
@@ -46,12 +58,8 @@ class Worker:
         context = multiprocessing.get_context("spawn")
         self._pipe, theirs = context.Pipe()
         self._process = context.Process(target=_serve, args=(str(folder), setting, theirs), daemon=True)
-        before = os.environ.get("EDGEATTN_SIMD")
-        os.environ["EDGEATTN_SIMD"] = setting.level  # read when the process imports the kernels
-        try:
+        with at_level(setting.level):
             self._process.start()
-        finally:
-            os.environ.pop("EDGEATTN_SIMD") if before is None else os.environ.update(EDGEATTN_SIMD=before)
         theirs.close()
         self._answer()
 

@@ -11,6 +11,7 @@ import numpy as np
 from edgeattn.cache.options import CacheOptions, evictions
 from edgeattn.cache.pages import CacheFull
 from edgeattn.calibration import passkeys
+from edgeattn.log_softmax import log_softmax
 from edgeattn.policies import load_policy, policy_names
 from edgeattn.prefill_scheduler import PrefillOptions
 from edgeattn.runtime import Model
@@ -82,7 +83,7 @@ def check_settings(folder, device: str, every: bool, progress: Callable | None =
     if base.ctx_size < PROMPT + DECODED:
         return [Check("setting", "all", None, {}, f"need {PROMPT + DECODED} tokens of context, the model has {base.ctx_size}")]
     ids = text(base)
-    expected = np.stack([_log_softmax(row) for row in answers(base, ids)])
+    expected = np.stack([log_softmax(row) for row in answers(base, ids)], dtype=np.float32)
     late = divergence(expected[1:], expected[:-1])[0]
     found, wanted = [], list(settings(every))
     for i, setting in enumerate(wanted):
@@ -143,11 +144,6 @@ def answers(model, ids: np.ndarray) -> np.ndarray:
 def divergence(expected: np.ndarray, got: np.ndarray) -> tuple[float, float]:
     """(mean KL in nats from the first to the second, top-1 agreement) of log-probabilities and logits [n, vocab] float32; infinity where
     one is not finite."""
-    kl = [float(np.exp(p) @ (p - _log_softmax(row))) for p, row in zip(expected, got, strict=True)]  # a row at a time: they are long
+    kl = [float(np.exp(p) @ (p - log_softmax(row).astype(np.float32))) for p, row in zip(expected, got, strict=True)]  # a row at a time: they are long
     found = float(np.mean(kl))
     return found if np.isfinite(found) else np.inf, float((expected.argmax(-1) == got.argmax(-1)).mean())
-
-
-def _log_softmax(row):
-    row = row - row.max()
-    return row - np.log(np.exp(row).sum())
