@@ -74,8 +74,8 @@ class Evaluation:
             raise ValueError(f"{path}: is there, and no base file; give --save-base another name")
         if about.get("key") != key:
             made = ", ".join(str(about[name]) for name in ("model", "setting", "edgeattn") if about.get(name))
-            raise ValueError(f"{path}: holds another base ({made or 'of an older version'}), not this call's; remove it, or give --save-base "
-                             "another name")
+            raise ValueError(f"{path}: holds another base ({made or 'of an older version'}), not this call's; remove it, or give "
+                             "--save-base another name")
 
     def _key(self, name, source, folder, one, number):
         """Of all that a record's figures depend on."""

@@ -44,8 +44,8 @@ def tell_versions(results: list[dict], where: str, what: str) -> None:
     """A line on stderr, if some results of a file are other versions'. what: becomes of them."""
     others = [result["edgeattn"] for result in results if result["edgeattn"] != version()]
     if others:
-        print(f"{where}: {len(others)} of {len(results)} results are of other versions of edgeattn ({', '.join(sorted(set(others)))}; this is "
-              f"{version()}): {what}", file=sys.stderr)
+        print(f"{where}: {len(others)} of {len(results)} results are of other versions of edgeattn ({', '.join(sorted(set(others)))}; this "
+              f"is {version()}): {what}", file=sys.stderr)
 
 
 def command() -> str:

@@ -192,8 +192,8 @@ class PrefillScheduler:
             self.pairs += self._backend.take_counters(self._counters)[:, None]
 
     def shares(self) -> np.ndarray:
-        """[layers, 2]: of all pairs in sparse chunks so far, those in query heads' plans and those that KV heads read; 0 before there are any.
-        A chunk at the end of a long prompt has more pairs, and counts for more, than one at its beginning."""
+        """[layers, 2]: of all pairs in sparse chunks so far, those in query heads' plans and those that KV heads read; 0 before there are
+        any. A chunk at the end of a long prompt has more pairs, and counts for more, than one at its beginning."""
         self._collect()
         return self.pairs[..., 0] / np.maximum(self.pairs[..., 1], 1)
 

@@ -13,8 +13,8 @@ SMI = ("nvidia-smi", "--query-gpu=clocks.sm,temperature.gpu,clocks_throttle_reas
 
 
 def in_use() -> str:
-    """The GPU that computes here, as nvidia-smi is told (-i): its PCI address where CuPy is loaded, or else the first that CUDA may see, whose
-    numbers are nvidia-smi's only if CUDA_DEVICE_ORDER says so."""
+    """The GPU that computes here, as nvidia-smi is told (-i): its PCI address where CuPy is loaded, or else the first that CUDA may see,
+    whose numbers are nvidia-smi's only if CUDA_DEVICE_ORDER says so."""
     if (cupy := sys.modules.get("cupy")) is not None:
         return cupy.cuda.runtime.deviceGetPCIBusId(cupy.cuda.Device().id)
     return os.environ.get("CUDA_VISIBLE_DEVICES", "").partition(",")[0].strip() or "0"

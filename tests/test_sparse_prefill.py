@@ -70,7 +70,7 @@ def test_what_is_read_of_a_prompts_last_blocks_is_everything(nano_int4):
 
 
 def test_what_is_read_is_of_all_pairs_whatever_chunks_they_were_in(nano_int4):
-    model, sizes, parts = load(nano_int4, "streaming", sink=1, recent=2), (256, 512, 128, 768), []
+    model, sizes, parts = load(nano_int4, "streaming", sink=1, recent=2), (256, 512, 192, 768), []
     read(model, ids := tokens(sum(sizes)), sizes)
     whole, sequence, past = model.prefill.figures(), model.new_sequence(), 0
     for size in sizes:

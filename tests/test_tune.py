@@ -1,5 +1,6 @@
 """edgeattn tune: what is taken over the defaults, and what becomes of it."""
 import json
+import os
 
 import numpy as np
 import pytest
@@ -132,6 +133,20 @@ def test_tune_measures_writes_and_is_forgotten(edgeattn, nano_int4, profile, mon
     assert shape in capsys.readouterr().out
     assert "removed" in edgeattn("tune", "--reset").stdout and not profile.exists()
     assert "there was none" in edgeattn("tune", "--reset").stdout
+
+
+def instructions():
+    return [f"compiled for {kernels_cpu.LEVEL}"]
+
+
+def test_sparse_attention_is_timed_with_the_instructions_that_were_chosen(edgeattn, nano_int4, profile, monkeypatch):
+    lower = kernels_cpu.available_levels()[-1]
+    assert tune._with_level(kernels_cpu.LEVEL, os.getpid) == os.getpid()
+    assert tune._with_level(lower, instructions) == [f"compiled for {lower}"]
+    monkeypatch.setattr(tuning, "tune", lambda default, *_: (tuning.replace(default, level=lower), []))
+    monkeypatch.setattr(tune, "_crossovers", instructions)
+    monkeypatch.setattr(tune, "_with_level", lambda level, call, folder: [f"{call()} {level} {device_profile.read(profile)['level']}"])
+    assert f"{lower} {lower}\n" in edgeattn("tune", "-m", nano_int4).stdout  # after the profile says so
 
 
 def test_instructions_are_chosen_only_where_all_models_agree():

@@ -144,6 +144,8 @@ def answers(model, ids: np.ndarray) -> np.ndarray:
 def divergence(expected: np.ndarray, got: np.ndarray) -> tuple[float, float]:
     """(mean KL in nats from the first to the second, top-1 agreement) of log-probabilities and logits [n, vocab] float32; infinity where
     one is not finite."""
-    kl = [float(np.exp(p) @ (p - log_softmax(row).astype(np.float32))) for p, row in zip(expected, got, strict=True)]  # a row at a time: they are long
+    kl = []
+    for p, row in zip(expected, got, strict=True):  # a row at a time: they are long
+        kl.append(float(np.exp(p) @ (p - log_softmax(row).astype(np.float32))))
     found = float(np.mean(kl))
     return found if np.isfinite(found) else np.inf, float((expected.argmax(-1) == got.argmax(-1)).mean())
