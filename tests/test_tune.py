@@ -57,8 +57,8 @@ def test_a_gain_here_does_not_pay_for_a_loss_there():
 
 
 def test_what_is_taken_is_never_much_slower():
-    """Over many machines whose true effects are anything from 0.85 to 1.15 of the time: what is chosen loses no workload 3 %. (Over 3,000 of
-    them it lost 1.5 % at most.)"""
+    """Over many machines whose true effects are anything from 0.85 to 1.15 of the time: what is chosen loses no workload 3 %. (Over 3,000
+    of them it lost 1.5 % at most.)"""
     rng = np.random.default_rng()
     for _ in range(60):
         true = dict(zip([("threads", 1), ("ubatch", 256), ("ubatch", 1024), ("level", "avx2")], rng.uniform(0.85, 1.15, (4, 2))))
