@@ -65,7 +65,9 @@ class Evaluation:
         return found
 
     def _check_base(self, plan):
-        """ValueError: --save-base names a file that holds something else."""
+        """ValueError: --base is none, or --save-base names a file that holds something else."""
+        if self._args.base and made_by(self._args.base) is None:
+            raise ValueError(f"{self._args.base}: no base file; make one with edgeattn eval kld --save-base FILE")
         path = self._args.save_base
         if not path or not Path(path).is_file():
             return

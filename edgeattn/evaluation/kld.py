@@ -13,6 +13,7 @@ from typing import ClassVar
 
 import numpy as np
 
+from edgeattn.cache.session_file import discard_parts
 from edgeattn.evaluation import Source
 from edgeattn.evaluation.outcome import Outcome
 from edgeattn.evaluation.windows import log_probabilities, windows
@@ -155,6 +156,7 @@ class SavedBase:
             if needed > free:  # a mapped file on a full disk would kill the process without a word
                 raise ValueError(f"{self._path.parent}: the base's probabilities take {needed / 1e9:.1f} GB, {free / 1e9:.1f} are free; "
                                  "give fewer --samples or smaller --lengths, or name a folder with room in TMPDIR or --save-base")
+            discard_parts(self._path)
             self._part = self._path.with_name(f".{self._path.name}.{os.getpid()}.part")
             self._records = np.lib.format.open_memmap(self._part, "w+", layout(vocab), ids.shape)
             self._records["token"] = ids
