@@ -13,12 +13,12 @@ STUDENT = (12.7062, 4.3027, 3.1824, 2.7764, 2.5706, 2.4469, 2.3646, 2.3060, 2.26
 def design_effect(clusters) -> float:
     """By how much more values one would need than if they were independent, at least 1: the variance of the mean between clusters over that
     of as many independent values (Rao and Scott, Biometrics 48, 1992, 577-585), and where that is more than 1, a factor for its being
-    known from few clusters only (Korn and Graubard, Survey Methodology 24, 1998, 193-201). clusters: lists of numbers, two of them at
-    least."""
+    known from few clusters only (Korn and Graubard, Survey Methodology 24, 1998, 193-201). At most what it is where all values of a
+    cluster are the same. clusters: lists of numbers, two of them at least."""
     every = np.concatenate(clusters)
-    independent = every.var() / every.size
+    independent, alike = every.var() / every.size, sum(len(values) ** 2 for values in clusters) / every.size
     found = standard_error(clusters) ** 2 / independent if independent else 1.0
-    return found * (student(len(clusters) - 1) / Z) ** 2 if found > 1 else 1.0
+    return min(alike, found * (student(len(clusters) - 1) / Z) ** 2) if found > 1 else 1.0
 
 
 def share(right) -> tuple[float, float | None, float | None]:
