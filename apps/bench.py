@@ -55,6 +55,9 @@ def main(args: argparse.Namespace) -> int:
     for one in settings:  # a mistake in the last of them must not wait for the others
         axes.check(one)
         _check_room(one, tests)
+    if args.out:
+        from edgeattn.apps import record
+        record.ready(args.out)
     kept = Kept(args.out)
     labels = [axes.setting(one) or "defaults" for one in settings]
     report = make_report(args.output, sys.stdout, labels if len(settings) > 1 else [], [test.name for test in tests])
@@ -123,10 +126,12 @@ class Kept:
         if not path or not Path(path).is_file():
             return
         from edgeattn.apps import record
-        self._rows = [found for found in record.read(path) if found.get("kind") == "bench"]
+        results = [found for found in record.read(path) if found["kind"] == "bench"]
+        record.tell_versions(results, path, "what they say is measured again")
+        self._rows = [found for found in results if found["edgeattn"] == record.version()]
 
     def rows(self, args: argparse.Namespace, repetitions: int) -> dict[str, Row]:
-        """{test: row} of one setting of the same export on this machine."""
+        """{test: row} of one setting of the same export on this machine, by the same code."""
         if not self._rows:
             return {}
         from edgeattn.apps import models, record

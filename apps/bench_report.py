@@ -3,6 +3,7 @@ import csv
 import json
 from dataclasses import asdict, dataclass, field, fields
 
+from edgeattn.apps.table import line, rule
 from edgeattn.apps.terminal import count, size
 
 
@@ -45,7 +46,7 @@ class Row:
     command: str
     machine: str
     date: str
-    edgeattn: str                # version
+    edgeattn: str                # version, of the code too
     export: str                  # a hash of the model's files
     size_bytes: int
     params: int
@@ -120,23 +121,19 @@ class Markdown:
 
     def __init__(self, file, settings, tests):
         self._file, self._settings, self._columns = file, max(map(len, settings), default=0), None
-        self._widths = {"setting": self._settings, "test": max(map(len, tests), default=0)}
-
-    def _line(self, cells):
-        print("| " + " | ".join(cells) + " |", file=self._file, flush=True)
+        self._least = {"setting": self._settings, "test": max(map(len, tests), default=0)}
 
     def _begin(self, row):
         known = {"setting": self._settings, "°C": row.celsius, "MHz": row.mhz and row.sensors.get("frequency") != "/proc/cpuinfo",
                  "W": row.watts, "J/token": row.watts}
-        self._columns = {name: (max(width, self._widths.get(name, 0)), text)
-                         for name, (width, text) in COLUMNS.items() if known.get(name, True)}
-        self._line([name.ljust(width) for name, (width, _) in self._columns.items()])
-        self._line(["-" * (width - 1) + (":" if i else "-") for i, (width, _) in enumerate(self._columns.values())])
+        self._columns = {name: text for name, (_, text) in COLUMNS.items() if known.get(name, True)}
+        self._widths = [max(COLUMNS[name][0], self._least.get(name, 0)) for name in self._columns]
+        print(line(list(self._columns), self._widths), rule(self._widths), sep="\n", file=self._file)
 
     def add(self, row: Row) -> None:
         if self._columns is None:
             self._begin(row)
-        self._line([text(row).rjust(width) if i else text(row).ljust(width) for i, (width, text) in enumerate(self._columns.values())])
+        print(line([text(row) for text in self._columns.values()], self._widths), file=self._file, flush=True)
 
     def close(self) -> None:
         pass

@@ -47,9 +47,14 @@ def main(args: argparse.Namespace) -> int:
         axes.check(one)
     if args.base and args.save_base:
         raise ValueError("--base is read and --save-base is written: give one of them")
+    if (args.base or args.save_base) and "kld" not in args.tasks:
+        raise ValueError("--base and --save-base are the task kld's: name it, or leave them out")
     for path in (args.text, args.documents, args.base):
         if path and not Path(path).is_file():
             raise ValueError(f"{path}: no such file")
+    from edgeattn.apps.record import ready
+    for path in (args.out, args.save_base):
+        ready(path)
     from edgeattn.apps.eval_run import Evaluation
     from edgeattn.apps.eval_table import table
     records = []

@@ -9,9 +9,10 @@ from pathlib import Path
 
 from edgeattn.apps import axes, models, options
 from edgeattn.apps.progress import Progress
-from edgeattn.apps.record import append, common, read
+from edgeattn.apps.record import append, common, model_name, read, tell_versions, version
 from edgeattn.evaluation import Source, load_task, run
 from edgeattn.evaluation.asking import SLACK, widen
+from edgeattn.evaluation.kld import made_by
 from edgeattn.evaluation.outcome import Outcome
 from edgeattn.evaluation.words import HAYSTACK
 from edgeattn.runtime import read_config
@@ -33,6 +34,7 @@ class Evaluation:
     def records(self) -> Iterator[dict]:
         """Every record of the call, settings one after the other. ValueError: a task's source does not do."""
         first, plans = {}, [self._plan(number, one) for number, one in enumerate(self._settings)]
+        self._check_base(plans[0])
         with tempfile.TemporaryDirectory(prefix="edgeattn-eval-") as self._work:
             for number, plan in enumerate(plans):
                 for record in self._of_setting(number, plan, plans):
@@ -62,11 +64,26 @@ class Evaluation:
                 found.append((name, source, self._key(name, source, folder, one, number)))
         return found
 
+    def _check_base(self, plan):
+        """ValueError: --base is none, or --save-base names a file that holds something else."""
+        if self._args.base and made_by(self._args.base) is None:
+            raise ValueError(f"{self._args.base}: no base file; make one with edgeattn eval kld --save-base FILE")
+        path = self._args.save_base
+        if not path or not Path(path).is_file():
+            return
+        about, key = made_by(path), next(key for name, _, key in plan if name == "kld")
+        if about is None:
+            raise ValueError(f"{path}: is there, and no base file; give --save-base another name")
+        if about.get("key") != key:
+            made = ", ".join(str(about[name]) for name in ("model", "setting", "edgeattn") if about.get(name))
+            raise ValueError(f"{path}: holds another base ({made or 'of an older version'}), not this call's; remove it, or give "
+                             "--save-base another name")
+
     def _key(self, name, source, folder, one, number):
         """Of all that a record's figures depend on."""
         sparse, prefill = options.sparse_options(one), options.prefill_options(one)
         calibration = folder / "calibration.safetensors"
-        about = [name, asdict(replace(source, text=None)), digest(source.text or HAYSTACK), digest(folder / "edgeattn.json"),
+        about = [version(), name, asdict(replace(source, text=None)), digest(source.text or HAYSTACK), digest(folder / "edgeattn.json"),
                  digest(calibration if calibration.is_file() else None), repr(options.cache_options(one)), repr(sparse), repr(prefill),
                  one.ubatch_size or UBATCH, one.device, one.ctx_size if one.kv_budget else 0,
                  *([one.threads] if one.threads else [])]
@@ -75,7 +92,7 @@ class Evaluation:
         if name == "docqa":
             about.append(digest(self._args.documents))
         if name == "kld" and self._args.base:
-            about.append(digest(self._args.base))
+            about.append([digest(self._args.base), made_by(self._args.base)])
         elif name == "kld" and number:
             first = self._settings[0]
             about.append(self._key(name, source, models.exported(first.model, first.precision), first, 0))
@@ -92,7 +109,7 @@ class Evaluation:
             if (name, source, key) not in missing:
                 yield self._known[key]
                 continue
-            task_options = self._options[name] | (self._base_options(number, source) if name == "kld" else {})
+            task_options = self._options[name] | (self._base_options(number, source, key) if name == "kld" else {})
             label = f"{axes.setting(one) or 'as it is'}: {name}, {source.length:,} tokens"
             with counted(label, load_task(name, **task_options).total(source)) as advance:
                 found = run(model, tokenizer, name, source, advance, **task_options)
@@ -110,12 +127,17 @@ class Evaluation:
             return not Path(self._args.save_base).is_file()
         return any(other[2] not in self._known for plan in plans[1:] for other in plan if other[:2] == (name, source))
 
-    def _base_options(self, number, source):
+    def _base_options(self, number, source, key):
         if self._args.base:
             return {}
         if not number:
             self._bases[source.length] = self._args.save_base or str(Path(self._work) / f"{source.length}.npy")
-            return {"save": self._bases[source.length] if len(self._settings) > 1 or self._args.save_base else None}
+            if len(self._settings) == 1 and not self._args.save_base:
+                return {}
+            one = self._settings[0]
+            about = {"key": key, "model": model_name(read_config(models.exported(one.model, one.precision))), "setting": axes.setting(one),
+                     "edgeattn": version()}
+            return {"save": self._bases[source.length], "about": about}
         return {"base": self._bases.get(source.length) or self._args.save_base, "save": None}
 
     def _load(self, one, tokens):
@@ -144,7 +166,9 @@ def stored(path: str | None) -> dict[str, dict]:
     """Records of a file by key; none where there is no file. ValueError names a line that is none."""
     if not path or not Path(path).is_file():
         return {}
-    return {record["key"]: record | {"against": None} for record in read(path) if record["kind"] == "eval" and "key" in record}
+    records = [record for record in read(path) if record["kind"] == "eval" and "key" in record]
+    tell_versions(records, path, "what they say is measured again")
+    return {record["key"]: record | {"against": None} for record in records}
 
 
 def digest(path) -> str | None:

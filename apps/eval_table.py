@@ -1,4 +1,5 @@
 """Records of `edgeattn eval` as Markdown tables: scores, and below them what else each task counted."""
+from edgeattn.apps.table import markdown
 from edgeattn.apps.terminal import size
 
 HEADS = "task", "tokens", "model, setting", "KV cache", "samples", "score (95 %)", "against the first (95 %)"
@@ -17,20 +18,16 @@ def table(records: list[dict]) -> str:
     return "\n\n".join(parts)
 
 
-def markdown(rows: list) -> str:
-    """rows: lists of texts, the first of them the heading."""
-    widths = [max(3, *map(len, column)) for column in zip(*rows)]
-    lines = ["| " + " | ".join(text.rjust(width) if i else text.ljust(width) for i, (text, width) in enumerate(zip(row, widths))) + " |"
-             for row in rows]
-    lines.insert(1, "|" + "|".join("-" * (width + 1) + (":" if i else "-") for i, width in enumerate(widths)) + "|")
-    return "\n".join(lines)
-
-
 def cells(record: dict) -> list[str]:
     kind, against = record["values"]["kind"], record["against"]
     return [record["task"], f"{record['depth']:,}", _setting(record), size(record["kv_bytes"]) if record["kv_bytes"] else "",
             str(record["samples"]), _between(*(_score(kind, record[name]) for name in ("score", "low", "high"))),
-            "" if not against else _between(*(_change(kind, against[name]) for name in ("difference", "low", "high")))]
+            "" if not against else change(kind, *(against[name] for name in ("difference", "low", "high")))]
+
+
+def change(kind: str, value: float, low: float | None, high: float | None) -> str:
+    """A difference of scores (Outcome.against), and its interval where there is one."""
+    return _between(*(_change(kind, x) for x in (value, low, high)))
 
 
 def _setting(record):

@@ -1,5 +1,6 @@
 """What every result says of itself, whichever command made it: model, setting, command, machine, date, version."""
 import argparse
+import hashlib
 import json
 import os
 import platform
@@ -7,12 +8,15 @@ import shlex
 import sys
 from dataclasses import fields
 from datetime import datetime, timezone
+from functools import cache
+from importlib.util import find_spec
 from pathlib import Path
 
 import edgeattn
 from edgeattn.apps import axes
 from edgeattn.device_profile import processor
 
+CODE = {"edgeattn": {"apps", "exporters", "kernels_cpu", "kernels_cuda"}, "edgeattn.kernels_cpu": set(), "edgeattn.kernels_cuda": set()}
 FEATURES = ("avx2", "avx_vnni", "avx512f", "avx512_vnni", "amx_int8", "asimddp", "i8mm")  # that kernels make use of
 
 
@@ -20,7 +24,28 @@ def common(kind: str, args: argparse.Namespace, model) -> dict:
     """The fields that all results share. args: of one setting (axes.expand); model: the runtime's Model."""
     return {"kind": kind, "model": model_name(model.config), "setting": axes.setting(args), "command": command(),
             "machine": machine(model.device), "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-            "edgeattn": edgeattn.__version__}
+            "edgeattn": version()}
+
+
+@cache
+def version() -> str:
+    """Edgeattn's version and a digest of the code that computes, `0.1.0+3f2a9c1b`: other code makes other figures."""
+    found = hashlib.sha256()
+    for package, apart in CODE.items():  # in a wheel one folder holds all packages
+        root = find_spec(package).submodule_search_locations[0]
+        for folder, names, files in os.walk(root, followlinks=True):
+            names[:] = sorted(set(names) - apart)
+            for path in sorted(Path(folder, file) for file in files if file.endswith((".py", ".cu", ".cuh"))):
+                found.update(f"{package} {path.relative_to(root)}\0".encode() + path.read_bytes())
+    return f"{edgeattn.__version__}+{found.hexdigest()[:8]}"
+
+
+def tell_versions(results: list[dict], where: str, what: str) -> None:
+    """A line on stderr, if some results of a file are other versions'. what: becomes of them."""
+    others = [result["edgeattn"] for result in results if result["edgeattn"] != version()]
+    if others:
+        print(f"{where}: {len(others)} of {len(results)} results are of other versions of edgeattn ({', '.join(sorted(set(others)))}; this "
+              f"is {version()}): {what}", file=sys.stderr)
 
 
 def command() -> str:
@@ -100,6 +125,12 @@ def _parse(line):
 def _cut(last):
     """Whether a last line without an end is nothing, or what a crash has left of a result: not a whole one, and not a user's own text."""
     return last[:8] == '{"kind":'[:len(last)] and _parse(last) is None
+
+
+def ready(path: str | os.PathLike | None) -> None:
+    """ValueError: no file of this name can be written, which nobody wants to hear after hours of measuring. None: nothing is to be."""
+    if path and (not Path(path).resolve().parent.is_dir() or Path(path).is_dir()):
+        raise ValueError(f"{path}: {'is a folder' if Path(path).is_dir() else 'no such folder'}; give the name of a file")
 
 
 def append(path: str | os.PathLike, result: dict) -> None:

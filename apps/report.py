@@ -45,6 +45,10 @@ def main(args: argparse.Namespace) -> int:
         if args.dry_run:
             return 0
     results = latest(results)
+    if args.sources:
+        versions = sorted({result["edgeattn"] for result in results})
+        if len(versions) > 1:
+            print(f"results of several versions of edgeattn stand side by side: {', '.join(versions)}", file=sys.stderr)
     if not results:
         raise ValueError("no results to report")
     if args.markdown:
@@ -58,13 +62,23 @@ def main(args: argparse.Namespace) -> int:
 
 
 def latest(results: list[dict]) -> list[dict]:
-    """Of results of the same machine, model, setting and test the last; in the order of the first. A machine is its processor's name, for a
-    new kernel makes none; where there are several, models are named with theirs."""
+    """Of results of the same machine, model, setting and test one, in the order of the first: of the version of edgeattn that came last the
+    one over most samples, the last of those. A machine is its processor's name, for a new kernel makes none; where there are several,
+    models are named with theirs."""
     machines = [result["machine"].partition(",")[0] for result in results]
     if len(set(machines)) > 1:
         results = [result | {"model": f"{result['model']} on {machine}"} for result, machine in zip(results, machines)]
-    return list({tuple(result.get(name) for name in ("kind", "model", "setting", "test", "task", "depth")): result
-                 for result in results}.values())
+    found = {}
+    for result in results:
+        place = tuple(result.get(name) for name in ("kind", "model", "setting", "test", "task", "depth"))
+        before = found.get(place, result)
+        if result["edgeattn"] != before["edgeattn"] or _samples(result) >= _samples(before):
+            found[place] = result
+    return list(found.values())
+
+
+def _samples(result):
+    return result["repetitions"] if result["kind"] == "bench" else result["samples"]
 
 
 def need_plots() -> None:
@@ -111,4 +125,6 @@ def _measure(args, kept):
     if failed:
         print(f"not all could be measured: {', '.join(failed)}; the next call tries again", file=sys.stderr)
     name = record.model_name(config)
-    return [result for result in (record.read(kept) if kept.is_file() else []) if result["model"] == name], failed
+    results = [result for result in (record.read(kept) if kept.is_file() else []) if result["model"] == name]
+    record.tell_versions(results, str(kept), "they are not shown")
+    return [result for result in results if result["edgeattn"] == record.version()], failed

@@ -2,6 +2,7 @@
 from dataclasses import dataclass
 
 from edgeattn.apps.report_settings import commands, labels, speed
+from edgeattn.apps.table import markdown as rows_of
 from edgeattn.apps.terminal import size
 
 
@@ -90,7 +91,5 @@ def markdown(results: list[dict]) -> str:
     """The brief tables, the machine above them, and below each its commands."""
     parts = ["\n".join(machines(results))]
     for table in tables(results, brief=True):
-        lines = ["| " + " | ".join(cells) + " |" for cells in ([table.heads], table.rows) for cells in cells]
-        lines.insert(1, "|---|" + "---:|" * (len(table.heads) - 1))
-        parts += [f"**{table.title}**", "\n".join(lines), "\n".join(f"`{command}`" for command in table.commands)]
+        parts += [f"**{table.title}**", rows_of([table.heads, *table.rows]), "\n".join(f"`{command}`" for command in table.commands)]
     return "\n\n".join(parts)

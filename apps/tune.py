@@ -38,8 +38,7 @@ def main(args: argparse.Namespace) -> int:
     profile["crossovers"] = {}  # measured with other settings, perhaps on a busier machine
     device_profile.write(PROFILE, profile)
     print("\n".join(_lines(shape, best, default, duels)), flush=True)
-    with Progress("timing sparse attention") as progress:
-        print("\n".join(_crossovers(folder, progress)))
+    print("\n".join(_with_level(profile["level"] or default.level, _crossovers, folder)))
     return 0
 
 
@@ -56,15 +55,31 @@ def default_setting(folder):
     return Setting(threads, min(defaults["ubatch"], config["model"]["ctx_size"]), available_levels()[0]), most, config
 
 
-def _crossovers(folder, progress):
+def _with_level(level, call, *given):
+    """What a call says in a process whose kernels have these instructions; this one, if it has them: they are chosen once a process."""
+    from edgeattn.kernels_cpu import LEVEL
+    if level == LEVEL:
+        return call(*given)
+    import multiprocessing
+    from concurrent.futures import ProcessPoolExecutor
+    from edgeattn.tuning import at_level
+    with at_level(level), ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+        return pool.submit(call, *given).result()
+
+
+def _crossovers(folder):
     """From where on sparse attention pays: loading a model measures that, and remembers it in the profile."""
+    from edgeattn.apps.progress import Progress
     from edgeattn.runtime import Model
     from edgeattn.scheduler import NEVER
-    model = Model.load(folder, progress=progress)
+    with Progress("timing sparse attention") as progress:
+        model = Model.load(folder, progress=progress)
+    lines = []
     for what, scheduler, why in (("decode", model.scheduler, model.dense_because), ("prefill", model.prefill, model.whole_because)):
         begins = scheduler.min_len if scheduler else NEVER
         because = f" ({why})" if why else ""
-        yield f"  sparse {what}: " + (f"from {begins:,} tokens in the context on" if begins < NEVER else f"never{because}")
+        lines.append(f"  sparse {what}: " + (f"from {begins:,} tokens in the context on" if begins < NEVER else f"never{because}"))
+    return lines
 
 
 def level_of(tuned: dict) -> str | None:

@@ -25,11 +25,14 @@ import numpy as np
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
+from edgeattn.apps.eval_table import change
+from edgeattn.apps.table import markdown
 from edgeattn.cache.options import CacheOptions
 from edgeattn.evaluation.asking import ANSWER_TOKENS, SLACK, widen
+from edgeattn.evaluation.kld import Divergence
 from edgeattn.evaluation.lookups import GROUP, MANY, look_up
 from edgeattn.evaluation.statistics import difference
-from edgeattn.evaluation.windows import log_softmax
+from edgeattn.log_softmax import log_softmax
 from edgeattn.prefill_scheduler import PrefillOptions
 from edgeattn.runtime import Model
 from edgeattn.scheduler import SparseOptions
@@ -60,9 +63,10 @@ def load(folder, fields, args):
 def compare_text(model, base, ids, window, windows, decode, advance) -> dict:
     """Perplexities, mean KL(base || model) and top-1 agreement; both read a chunk at a time, so that few logits are held. decode: only
     the last so many tokens of a window count, and come one by one; 0: all of them, in chunks."""
-    sums, chunk, first = np.zeros(4), 1 if decode else TOGETHER * model.ubatch, window - decode if decode else 0
+    found, chunk, first = Divergence(), 1 if decode else TOGETHER * model.ubatch, window - decode if decode else 0
     for i in range(windows):
         part = ids[i * window:(i + 1) * window]
+        found.begin()
         # A list, for the base is compared with itself too.
         pair = [(m, m.new_sequence()) for m in ((base, model) if base is not model else (base,))]
         try:
@@ -70,17 +74,12 @@ def compare_text(model, base, ids, window, windows, decode, advance) -> dict:
                 m.forward([(sequence, part[:first])], "none")
             for start in range(first, window, chunk):
                 rows = [log_softmax(m.forward([(sequence, part[start:start + chunk])], "all")) for m, sequence in pair]
-                p, q = rows[0], rows[-1]
-                targets = part[start + 1:start + 1 + len(p)]
-                at = np.arange(len(targets)), targets
-                sums += (-p[at].sum(), -q[at].sum(), (np.exp(p) * (p - q)).sum(), (p.argmax(-1) == q.argmax(-1)).sum())
+                found.add(rows[0], rows[-1], part, start)
         finally:
             for m, sequence in pair:
                 m.free(sequence)
         advance(1)
-    losses, others = sums[:2] / (windows * (window - first - 1)), sums[2:] / (windows * (window - first))
-    return {"base_perplexity": float(np.exp(losses[0])), "perplexity": float(np.exp(losses[1])),
-            "kl": float(others[0]), "top1": float(others[1])}
+    return {"base_perplexity": found.base_perplexity, "perplexity": found.perplexity, "kl": found.mean, "top1": found.same_top}
 
 
 def measure(name, fields, base, args, tokenizer, ids) -> dict:
@@ -143,12 +142,9 @@ def cell(kind, depth):
 TITLES = {0: "in turn", 1: "one fact", GROUP: "eight facts", MANY: "32 facts"}
 
 
-def compared(record, base, args) -> dict:
-    """The differences in points, with intervals, of each kind of look-up and of all together."""
-    names = [cell(*kind) for kind in kinds(args)]
-    right, other = ({n: r["lookups"][n]["right"] for n in names} for r in (record, base))
-    pairs = {n: (right[n], other[n]) for n in names} | {"all": (sum(right.values(), []), sum(other.values(), []))}
-    return {n: [round(100 * x, 2) for x in difference(*pair)] for n, pair in pairs.items()}
+def compared(record, base, args) -> str:
+    """The difference of all look-ups, and its interval."""
+    return change("share", *difference(*(sum((r["lookups"][cell(*kind)]["right"] for kind in kinds(args)), []) for r in (record, base))))
 
 
 def table(records, args) -> str:
@@ -156,7 +152,7 @@ def table(records, args) -> str:
     head = ["method", "read", f"KV at {deepest:,}, MB (bytes a token)", "perplexity", "KL", "top-1",
             *(f"{TITLES[kind]}, {depth:,}" for kind, depth in kinds(args)), "look-ups, points",
             *(["generated: loss, repeated"] * bool(args.generate))]
-    lines = ["| " + " | ".join(head) + " |", "|---|" + "---:|" * (len(head) - 1)]
+    lines = [head]
     for record in records:
         kv = record["lookups"][cell(GROUP, deepest)]
         cells = [record["name"], f"{100 * record['read']:.1f} %", f"{kv['kv_bytes'] / 1e6:.2f} ({kv['kv_bytes'] / kv['tokens']:,.0f})"]
@@ -167,11 +163,11 @@ def table(records, args) -> str:
                       f"{record['kl']:.4f}" if record["kl"] >= 1e-3 else f"{record['kl']:.1e}", f"{100 * record['top1']:.2f} %"]
         for right in (record["lookups"][cell(*kind)]["right"] for kind in kinds(args)):
             cells.append(f"{np.sum(right)} of {np.size(right)}")
-        cells.append("" if record is records[0] else "{:+.1f} ({:+.1f} to {:+.1f})".format(*record["points"]["all"]))
+        cells.append("" if record is records[0] else compared(record, records[0], args))
         if args.generate:
             cells.append(f"{record['generated_loss']:.3f}, {100 * record['repeated']:.0f} %")
-        lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+        lines.append(cells)
+    return markdown(lines)
 
 
 # ---- settings and stored results -----------------------------------------------------------------------------------
@@ -220,7 +216,6 @@ def run_settings(args, tokenizer, ids) -> list[dict]:
             if records and base is None:
                 base = load(args.folder, args.base[1], args)
             record = {"run": run, **measure(name, fields, base, args, tokenizer, ids)}
-            record["points"] = compared(record, records[0] if records else record, args)
             if args.out:
                 with args.out.open("a", encoding="utf-8") as file:
                     file.write(json.dumps(record) + "\n")

@@ -4,6 +4,8 @@ import platform
 from pathlib import Path
 from statistics import median
 
+from edgeattn.apps.table import markdown
+
 KNOWN = {"edgeattn": "edgeattn", "llama_cpp": "llama.cpp", "onnxruntime_genai": "onnxruntime-genai", "transformers": "transformers"}
 
 
@@ -102,14 +104,12 @@ def render(args, machine: dict, engines: dict, left_out: dict, rows: list[dict])
     lines += [f"- {NAMES[name]}'s memory in MB: " + ", ".join(f"{part} {size / 1e6:.0f}" for part, size in about["memory"]["parts"].items())
               for name, about in engines.items() if about["memory"]["parts"]]
     lines += [f"- {NAMES[name]} is left out: {why}" for name, why in left_out.items()]
-    lines += ["", "| " + " | ".join(head) + " |", "|---|---|" + "---:|" * (len(head) - 2)]
-    return "\n".join(lines + [_line(row, engines, own, peers) for row in rows])
+    return "\n".join([*lines, "", markdown([head, *(_cells(row, engines, own, peers) for row in rows)])])
 
 
-def _line(row, engines, own, peers):
+def _cells(row, engines, own, peers):
     cells = [row["name"], row["unit"], *(_number(row[name], row["unit"]) for name in engines)]
-    cells += [f"{row[own[0]] / row[peer]:.2f}x" if row["better"] else "" for peer in peers]
-    return "| " + " | ".join(cells) + " |"
+    return cells + [f"{row[own[0]] / row[peer]:.2f}x" if row["better"] else "" for peer in peers]
 
 
 def _number(value, unit):

@@ -25,6 +25,7 @@ from pathlib import Path
 import numpy as np
 from recorded import record_chunks
 
+from edgeattn.apps.table import markdown
 from edgeattn.policies import load_policy
 from edgeattn.prefill_corrections import delta, tail
 from edgeattn.prefill_plan import QUERIES
@@ -128,12 +129,12 @@ def key(method, options, depth) -> str:
 
 def table(rows) -> str:
     heads = "setting", "tokens", "density", "union", "mass", "least", "error", "delta", "tail", "choosing"
-    lines = ["| " + " | ".join(heads) + " |", "|---|" + "---:|" * (len(heads) - 1)]
+    lines = [list(heads)]
     for row in rows:
         shares = [f"{100 * row[name]:.1f} %" for name in ("density", "union")] + [f"{row[name]:.4f}" for name in ("mass", "least")]
         shares += [f"{row[name]:.3f}" for name in ("error", "error_delta", "error_tail")] + [f"{100 * row['choosing']:.1f} %"]
-        lines.append(f"| {row['name']} | {row['depth']:,} | " + " | ".join(shares) + " |")
-    return "\n".join(lines)
+        lines.append([row["name"], f"{row['depth']:,}", *shares])
+    return markdown(lines)
 
 
 def main():

@@ -18,6 +18,8 @@ from peer_process import Worker, prepare
 from peer_table import NAMES, environment
 from random_checkpoint import SHAPES, write_checkpoint
 
+from edgeattn.apps.table import markdown
+
 ENGINES = "llama_cpp,edgeattn:int4,edgeattn:int4+auto"
 MARKERS = "osD^v"
 
@@ -62,12 +64,12 @@ def table(found, lengths) -> str:
     sparse = [name for name in names if any(row["read"] < 1 for row in found[name])]
     head = ["tokens of the prompt", *(f"{NAMES[name]}, s" for name in names),
             *(f"{NAMES[name]} against {NAMES[first]}" for name in names[1:]), *(f"{NAMES[name]} reads" for name in sparse)]
-    lines = ["| " + " | ".join(head) + " |", "|" + "---:|" * len(head)]
+    rows = [head]
     for i, tokens in enumerate(lengths):
         cells = [f"{tokens:,}", *(f"{found[name][i]['seconds']:.1f}" for name in names)]
         cells += [f"{found[first][i]['seconds'] / found[name][i]['seconds']:.1f}x" for name in names[1:]]
-        lines.append("| " + " | ".join(cells + [f"{100 * found[name][i]['read']:.0f} %" for name in sparse]) + " |")
-    return "\n".join(lines)
+        rows.append(cells + [f"{100 * found[name][i]['read']:.0f} %" for name in sparse])
+    return markdown(rows)
 
 
 def draw(found, lengths, shape, machine, path):

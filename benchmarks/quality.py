@@ -16,51 +16,26 @@ import numpy as np
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
+from edgeattn.apps.eval_table import change
+from edgeattn.apps.table import markdown
 from edgeattn.cache.options import CacheOptions
+from edgeattn.evaluation import kld
 from edgeattn.evaluation.lookups import GROUP, look_up
 from edgeattn.evaluation.statistics import difference
-from edgeattn.evaluation.windows import log_softmax
+from edgeattn.evaluation.windows import log_probabilities
 from edgeattn.prefill_scheduler import PrefillOptions
 from edgeattn.runtime import Model
 from edgeattn.scheduler import SparseOptions
 from edgeattn.tokenizer import Tokenizer
 
-ROWS = 64  # of logits in work at a time: they stay in a core's cache
-
-
 def load(folder):
     return Model.load(folder, cache=CacheOptions(k_type="f16", v_type="f16"), sparse=SparseOptions("off"), prefill=PrefillOptions("off"))
 
 
-def all_logits(model, ids):
-    sequence = model.new_sequence()
-    try:
-        return model.forward([(sequence, ids)], "all")
-    finally:
-        model.free(sequence)
-
-
-def windows(ids, size, count):
-    """[count, size], spread evenly over the text; fewer when it is too short."""
+def windows(ids: np.ndarray, size: int, count: int) -> list[np.ndarray]:
+    """[count][size], spread evenly over the text; fewer when it is too short."""
     most = len(ids) // size
     return [ids[i * size:(i + 1) * size] for i in np.linspace(0, most - 1, min(count, most)).astype(int)]
-
-
-def compare_text(model, parts, expected, advance) -> dict:
-    """expected: the other model's log-probabilities [tokens, vocab] of each part; None measures the perplexity alone."""
-    losses, divergences, agreed = [], [], []
-    for i, part in enumerate(parts):
-        logits = all_logits(model, part)
-        for start in range(0, len(part), ROWS):
-            q, targets = log_softmax(logits[start:start + ROWS]), part[start + 1:start + ROWS + 1]
-            losses.append(-q[np.arange(len(targets)), targets])
-            if expected:
-                p = expected[i][start:start + ROWS]
-                divergences.append((np.exp(p) * (p - q)).sum(-1))
-                agreed.append(p.argmax(-1) == q.argmax(-1))
-        advance(1)
-    found = {"perplexity": float(np.exp(np.concatenate(losses).mean()))}
-    return found | ({"kl": float(np.concatenate(divergences).mean()), "top1": float(np.concatenate(agreed).mean())} if expected else {})
 
 
 class Comparison:
@@ -68,21 +43,29 @@ class Comparison:
 
     def __init__(self, args, tokenizer, ids, progress):
         self.args, self.tokenizer, self.ids, self.progress = args, tokenizer, ids, progress
-        self.parts, self._expected = windows(ids, args.window, args.windows), None
+        self.parts, self._base = windows(ids, args.window, args.windows), None
 
-    def expected(self):
-        if self._expected is None:
-            advance, model = self._advance(f"{self.args.against.name}: text", len(self.parts)), load(self.args.against)
-            self._expected = []
-            for part in self.parts:
-                self._expected.append(log_softmax(all_logits(model, part)).astype(np.float32))
-                advance(1)
-        return self._expected
+    def base(self) -> np.ndarray:
+        """Records as a base file of `edgeattn eval kld` holds them."""
+        if self._base is None:
+            advance, model = self._advance(f"{self.args.against.name}: text", self.args.window * len(self.parts)), load(self.args.against)
+            self._base = np.empty((len(self.parts), self.args.window), kld.layout(model.vocab_size))
+            self._base["token"] = self.parts
+            for window, part in zip(self._base, self.parts):
+                for start, logs, _ in log_probabilities(model, part, 0):
+                    window["logs"][start:start + len(logs)] = logs
+                    advance(len(logs))
+        return self._base
 
     def measure(self, folder, alone=False) -> dict:
         """A line of the results. alone: of what the others are compared with."""
-        expected, model = None if alone else self.expected(), load(folder)
-        found = compare_text(model, self.parts, expected, self._advance(f"{folder.name}: text", len(self.parts)))
+        base, model = self.base(), load(folder)
+        if alone:
+            losses = [kld.loss(window["logs"], part, 0) for window, part in zip(base, self.parts)]
+            found = {"perplexity": float(np.exp(np.mean(losses)))}
+        else:
+            outcome = kld.compare(model, base, 0, self._advance(f"{folder.name}: text", base.size))
+            found = {"perplexity": outcome.metrics["perplexity"], "kl": outcome.score()[0], "top1": outcome.metrics["same top"]}
         right = []
         if self.args.lookups:
             advance = self._advance(f"{folder.name}: look-ups", self.args.lookups)
@@ -119,8 +102,7 @@ def digest(path):
 
 def table(records) -> str:
     base, *others = records
-    lines = ["| export | MB | perplexity | KL | top-1 | look-ups | points | bits | KL predicted, measured on own text |",
-             "|---|---:|---:|---:|---:|---:|---|---:|---|"]
+    lines = [["export", "MB", "perplexity", "KL", "top-1", "look-ups", "points", "bits", "KL predicted, measured on own text"]]
     for record in records:
         asked = np.size(record["right"])
         cells = [record["name"], f"{record['bytes'] / 1e6:.1f}", f"{record['perplexity']:.2f}", "", "",
@@ -129,11 +111,11 @@ def table(records) -> str:
             cells[2] += f" ({100 * (record['perplexity'] / base['perplexity'] - 1):+.1f} %)"
             cells[3:5] = f"{record['kl']:.4f}", f"{100 * record['top1']:.1f} %"
             if asked:
-                cells[6] = "{:+.1f} ({:+.1f} to {:+.1f})".format(*(100 * x for x in difference(record["right"], base["right"])))
+                cells[6] = change("share", *difference(record["right"], base["right"]))
         if mixed := record["mixed"]:
             cells[7:] = [f"{mixed['bits']:.2f}", f"{mixed['predicted_kl']:.3f}, {mixed['measured_kl']:.3f}"]
-        lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+        lines.append(cells)
+    return markdown(lines)
 
 
 def main():

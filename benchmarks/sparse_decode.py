@@ -16,6 +16,7 @@ import numba
 import numpy as np
 from recorded import Recorded
 
+from edgeattn.apps.table import markdown
 from edgeattn.attention_case import AttentionCase, fill
 from edgeattn.cache.options import CacheOptions
 from edgeattn.kernels_cpu.selections import ALL, COUNT, HEADER
@@ -149,20 +150,18 @@ def plot(attention, whole, path):
 
 def table(rows, cell) -> str:
     depths = list(dict.fromkeys(row["depth"] for row in rows))
-    lines = ["| method | " + " | ".join(f"{depth:,}" for depth in depths) + " |", "|---|" + "---:|" * len(depths)]
+    lines = [["method", *(f"{depth:,}" for depth in depths)]]
     for method in dict.fromkeys(row["method"] for row in rows):
-        lines.append(f"| {'dense' if method == 'off' else method} | " + " | ".join(
-            cell(next(row for row in rows if (row["method"], row["depth"]) == (method, depth))) for depth in depths) + " |")
-    return "\n".join(lines)
+        lines.append(["dense" if method == "off" else method, *(
+            cell(next(row for row in rows if (row["method"], row["depth"]) == (method, depth))) for depth in depths)])
+    return markdown(lines)
 
 
 def mass_table(rows) -> str:
     layers = range(len(rows[0]["mass"]))
-    lines = ["| method | read | mean | " + " | ".join(map(str, layers)) + " |", "|---|" + "---:|" * (2 + len(layers))]
-    for row in rows:
-        each = " | ".join(f"{x:.2f}" for x in row["mass"])
-        lines.append(f"| {row['method']} | {100 * row['read']:.1f} % | {np.mean(row['mass']):.3f} | {each} |")
-    return "\n".join(lines)
+    return markdown([["method", "read", "mean", *map(str, layers)],
+                     *([row["method"], f"{100 * row['read']:.1f} %", f"{np.mean(row['mass']):.3f}", *(f"{x:.2f}" for x in row["mass"])]
+                       for row in rows)])
 
 
 def main():

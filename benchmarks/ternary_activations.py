@@ -17,12 +17,8 @@ from rich.progress import Progress
 from edgeattn.exporters import forward as forward_module
 from edgeattn.exporters.checkpoint import open_checkpoint
 from edgeattn.exporters.families import read_architecture
+from edgeattn.log_softmax import log_softmax
 from edgeattn.reference.matmul_ternary import quantise_tokens
-
-
-def log_softmax(logits):
-    shifted = logits - logits.max(-1, keepdims=True)
-    return shifted - np.log(np.exp(shifted.astype(np.float64)).sum(-1, keepdims=True))
 
 
 class Zeros:

@@ -12,10 +12,11 @@ from tempfile import TemporaryDirectory
 
 import numpy as np
 import torch
+from quality import windows
 from tokenizers import Tokenizer
 from transformers import AutoModelForCausalLM
 
-from edgeattn.evaluation.windows import log_softmax
+from edgeattn.evaluation.kld import Divergence, loss
 from edgeattn.exporters.checkpoint import concatenate, open_checkpoint
 from edgeattn.exporters.decoder import build
 from edgeattn.exporters.export import FORMAT_VERSION, describe_model, settle_quantiser
@@ -25,12 +26,7 @@ from edgeattn.exporters.quantisers import dequantise, load
 from edgeattn.exporters.survey import PARTS
 from edgeattn.exporters.targets import target_defaults
 from edgeattn.exporters.weights import EDGE_BITS, Formats
-
-
-def windows(path, folder, window, count):
-    ids = np.array(Tokenizer.from_file(str(folder / "tokenizer.json")).encode(path.read_text(encoding="utf-8")).ids)
-    most = len(ids) // window
-    return [ids[i * window:(i + 1) * window] for i in np.linspace(0, most - 1, min(count, most)).astype(int)]
+from edgeattn.log_softmax import log_softmax
 
 
 def logits(model, ids):
@@ -85,21 +81,20 @@ def main():
     parser.add_argument("--windows", type=int, default=8)
     args = parser.parse_args()
     model = AutoModelForCausalLM.from_pretrained(args.checkpoint, dtype=torch.float32).eval()
-    parts = windows(args.text, args.checkpoint, args.window, args.windows)
-    expected = [log_softmax(logits(model, ids)).astype(np.float32) for ids in parts]
-    base = np.mean([-p[np.arange(len(ids) - 1), ids[1:]].mean() for p, ids in zip(expected, parts)])
-    print(f"checkpoint: perplexity {np.exp(base):.2f} over {len(parts)} windows of {args.window} tokens", flush=True)
+    ids = np.array(Tokenizer.from_file(str(args.checkpoint / "tokenizer.json")).encode(args.text.read_text(encoding="utf-8")).ids)
+    parts = windows(ids, args.window, args.windows)
+    expected = [log_softmax(logits(model, part)).astype(np.float32) for part in parts]
+    base = float(np.exp(np.mean([loss(p, part, 0) for p, part in zip(expected, parts)])))
+    print(f"checkpoint: perplexity {base:.2f} over {len(parts)} windows of {args.window} tokens", flush=True)
     for setting in args.settings:
         mixed = round_weights(model, args.checkpoint, setting, args.calibration)
-        losses, divergences, agreed = [], [], []
-        for ids, p in zip(parts, expected):
-            q = log_softmax(logits(model, ids))
-            losses.append(-q[np.arange(len(ids) - 1), ids[1:]].mean())
-            divergences.append((np.exp(p) * (p - q)).sum(-1).mean())
-            agreed.append((p.argmax(-1) == q.argmax(-1)).mean())
+        found = Divergence()
+        for part, p in zip(parts, expected):
+            found.begin()
+            found.add(p, log_softmax(logits(model, part)), part, 0)
         about = f"  {mixed['bits']:.3f} bits, KL {mixed['predicted_kl']:.4f} predicted" if mixed else ""
-        print(f"{setting:<20} perplexity {np.exp(np.mean(losses)):.2f} ({100 * np.expm1(np.mean(losses) - base):+.1f} %)  "
-              f"KL {np.mean(divergences):.4f}  same first token {np.mean(agreed):.3f}{about}", flush=True)
+        print(f"{setting:<20} perplexity {found.perplexity:.2f} ({100 * (found.perplexity / base - 1):+.1f} %)  "
+              f"KL {found.mean:.4f}  same first token {found.same_top:.3f}{about}", flush=True)
 
 
 if __name__ == "__main__":

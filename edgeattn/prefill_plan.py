@@ -40,7 +40,12 @@ class PrefillPlan:
         return rows & (np.arange(self.keys) <= np.arange(self.queries)[:, None] + self.keys - self.queries)
 
     def density(self) -> float:
-        """Pairs that are read, of those that a causal mask leaves."""
+        """The share of pairs that are read."""
+        read, every = self.pairs()
+        return read / every
+
+    def pairs(self) -> tuple[int, int]:
+        """Of query and key, over all heads: how many are read, and how many a causal mask leaves."""
         past = self.keys - self.queries
         last = past + np.arange(1, self.queries + 1)                       # keys that a query sees
         starts = np.arange(self.blocks.shape[2]) * PAGE
@@ -50,7 +55,7 @@ class PrefillPlan:
         if self.columns is not None:
             later = np.clip(last[:, None] - np.arange(self.keys), 0, 1)
             found += ((self.columns & ~spread(self.blocks, self.keys)) * np.add.reduceat(later, np.arange(0, self.queries, QUERIES))).sum()
-        return float(found / (len(self.blocks) * last.sum()))
+        return int(found), int(len(self.blocks) * last.sum())
 
 
 def spread(blocks: np.ndarray, keys: int) -> np.ndarray:

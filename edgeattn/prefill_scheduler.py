@@ -109,7 +109,8 @@ class PrefillScheduler:
         self.min_len = self.policy.min_len if options.min_len is None else options.min_len
         self.correction = options.correction or self.policy.correction
         self.assets, self.times, self.chunks = None, None, [0, 0]
-        self.kept, self.seconds = np.zeros((layers, 2)), np.zeros(layers)  # densities: of query heads, of what is read; summed over chunks
+        # Pairs of query and key by layer: [of query heads' plans, of what KV heads read], each [in sparse chunks, all that are seen there]
+        self.pairs, self.seconds = np.zeros((layers, 2, 2)), np.zeros(layers)
         self._lists, self._means = [], []  # what kernels read until the next layer
         self._backend = None
 
@@ -120,7 +121,7 @@ class PrefillScheduler:
     def prepare(self, backend, batch, max_pages: int) -> None:
         """On a GPU (backend_cuda.py): memory for lists and counters there."""
         self._backend, self._max_pages = backend, max_pages
-        self._counters, self._pairs = backend.counters(self.kept.shape), np.zeros(self.kept.shape)
+        self._counters = backend.counters((len(self.pairs), 2))
         batch.hold_lists(self.kv_heads)
 
     def operators(self, layer: int) -> list[tuple[str, dict]]:
@@ -169,7 +170,7 @@ class PrefillScheduler:
             for plan in plans if last else ():
                 plan.blocks[:, -LAST:] = causal(plan.queries, plan.keys)[-LAST:]
             joined = [plan.union(len(k) // len(plans)) for plan in plans]
-            self.kept[layer] += [np.mean([plan.density() for plan in some]) for some in (plans, joined)]
+            self.pairs[layer] += [np.sum([plan.pairs() for plan in some], 0) for some in (plans, joined)]
             if self.correction == "tail":
                 self._means.append(keys.page_means(tensors["v"][rows].reshape(count, len(k), head_dim)))
             self._lists.append(write_lists(joined, self.correction, self._means[-1] if self._means else None, self.policy.skip))
@@ -186,25 +187,26 @@ class PrefillScheduler:
                 for head in range(len(keys))]
 
     def _collect(self):
-        """What a GPU has counted, pairs read and all pairs: as if every sparse chunk had read the same part."""
+        """What a GPU has counted: pairs read and all pairs of KV heads, for which it chooses as one."""
         if self._backend:
-            self._pairs += self._backend.take_counters(self._counters)
-            self.kept[:] = (max(1, self.chunks[1]) * self._pairs[:, :1] / np.maximum(self._pairs[:, 1:], 1))
+            self.pairs += self._backend.take_counters(self._counters)[:, None]
+
+    def shares(self) -> np.ndarray:
+        """[layers, 2]: of all pairs in sparse chunks so far, those in query heads' plans and those that KV heads read; 0 before there are
+        any. A chunk at the end of a long prompt has more pairs, and counts for more, than one at its beginning."""
+        self._collect()
+        return self.pairs[..., 0] / np.maximum(self.pairs[..., 1], 1)
 
     def figures(self) -> dict[str, float]:
-        """Since the last call, over sparse chunks: density of the plans and of what is read (pairs of all that a causal mask leaves), and
-        seconds that choosing took."""
-        self._collect()
-        count, found = max(1, self.chunks[1]), self.kept.mean(0)
-        result = {"density": float(found[0] / count), "read": float(found[1] / count), "seconds": float(self.seconds.sum())}
-        self.kept[:], self.seconds[:], self.chunks = 0, 0, [0, 0]
-        if self._backend:
-            self._pairs[:] = 0
+        """Since the last call, over sparse chunks and layers: density of the plans and of what is read (pairs, of all that a causal mask
+        leaves), and seconds that choosing took."""
+        found = self.shares().mean(0)
+        result = {"density": float(found[0]), "read": float(found[1]), "seconds": float(self.seconds.sum())}
+        self.pairs[:], self.seconds[:], self.chunks = 0, 0, [0, 0]
         return result
 
     def explain(self) -> Iterator[str]:
         """What was decided, line by line; counters go on."""
-        self._collect()
         fields = ", ".join(f"{name} {value}" for name, value in vars(self.policy).items())
         yield f"sparse prefill {self.options.method} ({fields})" + ("" if self.assets is None else ", fitted to this model")
         if self.times:
@@ -213,6 +215,6 @@ class PrefillScheduler:
                 f"chosen {1e6 * self.times['attend'][i]:.0f}" for i, tokens in enumerate(self.times["depths"]))
         yield (f"chunks with {self.min_len:,} tokens in the context and more are sparse; so far: {self.chunks[0]} dense, "
                f"{self.chunks[1]} sparse")
-        for layer, (kept, read) in enumerate(self.kept / max(1, self.chunks[1])):
+        for layer, (kept, read) in enumerate(self.shares()):
             if self.chunks[1]:
                 yield f"layer {layer}: plans hold {100 * kept:.1f} % of the pairs, heads of a group together {100 * read:.1f} %"

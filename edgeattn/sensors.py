@@ -46,7 +46,7 @@ class Sensors:
     """The sensors of the CPU, or of a GPU. Close it at the end.
 
     root     the folder that sys and proc are in
-    gpu      read a GPU through nvidia-smi, where there is one; a Jetson's rails are in sysfs
+    gpu      read the GPU in use through nvidia-smi, where there is one; a Jetson's rails are in sysfs
     sources  {"frequency", "temperature", "throttling" or "power": where it is read}
     missing  {the others: why they are not}
     """

@@ -1,5 +1,7 @@
 """Clocks, temperature, throttling and power of an NVIDIA GPU as nvidia-smi prints them."""
+import os
 import subprocess
+import sys
 import threading
 
 from edgeattn.sensors_sysfs import Sample
@@ -7,7 +9,15 @@ from edgeattn.sensors_sysfs import Sample
 KINDS = ("frequency", "temperature", "throttling", "power")
 SLOWED = 0x08 | 0x20 | 0x40 | 0x80  # bits of clocks_throttle_reasons.active: slowed by the hardware, by heat (two), by the power brake
 SMI = ("nvidia-smi", "--query-gpu=clocks.sm,temperature.gpu,clocks_throttle_reasons.active,power.draw", "--format=csv,noheader,nounits",
-       "-i", "0", "-lms", "200")
+       "-lms", "200")
+
+
+def in_use() -> str:
+    """The GPU that computes here, as nvidia-smi is told (-i): its PCI address where CuPy is loaded, or else the first that CUDA may see,
+    whose numbers are nvidia-smi's only if CUDA_DEVICE_ORDER says so."""
+    if (cupy := sys.modules.get("cupy")) is not None:
+        return cupy.cuda.runtime.deviceGetPCIBusId(cupy.cuda.Device().id)
+    return os.environ.get("CUDA_VISIBLE_DEVICES", "").partition(",")[0].strip() or "0"
 
 
 class Smi:
@@ -22,7 +32,7 @@ class Smi:
     def start(cls, command) -> "Smi | None":
         """None where nvidia-smi is not there, or knows nothing of the GPU, as on a Jetson."""
         try:
-            process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+            process = subprocess.Popen([*command, "-i", in_use()], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
         except OSError:
             return None
         first = _parse(process.stdout.readline())

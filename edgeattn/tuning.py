@@ -10,10 +10,11 @@ import os
 import statistics
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 
 PROMPT, DECODED = 1024, 24  # tokens of a round: a prompt, and single tokens behind it
-ROUNDS = 8, 60              # of a pair, at least and at most
+ROUNDS = 7, 60              # of a pair, at least, the fewest of which an interval as sure as SURE can be made, and at most
 PATIENCE = 20.0             # seconds of a pair, after which more than the least are not begun
 SURE = 0.98                 # that the median is in its interval
 FUTILE = 3                  # rounds after which a candidate that cannot win is dropped
@@ -39,6 +40,17 @@ class Duel:
     taken: bool
 
 
+@contextmanager
+def at_level(level: str):
+    """Processes that are started inside compile for these instructions: they read them when they import the kernels."""
+    before = os.environ.get("EDGEATTN_SIMD")
+    os.environ["EDGEATTN_SIMD"] = level
+    try:
+        yield
+    finally:
+        os.environ.pop("EDGEATTN_SIMD") if before is None else os.environ.update(EDGEATTN_SIMD=before)
+
+
 class Worker:
     """A process with a model under a setting. ValueError: it cannot run there."""
 
@@ -46,12 +58,8 @@ class Worker:
         context = multiprocessing.get_context("spawn")
         self._pipe, theirs = context.Pipe()
         self._process = context.Process(target=_serve, args=(str(folder), setting, theirs), daemon=True)
-        before = os.environ.get("EDGEATTN_SIMD")
-        os.environ["EDGEATTN_SIMD"] = setting.level  # read when the process imports the kernels
-        try:
+        with at_level(setting.level):
             self._process.start()
-        finally:
-            os.environ.pop("EDGEATTN_SIMD") if before is None else os.environ.update(EDGEATTN_SIMD=before)
         theirs.close()
         self._answer()
 
@@ -196,9 +204,9 @@ def wins(found: dict[str, tuple[float, float, float]]) -> bool:
 
 
 def _hopeless(times):
-    """Whether nothing became faster so far, or something surely slower."""
+    """Whether nothing has become as much faster as it must so far, or something surely slower."""
     found = ratios(times) if len(times) >= FUTILE else {}
-    return bool(found) and (min(map(statistics.median, found.values())) >= 1 or any(interval(x)[0] > LOSS for x in found.values()))
+    return bool(found) and (min(map(statistics.median, found.values())) >= GAIN or any(interval(x)[0] > LOSS for x in found.values()))
 
 
 def entry(setting: Setting, default: Setting, duels: list[Duel]) -> dict:

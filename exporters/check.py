@@ -17,6 +17,7 @@ from edgeattn.exporters.forward import forward
 from edgeattn.exporters.interpret import interpret
 from edgeattn.exporters.oracle import torch_logits
 from edgeattn.exporters.weights import bits_of
+from edgeattn.log_softmax import log_softmax
 from edgeattn.runtime import Model, read_config
 
 PROMPT = "The keeper of the lighthouse climbed the stairs each evening to light the lamp, and counted the ships that passed."
@@ -70,7 +71,7 @@ def compare(got: np.ndarray, expected: np.ndarray) -> dict:
     """Figures of two logits [n, vocab]: errors in standard deviations of the expected ones, top-1 agreement, mean KL in nats."""
     got, expected = got.astype(np.float64), expected.astype(np.float64)
     error, spread = got - expected, expected.std()
-    p, q = _log_softmax(expected), _log_softmax(got)
+    p, q = log_softmax(expected), log_softmax(got)
     return {"max_error": float(np.abs(error).max() / spread), "rms_error": float(np.sqrt(np.square(error).mean()) / spread),
             "top1": float((got.argmax(-1) == expected.argmax(-1)).mean()), "mean_kl": float((np.exp(p) * (p - q)).sum(-1).mean())}
 
@@ -151,11 +152,6 @@ def _largest_bytes(source):
 
 def _size(tensor):
     return int(np.prod(tensor.shape, dtype=np.int64))
-
-
-def _log_softmax(logits):
-    shifted = logits - logits.max(-1, keepdims=True)
-    return shifted - np.log(np.exp(shifted).sum(-1, keepdims=True))
 
 
 def _runtime_logits(folder, tokens, device="cpu"):

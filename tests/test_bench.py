@@ -3,11 +3,13 @@ import csv
 import io
 import json
 import subprocess
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from command import EDGEATTN
 
+from edgeattn.apps import record
 from edgeattn.apps.bench_report import Row, Trial, make_report
 
 ROW = Row(kind="bench", model="nano int4", setting="-ctk int4", command="edgeattn bench", machine="a board", date="2026-01-01",
@@ -117,6 +119,34 @@ def test_what_a_file_holds_is_not_measured_again(edgeattn, nano_int4, tmp_path, 
     assert (tmp_path / "kept.jsonl").read_text() == more.stdout
     monkeypatch.setattr("edgeattn.runtime.Model.load", lambda *_, **__: pytest.fail("nothing is left to measure"))
     assert edgeattn(*line, "-n", "2").stdout == more.stdout
+
+
+def test_what_other_code_measured_is_measured_again(edgeattn, nano_int4, tmp_path):
+    line, path = ["bench", "-m", nano_int4, "-p", "4", "-n", "0", "-r", "1", "-c", "64", "-o", "jsonl"], tmp_path / "kept.jsonl"
+    row = json.loads(edgeattn(*line, "--out", path).stdout)
+    path.write_text(json.dumps(row | {"edgeattn": "0.0.1"}) + "\n")
+    done = edgeattn(*line, "--out", path)
+    assert json.loads(done.stdout)["edgeattn"] == record.version() != "0.0.1" and len(path.read_text().splitlines()) == 2
+    assert done.stderr.count("\n") == 1 and "1 of 1 results are of other versions of edgeattn (0.0.1; this is " in done.stderr
+    assert "no such folder" in edgeattn.fails(*line, "--out", tmp_path / "no/kept.jsonl")
+    assert "is a folder" in edgeattn.fails(*line, "--out", tmp_path)
+
+
+def test_a_version_is_of_the_code_that_computes(monkeypatch, tmp_path):
+    for name in ("edgeattn/policies", "edgeattn/apps", "kernels_cpu", "kernels_cuda"):
+        (tmp_path / name).mkdir(parents=True)
+        (tmp_path / name / "one.py").write_text("pass")
+    monkeypatch.setattr(record, "find_spec", lambda name: SimpleNamespace(
+        submodule_search_locations=[tmp_path / name.removeprefix("edgeattn.").replace(".", "/")]))
+    version, found = record.version.__wrapped__, set()
+    for name in ("edgeattn/policies/one.py", "kernels_cpu/one.py", "kernels_cuda/one.py", "kernels_cuda/two.cu"):
+        found.add(version())
+        (tmp_path / name).write_text("other")
+    assert len(found | {version()}) == 5 and all(one.startswith("0.1.0+") for one in found)
+    before = version()
+    (tmp_path / "edgeattn/apps/one.py").write_text("other")
+    (tmp_path / "kernels_cpu/one.pyc").write_text("other")
+    assert version() == before
 
 
 @pytest.mark.parametrize("n_prompt, n_gen", [(1, 0), (0, 1)])

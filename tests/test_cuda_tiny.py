@@ -69,7 +69,6 @@ def test_decode_that_selects(folder, cache):
                                              ("xattention", {"tau": 0.6}), ("sale", {"threshold": 10, "bits": 8})])
 @pytest.mark.parametrize("cache", ["f16", "int4"])
 def test_a_prompt_that_reads_a_part(folder, cache, method, options):
-    """What is read is averaged in two ways: on the CPU over chunks, on a GPU over pairs."""
     prompt, found, read = RNG.integers(3, 150, 320), [], []
     for model in both(folder, CacheOptions(cache, cache), prefill=PrefillOptions(method, options, 0)):
         found.append(run(model, prompt, prompt[:2])[1])

@@ -5,6 +5,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
+from edgeattn.apps import record
 from edgeattn.apps.eval import GROUPS, TASKS
 from edgeattn.evaluation import TASKS as KNOWN, Source, docqa, kld, load_task, masks, run, words
 from edgeattn.evaluation.asking import together
@@ -88,6 +89,12 @@ def test_nano_finds_facts_and_a_cache_without_room_loses_them(nano_int4, tokeniz
     assert poor["score"] <= 0.5 and change < 0 and high < 0 and poor["kv_bytes"] < dense["kv_bytes"]
 
 
+@pytest.mark.parametrize("kind, each", [(1, 8), (8, 8), (32, 32), (0, 8)])
+def test_questions_to_one_text_are_one_cluster(kind, each, tokenizer, model):
+    record = run(model, tokenizer, "recall", Source(length=640, samples=1), facts=(kind,))
+    assert [len(row) for row in record["values"]["of"]] == [each] and (record["low"], record["high"]) == (None, None)
+
+
 def test_needle_has_a_grid(tokenizer, model):
     record = run(model, tokenizer, "needle", Source(length=500, samples=5))
     assert list(record["metrics"]) == ["at 0 %", "at 25 %", "at 50 %", "at 75 %", "at 100 %"] and record["samples"] == 5
@@ -106,6 +113,10 @@ def test_docqa_reads_a_document_once(tokenizer, model, tmp_path):
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     record = run(model, tokenizer, "docqa", Source(length=500, samples=10), documents=str(path))
     assert record["samples"] == 2 and len(record["values"]["of"]) == 1 and record["metrics"]["F1"] > 0.5
+    other = {"context": "The mill stands by the river.", "question": "Where does the mill stand?", "answers": ["by the river"]}
+    path.write_text("".join(json.dumps(row) + "\n" for row in (rows[0], other, rows[1])))
+    record = run(model, tokenizer, "docqa", Source(length=500, samples=10), documents=str(path))
+    assert sorted(map(len, record["values"]["of"])) == [1, 2]  # questions about one text depend on each other, wherever they stand
     path.write_text(json.dumps(rows[0] | {"context": "A line\u2028and another."}, ensure_ascii=False))
     assert docqa.read(str(path))[0]["context"] == "A line\u2028and another."
     path.write_text('{"context": "x"}\n')
@@ -130,6 +141,57 @@ def test_divergence_from_itself_is_nothing(tokenizer, model, nano_int4, text, tm
     base.write_bytes(b"nothing")
     with pytest.raises(ValueError, match="not a base file"):
         kld.open_base(str(base), model.vocab_size, 300)
+
+
+def test_a_base_says_what_made_it(tmp_path):
+    path = tmp_path / "base.npy"
+    for about in ({"key": "x", "model": "nano"}, None):
+        with kld.SavedBase(str(path), 10, np.arange(6).reshape(1, 6), about) as saved:
+            saved.put(0, 0, np.full((6, 10), -1.5))
+        base = kld.open_base(str(path), 10, 6)
+        assert kld.made_by(str(path)) == (about or {}) and base["token"].tolist() == [[*range(6)]] and (base["logs"] == -1.5).all()
+    path.write_bytes(path.read_bytes()[:-2])  # an older one, which says nothing
+    assert kld.made_by(str(path)) == {} and len(np.load(path)) == 1
+    np.save(path, np.arange(3))
+    assert kld.made_by(str(path)) is None
+    path.write_text("a book")
+    assert kld.made_by(str(path)) is None
+
+
+def test_a_base_is_not_taken_for_anothers(edgeattn, nano_int4, tmp_path, text):
+    """--save-base writes a new file, keeps its own, and leaves what is somebody else's."""
+    base, out = tmp_path / "base.npy", tmp_path / "r.jsonl"
+    arguments = "kld", "--lengths", 200, "--samples", 1, "--text", text, "--out", out, "--save-base", base
+    first = evaluate(edgeattn, nano_int4, *arguments, "-ctk", "f16")
+    held = base.read_bytes()
+    both = evaluate(edgeattn, nano_int4, *arguments, "-ctk", "f16,int2")  # the first is known: its base is that of the second
+    assert both[0] == first[0] and both[1]["score"] > 0 and base.read_bytes() == held
+    told = edgeattn.fails("eval", *arguments, "-m", nano_int4, "-ctk", "int4")
+    assert "holds another base (nano int4, -ctk f16, " in told and "remove it" in told and base.read_bytes() == held
+    base.write_text("my book")
+    assert "no base file" in edgeattn.fails("eval", *arguments, "-m", nano_int4, "-ctk", "f16") and base.read_text() == "my book"
+
+
+def test_another_bases_divergence_is_another_result(edgeattn, nano_int4, tmp_path, text):
+    """Bases of two settings may begin alike: what a chunk sees of itself is not stored yet."""
+    arguments = "kld", "--lengths", 256, "--samples", 1, "--text", text
+    for kind in ("f16", "int2"):
+        evaluate(edgeattn, nano_int4, *arguments, "-ctk", kind, "--save-base", tmp_path / kind)
+    found = [evaluate(edgeattn, nano_int4, *arguments, "-ctk", "f16", "--base", tmp_path / kind, "--out", tmp_path / "r.jsonl")[0]
+             for kind in ("f16", "int2")]
+    assert found[0]["key"] != found[1]["key"] and found[0]["score"] < 1e-6 < found[1]["score"]
+
+
+def test_results_of_another_version_are_measured_again(edgeattn, nano_int4, tmp_path, monkeypatch):
+    arguments = "needle", "--lengths", 300, "--samples", 1, "-m", nano_int4, "-o", "jsonl", "--out", tmp_path / "r.jsonl"
+    first, here = json.loads(edgeattn("eval", *arguments).stdout), record.version()
+    monkeypatch.setattr("edgeattn.apps.record.version", lambda: "9.9+another")
+    monkeypatch.setattr("edgeattn.apps.eval_run.version", lambda: "9.9+another")
+    done = edgeattn("eval", *arguments)
+    again = json.loads(done.stdout)
+    assert again["key"] != first["key"] and (first["edgeattn"], again["edgeattn"]) == (here, "9.9+another")
+    assert "1 of 1 results are of other versions" in done.stderr and done.stderr.count("\n") == 1
+    assert len((tmp_path / "r.jsonl").read_text().splitlines()) == 2
 
 
 def test_perplexity_is_that_of_the_logits(tokenizer, model, text):
@@ -204,7 +266,8 @@ def test_where_stderr_is_no_terminal_progress_is_a_line_a_thing(edgeattn, nano_i
     (["recall", "--lengths", "9000"], "need a context of"),
     (["recall", "--lengths", "100"], "raise --lengths"), (["frequent_words", "--lengths", "64"], "raise --lengths"),
     (["common_words", "--lengths", "200"], "raise --lengths"), (["kld", "--base", "none.npy"], "none.npy: no such file"),
-    (["kld", "--base", "x", "--save-base", "y"], "give one of them"),
+    (["kld", "--base", "x", "--save-base", "y"], "give one of them"), (["recall", "--save-base", "y"], "the task kld's"),
+    (["recall", "--out", "no/such/folder.jsonl"], "no such folder"), (["kld", "--save-base", "/"], "is a folder"),
     (["kld", "--save-base", "y", "--lengths", "100,200"], "windows of one length")])
 def test_mistakes_are_told_in_a_line(edgeattn, nano_int4, arguments, message):
     assert message in edgeattn.fails("eval", *arguments, "-m", nano_int4)

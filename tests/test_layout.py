@@ -12,7 +12,7 @@ FOLDERS = {"edgeattn": "edgeattn", "exporters": "edgeattn.exporters", "kernels_c
            "kernels_cuda": "edgeattn.kernels_cuda", "apps": "edgeattn.apps"}
 LAYERS = [  # a file may import only from its own row or the rows above
     ["edgeattn.ops", "edgeattn.page_formats", "edgeattn.arguments", "edgeattn.device_profile", "edgeattn.reference", "edgeattn.folder",
-     "edgeattn.private",
+     "edgeattn.private", "edgeattn.log_softmax",
      "edgeattn.__init__"],
     ["edgeattn.kernels_cpu", "edgeattn.kernels_cuda"],
     ["edgeattn.cache", "edgeattn.policies", "edgeattn.batch", "edgeattn.arena", "edgeattn.graph", "edgeattn.contract", "edgeattn.exported",

@@ -11,7 +11,7 @@ from command import EDGEATTN
 from edgeattn.cache.options import CacheOptions
 from edgeattn.evaluation import words
 from edgeattn.evaluation.lookups import fact
-from edgeattn.evaluation.windows import log_softmax
+from edgeattn.log_softmax import log_softmax
 from edgeattn.runtime import Model
 from edgeattn.tokenizer import Tokenizer
 

@@ -165,7 +165,7 @@ def test_a_calibrated_model_reads_what_the_file_says(method, tight, loose, calib
                        prefill=PrefillOptions(method, {}, 0))
     assert any("fitted to this model" in line for line in model.prefill.explain())
     model.forward([(model.new_sequence(), prompts[1][:768])], "none")
-    (little, _), (everything, _) = model.prefill.kept / model.prefill.chunks[1]
+    (little, _), (everything, _) = model.prefill.shares()
     assert little < 0.6 and everything == pytest.approx(1)
 
 

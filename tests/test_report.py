@@ -151,6 +151,19 @@ def test_of_two_results_the_last_counts():
     assert latest([*RESULTS, again]) == [again, *RESULTS[1:]]
 
 
+def test_of_two_results_the_one_over_more_samples_counts():
+    few, many = quality("recall", "-c 8192 --kv-bits 16", 0.5, 16 << 20, samples=8), RESULTS[-5]
+    assert latest([many, few]) == latest([few, many]) == [many]
+    newer = few | {"edgeattn": "0.2"}  # another version's counts, over however few
+    assert latest([many, newer]) == latest([few, many, newer]) == [newer]
+
+
+def test_versions_that_stand_side_by_side_are_told(edgeattn, kept):
+    record.append(kept, quality("needle", "", 0.5, 16 << 20, edgeattn="0.2"))
+    done = edgeattn("report", "--from", kept, "--markdown")
+    assert done.returncode == 0 and done.stderr == "results of several versions of edgeattn stand side by side: 0, 0.2\n"
+
+
 def test_results_of_several_machines_stand_side_by_side():
     other = [row | {"machine": "a laptop, 8 cores, Linux 6"} for row in RESULTS]
     found = latest([*RESULTS, *other, *(row | {"machine": "a laptop, 8 cores, Linux 7"} for row in other)])
@@ -179,7 +192,7 @@ def test_what_one_result_is_enough_for():
 
 
 def test_markdown_is_brief_and_names_commands():
-    text = markdown(RESULTS)
+    text = re.sub(" +", " ", markdown(RESULTS))
     assert "| --kv-bits 16 | 216 | 144 | 108 | 16.0 MiB | 24.0 MiB | 90.0 MiB |" in text
     assert "`edgeattn bench -n 64`" in text and "51.2 %" in text
     assert all(len({line.count("|") for line in block.splitlines()}) == 1 for block in text.split("\n\n") if block.startswith("|"))

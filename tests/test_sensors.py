@@ -1,9 +1,11 @@
 """Sensors, each on a tree of files as a machine that has it shows them."""
 import sys
 import time
+from types import SimpleNamespace
 
 import pytest
 
+from edgeattn import sensors_smi
 from edgeattn.sensors import Reading, Sensors, merge
 
 CPU = "sys/devices/system/cpu"
@@ -149,7 +151,7 @@ def test_watts_are_sampled_in_between(machine):
 def smi(tmp_path, lines):
     """A program that prints lines as nvidia-smi -lms does, and stays."""
     script = tmp_path / "smi.py"
-    script.write_text(f"import time\nfor line in {lines!r}:\n    print(line, flush=True)\ntime.sleep(60)\n")
+    script.write_text(f"import sys, time\nfor line in {lines!r}:\n    print(line.format(*sys.argv[1:]), flush=True)\ntime.sleep(60)\n")
     return sys.executable, str(script)
 
 
@@ -158,6 +160,19 @@ def test_a_gpu(machine):
     assert (reading.mhz, reading.celsius, reading.throttled) == (1980, 45, False) and reading.watts == pytest.approx(310.5, rel=0.01)
     assert set(sensors.sources.values()) == {"nvidia-smi"} and not sensors.missing
     assert machine.read(gpu=True, smi=smi(machine.root, ["900, 91, 0x0000000000000040, 100.0"]))[1].throttled is True
+
+
+@pytest.mark.parametrize("visible, mhz", [(None, 0), ("", 0), ("3", 3), ("2,0", 2)])
+def test_the_gpu_in_use_is_asked(machine, monkeypatch, visible, mhz):
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if visible is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    monkeypatch.delitem(sys.modules, "cupy", raising=False)
+    asked = smi(machine.root, ["{1}, 45, 0x0000000000000000, 310.50"])  # what follows -i
+    assert machine.read(gpu=True, smi=asked)[1].mhz == mhz
+    runtime = SimpleNamespace(deviceGetPCIBusId=lambda number: f"000{number}:1B:00.0")
+    monkeypatch.setitem(sys.modules, "cupy", SimpleNamespace(cuda=SimpleNamespace(runtime=runtime, Device=lambda: SimpleNamespace(id=1))))
+    assert sensors_smi.in_use() == "0001:1B:00.0"  # it knows best
 
 
 def test_a_gpu_that_nvidia_smi_does_not_know(machine):

@@ -62,11 +62,26 @@ def test_what_is_read_of_a_prompts_last_blocks_is_everything(nano_int4):
     read(model, ids[:768])
     model.prefill.figures()
     read(model, ids, [512, 512])
-    found = model.prefill.kept / model.prefill.chunks[1]
+    found = model.prefill.shares()
     alone = load(nano_int4, "streaming", sink=1, recent=0)
     sequence = alone.new_sequence()
     alone.forward([(sequence, ids)], "none")
-    assert (found[:, 1] > alone.prefill.kept[:, 1] / alone.prefill.chunks[1]).all()  # twice the ends
+    assert (found[:, 1] > alone.prefill.shares()[:, 1]).all()  # twice the ends
+
+
+def test_what_is_read_is_of_all_pairs_whatever_chunks_they_were_in(nano_int4):
+    model, sizes, parts = load(nano_int4, "streaming", sink=1, recent=2), (256, 512, 192, 768), []
+    read(model, ids := tokens(sum(sizes)), sizes)
+    whole, sequence, past = model.prefill.figures(), model.new_sequence(), 0
+    for size in sizes:
+        model.forward([(sequence, ids[past:past + size])], "none")
+        chunks = [(past + start, min(256, size - start)) for start in range(0, size, 256)]
+        pairs = sum(before * n + n * (n + 1) / 2 for before, n in chunks if before)  # the first has nothing before it, and is dense
+        parts.append((pairs, *model.prefill.figures().values()))
+        past += size
+    pairs, density, share, _ = np.array(parts).T
+    assert whole["read"] == pytest.approx(np.average(share, weights=pairs)) != pytest.approx(share[1:].mean(), rel=0.02)
+    assert whole["density"] == pytest.approx(np.average(density, weights=pairs))
 
 
 def test_pieces_and_neighbours_change_nothing(nano_int4):

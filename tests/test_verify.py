@@ -6,10 +6,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import tiny
 from numba.core import config
 
 from edgeattn import kernels_cpu
 from edgeattn.backend_cpu import CpuBackend
+from edgeattn.exporters.export import export
 from edgeattn.ops import OPS, load_kernel
 from edgeattn.scheduler import Scheduler
 from edgeattn.verification import cases, operators, settings
@@ -136,6 +138,19 @@ def test_a_setting_that_the_model_lacks_is_left_out(check):
     missing, works = check(Setting("--kv-heads razor", "evicts", dict(heads="razor")), Setting("-ctk f16 -ctv f16", "exact"))
     assert missing.passed is None and "calibrate" in missing.note
     assert works.passed is True and works.figures["kl"] == 0 and works.figures["top1"] == 1
+
+
+def test_limits_are_of_trained_models(tmp_path, monkeypatch):
+    """What codes and policies change in random weights' answers says nothing about the device; an answer that is no number still does."""
+    tiny.save_tiny("llama", tmp_path / "checkpoint", max_position_embeddings=1024)
+    export(tmp_path / "checkpoint", tmp_path / "out", precision="fp32")
+    wanted = Setting("-ctk int2 -ctv int2", "int2", dict(k_type="int2", v_type="int2"))
+    monkeypatch.setattr(settings, "settings", lambda every: iter([wanted]))
+    found, = settings.check_settings(tmp_path / "out", "cpu", False)
+    assert found.passed is None and found.figures["kl"] > found.figures["kl_limit"] and "untrained" in found.note
+    answers = iter([settings.answers, lambda model, ids: np.full((settings.CHUNK + settings.DECODED, model.vocab_size), np.nan)])
+    monkeypatch.setattr(settings, "answers", lambda model, ids: next(answers)(model, ids))
+    assert settings.check_settings(tmp_path / "out", "cpu", False)[0].passed is False
 
 
 def test_every_type_and_policy_is_among_the_settings():

@@ -14,12 +14,6 @@ class TokenScore:
     top: tuple[tuple[int, float], ...]
 
 
-def log_probabilities(logits: np.ndarray) -> np.ndarray:
-    """[vocab] float32 -> [vocab] float64."""
-    shifted = logits.astype(np.float64) - float(logits.max())
-    return shifted - np.log(np.exp(shifted).sum())
-
-
 def score(logprobs: np.ndarray, token: int, top: int) -> TokenScore:
     """`top`: how many of the likeliest tokens are named."""
     best = np.argpartition(-logprobs, top - 1)[:top] if top else np.arange(0)

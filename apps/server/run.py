@@ -6,8 +6,9 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from edgeattn.apps.server.grammar import Matcher
-from edgeattn.apps.server.logits import Shaping, TokenScore, log_probabilities, score
+from edgeattn.apps.server.logits import Shaping, TokenScore, score
 from edgeattn.generation import Sampler, SamplerOptions, StopStrings
+from edgeattn.log_softmax import log_softmax
 
 
 @dataclass(frozen=True)
@@ -99,7 +100,7 @@ class Run:
             self.prompt_scores.append(TokenScore(self.job.prompt[0], None, ()))
         for place, row in enumerate(logits, end - len(logits) + 1):
             if place == len(self.prompt_scores) < len(self.job.prompt):
-                self.prompt_scores.append(score(log_probabilities(row), self.job.prompt[place], self.job.scores or 0))
+                self.prompt_scores.append(score(log_softmax(row), self.job.prompt[place], self.job.scores or 0))
 
     def advance(self, logits: np.ndarray, ctx_size: int) -> Piece:
         """Choose the next token from a row of logits, and tell what is new."""
@@ -110,7 +111,7 @@ class Run:
             shaped = self._matcher.mask(shaped)
         token = self._sampler(shaped, self.tokens)
         self.first_token = self.first_token or time.monotonic()
-        scores = () if self.job.scores is None else (score(log_probabilities(logits), token, self.job.scores),)
+        scores = () if self.job.scores is None else (score(log_softmax(logits), token, self.job.scores),)
         self.generated += 1
         if token in self._ends:
             return Piece(self._rest(), scores, "stop")

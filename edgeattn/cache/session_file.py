@@ -66,13 +66,18 @@ def _pieces(array, rows):
         yield array[rows[start:start + step]].tobytes()
 
 
-def replace(path, write_to) -> None:
-    """Make `path` what write_to(file) writes, or leave it as it is: the new file is written beside it, synced, and renamed. OSError."""
-    real = Path(os.path.realpath(path))  # the rename must not replace a link
-    for left in real.parent.glob(f".{glob.escape(real.name)}.*.part"):  # of processes that were killed
+def discard_parts(path: Path) -> None:
+    """Remove what processes that were killed have left of a file that they wrote beside `path`."""
+    for left in path.parent.glob(f".{glob.escape(path.name)}.*.part"):
         process = left.name.split(".")[-2]
         if re.fullmatch("[0-9]{1,9}", process) and (int(process) == os.getpid() or not psutil.pid_exists(int(process))):
             left.unlink(missing_ok=True)
+
+
+def replace(path, write_to) -> None:
+    """Make `path` what write_to(file) writes, or leave it as it is: the new file is written beside it, synced, and renamed. OSError."""
+    real = Path(os.path.realpath(path))  # the rename must not replace a link
+    discard_parts(real)
     part = real.with_name(f".{real.name}.{os.getpid()}.part")
     try:
         with open(os.open(part, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:  # a conversation is private

@@ -5,7 +5,6 @@ import re
 import string
 from collections import Counter
 from dataclasses import dataclass
-from itertools import groupby
 from pathlib import Path
 from typing import ClassVar
 
@@ -21,8 +20,8 @@ PUNCTUATION = str.maketrans("", "", string.punctuation)
 
 @dataclass(frozen=True)
 class Docqa:
-    """documents: a file with {"context": ..., "question": ..., "answers": [...]} a line; questions that follow each other on one context
-    share its reading. limit: tokens of an answer."""
+    """documents: a file with {"context": ..., "question": ..., "answers": [...]} a line; questions about one context share its reading,
+    wherever they stand. limit: tokens of an answer."""
     documents: str | None = None
     limit: int = 32
 
@@ -44,8 +43,10 @@ class Docqa:
 
     def measure(self, model, tokenizer, source: Source, advance) -> Outcome:
         (before, after, _), found, exact = frame(tokenizer), Outcome("quality", []), []
-        for context, rows in groupby(self._rows(source), lambda row: row["context"]):
-            rows = list(rows)
+        about = {}  # text -> its questions, which depend on each other
+        for row in self._rows(source):
+            about.setdefault(row["context"], []).append(row)
+        for context, rows in about.items():
             trunk, ids = model.new_sequence(), tokenizer.encode(before + context, special=False)
             asks = [tokenizer.encode(f"\n\n{row['question']}{after}", special=False) for row in rows]
             if (tokens := len(ids) + max(map(len, asks))) > source.length:

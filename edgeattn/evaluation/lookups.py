@@ -24,8 +24,8 @@ def draw(rng, tokenizer, book: list[int], length: int, together: bool, count: in
 
 
 def look_up(model, tokenizer, book, length, kind, count, advance, seed: int = 0) -> dict:
-    """{"right": [groups][GROUP] of 0 and 1, "kv_bytes", "tokens"}; the same questions for every model. kind: facts in a haystack, 1,
-    GROUP or MANY; 0: GROUP of them asked for in turn."""
+    """{"right": a list of 0 and 1 for each stretch of text, "kv_bytes", "tokens"}; the same questions for every model. kind: facts in a
+    haystack, 1, GROUP or MANY; 0: GROUP of them asked for in turn."""
     rng, found = np.random.default_rng([kind, length, *[seed] * bool(seed)]), []
     ask = {0: ask_in_turn, 1: ask_alone}.get(kind, ask_together)
     each = MANY if kind == MANY else GROUP
@@ -33,5 +33,4 @@ def look_up(model, tokenizer, book, length, kind, count, advance, seed: int = 0)
         found.append(ask(model, tokenizer, draw(rng, tokenizer, book, length, kind != 1, each)))
         advance(each)
     right, kv_bytes, tokens = zip(*found)
-    right = [row[i:i + GROUP] for row in right for i in range(0, each, GROUP)]
-    return {"right": right, "kv_bytes": max(kv_bytes), "tokens": max(tokens)}
+    return {"right": list(right), "kv_bytes": max(kv_bytes), "tokens": max(tokens)}

@@ -7,7 +7,7 @@ import numpy as np
 from edgeattn.evaluation import statistics
 
 KINDS = {  # kind of values -> (their unit in tables, whether more is better)
-    "share": ("% right", True),           # 0 or 1 each, as many in each cluster
+    "share": ("% right", True),           # 0 or 1 each
     "perplexity": ("perplexity", False),  # losses in nats a token; the score is the exponential of their mean
     "divergence": ("nats", False),        # numbers as they are
     "quality": ("%", True),               # the same, from 0 to 1

@@ -4,6 +4,7 @@ from collections.abc import Iterator
 import numpy as np
 
 from edgeattn.evaluation import Source, words
+from edgeattn.log_softmax import log_softmax
 
 PIECE = 512  # rows of logits that are held at once, at most
 
@@ -16,12 +17,6 @@ def windows(tokenizer, source: Source) -> np.ndarray:
         raise ValueError(f"{source.text}: {len(ids)} tokens, less than a window of {source.length}; give a longer --text or smaller "
                          "--lengths")
     return np.array(ids[:count * source.length], np.int64).reshape(count, source.length)
-
-
-def log_softmax(logits: np.ndarray) -> np.ndarray:
-    """Over the last axis, float64."""
-    shifted = logits.astype(np.float64) - logits.max(-1, keepdims=True)
-    return shifted - np.log(np.exp(shifted).sum(-1, keepdims=True))
 
 
 def log_probabilities(model, ids: np.ndarray, decode: int) -> Iterator[tuple[int, np.ndarray, int]]:
