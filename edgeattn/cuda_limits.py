@@ -33,8 +33,8 @@ def prefill_refusal(policy, correction: str | None = None, heads: int = 1, kv_he
     """Why what a prefill policy chooses cannot be found there."""
     if not policy.operators():
         return "the GPU has no kernels that choose in this way yet"
-    if (correction or policy.correction) != "none":
-        return "the GPU's kernels do not correct what is not read yet"
+    if (correction or policy.correction) == "tail":
+        return "the GPU's kernels do not correct what is not read by the tail of it yet, but by delta"
     return f"the GPU's kernels take {HEADS} query heads a KV head at most" if heads > HEADS * kv_heads else ""
 
 
