@@ -148,8 +148,8 @@ template <int D, bool SUMS> __device__ __forceinline__ void sample_lines(const C
             for (int r = 0; r < rows; r++) sum += weights[SUMS ? r : 0][t - TILE];
             at<float>(lines.by_key)[slot + begin + t - TILE] = sum;
         }
-        if (t < 2 * TILE - 1 && distance >= 0 && distance < slots) {
-            float sum = 0;
+        if (distance >= 0 && distance < slots) {
+            float sum = 0;  // of the last thread's distance nothing: it has no pairs in this tile
             for (int r = max(0, t - TILE + 1); r <= min(rows - 1, t); r++) sum += weights[SUMS ? r : 0][r + TILE - 1 - t];
             at<float>(t < TILE ? lines.near : lines.far)[slot + distance] = sum;
         }
