@@ -18,7 +18,9 @@ LAST = 2
 METHODS = {"auto": ("auto", {"budget": 256, "least": 64, "fraction": 0.2, "recent": 3}, 0.01),
            "strides of 8": ("xattention", {"tau": 0.6}, 0.02), "strides of 16": ("xattention", {"tau": 0.5, "stride": 16}, 0.02),
            "strides of 32": ("xattention", {"tau": 0.4, "stride": 32, "recent": 1}, 0.02),
-           "scan": ("sale", {"threshold": 0.05, "bits": 8}, 0.02)}  # policy, options, part of the pages that may differ
+           "scan": ("sale", {"threshold": 0.05, "bits": 8}, 0.02), "ranks": ("dhsa", {"density": 0.2, "recent": 0}, 0.01),
+           "ranks and ends": ("dhsa", {"density": 0.3, "mode": "a"}, 0.01), "window": ("streaming", {"sink": 2, "recent": 3}, 1e-9),
+           "spans": ("moa", {"alpha": 70, "beta": 0.25}, 1e-9)}  # policy, options, part of the pages that may differ
 
 
 class Prompts:
@@ -137,7 +139,7 @@ SHAPES = [((8, 2, 64), [500], [200], [0]), ((8, 2, 128), [1003], [130], [0]), ((
 def test_lists_are_what_the_policy_chooses(method, shape, lengths, new, listed, types, whole):
     name, options, tolerance = METHODS[method]
     policy, scale = load_policy("prefill", name, options), shape[2] ** -0.5
-    if name != "auto" and shape[2] not in (64, 128):
+    if name in ("xattention", "sale") and shape[2] not in (64, 128):
         with pytest.raises(ValueError, match="choose another"):
             Prompts(types, *shape, lengths, new, listed, whole).run(policy)
         return
@@ -165,6 +167,15 @@ def test_everything_is_read_where_the_policy_says_so():
     found, _, (read, pairs) = prompts.run(load_policy("prefill", "auto", {"part": 1.0, "fraction": 1.0}))
     np.testing.assert_array_equal(found[0].blocks, np.broadcast_to(causal(150, 850), found[0].blocks.shape))
     assert read == pairs
+
+
+def test_spans_are_each_head_s_own():
+    policy, lengths, new = load_policy("prefill", "moa"), [640, 96], [64, 70]
+    prompts = Prompts("f16", 8, 4, 64, lengths, new, [0, 1], False)
+    assets = {"alpha": np.float32(RNG.integers(-100, 100, (1, 8))), "beta": np.float32(RNG.random((1, 8)) / 2)}
+    for s, plan in prompts.run(policy, assets=assets)[0].items():
+        expected = policy.select(prompts.q[s], list(prompts.keys(s)[0]), 0.125, 0, assets).union(4)
+        np.testing.assert_array_equal(plan.blocks, expected.blocks)
 
 
 def expected_lines(q, k, scale, patterns, rows):

@@ -32,6 +32,9 @@ class Moa(PrefillPolicy):
         if not 0 <= self.beta <= 1:
             raise ValueError(f"need beta from 0 to 1, got {self.beta}")
 
+    def operators(self):
+        return [("choose_by_spans", {"sink": self.sink, "recent": self.recent, "alpha": float(self.alpha), "beta": float(self.beta)})]
+
     def choose(self, q, k, scale, layer, head, assets):
         n, m, group = q.shape[1], len(k), len(q)
         heads = slice(head * group, (head + 1) * group)
