@@ -66,5 +66,6 @@ def matrix_lines() -> list[str]:
                     for kind, refusal in (("decode", decode_refusal), ("prefill", prefill_refusal)))
     drops = [name for name in evictions() if not load_policy("eviction", name).mass]
     return [f"--device cuda: --kv-storage kivi --kv-heads none --kv-eviction none {' '.join(drops)}, any -ctk and -ctv",
-            f"--device cuda: --sparse-attention off {' '.join(works)}; --sparse-prefill off {' '.join(reads)}",
+            f"--device cuda: --sparse-attention off {' '.join(works)}; --sparse-prefill off {' '.join(reads)}, each with "
+            "--prefill-correction delta",
             "all other methods are refused there before a model is loaded"]
