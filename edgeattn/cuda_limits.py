@@ -34,7 +34,7 @@ def prefill_refusal(policy, correction: str | None = None, heads: int = 1, kv_he
     if not policy.operators():
         return "the GPU has no kernels that choose in this way yet"
     if (correction or policy.correction) == "tail":
-        return "the GPU's kernels do not correct what is not read by the tail of it yet, but by delta"
+        return "of --prefill-correction the GPU has none and delta yet"
     return f"the GPU's kernels take {HEADS} query heads a KV head at most" if heads > HEADS * kv_heads else ""
 
 

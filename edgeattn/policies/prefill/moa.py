@@ -45,7 +45,7 @@ class Moa(PrefillPolicy):
         if (self.alpha, self.beta) != (Moa.alpha, Moa.beta):
             return None
         spans = load_heads(folder, config, NAME, 2)
-        return None if spans is None else {"alpha": spans[..., 0], "beta": spans[..., 1]}
+        return None if spans is None else dict(zip(("alpha", "beta"), np.ascontiguousarray(np.moveaxis(spans, -1, 0), np.float32)))
 
     @classmethod
     def calibrate(cls, q, k, v, scale, density=0.5, alphas=ALPHAS, betas=BETAS):
