@@ -8,7 +8,9 @@ from edgeattn.ops import DOMAIN
 NUMBERS = {"vocab_size": (1, 1 << 24), "hidden_size": (1, 1 << 24), "num_layers": (1, 1 << 16), "num_heads": (1, 1 << 16),
            "kv_heads": (1, 1 << 16), "head_dim": (1, 4096), "window": (0, 1 << 30), "ctx_size": (1, 1 << 30), "max_position": (1, 1 << 30)}
 DEFAULTS = {"ubatch": (1, 1 << 16), "threads": (0, 1 << 12)}
+OBJECTS = "model", "defaults", "files", "weights", "source", "verify"  # the first two are looked into below
 MOST_ENDS = 1024  # end tokens
+MOST_TEXT = 255   # characters
 
 
 def read_config(folder: Path) -> dict:
@@ -23,9 +25,14 @@ def read_config(folder: Path) -> dict:
     if config.get("format_version") != 1:
         raise ValueError(f"{path}: format version {str(config.get('format_version'))[:20]}, this edgeattn reads version 1; "
                          "export the model again")
-    for name in ("model", "defaults", "files", "weights", "source", "verify"):
-        if not isinstance(config.get(name, {} if name not in ("model", "defaults") else None), dict):
-            raise ValueError(f"{path}: {name} must be an object, got {str(config.get(name))[:40]}; export the model again")
+    for name in OBJECTS:
+        if not isinstance(config.setdefault(name, {}), dict):
+            raise ValueError(f"{path}: {name} must be an object, got {str(config[name])[:40]}; export the model again")
+    source = config["source"]
+    for name, found in {"architecture": config.get("architecture"), "precision": config.get("precision"),
+                        "source's name": source.get("name", ""), "source's folder": source.get("folder", "")}.items():
+        if not isinstance(found, str) or not found.isprintable() or len(found) > MOST_TEXT:  # it is shown in terminals
+            raise ValueError(f"{path}: {name} must be a short text, got {str(found)[:40]!r}; export the model again")
     _check_numbers(path, config["model"], NUMBERS)
     _check_numbers(path, config["defaults"], DEFAULTS)
     if not isinstance(config["defaults"].get("kv_type"), str):

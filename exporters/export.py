@@ -9,6 +9,7 @@ from pathlib import Path
 import onnx
 import psutil
 
+from edgeattn.exported import MOST_TEXT
 from edgeattn.exporters.check import check, divergence, sha256
 from edgeattn.exporters.checkpoint import open_checkpoint
 from edgeattn.exporters.decoder import build
@@ -110,7 +111,7 @@ def _precision(source, wanted):
 
 
 def _source(source):
-    return {"folder": source.folder.resolve().name, "name": source.config.get("_name_or_path", ""),
+    return {"folder": _shown(source.folder.resolve().name), "name": _shown(source.config.get("_name_or_path")),
             "config_sha256": source.config_sha256}
 
 
@@ -122,6 +123,11 @@ def describe_model(decoder, source, ctx_size: int) -> dict:
     return {"vocab_size": decoder.vocab_size, "hidden_size": decoder.hidden_size, "num_layers": decoder.num_layers,
             "num_heads": decoder.num_heads, "kv_heads": decoder.kv_heads, "head_dim": decoder.head_dim, "window": decoder.window,
             "ctx_size": ctx_size, "max_position": decoder.max_position, "bos_token_id": bos, "eos_token_ids": eos}
+
+
+def _shown(name) -> str:
+    """A name somebody else gave, as edgeattn.json may hold it: it is shown in terminals."""
+    return "".join(c for c in name if c.isprintable())[:MOST_TEXT] if isinstance(name, str) else ""
 
 
 def _write_report(folder, report):
