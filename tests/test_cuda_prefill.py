@@ -18,8 +18,8 @@ LAST = 2
 METHODS = {"auto": ("auto", {"budget": 256, "least": 64, "fraction": 0.2, "recent": 3}, 0.01),
            "strides of 8": ("xattention", {"tau": 0.6}, 0.02), "strides of 16": ("xattention", {"tau": 0.5, "stride": 16}, 0.02),
            "strides of 32": ("xattention", {"tau": 0.4, "stride": 32, "recent": 1}, 0.02),
-           "scan": ("sale", {"threshold": 0.05, "bits": 8}, 0.02), "ranks": ("dhsa", {"density": 0.2, "recent": 0}, 0.01),
-           "ranks and ends": ("dhsa", {"density": 0.3, "mode": "a"}, 0.01), "window": ("streaming", {"sink": 2, "recent": 3}, 1e-9),
+           "scan": ("sale", {"threshold": 0.05, "bits": 8}, 0.02),
+           "ranks": ("dhsa", {"density": 0.3, "mode": "a", "recent": 0}, 0.01),
            "spans": ("moa", {"alpha": 70, "beta": 0.25}, 1e-9)}  # policy, options, part of the pages that may differ
 
 
