@@ -24,9 +24,10 @@ METHODS = {"auto": ("auto", {"budget": 256, "least": 64, "fraction": 0.2, "recen
 
 
 class Prompts:
-    """Sequences with `lengths` cached tokens get `new` ones; all whose new tokens are `listed` read what is chosen."""
+    """Sequences with `lengths` cached tokens get `new` ones; all whose new tokens are `listed` read what is chosen. even: weights have no
+    structure, so that what is left out matters."""
 
-    def __init__(self, types, heads, kv_heads, head_dim, lengths, new, listed, whole):
+    def __init__(self, types, heads, kv_heads, head_dim, lengths, new, listed, whole, even=False):
         from edgeattn.kernels_cuda import device
         from edgeattn.kernels_cuda.paged_cache import PagedCache
         xp, self.listed, self.whole = device.cupy(), listed, whole
@@ -36,6 +37,8 @@ class Prompts:
         self.lengths, self.new, found = lengths, new, []
         for s, (past, n) in enumerate(zip(lengths, new)):
             q, k, v = structured(RNG, heads, kv_heads, past + n, head_dim)
+            if even:
+                q, k = (RNG.standard_normal(x.shape, np.float32) for x in (q, k))
             self.cache.fill(s, k[:, :past], v[:, :past])
             if len(formats) > 1 and past // PAGE > 2:
                 self.cache.seal(s, 1, past // PAGE - 1)
@@ -245,13 +248,13 @@ LITTLE = {"budget": 128, "least": 0, "fraction": 0.1, "recent": 0}  # for auto t
 @pytest.mark.parametrize("name, options", [("auto", LITTLE), ("minference", {"n_v": 40, "n_s": 102, "recent": 0})])
 def test_delta_adds_what_the_first_query_of_a_block_lacked(name, options, shape, lengths, new, listed, types):
     policy, scale = load_policy("prefill", name, options), shape[2] ** -0.5
-    prompts = Prompts(types, *shape, lengths, new, listed, False)
+    prompts = Prompts(types, *shape, lengths, new, listed, False, even=True)
     found, out, _ = prompts.run(policy, "delta")
     for s, n in enumerate(new):
         m = lengths[s] + n
         whole = PrefillPlan(np.ones((1, *causal(n, m).shape), bool), None, n, m)
         assert prompts.close(s, out, found.get(s, whole), scale, "delta" if s in listed else "none") < 6e-3
-        assert s not in listed or prompts.close(s, out, found[s], scale) > 0.02
+        assert s not in listed or found[s].density() > 0.7 or prompts.close(s, out, found[s], scale) > 0.1
 
 
 def test_only_delta_corrects():
