@@ -13,7 +13,7 @@ HEAD_DIMS = 64, 128       # what tensor cores take
 SAMPLED, TILE = 64, 64    # rows at most; keys of a block
 
 
-def _offsets(heads: int, kv_heads: int, head_dim: int, places: int, pages: int) -> list[int]:
+def offsets(heads: int, kv_heads: int, head_dim: int, places: int, pages: int) -> list[int]:
     """Where queries, partial results and what comes after them in their place, totals, the two kinds of lines and mean keys lie, and where
     they end."""
     of_rows, slots, lines = heads * places * SAMPLED, 4 * heads * pages * PAGE, 4 * kv_heads * pages
@@ -24,7 +24,7 @@ def _offsets(heads: int, kv_heads: int, head_dim: int, places: int, pages: int) 
 def workspace_bytes(tensors, attributes, rows, threads) -> int:
     """attributes["pages"]: of all sequences that have lists, and of a page list, at most."""
     sizes = (int(attributes[name]) for name in ("num_heads", "kv_heads", "head_dim"))
-    return _offsets(*sizes, prefill_call.most_blocks(rows), int(attributes["pages"]))[-1]
+    return offsets(*sizes, prefill_call.most_blocks(rows), int(attributes["pages"]))[-1]
 
 
 def launches(a: dict[str, int], most: dict) -> list[Launch]:
@@ -35,7 +35,7 @@ def launches(a: dict[str, int], most: dict) -> list[Launch]:
     (blocks, kv_heads, sequences), pages, heads = prefill_call.blocks_grid(a, most), prefill_call.pages_of(a, most), a["num_heads"]
     places = prefill_call.most_blocks(most[a["q.rows"]])
     queries, partials, totals, verticals, slashes, means, _ = (
-        a["workspace"] + x for x in _offsets(heads, kv_heads, a["head_dim"], places, a["pages"]))
+        a["workspace"] + x for x in offsets(heads, kv_heads, a["head_dim"], places, a["pages"]))
     by_key, near, far = (partials + 4 * heads * a["pages"] * PAGE * i for i in range(3))
     args = (*prefill_call.choice_args(a), *(np.int64(x) for x in (
         queries, partials, totals, by_key, near, far, verticals, slashes, means, places, a["pages"], *(a[name] for name in OWN), 0)))

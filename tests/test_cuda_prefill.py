@@ -97,11 +97,11 @@ class Prompts:
         """What choose_by_lines has found of each sequence that has lists: (verticals, slashes) [kv_heads, tokens] bool."""
         from edgeattn.kernels_cuda import choose_by_lines
         pages = max(sum(-(-(self.lengths[s] + self.new[s]) // PAGE) for s in self.listed), self.max_pages)
-        offsets = choose_by_lines._offsets(self.heads, self.kv_heads, self.head_dim, most_blocks(sum(self.new)), pages)
-        scratch, first, found = self.cache._held[f"{offsets[-1]} bytes"].get(), 0, {}
+        places = choose_by_lines.offsets(self.heads, self.kv_heads, self.head_dim, most_blocks(sum(self.new)), pages)
+        scratch, first, found = self.cache._held[f"{places[-1]} bytes"].get(), 0, {}
         for s in self.listed:
             m, bits = self.lengths[s] + self.new[s], []
-            for offset in offsets[3:5]:
+            for offset in places[3:5]:
                 words = scratch[offset:offset + 4 * self.kv_heads * pages].reshape(self.kv_heads, -1)
                 bits.append(np.unpackbits(words[:, 4 * first:], axis=1, bitorder="little")[:, :m].astype(bool))
             found[s], first = bits, first - -m // PAGE
