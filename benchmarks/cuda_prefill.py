@@ -18,12 +18,15 @@ from cuda_kernels import median_us
 
 from edgeattn.kernels_cuda import cached_attention, device, steps
 from edgeattn.kernels_cuda.paged_cache import PagedCache
-from edgeattn.kernels_cuda.prefill_call import LIST_ROW, QUERIES, most_blocks
+from edgeattn.kernels_cuda.prefill_call import LIST_ROW, QUERIES, list_ints, most_blocks
 from edgeattn.page_formats import PAGE, PageFormat
 from edgeattn.policies import load_policy
+from edgeattn.prefill_lists import CORRECTIONS
 
 SETTINGS = [("auto", {"fraction": 0.19}), ("auto", {"fraction": 0.1}), ("xattention", {"tau": 0.19}),
-            ("xattention", {"tau": 0.19, "stride": 16}), ("sale", {"threshold": 0.0006})]
+            ("xattention", {"tau": 0.19, "stride": 16}), ("sale", {"threshold": 0.0006}), ("minference", {"n_v": 500, "n_s": 112}),
+            ("dhsa", {"density": 0.06}), ("streaming", {}), ("streaming", {"correction": "delta"})]  # most read a fifth
+MOST_COLUMNS = 500 * HEADS // KV_HEADS  # of a list
 
 
 class Prompt:
@@ -41,27 +44,37 @@ class Prompt:
                          "sin": xp.zeros((depth + tokens, HEAD_DIM // 2), np.float32)}
         self.positions, self.stats = depth + xp.arange(tokens, dtype=np.int64), xp.zeros((1, 2), np.int64)
         self.chunks = xp.zeros((1, 3), np.int64)
-        self.lists = xp.zeros(most_blocks(tokens) * KV_HEADS * (LIST_ROW + self.max_pages), np.int32)
+        self.lists = xp.zeros(most_blocks(tokens) * list_ints(KV_HEADS, self.max_pages, MOST_COLUMNS), np.int32)
         self.place = xp.asarray([self.lists.data.ptr], np.int64)
 
-    def launches(self, policy):
+    def launches(self, policy, correction):
         """Of a policy, or of dense attention."""
         extra = {"batch.positions": self.positions.data.ptr}
         if policy is None:
             return self.cache.launches(cached_attention, self.tensors, ABOUT, extra)
-        extra |= {"batch.chunks": self.chunks.data.ptr, "batch.prefill_lists": self.place.data.ptr, "prefill.stats": self.stats.data.ptr}
+        extra |= {"batch.chunks": self.chunks.data.ptr, "batch.prefill_lists": self.place.data.ptr, "prefill.stats": self.stats.data.ptr,
+                  "prefill.correction": CORRECTIONS[correction]}
+        own = {"pages": self.max_pages, "columns": policy.columns(None, HEADS // KV_HEADS)}
         found, bucket = [], self.cache.bucket
         self.cache.bucket = lambda: bucket() | {"listed": True}
         for name, about in policy.operators():
             kernel = import_module(f"edgeattn.kernels_cuda.{name}")
-            found += self.cache.launches(kernel, self.tensors, ABOUT | about | {"pages": self.max_pages}, extra)
+            found += self.cache.launches(kernel, self.tensors, ABOUT | about | own, extra)
         found += self.cache.launches(cached_attention, self.tensors, ABOUT, extra)
         self.cache.bucket = bucket
         return found
 
-    def error(self, listed):
+    def error(self, listed, correction):
         """Of 64 rows, against float32 over what they read."""
         rows = torch.randint(0, self.tokens, (64,), device="cuda")
+        expected = self.attend(rows, listed)
+        if correction == "delta":
+            first = rows // QUERIES * QUERIES
+            expected += self.attend(first, False) - self.attend(first, True)
+        got = torch.as_tensor(self.tensors["out"], device="cuda")[rows].flatten()
+        return float((got - expected).norm() / expected.norm())
+
+    def attend(self, rows, listed):
         k, v = (torch.as_tensor(x, device="cuda") for x in self.cache.read(0))
         q = torch.as_tensor(self.tensors["q"], device="cuda").reshape(self.tokens, KV_HEADS, -1, HEAD_DIM)[rows]
         scores = torch.einsum("rhgd,hmd->rhgm", q, k) * HEAD_DIM ** -0.5
@@ -71,26 +84,27 @@ class Prompt:
             lists, blocks = self.lists.get(), -(-self.tokens // QUERIES)
             for i, row in enumerate(rows.tolist()):
                 for head in range(KV_HEADS):
-                    begin, count = lists[LIST_ROW * (head * blocks + row // QUERIES):][:2]
+                    begin, count, alone, columns = lists[LIST_ROW * (head * blocks + row // QUERIES):][:LIST_ROW]
                     pages = torch.zeros(self.max_pages, dtype=torch.bool)
                     pages[torch.as_tensor(lists[begin:begin + count]).long()] = True
-                    seen[i, head] &= pages.repeat_interleave(PAGE)[:k.shape[1]].cuda()
+                    keys = pages.repeat_interleave(PAGE)[:k.shape[1]]
+                    keys[torch.as_tensor(lists[alone:alone + columns]).long()] = True
+                    seen[i, head] &= keys.cuda()
         weights = torch.softmax(scores.masked_fill(~seen[:, :, None], float("-inf")), -1)
-        expected = torch.einsum("rhgm,hmd->rhgd", weights, v).flatten()
-        got = torch.as_tensor(self.tensors["out"], device="cuda")[rows].flatten()
-        return float((got - expected).norm() / expected.norm())
+        return torch.einsum("rhgm,hmd->rhgd", weights, v).flatten()
 
 
 def measure(prompt, settings, repeat, reference):
     for name, options in [("dense", {}), *settings]:
-        policy = None if name == "dense" else load_policy("prefill", name, options)
-        launches = prompt.launches(policy)
+        correction, given = options.get("correction", "none"), {key: x for key, x in options.items() if key != "correction"}
+        policy = None if name == "dense" else load_policy("prefill", name, given)
+        launches = prompt.launches(policy, correction)
         prompt.tensors["out"].fill(np.nan)
         prompt.stats.fill(0)
         steps.run(launches)
         device.cupy().cuda.Device().synchronize()
         read, pairs = prompt.stats.get()[0].tolist() if policy else (1, 1)
-        error = prompt.error(policy is not None)
+        error = prompt.error(policy is not None, correction)
         us = median_us(lambda i: steps.run(launches), repeat)
         parts = {}
         for launch in launches:

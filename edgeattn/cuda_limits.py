@@ -33,8 +33,8 @@ def prefill_refusal(policy, correction: str | None = None, heads: int = 1, kv_he
     """Why what a prefill policy chooses cannot be found there."""
     if not policy.operators():
         return "the GPU has no kernels that choose in this way yet"
-    if (correction or policy.correction) != "none":
-        return "the GPU's kernels do not correct what is not read yet"
+    if (correction or policy.correction) == "tail":
+        return "of --prefill-correction the GPU has none and delta yet"
     return f"the GPU's kernels take {HEADS} query heads a KV head at most" if heads > HEADS * kv_heads else ""
 
 
@@ -66,5 +66,6 @@ def matrix_lines() -> list[str]:
                     for kind, refusal in (("decode", decode_refusal), ("prefill", prefill_refusal)))
     drops = [name for name in evictions() if not load_policy("eviction", name).mass]
     return [f"--device cuda: --kv-storage kivi --kv-heads none --kv-eviction none {' '.join(drops)}, any -ctk and -ctv",
-            f"--device cuda: --sparse-attention off {' '.join(works)}; --sparse-prefill off {' '.join(reads)}",
+            f"--device cuda: --sparse-attention off {' '.join(works)}; --sparse-prefill off {' '.join(reads)}, each with "
+            "--prefill-correction delta",
             "all other methods are refused there before a model is loaded"]

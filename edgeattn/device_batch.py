@@ -76,9 +76,9 @@ class DeviceBatch(Batch):
     def holds_lists(self) -> bool:
         return self._prompts is not None
 
-    def hold_lists(self, kv_heads: int) -> None:
-        """Make room for what prompts read (list_prompt)."""
-        self._each_list = list_ints(kv_heads, self._columns)
+    def hold_lists(self, kv_heads: int, columns: int = 0) -> None:
+        """Make room for what prompts read (list_prompt): pages, and so many single keys of a KV head."""
+        self._each_list = list_ints(kv_heads, self._columns, columns)
         with self._stream:
             self._prompts = device.cupy().zeros(most_blocks(len(self.token_ids)) * self._each_list, np.int32)
 

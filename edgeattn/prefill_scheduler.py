@@ -118,21 +118,23 @@ class PrefillScheduler:
         """What the policy needs of the model's calibration. ValueError: it is not there, or another model's."""
         self.assets = self.policy.load(folder, config)
 
-    def prepare(self, backend, batch, max_pages: int) -> None:
-        """On a GPU (backend_cuda.py): memory for lists and counters there."""
+    def prepare(self, backend, batch, max_pages: int, group: int) -> None:
+        """On a GPU (backend_cuda.py): memory for lists and counters there. group: query heads of a KV head."""
         self._backend, self._max_pages = backend, max_pages
+        self._columns = min(self.policy.columns(self.assets, group), max_pages * PAGE)
         self._counters = backend.counters((len(self.pairs), 2))
-        batch.hold_lists(self.kv_heads)
+        batch.hold_lists(self.kv_heads, self._columns)
 
     def operators(self, layer: int) -> list[tuple[str, dict]]:
         """What runs before a layer's attention; nothing on the CPU."""
-        return [(name, about | {"pages": self._max_pages}) for name, about in self.policy.operators()] if self._backend else []
+        own = {"pages": self._max_pages, "columns": self._columns} if self._backend else {}
+        return [(name, about | own) for name, about in self.policy.operators()] if self._backend else []
 
     def arguments(self) -> dict[str, int]:
         """What those need, under the names used in ARGS."""
         if not self._backend:
             return {}
-        found = {"prefill.stats": self._backend.address(self._counters)}
+        found = {"prefill.stats": self._backend.address(self._counters), "prefill.correction": CORRECTIONS[self.correction]}
         return found | {f"prefill.{name}": self._backend.address(array) for name, array in (self.assets or {}).items()}
 
     def between(self, batch, sparse: list, choose):

@@ -103,7 +103,7 @@ class Model:
                 from edgeattn.crossover import settle  # loads the kernels of selections
                 settle(self.scheduler, options, about["num_heads"], about["head_dim"], self.threads)
         if self.prefill and self.device != "cpu":
-            self.prefill.prepare(self.backend, self._batch, self.cache.plan.max_pages)
+            self.prefill.prepare(self.backend, self._batch, self.cache.plan.max_pages, about["num_heads"] // about["kv_heads"])
         self.plan = self._plan(graph, progress)
 
     def _prefill(self, prefill, refused, about):

@@ -3,6 +3,11 @@
 // 2307.08691). Pages of codes are expanded to halves on the way.
 //   grid   (tiles of rows, kv_heads, sequences), the last rows first: they see the most
 //   block  256 threads: a warp has 16 rows
+// And what is made good of what lists leave out (Delta Attention, arXiv 2505.11254; the reference is prefill_corrections.delta):
+//   first_rows  of every block of queries of a sequence with lists the first one against everything, in ranges of what is seen: partial
+//               results [ranges][query blocks of all sequences][num_heads][D + 4], weighted values, log2 of the reference, sum of weights
+//   grid        (tiles of rows * ranges, kv_heads, sequences), block 256
+//   add_shifts  what that changes is added to all queries of the block. Grid (query blocks, num_heads, sequences), block D
 #include "attention_reads.cuh"
 #include "page_tiles.cuh"
 
@@ -50,7 +55,19 @@ __device__ __forceinline__ void fetch(const Call& call, const Reads& reads, cons
     }
 }
 
-template <int D> __device__ __forceinline__ void prefill(const Call& call)
+// Where partial results of first_rows lie.
+struct Firsts {
+    i64 chunks, ranges, places;
+
+    __device__ __forceinline__ float* of(const Call& call, int s, int block, int head, int range) const
+    {
+        const i64 place = range * places + at<i64>(chunks)[s * CHUNK_FIELDS + BLOCK_PLACE] + block;
+        return at<float>(call.workspace) + (place * call.num_heads + head) * (call.head_dim + 4);
+    }
+};
+
+// FIRSTS: rows are the first ones of the blocks that lists are for, and read everything.
+template <int D, bool FIRSTS> __device__ __forceinline__ void prefill(const Call& call, const Firsts& firsts)
 {
     extern __shared__ uint4 memory[];
     Tiles<D>& shared = *reinterpret_cast<Tiles<D>*>(memory);
@@ -58,18 +75,21 @@ template <int D> __device__ __forceinline__ void prefill(const Call& call)
     const int s = blockIdx.z, head = blockIdx.y, group = call.group();
     if (s >= call.sequences() || call.rows(s) == 1) return;
     const bool listed = call.prefill_lists && at<i64>(call.prefill_lists)[s];
+    if (FIRSTS && !listed) return;
+    constexpr int APART = FIRSTS ? QUERY_BLOCK : 1;  // tokens from one that has rows to the next
     int each = ROWS / group;  // tokens; those of one list, where there are lists
-    if (listed) each = min(QUERY_BLOCK, 1 << 31 - __clz(each));
-    const int rows = call.rows(s), tiles = (rows + each - 1) / each, tile = tiles - 1 - (int)blockIdx.x;
+    if (listed && !FIRSTS) each = min(QUERY_BLOCK, 1 << 31 - __clz(each));
+    const int rows = call.rows(s), those = (rows + APART - 1) / APART, tiles = (those + each - 1) / each;
+    const int ranges = FIRSTS ? (int)firsts.ranges : 1, range = blockIdx.x % ranges, tile = tiles - 1 - (int)blockIdx.x / ranges;
     if (tile < 0) return;
-    const int begin = tile * each, tokens = min(each, rows - begin), first_row = call.first_row(s) + begin;
-    const int slot = call.slots(s, head) - rows + begin, high = slot + tokens, low = call.first_visible(slot);
-    const Reads reads(call, s, head, first_row, low, high);
+    const int begin = tile * each, tokens = min(each, those - begin), first_row = call.first_row(s) + APART * begin;
+    const int slot = call.slots(s, head) - rows + APART * begin, high = slot + APART * (tokens - 1) + 1, low = call.first_visible(slot);
+    const Reads reads = FIRSTS ? Reads(low, high) : Reads(call, s, head, first_row, low, high);
     const int* table = call.table(s, head);
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, j = lane % 4;
 
     for (int n = threadIdx.x; n < ROWS * D; n += blockDim.x) {
-        const int r = n / D, c = n % D, token = first_row + min(r / group, tokens - 1);
+        const int r = n / D, c = n % D, token = first_row + APART * min(r / group, tokens - 1);
         const float* x = at<float>(call.q) + token * call.q_stride + (head * group + r % group) * D;
         const float y = r < tokens * group ? rotated(call, x, at<i64>(call.positions)[token], c) * call.scale() * LOG2E : 0;
         reinterpret_cast<u16*>(shared.queries + value_piece<D>(r, c / 8))[c % 8] = float_to_half(y);
@@ -81,9 +101,9 @@ template <int D> __device__ __forceinline__ void prefill(const Call& call)
     __syncthreads();
 
     float out[D / 8][4] = {}, top[2] = {LOWEST, LOWEST}, total[2] = {};
-    const int mine[2] = {slot + (16 * warp + g) / group, slot + (16 * warp + g + 8) / group};
+    const int mine[2] = {slot + APART * ((16 * warp + g) / group), slot + APART * ((16 * warp + g + 8) / group)};
     const int from[2] = {call.first_visible(mine[0]), call.first_visible(mine[1])};
-    const int steps = (reads.parts() + 1) / 2;
+    const int all = (reads.parts() + 1) / 2, size = (all + ranges - 1) / ranges, first = range * size, steps = min(all, first + size);
     auto load = [&](int step) {
         Stage<D>& stage = shared.stages[step % 2];
 #pragma unroll 1
@@ -91,8 +111,8 @@ template <int D> __device__ __forceinline__ void prefill(const Call& call)
             fetch<D>(call, reads, table, 2 * step + part, high, stage.keys[part], stage.values[part], shared.slots[step % 2] + 32 * part);
         cp_async_commit();
     };
-    load(0);
-    for (int step = 0; step < steps; step++) {
+    if (first < steps) load(first);
+    for (int step = first; step < steps; step++) {
         if (step + 1 < steps) load(step + 1);
         else cp_async_commit();
         cp_async_wait<1>();
@@ -156,9 +176,17 @@ template <int D> __device__ __forceinline__ void prefill(const Call& call)
     }
 #pragma unroll
     for (int r = 0; r < 2; r++) {
-        const float inverse = 1 / quad_sum(total[r]);
+        const float sum = quad_sum(total[r]), inverse = 1 / sum;
         const int row = 16 * warp + g + 8 * r;
         if (row >= tokens * group) continue;
+        if (FIRSTS) {
+            float* partial = firsts.of(call, s, begin + row / group, head * group + row % group, range);
+#pragma unroll
+            for (int n = 0; n < D / 8; n++)
+                *reinterpret_cast<float2*>(partial + 8 * n + 2 * j) = make_float2(out[n][2 * r], out[n][2 * r + 1]);
+            if (j == 0) partial[D] = top[r], partial[D + 1] = sum;
+            continue;
+        }
         float* to = at<float>(call.out) + (first_row + row / group) * call.out_stride + (head * group + row % group) * D + 2 * j;
 #pragma unroll
         for (int n = 0; n < D / 8; n++)
@@ -166,5 +194,31 @@ template <int D> __device__ __forceinline__ void prefill(const Call& call)
     }
 }
 
-extern "C" __global__ void __launch_bounds__(256) prefill_64(CALL_PARAMETERS i64 unused) { prefill<64>(MAKE_CALL); }
-extern "C" __global__ void __launch_bounds__(256) prefill_128(CALL_PARAMETERS i64 unused) { prefill<128>(MAKE_CALL); }
+extern "C" __global__ void __launch_bounds__(256) prefill_64(CALL_PARAMETERS i64 unused) { prefill<64, false>(MAKE_CALL, {}); }
+extern "C" __global__ void __launch_bounds__(256) prefill_128(CALL_PARAMETERS i64 unused) { prefill<128, false>(MAKE_CALL, {}); }
+extern "C" __global__ void __launch_bounds__(256) first_rows_64(CALL_PARAMETERS i64 chunks, i64 ranges, i64 places)
+{
+    prefill<64, true>(MAKE_CALL, {chunks, ranges, places});
+}
+extern "C" __global__ void __launch_bounds__(256) first_rows_128(CALL_PARAMETERS i64 chunks, i64 ranges, i64 places)
+{
+    prefill<128, true>(MAKE_CALL, {chunks, ranges, places});
+}
+
+KERNEL add_shifts(CALL_PARAMETERS i64 chunks, i64 ranges, i64 places)
+{
+    wait_previous();
+    const Call call = MAKE_CALL;
+    const Firsts firsts = {chunks, ranges, places};
+    const int s = blockIdx.z, head = blockIdx.y, begin = blockIdx.x * QUERY_BLOCK, c = threadIdx.x, depth = (int)call.head_dim;
+    if (s >= call.sequences() || call.prefill_lists == 0 || at<i64>(call.prefill_lists)[s] == 0 || begin >= call.rows(s)) return;
+    float top = LOWEST, sum = 0, x = 0;
+    for (int range = 0; range < ranges; range++) {
+        const float* partial = firsts.of(call, s, blockIdx.x, head, range);
+        const float best = fmaxf(top, partial[depth]), before = exp2f(top - best), now = exp2f(partial[depth] - best);
+        x = x * before + partial[c] * now, sum = sum * before + partial[depth + 1] * now, top = best;
+    }
+    float* to = at<float>(call.out) + (call.first_row(s) + begin) * call.out_stride + head * depth + c;
+    const float change = x / sum - *to;
+    for (int r = 0; r < min(QUERY_BLOCK, call.rows(s) - begin); r++) to[r * call.out_stride] += change;
+}

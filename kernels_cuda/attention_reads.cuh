@@ -6,6 +6,7 @@
 // What a chunk of a prompt reads, of one sequence and layer: for each KV head and block of queries a row of four int32, where its pages
 // begin (in int32 from the first row on), how many there are, and the same of its single slots.
 #define LIST_ROW 4
+enum ChunkField { BLOCK_PLACE, PAGE_PLACE, WHOLE, CHUNK_FIELDS };  // of a sequence in `chunks` (device_batch.py)
 
 __device__ __forceinline__ int sequence_of(const Call& call, int row)
 {
@@ -19,10 +20,11 @@ struct Reads {
     const int *pages, *columns;
     int first, page_count, column_count;
 
-    __device__ __forceinline__ Reads(const Call& call, int s, int head, int row, int low, int high)
-        : pages(nullptr), columns(nullptr), column_count(0)
+    __device__ __forceinline__ Reads(int low, int high)
+        : pages(nullptr), columns(nullptr), first(low / PAGE), page_count((high + PAGE - 1) / PAGE - first), column_count(0) {}
+
+    __device__ __forceinline__ Reads(const Call& call, int s, int head, int row, int low, int high) : Reads(low, high)
     {
-        first = low / PAGE, page_count = (high + PAGE - 1) / PAGE - first;
         const int rows = call.rows(s);
         const i64 lists = call.prefill_lists ? at<i64>(call.prefill_lists)[s] : 0;
         if (rows == 1) {

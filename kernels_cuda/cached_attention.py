@@ -3,14 +3,15 @@ rotates, writes the new tokens, attends and merges. Prefill writes first. What t
 import numpy as np
 
 from edgeattn.kernels_cuda import compile, device
-from edgeattn.kernels_cuda.attention_call import BLOCKS, CALL, HEADS, MOST_PLACES, attribute, call_args, partial_bytes, ranges_of
+from edgeattn.kernels_cuda.attention_call import (BLOCKS, CALL, HEADS, MOST_PLACES, attribute, call_args, partial_bytes, processors,
+                                                  ranges_of)
 from edgeattn.kernels_cuda.page_pool import ANY, FIELDS, HALVES, INT4, MIXED, POOLS
 from edgeattn.kernels_cuda.paged_cache import PagedCache
 from edgeattn.kernels_cuda.steps import Launch
 from edgeattn.page_formats import PageFormat
 
 LATER = "selection.thresholds", "cache.mass_mode", "cache.progressive"  # what only the CPU does
-ARGS = (*CALL, "cache.kinds", *LATER)
+ARGS = (*CALL, "cache.kinds", "batch.chunks", "prefill.correction", *LATER)
 DECODE = {HALVES: "decode_f16", INT4: "decode_int4", MIXED: "decode_mixed"}
 ONE_ROW, MORE_ROWS = 1, 2
 WARPS = {HALVES: 4, INT4: 8, MIXED: 8}          # of a block of decode
@@ -18,6 +19,8 @@ SIDE_BYTES = {HALVES: 64, INT4: 20, MIXED: 36}  # of a page's keys or values in 
 ROWS_SHARED = 4 * (5 * HEADS * 256 + 4 * HEADS * 34)  # attention_rows.cu, Rows
 MOST_DEPTH = 256
 QUERY_ROWS, QUERY_BLOCK, KEYS = 128, 64, 64  # attention_prefill.cu
+NONE, TAIL, DELTA = range(3)  # what makes good what a prompt does not read (prefill_lists.py)
+MOST_FIRST_RANGES = 32        # with which partial results of a prompt's first rows fit where decode's do
 
 
 def cached_attention(q, k, v, cos, sin, past_key, past_value, positions, *,
@@ -52,10 +55,15 @@ def launches(a: dict[str, int], most: dict) -> list[Launch]:
     group = a["num_heads"] // a["kv_heads"]
     fast = a["cache.kinds"] != ANY and a["head_dim"] in (64, 128) and group <= HEADS and not a["cache.keys_rotated"]
     found, listed = [], most.get("listed", False)  # then who chose has written the new tokens of prompts
+    correction = a["prefill.correction"] if listed else NONE
+    if correction == TAIL or correction and not fast:
+        raise ValueError("CUDA kernels correct what a prompt does not read by delta alone, of heads of 64 or 128 channels in pages of "
+                         "halves and of codes by channel; use --prefill-correction none")
     if fast:
         found.append(_decode(a, sequences, slots))
     if tokens > 1 and fast and not a["batch.compensation"]:
-        found += [*([] if listed else [write(a, tokens, MORE_ROWS)]), _prefill(a, tokens, sequences, listed)]
+        found += [*([] if listed else [write(a, tokens, MORE_ROWS)]), _prefill(a, tokens, sequences, listed),
+                  *(_delta(a, tokens, sequences, slots) if correction else [])]
     elif tokens > 1 or not fast:
         which = MORE_ROWS if fast else ONE_ROW | MORE_ROWS
         found += [write(a, tokens, which), _rows(a, tokens, slots, which)]
@@ -92,9 +100,24 @@ def _prefill(a, tokens, sequences, listed):
     each = QUERY_ROWS // (a["num_heads"] // a["kv_heads"])  # tokens of a block
     if listed:
         each = min(QUERY_BLOCK, 1 << each.bit_length() - 1)
-    shared = 2 * KEYS * a["head_dim"] * 2 * 2 + 8 * KEYS
+    shared = _prefill_shared(a["head_dim"])
     kernel = compile.function("attention_prefill", f"prefill_{a['head_dim']}", shared)
     return Launch(kernel, (-(-tokens // each), a["kv_heads"], sequences), 256, (*call_args(a), np.int64(0)), shared, overlap=True)
+
+
+def _prefill_shared(head_dim: int) -> int:
+    return 2 * KEYS * head_dim * 2 * 2 + 8 * KEYS
+
+
+def _delta(a, tokens, sequences, slots) -> list[Launch]:
+    """The first query of each block against everything, and what that changes for the others."""
+    heads, kv_heads, depth, blocks = a["num_heads"], a["kv_heads"], a["head_dim"], -(-tokens // QUERY_BLOCK)
+    tiles, places, shared = -(-blocks // (QUERY_ROWS // (heads // kv_heads))), tokens // 32 + 1, _prefill_shared(depth)
+    ranges = max(1, min(MOST_FIRST_RANGES, BLOCKS * processors() // (tiles * kv_heads * sequences), -(-slots // (4 * KEYS))))
+    args = (*call_args(a), *(np.int64(x) for x in (a["batch.chunks"], ranges, places)))
+    first = compile.function("attention_prefill", f"first_rows_{depth}", shared)
+    return [Launch(first, (tiles * ranges, kv_heads, sequences), 256, args, shared, overlap=True),
+            Launch(compile.function("attention_prefill", "add_shifts"), (blocks, heads, sequences), depth, args, overlap=True)]
 
 
 def _rows(a, tokens, slots, which):

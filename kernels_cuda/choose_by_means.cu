@@ -4,10 +4,9 @@
 //                    [num_heads][query blocks of all sequences][max_pages] float32 are its scratch.
 //                    Grid (query blocks, kv_heads, sequences), block CHOICE_THREADS, shared: 5 bytes a page
 #include "page_values.cuh"
-#include "prefill_choice.cuh"
+#include "prefill_means.cuh"
 
 #define HEADS 8
-#define MOST_DEPTH 256
 
 KERNEL mean_keys(CALL_PARAMETERS CHOICE_PARAMETERS i64 means)
 {

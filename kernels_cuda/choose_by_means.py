@@ -29,7 +29,6 @@ def launches(a: dict[str, int], most: dict) -> list[Launch]:
     places, shared = np.int64(prefill_call.most_blocks(most[a["q.rows"]])), 5 * pages
     own = (np.int64(a[name]) for name in OWN)
     choose = compile.function("choose_by_means", "choose_by_means", shared + prefill_call.STATIC)
-    return [prefill_call.write(a, most),
-            Launch(compile.function("choose_by_means", "mean_keys"), (pages, kv_heads, sequences), 128, (*common, means), overlap=True),
+    return [prefill_call.write(a, most), prefill_call.mean_keys(a, most, means),
             Launch(choose, (blocks, kv_heads, sequences), prefill_call.THREADS, (*common, means, scores, places, *own), shared,
                    overlap=True)]

@@ -85,3 +85,13 @@ template <int D> __device__ __forceinline__ void copy_page(const Page& page, int
         cp_async16_or_zeros(values + value_piece<D>(token, n % (D / 8)), at<u8>(v + 16 * n), token < written);
     }
 }
+
+// Of a page of any of these types the keys alone. By all threads, of which there are D / 2 at least.
+template <int D> __device__ __forceinline__ void fetch_keys(const Page& page, u8* keys)
+{
+    if (page.kind(K_KIND) == F16) {
+        const i64 k = page.place(K);
+        for (int n = threadIdx.x; n < D * 4; n += blockDim.x) cp_async16(keys + key_piece<D>(n / 4, n % 4), at<u8>(k + 16 * n));
+    } else if (threadIdx.x < D / 2)
+        expand_unit<D>(page, threadIdx.x, keys, nullptr);
+}

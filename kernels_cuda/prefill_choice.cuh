@@ -6,11 +6,9 @@
 #define CHOICE_THREADS 256
 #define CHOICE_WARPS (CHOICE_THREADS / 32)
 #define TAKEN (-1.0f)  // weight of a page that is read anyhow
-#define CHOICE_ARGS(X) X(chunks) X(stats) X(sink) X(recent)
+#define CHOICE_ARGS(X) X(chunks) X(stats) X(columns) X(sink) X(recent)  // columns: single keys of a list, at most
 #define CHOICE_PARAMETERS CHOICE_ARGS(AS_PARAMETER)
 #define MAKE_CHOICE Choice{CHOICE_ARGS(AS_VALUE)}
-
-enum ChunkField { BLOCK_PLACE, PAGE_PLACE, WHOLE, CHUNK_FIELDS };  // of a sequence in `chunks` (device_batch.py)
 
 struct Choice {
     CHOICE_ARGS(AS_FIELD)
@@ -83,11 +81,33 @@ __device__ __forceinline__ int block_rank(Totals& room, bool mine, int& all)
     return before;
 }
 
+// The sum of `mine` over the threads before this one, in all its block; `all` gets that over the block.
+__device__ __forceinline__ int block_prefix(Totals& room, int mine, int& all)
+{
+    int before = mine;
+#pragma unroll
+    for (int step = 1; step < 32; step *= 2) {
+        const int other = __shfl_up_sync(FULL_WARP, before, step);
+        if (threadIdx.x % 32 >= step) before += other;
+    }
+    __syncthreads();
+    if (threadIdx.x % 32 == 31) room.counts[threadIdx.x / 32] = (float)before;
+    __syncthreads();
+    before -= mine, all = 0;
+#pragma unroll
+    for (int w = 0; w < CHOICE_WARPS; w++) {
+        before += w < threadIdx.x / 32 ? (int)room.counts[w] : 0;
+        all += (int)room.counts[w];
+    }
+    return before;
+}
+
 // Mark as few pages as are needed, the heaviest first and of equals the earlier, until with `before` their weights reach `target`; not
 // fewer than `least`, nor, whatever else, more than `most`. Pages of weight TAKEN do not count. The limit that divides them is found bit by
-// bit: floats that are not negative are ordered as their bits are.
-__device__ __forceinline__ void pick(Totals& room, const float* weights, u8* marks, int pages, float before, float target, int least,
-                                     int most)
+// bit: floats that are not negative are ordered as their bits are. mark(page) is called by some thread of the block.
+template <typename Mark>
+__device__ __forceinline__ void pick(Totals& room, const float* weights, const Mark& mark, int pages, float before, float target,
+                                     int least, int most)
 {
     if (most <= 0) return;
     u32 bits = 0;
@@ -102,7 +122,7 @@ __device__ __forceinline__ void pick(Totals& room, const float* weights, u8* mar
     const float limit = __int_as_float((int)bits);
     float sum = 0, count = 0;
     for (int p = threadIdx.x; p < pages; p += CHOICE_THREADS)
-        if (weights[p] > limit) sum += weights[p], count++, marks[p] = 1;
+        if (weights[p] > limit) sum += weights[p], count++, mark(p);
     const float2 above = block_sums(room, sum, count);
     const float missing = target - before - above.x;
     float left = missing <= 0 ? 0 : limit > 0 ? fminf(ceilf(missing / limit), (float)pages) : (float)pages;  // of those that equal it
@@ -113,20 +133,27 @@ __device__ __forceinline__ void pick(Totals& room, const float* weights, u8* mar
         const bool equal = p < pages && weights[p] == limit;
         int all;
         const int rank = passed + block_rank(room, equal, all);
-        if (equal && rank < left) marks[p] = 1;
+        if (equal && rank < left) mark(p);
         passed += all;
     }
     __syncthreads();
 }
 
-// Marked pages as the list of a KV head and block of queries; counts the pairs of query and key that it reads, and all that are seen.
+__device__ __forceinline__ void pick(Totals& room, const float* weights, u8* marks, int pages, float before, float target, int least,
+                                     int most)
+{
+    pick(room, weights, [&](int p) { marks[p] = 1; }, pages, before, target, least, most);
+}
+
+// Marked pages as the list of a KV head and block of queries, and behind them single keys of the others: bit t of keys[p] is key t of
+// page p; null: none. Counts the pairs of query and key that the list reads, and all that are seen.
 __device__ __forceinline__ void write_list(const Call& call, const Choice& choice, const QueryBlock& here, Totals& room, int s, int head,
-                                           const u8* marks)
+                                           const u8* marks, const u32* keys = nullptr)
 {
     const int rows = (int)call.kv_heads * here.blocks, row = head * here.blocks + here.first / QUERY_BLOCK;
+    const int begin = LIST_ROW * rows + row * (int)(call.max_pages + choice.columns), end = here.past + here.first + here.rows;
     int* lists = at<int>(at<i64>(call.prefill_lists)[s]);
-    const int begin = LIST_ROW * rows + row * (int)call.max_pages;
-    int found = 0;
+    int found = 0, alone = 0;
     float pairs = 0;
     for (int from = 0; from < here.pages; from += CHOICE_THREADS) {
         const int p = from + threadIdx.x;
@@ -141,9 +168,23 @@ __device__ __forceinline__ void write_list(const Call& call, const Choice& choic
         }
         found += all;
     }
+    const int columns = begin + found;
+    for (int from = 0; keys && from < here.pages; from += CHOICE_THREADS) {
+        const int p = from + threadIdx.x, seen = end - p * PAGE;  // keys of the page
+        u32 word = p < here.pages && !marks[p] ? keys[p] : 0;
+        if (seen < PAGE) word &= seen > 0 ? (1u << seen) - 1 : 0;
+        int all, rank = alone + block_prefix(room, __popc(word), all);
+        for (; word && rank < choice.columns; word &= word - 1, rank++) {
+            const int key = p * PAGE + __ffs(word) - 1;
+            lists[columns + rank] = key;
+            pairs += min(here.rows, end - key);
+        }
+        alone += all;
+    }
     pairs = block_sums(room, pairs, 0).x;
     if (threadIdx.x) return;
-    lists[LIST_ROW * row] = begin, lists[LIST_ROW * row + 1] = found, lists[LIST_ROW * row + 2] = begin, lists[LIST_ROW * row + 3] = 0;
+    lists[LIST_ROW * row] = begin, lists[LIST_ROW * row + 1] = found;
+    lists[LIST_ROW * row + 2] = columns, lists[LIST_ROW * row + 3] = min(alone, (int)choice.columns);
     if (choice.stats == 0) return;
     u64* stats = at<u64>(choice.stats) + 2 * call.layer;
     atomicAdd(stats, (u64)pairs);

@@ -14,7 +14,8 @@ TESTS = Path(__file__).parent
 PARTS = {  # run side by side, for two cores; a GPU runs all of them
     "products and models": "test_cuda_kernels.py test_cuda_fused.py test_cuda_tiny.py",
     "attention": "test_cuda_attention.py test_cuda_prefill.py "
-                 "-k '(not behind or 64 and f16) and (shape4 or not lists_are or shape3 and int4)'",
+                 "-k '(not behind or 64 and f16) and (shape4 or not (lists_are or lines_are or delta_adds) or shape3 and int4) "
+                 "and not (True and (ranks or spans or lines_are) or delta_adds and minference)'",
 }
 FAULT = """
 import sys
@@ -28,6 +29,22 @@ compile.source = lambda name: source(name).replace(*sys.argv[1:])
 args, about = matmul_ternary_case(np.random.default_rng(), 130, 64, 512, 2, 8, False)
 got, expected = (load_kernel("matmul_ternary", device)(*args, **about) for device in ("cuda", "reference"))
 print("right" if np.allclose(got, expected, rtol=0, atol=1e-3) else "wrong")
+"""
+PROMPT_FAULT = """
+import sys
+import emulated_gpu
+emulated_gpu.install()
+import test_cuda_prefill as tests
+from edgeattn.kernels_cuda import compile
+source = compile.source
+compile.source = lambda name: source(name).replace(*sys.argv[1:] if name in ("choose_by_lines", "attention_prefill") else ("", ""))
+case = (4, 2, 64), [200], [130], [0], "int4"
+try:
+    tests.test_lines_are_where_the_weight_is("lines", *case, False)
+    tests.test_delta_adds_what_the_first_query_of_a_block_lacked("auto", tests.LITTLE, *case)
+    print("right")
+except AssertionError:
+    print("wrong")
 """
 SECONDS = 1200  # about two minutes on two quiet cores
 
@@ -64,5 +81,20 @@ def test_instructions_become_calls():
     ("x_step = threadIdx.x % 4", "x_step = threadIdx.x % 2", "wrong")])
 def test_faults_show(whole, part, said):
     """The last of them a wrong address; the others waits that are missing."""
-    done = subprocess.run([sys.executable, "-c", FAULT, whole, part], cwd=TESTS, capture_output=True, text=True)
-    assert done.stdout == f"{said}\n", done.stderr
+    assert output_with(FAULT, whole, part) == f"{said}\n"
+
+
+@pytest.mark.skipif(bool(emulated_gpu.missing()), reason=emulated_gpu.missing())
+@pytest.mark.parametrize("whole, part, said", [
+    ("", "", "right"), ("cp_async_wait<0>();", ";", "wrong"), ("tile + 1 < tiles ? others[n]", "false ? others[n]", "wrong"),
+    ("begin + t - TILE < slots", "begin + t - TILE < slots - 40", "wrong"), ("APART * (tokens - 1)", "(tokens - 1)", "wrong"),
+    ("sum * before + partial[depth + 1] * now", "sum + partial[depth + 1]", "wrong")])
+def test_faults_in_what_prompts_read_show(whole, part, said):
+    """Of lines a missing wait, half of what a distance is asked for, and the newest keys; of Delta what is seen, and sums of ranges."""
+    assert output_with(PROMPT_FAULT, whole, part) == f"{said}\n"
+
+
+def output_with(script, whole, part):
+    done = subprocess.run([sys.executable, "-c", script, whole, part], cwd=TESTS, capture_output=True, text=True)
+    assert not done.returncode, done.stderr
+    return done.stdout

@@ -172,7 +172,8 @@ def launches_of(monkeypatch, model):
 
 
 @pytest.mark.parametrize("cache, choosing, prefill", [
-    ("f16", "means", ("auto", {"budget": 64})), ("int8", "antidiagonals", ("xattention", {})), ("int4", "excess", ("sale", {}))])
+    ("f16", "means", ("auto", {"budget": 64})), ("int8", "antidiagonals", ("xattention", {})), ("int4", "excess", ("sale", {})),
+    ("int4", "lines", ("minference", {}, "delta")), ("f16", "spans", ("streaming", {})), ("int8", "ranks", ("dhsa", {}))])
 def test_launches_of_every_bucket(monkeypatch, nano_int4, cache, choosing, prefill):
     kept = []
 
@@ -191,12 +192,13 @@ def test_launches_of_every_bucket(monkeypatch, nano_int4, cache, choosing, prefi
         return Recording()
     monkeypatch.setattr(runtime, "make_backend", make)
     model = Model.load(nano_int4, cache=CacheOptions(cache, cache), ctx_size=1024, ubatch=128, sparse=QUEST,
-                       prefill=PrefillOptions(*prefill, 0), device="cuda")
+                       prefill=PrefillOptions(*prefill[:2], 0, *prefill[2:]), device="cuda")
     made = launches_of(monkeypatch, kept)
     chosen = f"choose_by_{choosing}"
     for bucket, launches in made.items():
         names = [launch.function.name for launch in launches]
-        assert (chosen in names) == bucket.listed and names.count("write_tokens") == names.count("prefill_64")
+        assert (chosen in names) == bucket.listed and ("add_shifts" in names) == (bucket.listed and len(prefill) > 2)
+        assert names.count("write_tokens") == names.count("prefill_64")
         names = {launch.function.name for launch in launches}
         assert all(min(launch.grid) > 0 for launch in launches)
         assert ("select_pages" in names) == bucket.sparse

@@ -3,8 +3,9 @@ import numpy as np
 import pytest
 from imitated_gpu import make_backend
 
-from edgeattn.cuda_limits import prefill_refusal
+from edgeattn.cuda_limits import matrix_lines, prefill_refusal
 from edgeattn.policies import load_policy
+from edgeattn.prefill_scheduler import PrefillOptions, PrefillScheduler
 
 
 def test_where_prompts_begin_to_read_a_part(monkeypatch):
@@ -32,7 +33,28 @@ def test_a_call_tells_which_prompts_read_lists(monkeypatch):
 
 
 @pytest.mark.parametrize("name, options, works", [
-    ("auto", {}, True), ("sale", {}, True), ("xattention", {}, True), ("xattention", {"stride": 4}, False), ("hip", {}, False)])
+    ("auto", {}, True), ("sale", {}, True), ("xattention", {}, True), ("xattention", {"stride": 4}, False), ("hip", {}, False),
+    ("minference", {}, True), ("minference", {"rows": 65}, False), ("moa", {}, True), ("streaming", {}, True), ("dhsa", {}, True),
+    ("dhsa", {"mode": "vs"}, False)])
 def test_prefill_policies(name, options, works):
     policy = load_policy("prefill", name, options)
-    assert (not prefill_refusal(policy)) == works and prefill_refusal(policy, "tail") and prefill_refusal(policy, None, 72, 8)
+    assert (not prefill_refusal(policy)) == (not prefill_refusal(policy, "delta")) == works
+    assert prefill_refusal(policy, "tail") and prefill_refusal(policy, None, 72, 8)
+    said = matrix_lines()[1].split(";")[1].split(",")[0].split()
+    assert (name in said) == (not prefill_refusal(load_policy("prefill", name)))
+
+
+def test_a_list_has_room_for_single_keys(monkeypatch):
+    """Those of the KV head whose query heads have most; a head that goes by pages has none."""
+    from types import SimpleNamespace
+    cache = SimpleNamespace(shape=(2, 2), plan=SimpleNamespace(max_pages=20))
+    backend = make_backend(monkeypatch)
+    batch = backend.batch(256, 4, 4, cache)
+    policy, fitted = load_policy("prefill", "minference"), np.int32([[1, 30, 0], [0, 40, 9], [2, 900, 0], [1, 60, 5]])
+    assert policy.columns(None, 4) == 4000 and policy.columns({"patterns": fitted[None]}, 2) == 70
+    assert load_policy("prefill", "auto").columns(None, 4) == 0
+    scheduler = PrefillScheduler(PrefillOptions("minference", {}, 0), 2, 2)
+    scheduler.prepare(backend, batch, 20, 4)
+    assert scheduler.operators(0)[0][1]["columns"] == 640  # no more than there are tokens
+    assert batch.list_prompt(0, 320, 70, 0) and batch.list_prompt(1, 300, 64, 2)
+    assert batch.prefill_lists[1] - batch.prefill_lists[0] == 4 * 2 * 2 * (4 + 20 + 640)

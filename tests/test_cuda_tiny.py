@@ -65,12 +65,14 @@ def test_decode_that_selects(folder, cache):
     assert error(got[1], expected[1]) < error(dense, expected[1]) / 2
 
 
-@pytest.mark.parametrize("method, options", [("auto", {"budget": 96, "least": 64, "fraction": 0.1, "recent": 1}),
-                                             ("xattention", {"tau": 0.6}), ("sale", {"threshold": 10, "bits": 8})])
+@pytest.mark.parametrize("method, options, correction", [
+    ("auto", {"budget": 96, "least": 64, "fraction": 0.1, "recent": 1}, None), ("xattention", {"tau": 0.6}, None),
+    ("sale", {"threshold": 10, "bits": 8}, None), ("minference", {"n_v": 40, "n_s": 60, "recent": 0}, None),
+    ("streaming", {"sink": 1, "recent": 2}, "delta")])
 @pytest.mark.parametrize("cache", ["f16", "int4"])
-def test_a_prompt_that_reads_a_part(folder, cache, method, options):
+def test_a_prompt_that_reads_a_part(folder, cache, method, options, correction):
     prompt, found, read = RNG.integers(3, 150, 320), [], []
-    for model in both(folder, CacheOptions(cache, cache), prefill=PrefillOptions(method, options, 0)):
+    for model in both(folder, CacheOptions(cache, cache), prefill=PrefillOptions(method, options, 0, correction)):
         found.append(run(model, prompt, prompt[:2])[1])
         read.append(model.prefill.figures()["read"])
     whole = run(both(folder, CacheOptions(cache, cache))[0], prompt, prompt[:2])[1]

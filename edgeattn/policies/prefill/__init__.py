@@ -59,6 +59,10 @@ class PrefillPolicy:
         has it."""
         return []
 
+    def columns(self, assets, group: int) -> int:
+        """Single keys that the query heads of a KV head, `group` of them, read at most. assets: what `load` gave."""
+        return 0
+
     def tokens(self, seen: int) -> int | None:
         """How many tokens a block of queries reads of `seen`; None where that depends on what they are."""
 

@@ -31,6 +31,10 @@ class Dhsa(PrefillPolicy):
         if self.mode not in ("topk", "a", "vs", "vsb"):
             raise ValueError(f"mode must be topk, a, vs or vsb, got {self.mode!r}")
 
+    def operators(self):
+        about = {"sink": self.sink, "recent": self.recent, "density": float(self.density), "ends": int(self.mode == "a")}
+        return [("choose_by_ranks", about)] if self.mode in ("topk", "a") else []
+
     def choose(self, q, k, scale, layer, head, assets):
         n, m = q.shape[1], len(k)
         allowed = causal(n, m)

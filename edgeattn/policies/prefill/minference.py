@@ -43,6 +43,16 @@ class Minference(PrefillPolicy):
         if self.n_v < 0 or self.n_s < 0 or self.rows < 1:
             raise ValueError(f"need n_v and n_s >= 0 and rows >= 1, got {self.n_v=} {self.n_s=} {self.rows=}")
 
+    def operators(self):
+        about = {"sink": self.sink, "recent": self.recent, "sampled": self.rows, "n_v": self.n_v, "n_s": self.n_s}
+        return [("choose_by_lines", about)] if self.rows <= QUERIES else []
+
+    def columns(self, assets, group):
+        if assets is None:
+            return group * self.n_v
+        kind, n_v, _ = assets["patterns"].reshape(-1, group, 3).transpose(2, 0, 1)
+        return int(np.where(kind == BLOCK_SPARSE, 0, n_v).sum(1).max())
+
     def choose(self, q, k, scale, layer, head, assets):
         group, n, m = len(q), q.shape[1], len(k)
         default = np.broadcast_to([VERTICAL_SLASH, self.n_v, self.n_s], (group, 3))
@@ -65,7 +75,7 @@ class Minference(PrefillPolicy):
         if found is not None and not np.isin(found[..., 0], (A_SHAPE, VERTICAL_SLASH, BLOCK_SPARSE)).all():
             raise ValueError(f"{folder}: {NAME} has a pattern that is none of three: calibrate again: "
                              f"edgeattn calibrate -m {folder} --parts prefill")
-        return None if found is None else {"patterns": found}
+        return None if found is None else {"patterns": np.ascontiguousarray(found, np.int32)}
 
     @classmethod
     def calibrate(cls, q, k, v, scale, candidates=CANDIDATES, length=LENGTH, density=0.5):

@@ -32,6 +32,9 @@ class Moa(PrefillPolicy):
         if not 0 <= self.beta <= 1:
             raise ValueError(f"need beta from 0 to 1, got {self.beta}")
 
+    def operators(self):
+        return [("choose_by_spans", {"sink": self.sink, "recent": self.recent, "alpha": float(self.alpha), "beta": float(self.beta)})]
+
     def choose(self, q, k, scale, layer, head, assets):
         n, m, group = q.shape[1], len(k), len(q)
         heads = slice(head * group, (head + 1) * group)
@@ -42,7 +45,7 @@ class Moa(PrefillPolicy):
         if (self.alpha, self.beta) != (Moa.alpha, Moa.beta):
             return None
         spans = load_heads(folder, config, NAME, 2)
-        return None if spans is None else {"alpha": spans[..., 0], "beta": spans[..., 1]}
+        return None if spans is None else dict(zip(("alpha", "beta"), np.ascontiguousarray(np.moveaxis(spans, -1, 0), np.float32)))
 
     @classmethod
     def calibrate(cls, q, k, v, scale, density=0.5, alphas=ALPHAS, betas=BETAS):

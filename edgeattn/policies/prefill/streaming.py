@@ -13,5 +13,8 @@ class Streaming(PrefillPolicy):
     sink: int = 8
     recent: int = 64
 
+    def operators(self):
+        return [("choose_by_spans", {"sink": self.sink, "recent": self.recent, "alpha": 0.0, "beta": 0.0})]
+
     def choose(self, q, k, scale, layer, head, assets):
         return np.broadcast_to(forced(q.shape[1], len(k), self.sink, self.recent), (len(q), *forced(q.shape[1], len(k)).shape))
