@@ -5,7 +5,8 @@ from edgeattn.kernels_cuda import compile
 from edgeattn.kernels_cuda.matmul_nbits import HALVES
 from edgeattn.kernels_cuda.steps import Launch, call, ints, pointers
 
-ARGS = ("ids", "ids.rows", "codes", "scales", "zero_points", "out", "out.stride", "bits", "block_size", "K", "N", "state", "zero_points.type")
+ARGS = ("ids", "ids.rows", "codes", "scales", "zero_points", "out", "out.stride", "bits", "block_size", "K", "N", "state",
+        "zero_points.type")
 THREADS = 128
 
 

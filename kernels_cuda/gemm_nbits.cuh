@@ -66,7 +66,7 @@ template <int BITS, int ROWS, int COLUMNS, int THREADS, int ZEROS> struct Copies
         u8* to = &stage.codes[codes_unit][own][(BITS < 4 ? chunk : chunk ^ (chunk >> 2 & 2)) * 16];
         if (BITS == 3 && panel && unit + codes_unit < w.units) {
             const int place = unit + codes_unit;
-            codes = w.codes + (chunk < 8 ? low_steps(w, own_panel, place) + chunk * 16 : third_step(w, own_panel, place) + (chunk - 8) * 16);
+            codes = w.codes + chunk * 16 + (chunk < 8 ? low_steps(w, own_panel, place) : third_step(w, own_panel, place) - 128);
         }
 #pragma unroll
         for (u32 r = 0; r < CODES; r++) {  // 8 bits: a unit is THREADS chunks

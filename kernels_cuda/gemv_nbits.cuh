@@ -1,8 +1,8 @@
 // Up to eight tokens times block-quantised weights: every weight is read once, 16 bytes a lane, straight from the stored panels.
 //
-// x, out float32; codes u8, scales half, zero points u8 (or half) in panels of 16 outputs (see the reference). A unit is 32 K of a panel (16
-// where blocks are 16): BITS steps of 64 bytes (half as many). Four lanes share a unit: lane % 4 has four outputs of it, lane / 4 is one of 8
-// units. A team of `team` warps shares a panel: each warp has every team-th group of 8 units. What a lane needs next is under way by
+// x, out float32; codes u8, scales half, zero points u8 or half in panels of 16 outputs (see the reference). A unit is 32 K of a panel (16
+// where blocks are 16): BITS steps of 64 bytes (half as many). Four lanes share a unit: lane % 4 has four outputs of it, lane / 4 is one of
+// 8 units. A team of `team` warps shares a panel: each warp has every team-th group of 8 units. What a lane needs next is under way by
 // cp.async into a ring of its own in shared memory, STAGES groups, which costs no registers and no barriers. The first groups are asked
 // for before the kernel before has ended: weights do not depend on it.
 // Grid: (blocks, groups of TOKENS tokens). One token: its activations are quantised here, into shared memory, and steps around the product

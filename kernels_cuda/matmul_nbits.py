@@ -1,8 +1,8 @@
 """x times block-quantised weights, with x rounded to int8 per token and block: see the reference for layouts.
 
 Few tokens: gemv_nbits.cu, which reads every weight once for up to FEW of them. Many: gemm_nbits.cu, on the int8 matrix units (but blocks of
-16, which are no whole product of theirs). 2 and 3 bits, and zero points that are halves, have kernels of the same names in gemv_nbits_any.cu
-and gemm_nbits_any.cu.
+16, which are no whole product of theirs). 2 and 3 bits, and zero points that are halves, have kernels of their own in gemv_nbits_any.cu and
+gemm_nbits_any.cu.
 """
 import numpy as np
 
@@ -47,7 +47,8 @@ def launches(a: dict[str, int], most: dict) -> list[Launch]:
         return [_gemv(a, 1, weights, unit, 1)]
     quantise = _quantise(a, tokens, unit, units, shift)
     if tokens < MANY or unit == 16:
-        return [quantise, _gemv(a, tokens, weights, unit, 4 if tokens <= 4 and (a["bits"], unit) == (4, 32) and not weights["halves"] else FEW)]
+        four = tokens <= 4 and (a["bits"], unit) == (4, 32) and not weights["halves"]
+        return [quantise, _gemv(a, tokens, weights, unit, 4 if four else FEW)]
     return [quantise, _gemm(a, tokens, weights)]
 
 

@@ -123,7 +123,7 @@ def test_tokens_chosen_in_place_are_those_chosen_here(load, options, nano_int4):
     assert texts[0] == texts[1] and len(texts[0]) == 12
 
 
-@pytest.mark.parametrize("eviction", ["auto", "l2_norm", "random", "streaming_llm"])
+@pytest.mark.parametrize("eviction", ["auto", "l2_norm", "random", "streaming_llm", "h2o", "tova", "spatten", "caote", "zip_saliency"])
 @pytest.mark.parametrize("cache", ["f16", "int4"])
 def test_a_full_cache_drops_the_cpu_s_tokens(load, cache, eviction):
     """A prompt of several times the budget, decoded tokens; going back over more than is there loses everything, as on the CPU."""
