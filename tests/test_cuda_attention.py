@@ -157,10 +157,15 @@ SUM, LAST = 1, 2  # bits of mass_mode
 @pytest.mark.parametrize("types, head_dim, window, form", [("f16", 64, 0, {}), ("int4", 128, 0, {}), ("int8/int2", 64, 70, {}),
                                                            ("int4", 80, 0, dict(k_axis="token")), ("f32", 256, 50, {})])
 def test_mass_is_the_attention_received(types, head_dim, window, form, mode):
-    """Of prompts behind cached tokens, decode and a new sequence in one call, added to what was there; released pages receive nothing."""
     rng = np.random.default_rng()
     group, probes = int(rng.integers(1, 12)), int(rng.integers(1, 50))
     print(group, probes)
+    check_mass(types, head_dim, window, form, mode, group, probes)
+
+
+def check_mass(types, head_dim, window, form, mode, group, probes):
+    """Of prompts behind cached tokens, decode and a new sequence in one call, added to what was there; released pages receive nothing."""
+    rng = np.random.default_rng()
     case = Case(types, head_dim, group, [0, 500, 37, 700], [70, 1, 33, 40], window=window, probes=probes, **form)
     case.cache.entries[3, 1, [2, 3, 7]] = -1
     case.cache.tables.set(case.cache.entries)
