@@ -12,7 +12,8 @@ from emulated_gpu.translate import translate
 
 TESTS = Path(__file__).parent
 PARTS = {  # run side by side, for two cores; a GPU runs all of them
-    "products and models": "test_cuda_kernels.py test_cuda_fused.py test_cuda_tiny.py",
+    "products and models": "test_cuda_kernels.py test_cuda_fused.py test_cuda_tiny.py "
+                           "-k 'not (caote or zipvl or h2o and int4 or snapkv and f16)'",
     "attention": "test_cuda_attention.py test_cuda_prefill.py "
                  "-k '(not behind or 64 and f16) and (shape4 or not lists_are or shape3 and int4)'",
 }
@@ -85,7 +86,7 @@ def test_faults_show(whole, part, said):
 @pytest.mark.skipif(bool(emulated_gpu.missing()), reason=emulated_gpu.missing())
 @pytest.mark.parametrize("whole, part, said", [
     ("", "", "right"), ("        parts[warp][lane] = total;\n        __syncthreads();", "        parts[warp][lane] = total;", "wrong"),
-    ("query < end && column <= own &&", "query < end &&", "wrong"), ("kept[query] : make_float2(0, 0)", "kept[probes.first] : make_float2(0, 0)", "wrong")])
+    ("query < end && column <= own &&", "query < end &&", "wrong"), ("? kept[query] :", "? kept[probes.first] :", "wrong")])
 def test_faults_of_attention_mass_show(whole, part, said):
     """A wait that is missing, tokens after a query, another query's sum."""
     done = subprocess.run([sys.executable, "-c", FAULT_OF_MASS, whole, part], cwd=TESTS, capture_output=True, text=True)

@@ -213,7 +213,7 @@ def test_launches_of_every_bucket(monkeypatch, nano_int4, cache, choosing, prefi
 # ---- what is refused -------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize("options, said", [
     (dict(storage="hadamard", k_type="int4", v_type="int4"), "--kv-storage hadamard"),
-    (dict(eviction="h2o", budget=1 << 24), "--kv-eviction h2o"), (dict(eviction="adore", budget=1 << 24), "--kv-eviction adore"),
+    (dict(eviction="adore", budget=1 << 24), "--kv-eviction adore"),
     (dict(heads="duo"), "--kv-heads duo"), (dict(k_type="int8", v_type="int8", progressive=0.5), "--kv-progressive")])
 def test_caches_that_only_the_cpu_keeps(options, said):
     why = cache_refusal(CacheOptions(**options))
