@@ -1,4 +1,9 @@
-"""Attention mass between host and device: it is added up there, tokens are dropped here. No GPU needed: imitated_gpu.py."""
+"""Attention mass between host and device: it is added up there, tokens are dropped here. No GPU needed: imitated_gpu.py, emulated_gpu."""
+import subprocess
+import sys
+from pathlib import Path
+
+import emulated_gpu
 import numpy as np
 import pytest
 from test_cuda_host import launches_of, load, make_backend, tokens  # noqa: F401  load is a fixture
@@ -13,6 +18,20 @@ from edgeattn.runtime import Model
 from edgeattn.scheduler import SparseOptions
 
 BUDGET = 1_400_000
+FAULT = """
+import sys
+import emulated_gpu
+emulated_gpu.install()
+from test_cuda_attention import check_mass
+from edgeattn.kernels_cuda import compile
+source = compile.source
+compile.source = lambda name: source(name).replace(*sys.argv[1:])
+try:
+    check_mass("f16", 64, 50, {}, 3, 3, 20)
+    print("right")
+except AssertionError:
+    print("wrong")
+"""
 
 
 @pytest.mark.parametrize("name", evictions())
@@ -82,3 +101,13 @@ def test_only_calls_with_probes_launch_more(monkeypatch, nano_int4):
             tokens_, 1, sequences, 512, False, False, probes))] for probes in (0, 1))
         assert len(probing) - len(plain) == 3 * layers > 0
         assert not any(launch.function.name.startswith("mass") for launch in plain)
+
+
+@pytest.mark.skipif(bool(emulated_gpu.missing()), reason=emulated_gpu.missing())
+@pytest.mark.parametrize("whole, part, said", [
+    ("", "", "right"), ("        parts[warp][lane] = total;\n        __syncthreads();", "        parts[warp][lane] = total;", "wrong"),
+    ("query < end && column <= own &&", "query < end &&", "wrong"), ("? kept[query] :", "? kept[probes.first] :", "wrong")])
+def test_faults_show(whole, part, said):
+    """A wait that is missing, tokens after a query, another query's sum."""
+    done = subprocess.run([sys.executable, "-c", FAULT, whole, part], cwd=Path(__file__).parent, capture_output=True, text=True)
+    assert done.stdout == f"{said}\n", done.stderr
