@@ -55,6 +55,15 @@ def test_prompt_and_decode(folder, cache):
         assert error(a, b) < CLOSE[cache]
 
 
+@pytest.mark.parametrize("precision, group", [("int2", 64), ("int3", 32)])
+def test_weights_of_few_bits(folder, tmp_path, precision, group):
+    export(folder.parent / "checkpoint", tmp_path / "out", precision, group)
+    prompt, decoded = RNG.integers(3, 150, 70), RNG.integers(3, 150, 5)
+    (_, *expected), (_, *got) = (run(model, prompt, decoded) for model in both(tmp_path / "out", CacheOptions("f16", "f16")))
+    for a, b in zip(got, expected):
+        assert error(a, b) < CLOSE["f16"]
+
+
 @pytest.mark.parametrize("cache", ["f16", "int4"])
 def test_decode_that_selects(folder, cache):
     prompt, decoded = RNG.integers(3, 150, 300), RNG.integers(3, 150, 12)
