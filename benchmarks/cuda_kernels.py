@@ -13,10 +13,11 @@ import numpy as np
 
 from edgeattn.backend_cuda import Step
 from edgeattn.kernels_cuda import add, device, fused_steps, gated_activation, linear, matmul_nbits, rms_normalization, sample, steps
+from edgeattn.reference.matmul_nbits import unpack_panels
 
-SHAPES = [  # N, K, bits: 8B's, then those of a 1B model's layer and its head
+SHAPES = [  # N, K, bits: 8B's, then those of a 1B model's layer and its head, and 8B's of fewer bits
     (4096, 14336, 4), (14336, 4096, 4), (4096, 4096, 4), (4096, 14336, 8),
-    (3072, 2048, 4), (2048, 2048, 4), (16384, 2048, 4), (2048, 8192, 4), (128256, 2048, 8)]
+    (3072, 2048, 4), (2048, 2048, 4), (16384, 2048, 4), (2048, 8192, 4), (128256, 2048, 8), (4096, 14336, 3), (4096, 14336, 2)]
 WARM = 0.1  # seconds
 GEMM_TOKENS = (16, 64, 512, 2048)
 
@@ -76,10 +77,8 @@ class Weights:
     def rows(self, count):
         """The first `count` of them as float64 [count, K]."""
         cp, panels = device.cupy(), -(-count // 16)
-        codes = self.codes[:panels].transpose(0, 3, 1, 2, 4).reshape(panels * 16, self.codes.shape[1], -1)
-        q = cp.stack([codes & 15, codes >> 4], -1).reshape(*codes.shape[:2], -1) if self.bits == 4 else codes
-        scales = self.scales[:panels].transpose(0, 2, 1).reshape(panels * 16, -1, 1)
-        return ((q.astype(np.float64) - (1 << self.bits - 1)) * scales.astype(np.float64)).reshape(panels * 16, -1)[:count]
+        about = dict(bits=self.bits, block_size=self.block, K=self.k, N=count)
+        return cp.asarray(unpack_panels(self.codes[:panels].get(), self.scales[:panels].get(), **about), np.float64)
 
     def arguments(self, x, out, state, scratch):
         about = dict(bits=self.bits, block_size=self.block, K=self.k, N=self.n)
@@ -246,7 +245,7 @@ def main():
     print(f"copy {copied:.0f} GB/s")
     print("tokens       N      K bits  alone us  chain us                    ms at 102, 205 GB/s")
     for tokens in (1, 4, 8, *GEMM_TOKENS):
-        shapes = SHAPES if tokens == 1 else [SHAPES[i] for i in ((0, 8) if tokens <= 8 else (0, 6, 7))]
+        shapes = SHAPES if tokens == 1 else [SHAPES[i] for i in ((0, 8, 9, 10) if tokens <= 8 else (0, 6, 7, 9, 10))]
         for n, k, bits in shapes:
             alone, chained, size = matmul(n, k, bits, tokens, options.repeat)
             line = f"{tokens:6} {n:7} {k:6} {bits:4} {alone:9.2f} {chained:9.2f} "

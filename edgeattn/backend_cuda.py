@@ -166,10 +166,11 @@ class CudaBackend:
 
     def bucket(self, state: np.ndarray) -> Bucket:
         batch = self._batch
-        tokens, rows, sequences = (int(n) for n in state[:3])
+        tokens, rows, sequences, probes = (int(n) for n in state)
         most = len(batch.token_ids), len(batch.logit_rows), len(batch.row_starts) - 1  # scratch memory is no larger
         tokens, rows, sequences = (min(_power(n), limit) for n, limit in zip((tokens, rows, sequences), most))
-        return Bucket(tokens, rows, sequences, max(SMALLEST_SLOTS, _power(batch.slots)), batch.sparse, batch.listed > 0)
+        return Bucket(tokens, rows, sequences, max(SMALLEST_SLOTS, _power(batch.slots)), batch.sparse, batch.listed > 0,
+                      _power(probes))
 
     def launch(self, table: Table, bucket: Bucket) -> None:
         if bucket in table.graphs:
@@ -199,7 +200,9 @@ class CudaBackend:
         self.release_maps()
         chunk = min(_power(len(self._batch.token_ids)), len(self._batch.token_ids))
         for table in tables:
-            for tokens, *kind in ((1, True), (1, False), (chunk, False), *([(chunk, False, True)] if self._batch.holds_lists else [])):
+            probing = any(step.arguments.get("cache.mass_mode") for step in table.steps)
+            for tokens, *kind in ((1, True), (1, False), (chunk, False), *([(chunk, False, True)] if self._batch.holds_lists else []),
+                                  *([(1, False, False, 1)] if probing else [])):
                 self.prepare(table, Bucket(tokens, 1, 1, SMALLEST_SLOTS, *kind), progress)
 
     def fetch(self, tensor: Tensor, rows: int) -> np.ndarray:

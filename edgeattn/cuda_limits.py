@@ -1,5 +1,4 @@
 """What does not run on a GPU yet, in one line each, before anything is loaded. The CPU has all of it."""
-from edgeattn.cache.layer_budget import RULES
 from edgeattn.cache.options import CacheOptions, evictions
 from edgeattn.kernels_cuda.attention_call import HEADS
 from edgeattn.kernels_cuda.cached_attention import MOST_DEPTH
@@ -13,9 +12,8 @@ def cache_refusal(options: CacheOptions) -> str:
     """Why a cache with these options cannot be kept there; "" where it can."""
     asked = [flag for flag, found in (
         (f"--kv-storage {options.storage}", options.storage != "kivi"),
-        (f"--kv-eviction {options.eviction}", options.releases or options.method != "none" and options.eviction_policy().mass),
+        (f"--kv-eviction {options.eviction}", options.releases),
         (f"--kv-heads {options.heads}", options.heads != "none"),
-        (f"--kv-layer-budget {options.layer_budget}", options.shares_layers and bool(RULES[options.layer_budget].mass)),
         ("--kv-progressive", options.progressive > 0)) if found]
     return f"{' and '.join(asked)} cannot run on the GPU yet: leave out, or use --device cpu" if asked else ""
 
@@ -64,8 +62,7 @@ def matrix_lines() -> list[str]:
     """What runs on the GPU, for people."""
     works, reads = ([name for name in policy_names(kind) if not refusal(load_policy(kind, name))]
                     for kind, refusal in (("decode", decode_refusal), ("prefill", prefill_refusal)))
-    drops = [name for name in evictions() if not load_policy("eviction", name).mass]
-    return [f"--device cuda: --kv-storage kivi --kv-heads none --kv-eviction none {' '.join(drops)}, any -ctk and -ctv",
+    return [f"--device cuda: --kv-storage kivi --kv-heads none --kv-eviction none {' '.join(evictions())}, any -ctk and -ctv",
             f"--device cuda: --sparse-attention off {' '.join(works)}; --sparse-prefill off {' '.join(reads)}, each with "
             "--prefill-correction delta",
             "all other methods are refused there before a model is loaded"]

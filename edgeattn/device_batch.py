@@ -69,7 +69,7 @@ class DeviceBatch(Batch):
 
     def arguments(self) -> dict[str, int]:
         """What CUDA kernels do not read is 0, which some of them look at."""
-        none = ("attention_mass", "compensation", "confidence", "value_sums", *(() if self.holds_lists else ("prefill_lists",)))
+        none = ("compensation", "confidence", "value_sums", *(() if self.holds_lists else ("prefill_lists",)))
         return super().arguments() | {f"batch.{name}": 0 for name in none} | {"batch.chunks": self.address(self.chunks)}
 
     @property
@@ -119,7 +119,7 @@ class DeviceBatch(Batch):
         size = self._each[:used].nbytes + self._each.ctypes.data - self._memory.host.ctypes.data
         runtime.memcpyAsync(self._memory.device.data.ptr, self._memory.host.ctypes.data, size, TO_DEVICE, self._stream.ptr)
         for mirror in self._mirrors:
-            mirror.upload(self._send)
+            mirror.upload(self._send, bool(self.state[COUNTS.index("probes")]))
         self._sent.record(self._stream)
 
     def _send(self, rows, first, last, address):

@@ -6,13 +6,15 @@ from edgeattn.batch import COUNTS
 
 @dataclass(frozen=True)
 class Bucket:
-    """The largest counts that launches serve. sparse: whether pages are selected; listed: whether prompts read what lists say."""
+    """The largest counts that launches serve. sparse: whether pages are selected; listed: whether prompts read what lists say; probes: last
+    rows of each sequence whose attention is added up."""
     tokens: int
     rows: int
     sequences: int
     slots: int
     sparse: bool
     listed: bool = False
+    probes: int = 0
 
     @property
     def decodes(self) -> bool:
@@ -21,7 +23,8 @@ class Bucket:
 
     def most(self) -> dict:
         """As kernels' launches() want it."""
-        found = {"tokens": self.tokens, "rows": self.rows, "sequences": self.sequences, "slots": self.slots, "listed": self.listed}
+        found = {"tokens": self.tokens, "rows": self.rows, "sequences": self.sequences, "slots": self.slots, "listed": self.listed,
+                 "probes": self.probes}
         return found | {i: found.get(name, 0) for i, name in enumerate(COUNTS)}
 
 

@@ -9,20 +9,25 @@ NEVER = np.iinfo(np.int32).max
 
 class DeviceSequence:
     """The host's page lists are the truth: upload() brings the device what has changed since. Selections and their index are made and kept
-    on the device alone; the host only says from which page on they are void. Counts travel with each call (device_batch.py)."""
+    on the device alone; the host only says from which page on they are void. Counts travel with each call (device_batch.py).
+
+    Attention mass is added up on the device and taken apart on the host, where tokens are dropped: fetch() brings it here, and the next
+    upload() takes it there again. Slots that no token is in are zero there."""
 
     def __init__(self, sequence, stream):
         """sequence: a cache/sequence.py Sequence; only its arrays are held, so that it can be dropped."""
         xp = device.cupy()
         self._host, self._stream = sequence.tables, stream
+        self._mass, self._counts = sequence.mass, sequence.counts
         with stream:
             self._held = {"tables": xp.full(sequence.tables.shape, -1, np.int32)}
-            for name in ("selection", "index", "indexed"):
+            for name in ("selection", "index", "indexed", "mass"):
                 array = getattr(sequence, name)
                 if array is not None:
                     self._held[name] = xp.zeros(array.shape, array.dtype)
         self._good = np.full(sequence.counts.shape, NEVER, np.int32)  # pages whose index is not void
         self._changed, self._void = (0, 0), False
+        self._added, self._moved = False, sequence.length > 0  # whether mass was added to there, or changed here
         if sequence.length:  # a fork: what was selected for the other one is made anew
             self.relisted(0, sequence.tables.shape[-1])
 
@@ -43,9 +48,19 @@ class DeviceSequence:
     def void(self, head=..., page: int | np.ndarray = 0) -> None:
         self._good[head] = np.minimum(self._good[head], page)
         self._void = True
+        self.fetch()
+        self._moved = True
 
-    def upload(self, send) -> None:
-        """send(rows, first, last, address): copies columns of rows of int32 to an array of the same shape on the device."""
+    def fetch(self) -> None:
+        """Bring the sequence's mass up to date, once what was enqueued is done."""
+        if self._added:
+            with self._stream:
+                self._mass[...] = self._held["mass"].get()
+            self._added = False
+
+    def upload(self, send, probes: bool) -> None:
+        """send(rows, first, last, address): copies columns of rows of int32 to an array of the same shape on the device. probes: whether
+        the call adds to mass."""
         first, last = self._changed
         if first < last:
             send(self._host.reshape(-1, self._host.shape[-1]), first, last, self.address("tables"))
@@ -58,3 +73,10 @@ class DeviceSequence:
                 if "indexed" in self._held:
                     xp.minimum(self._held["indexed"], xp.asarray(self._good), out=self._held["indexed"])
             self._good[:], self._void = NEVER, False
+        if "mass" in self._held:
+            if self._moved:
+                used = np.arange(self._mass.shape[-1]) < self._counts[..., None]
+                with self._stream:
+                    self._held["mass"].set(np.where(used, self._mass, np.float32(0)))
+            self._moved = False
+            self._added |= probes

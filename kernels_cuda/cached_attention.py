@@ -1,8 +1,9 @@
 """Attention over a paged cache for a whole batch; see the reference. Decode is one launch: the kernel that the cache's pages ask for
-rotates, writes the new tokens, attends and merges. Prefill writes first. What tensor cores do not take, attention_rows.cu does."""
+rotates, writes the new tokens, attends and merges. Prefill writes first. What tensor cores do not take, attention_rows.cu does; what
+eviction wants to know, attention_mass.cu."""
 import numpy as np
 
-from edgeattn.kernels_cuda import compile, device
+from edgeattn.kernels_cuda import attention_mass, compile, device
 from edgeattn.kernels_cuda.attention_call import (BLOCKS, CALL, HEADS, MOST_PLACES, attribute, call_args, partial_bytes, processors,
                                                   ranges_of)
 from edgeattn.kernels_cuda.page_pool import ANY, FIELDS, HALVES, INT4, MIXED, POOLS
@@ -10,8 +11,8 @@ from edgeattn.kernels_cuda.paged_cache import PagedCache
 from edgeattn.kernels_cuda.steps import Launch
 from edgeattn.page_formats import PageFormat
 
-LATER = "selection.thresholds", "cache.mass_mode", "cache.progressive"  # what only the CPU does
-ARGS = (*CALL, "cache.kinds", "batch.chunks", "prefill.correction", *LATER)
+LATER = "selection.thresholds", "cache.progressive"  # what only the CPU does
+ARGS = (*CALL, "cache.kinds", "batch.chunks", "prefill.correction", *attention_mass.MASS, *LATER)
 DECODE = {HALVES: "decode_f16", INT4: "decode_int4", MIXED: "decode_mixed"}
 ONE_ROW, MORE_ROWS = 1, 2
 WARPS = {HALVES: 4, INT4: 8, MIXED: 8}          # of a block of decode
@@ -43,7 +44,8 @@ def attend(cache: PagedCache, q, k, v, cos, sin, positions, *, extra: dict | Non
 
 
 def workspace_bytes(tensors, attributes, rows, threads) -> int:
-    return partial_bytes(rows, *(int(attributes[name]) for name in ("num_heads", "kv_heads", "head_dim")))
+    sizes = rows, *(int(attributes[name]) for name in ("num_heads", "kv_heads", "head_dim"))
+    return max(partial_bytes(*sizes), attention_mass.workspace_bytes(*sizes))
 
 
 def launches(a: dict[str, int], most: dict) -> list[Launch]:
@@ -67,7 +69,7 @@ def launches(a: dict[str, int], most: dict) -> list[Launch]:
     elif tokens > 1 or not fast:
         which = MORE_ROWS if fast else ONE_ROW | MORE_ROWS
         found += [write(a, tokens, which), _rows(a, tokens, slots, which)]
-    return found
+    return found + attention_mass.launches(a, most)
 
 
 def decode_shared(kinds: int, head_dim: int, stages: int) -> int:

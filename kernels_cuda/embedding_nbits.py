@@ -2,10 +2,11 @@
 import numpy as np
 
 from edgeattn.kernels_cuda import compile
-from edgeattn.kernels_cuda.matmul_nbits import refuse
+from edgeattn.kernels_cuda.matmul_nbits import HALVES
 from edgeattn.kernels_cuda.steps import Launch, call, ints, pointers
 
-ARGS = ("ids", "ids.rows", "codes", "scales", "zero_points", "out", "out.stride", "bits", "block_size", "K", "N", "state")
+ARGS = ("ids", "ids.rows", "codes", "scales", "zero_points", "out", "out.stride", "bits", "block_size", "K", "N", "state",
+        "zero_points.type")
 THREADS = 128
 
 
@@ -17,14 +18,8 @@ def embedding_nbits(ids, codes, scales, zero_points=None, *, bits, block_size, K
     return out
 
 
-def workspace_bytes(tensors, attributes, rows, threads) -> int:
-    """None; refuses what matmul_nbits does."""
-    refuse(tensors, attributes)
-    return 0
-
-
 def launches(a: dict[str, int], most: dict) -> list[Launch]:
     args = (*pointers(a, "ids", "codes", "scales", "zero_points", "out", "out.stride", "state"), *ints(a, "ids.rows", "bits",
-            "block_size", "K"))
+            "block_size", "K"), np.int32(a["zero_points.type"] == HALVES))
     grid = most[a["ids.rows"]], -(-a["K"] * a["bits"] // (32 * THREADS)), 1
     return [Launch(compile.function("embedding_nbits", "embedding_nbits"), grid, THREADS, args, overlap=True)]

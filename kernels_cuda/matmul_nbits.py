@@ -1,23 +1,26 @@
 """x times block-quantised weights, with x rounded to int8 per token and block: see the reference for layouts.
 
 Few tokens: gemv_nbits.cu, which reads every weight once for up to FEW of them. Many: gemm_nbits.cu, on the int8 matrix units (but blocks of
-16, which are no whole product of theirs).
+16, which are no whole product of theirs). 2 and 3 bits, and zero points that are halves, have kernels of their own in gemv_nbits_any.cu and
+gemm_nbits_any.cu.
 """
 import numpy as np
 
+from edgeattn.arguments import TYPES
 from edgeattn.kernels_cuda import compile, device, fused_steps
 from edgeattn.kernels_cuda.steps import Launch, call, ints, pointers
 
 ARGS = ("x", "x.rows", "x.stride", "codes", "scales", "zero_points", "bias", "out", "out.stride", "bits", "block_size", "K", "N",
-        "workspace", "state")
+        "workspace", "state", "zero_points.type")
+HALVES = TYPES["float16"]
 FEW = 8              # tokens of one pass over the weights
 MANY = 48            # tokens from which the matrix units, whose tiles are COLUMNS tokens, are faster than passes of FEW
 WARPS = 8            # of a block of gemv_nbits.cu
 BLOCKS = 2           # of them that a processor runs at a time
 ROWS, COLUMNS, STAGES = 64, 128, 4  # the tile of gemm_nbits.cu, and its steps of K under way
-RING = {(4, 32): 4, (8, 32): 3, (4, 16): 4, (8, 16): 4}  # STAGES of gemv_nbits.cu's kernels, by bits and K of a unit
+RING = {8: 3}        # STAGES of gemv_nbits.cu's kernels where they are not 4: by bits, of units of 32
 WEIGHTS = np.dtype([("codes", "i8"), ("scales", "i8"), ("zero_points", "i8"), ("units", "i4"), ("block_shift", "i4"), ("panels", "i4"),
-                    ("pad", "i4")])  # the kernels' struct Weights
+                    ("halves", "i4")])  # the kernels' struct Weights
 
 
 def matmul_nbits(x, codes, scales, zero_points=None, bias=None, *, bits, block_size, K, N):
@@ -28,17 +31,8 @@ def matmul_nbits(x, codes, scales, zero_points=None, bias=None, *, bits, block_s
     return out
 
 
-def refuse(tensors, attributes) -> None:
-    """ValueError for what only the CPU multiplies."""
-    if attributes["bits"] not in (4, 8):
-        raise ValueError(f"weights of {attributes['bits']} bits are for the CPU: export with 4 or 8 for --device cuda")
-    if "zero_points" in tensors and tensors["zero_points"].type != "uint8":
-        raise ValueError("zero points that are no integers are for the CPU: use --device cpu")
-
-
 def workspace_bytes(tensors, attributes, rows, threads) -> int:
     """Quantised activations of `rows` tokens, whole tiles of them: codes, then the units' scales and sums."""
-    refuse(tensors, attributes)
     codes, info = _activation_bytes(rows, attributes["K"], attributes["block_size"])
     return codes + info
 
@@ -48,12 +42,19 @@ def launches(a: dict[str, int], most: dict) -> list[Launch]:
     weights = np.zeros((), WEIGHTS)
     weights["codes"], weights["scales"], weights["zero_points"] = a["codes"], a["scales"], a["zero_points"]
     weights["units"], weights["block_shift"], weights["panels"] = units, shift, -(-a["N"] // 16)
+    weights["halves"] = bool(a["zero_points"]) and a["zero_points.type"] == HALVES
     if tokens == 1 and unit == 32:
         return [_gemv(a, 1, weights, unit, 1)]
     quantise = _quantise(a, tokens, unit, units, shift)
     if tokens < MANY or unit == 16:
-        return [quantise, _gemv(a, tokens, weights, unit, 4 if tokens <= 4 and (a["bits"], unit) == (4, 32) else FEW)]
+        four = tokens <= 4 and (a["bits"], unit) == (4, 32) and not weights["halves"]
+        return [quantise, _gemv(a, tokens, weights, unit, 4 if four else FEW)]
     return [quantise, _gemm(a, tokens, weights)]
+
+
+def _takes_any(a, weights) -> bool:
+    """Whether a product's kernels are those of the sources `any`."""
+    return a["bits"] < 4 or bool(weights["halves"])
 
 
 def _units(k, block_size) -> tuple[int, int, int]:
@@ -100,7 +101,8 @@ def team_of(panels: int, units: int, processors: int) -> int:
 def _gemv(a, tokens, weights, unit, group) -> Launch:
     """`group` tokens at a time: one of those that gemv_nbits.cu has a kernel for."""
     about, panels, units = device.about(), int(weights["panels"]), int(weights["units"])
-    stage = RING[a["bits"], unit] * (unit * a["bits"] // 32 * 512 + 32 * 12)
+    takes_any = _takes_any(a, weights)
+    stage = (RING.get(a["bits"], 4) if unit == 32 else 4) * (unit * a["bits"] // 32 * 512 + 32 * (16 if takes_any else 12))
     activations, warps = units * (unit + 8) if group == 1 else 0, WARPS
     while warps > 1 and warps * (stage + 2 * group * 64) + activations > about["shared_bytes"]:
         warps //= 2
@@ -111,12 +113,16 @@ def _gemv(a, tokens, weights, unit, group) -> Launch:
     x_codes, pitch, info, rows = (np.int64(0), np.int64(0), np.int64(0), np.int32(1)) if group == 1 else _places(a, tokens)
     args = (np.int64(fused_steps.row_of(a)), x_codes, info, pitch // 4, rows, weights, *pointers(a, "bias", "out", "out.stride", "state"),
             *ints(a, "x.rows", "K", "N"), np.int32(team.bit_length() - 1), nearby)
-    return Launch(compile.function("gemv_nbits", f"gemv_{a['bits']}_{unit}_{group}", shared), grid, 32 * warps, args, shared, overlap=True)
+    kernel = f"gemv_{a['bits']}_{unit}_{group}"
+    found = compile.function("gemv_nbits_any", kernel, shared) if takes_any else compile.function("gemv_nbits", kernel, shared)
+    return Launch(found, grid, 32 * warps, args, shared, overlap=True)
 
 
 def _gemm(a, tokens, weights) -> Launch:
-    stage = 2 * (ROWS // 16) * 64 * a["bits"] + COLUMNS * 64 + 2 * COLUMNS * 8 + 2 * ROWS * 2 + 2 * ROWS
-    name = f"gemm_{a['bits']}" + ("_zeros" if a["zero_points"] else "")
+    takes_any = _takes_any(a, weights)
+    stage = 2 * (ROWS // 16) * 64 * a["bits"] + COLUMNS * 64 + 2 * COLUMNS * 8 + 2 * ROWS * 2 + 2 * ROWS * (2 if takes_any else 1)
     grid = -(-a["N"] // ROWS), -(-tokens // COLUMNS), 1
     args = (*_places(a, tokens), weights, *pointers(a, "bias", "out", "out.stride", "state"), *ints(a, "x.rows", "N"))
-    return Launch(compile.function("gemm_nbits", name, STAGES * stage), grid, ROWS * COLUMNS // 32, args, STAGES * stage, overlap=True)
+    name = f"gemm_{a['bits']}" + ("_zeros" if a["zero_points"] and not takes_any else "")
+    found = compile.function("gemm_nbits_any", name, STAGES * stage) if takes_any else compile.function("gemm_nbits", name, STAGES * stage)
+    return Launch(found, grid, ROWS * COLUMNS // 32, args, STAGES * stage, overlap=True)

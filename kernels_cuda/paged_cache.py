@@ -17,9 +17,11 @@ class PagedCache:
     lengths    tokens that each sequence holds before the step
     new        tokens that each gets in the step
     capacity   pages of a list of selected ones; 0: everything is read
+    probes     last rows of each sequence whose attention is added to `mass` [sequences, 3, kv_heads, slots]
     """
 
-    def __init__(self, formats: list[PageFormat], kv_heads: int, lengths: list[int], new: list[int], capacity: int = 0):
+    def __init__(self, formats: list[PageFormat], kv_heads: int, lengths: list[int], new: list[int], capacity: int = 0,
+                 probes: int = 0):
         xp = device.cupy()
         self.formats, self.kv_heads, self.head_dim, self.new = formats, kv_heads, formats[0].head_dim, list(new)
         self.lengths = [length + n for length, n in zip(lengths, new)]
@@ -38,7 +40,9 @@ class PagedCache:
         self.sealed = xp.ones((len(counts), kv_heads), np.int32)
         self.tables, self.selection = xp.asarray(self.entries), xp.asarray(self.lists)
         self.row_starts = xp.asarray(np.cumsum([0, *new]), np.int32)
-        self.state = xp.asarray([sum(new), 0, len(new), 0], np.int64)
+        self.probes = probes
+        self.mass = xp.zeros((len(counts), 3, kv_heads, self.entries.shape[2] * PAGE), np.float32)
+        self.state = xp.asarray([sum(new), 0, len(new), probes], np.int64)
 
     def fill(self, sequence: int, keys: np.ndarray, values: np.ndarray) -> None:
         """Keys and values [kv_heads, tokens, head_dim] of a sequence's first tokens, into pages of floats."""
@@ -82,16 +86,17 @@ class PagedCache:
 
     def extra(self) -> dict[str, int]:
         """What ARGS of cached_attention and select_pages ask for besides tensors and attributes."""
-        each = {"page_tables": self.tables, "slot_counts": self.slot_counts, "sealed": self.sealed}
+        each = {"page_tables": self.tables, "slot_counts": self.slot_counts, "sealed": self.sealed, "attention_mass": self.mass}
         return {f"batch.{name}": self._addresses(name, array) for name, array in each.items()} | {
             "batch.row_starts": self.row_starts.data.ptr, "batch.compensation": 0, "batch.prefill_lists": 0, "batch.index": 0,
             "batch.indexed": 0, "batch.selections": self._addresses("selections", self.selection),
             "selection.group": 0 if self.capacity else -1, "selection.capacity": self.capacity, "selection.width": 0,
             "cache.pools": self.table.data.ptr, "cache.max_pages": self.tables.shape[2], "cache.keys_rotated": 0,
-            "cache.kinds": kinds_of(self.formats), "layer": 0, "batch.sequences": COUNTS.index("sequences"), "state": self.state.data.ptr}
+            "cache.kinds": kinds_of(self.formats), "layer": 0, "batch.sequences": COUNTS.index("sequences"), "state": self.state.data.ptr,
+            "batch.probes": COUNTS.index("probes"), "cache.mass_mode": 0, "cache.mass_plane": self.mass[0, 0].size}
 
     def bucket(self) -> dict:
-        most = {"tokens": sum(self.new), "rows": 0, "sequences": len(self.new), "slots": max(self.lengths)}
+        most = {"tokens": sum(self.new), "rows": 0, "sequences": len(self.new), "slots": max(self.lengths), "probes": self.probes}
         return most | {i: most.get(name, 0) for i, name in enumerate(COUNTS)}
 
     def launches(self, kernel, tensors: dict, attributes: dict, extra: dict | None = None) -> list:

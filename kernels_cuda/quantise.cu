@@ -33,7 +33,10 @@ __device__ __forceinline__ void quantise(const float* x, i64 x_stride, u32* code
         quantise<BITS, UNIT>(x, x_stride, codes, pitch_words, info, info_pitch, state, tokens_at, k, units, padded, block_shift);       \
     }
 
+QUANTISE(2, 32)
+QUANTISE(3, 32)
 QUANTISE(4, 32)
 QUANTISE(8, 32)
+QUANTISE(2, 16)
 QUANTISE(4, 16)
 QUANTISE(8, 16)

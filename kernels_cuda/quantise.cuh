@@ -1,6 +1,7 @@
 // Activations to int8 per token and block of K, the reference's arithmetic (division included, so that both round alike), in the order in
 // which codes of weights meet them: units of 32 K (16 where a block is 16). 4-bit weights hold two neighbours in a byte, so a unit has
-// its even k first, then its odd ones; 8-bit weights take them as they come.
+// its even k first, then its odd ones; 8-bit weights take them as they come. 2 and 3 bits: of each 16 the k that are 0 modulo 4, then those
+// that are 1, 2 and 3.
 #pragma once
 #include "common.cuh"
 
@@ -82,6 +83,12 @@ __device__ __forceinline__ UnitInfo quantise_unit(const float (&v)[8], int part,
     i32 sum;
     UnitInfo info;
     quantise8<BITS, PARTS, SINGLE>(v, block_shift, low, high, info.scale, sum);
+    if (BITS < 4) {  // of two lanes' eight each, the even one keeps phases 0 and 1, the odd one 2 and 3
+        const bool odd = part & 1;
+        const u32 first = __byte_perm(low, high, 0x5140), second = __byte_perm(low, high, 0x7362);
+        const u32 got = __shfl_xor_sync(FULL_WARP, odd ? first : second, 1), own = odd ? second : first;
+        low = __byte_perm(odd ? got : own, odd ? own : got, 0x5410), high = __byte_perm(odd ? got : own, odd ? own : got, 0x7632);
+    }
     if (write && BITS == 4) {
         codes[part] = low;
         codes[PARTS + part] = high;

@@ -30,12 +30,12 @@ class Case:
     """Sequences with sealed pages in the middle, and a step of `new` tokens each; call() compares it with float64 on what the pages
     hold."""
 
-    def __init__(self, types, head_dim, group, lengths, new, *, kv_heads=2, window=0, capacity=0, seed=None, **form):
+    def __init__(self, types, head_dim, group, lengths, new, *, kv_heads=2, window=0, capacity=0, probes=0, seed=None, **form):
         from edgeattn.kernels_cuda.paged_cache import PagedCache
         rng, k_type, v_type = np.random.default_rng(seed), *(types.split("/") * 2)[:2]
         floats = "f32" if types == "f32" else "f16"
         formats = [PageFormat(head_dim, floats, floats)] + ([] if types == floats else [PageFormat(head_dim, k_type, v_type, **form)])
-        self.rng, self.cache, self.new, self.lengths = rng, PagedCache(formats, kv_heads, lengths, new, capacity), new, lengths
+        self.rng, self.cache, self.new, self.lengths = rng, PagedCache(formats, kv_heads, lengths, new, capacity, probes), new, lengths
         for s, length in enumerate(lengths):
             self.cache.fill(s, *rng.standard_normal((2, kv_heads, length, head_dim), np.float32))
             if len(formats) > 1 and length // PAGE > 2:
@@ -56,8 +56,9 @@ class Case:
         np.testing.assert_allclose(got, expected, rtol=0, atol=tolerance)
         return np.linalg.norm(got - expected) / np.linalg.norm(expected)
 
-    def expected(self, reads):
-        about, row, found = self.about, 0, []
+    def weights(self, reads=None):
+        """Of each sequence the softmax weights [kv_heads, group, new, slots], and the values."""
+        about, row = self.about, 0
         heads, kv_heads, depth = about["num_heads"], about["kv_heads"], about["head_dim"]
         for s, (length, n) in enumerate(zip(self.lengths, self.new)):
             k, v = (x.astype(np.float64) for x in self.cache.read(s))
@@ -73,9 +74,11 @@ class Case:
                 if reads:
                     scores[h][..., ~reads(s, h)] = -np.inf
             weights = np.exp(scores - scores.max(-1, keepdims=True))
-            found.append(np.einsum("hgts,hsd->thgd", weights / weights.sum(-1, keepdims=True), v).reshape(n, -1))
+            yield weights / weights.sum(-1, keepdims=True), v
             row += n
-        return np.concatenate(found)
+
+    def expected(self, reads):
+        return np.concatenate([np.einsum("hgts,hsd->thgd", *found).reshape(found[0].shape[2], -1) for found in self.weights(reads)])
 
 
 HALVES = 2e-3  # q, weights and their products with steps are rounded to halves; values are of size 1, sums of many of them smaller
@@ -145,6 +148,43 @@ def test_prefill_behind_pages(types, head_dim):
     group = int(rng.integers(1, 9))
     print(group)
     Case(types, head_dim, group, [0, 500, 37, 900], [300, 129, 1, 64]).call(3 * HALVES)
+
+
+SUM, LAST = 1, 2  # bits of mass_mode
+
+
+@pytest.mark.parametrize("types, head_dim, window, form, mode", [
+    ("f16", 64, 0, {}, SUM), ("f16", 64, 0, {}, LAST), ("int4", 128, 0, {}, SUM | LAST), ("int8/int2", 64, 70, {}, SUM),
+    ("int4", 80, 0, dict(k_axis="token"), SUM | LAST), ("f32", 256, 50, {}, LAST)])
+def test_mass_is_the_attention_received(types, head_dim, window, form, mode):
+    rng = np.random.default_rng()
+    group, probes = int(rng.integers(1, 12)), int(rng.integers(1, 50))
+    print(group, probes)
+    check_mass(types, head_dim, window, form, mode, group, probes)
+
+
+def check_mass(types, head_dim, window, form, mode, group, probes):
+    """Of prompts behind cached tokens, decode and a new sequence in one call, added to what was there; released pages receive nothing."""
+    rng = np.random.default_rng()
+    case = Case(types, head_dim, group, [0, 300, 37, 400], [70, 1, 33, 40], window=window, probes=probes, **form)
+    case.cache.entries[3, 1, [2, 3, 7]] = -1
+    case.cache.tables.set(case.cache.entries)
+    used = np.arange(case.cache.mass.shape[-1]) < np.array(case.cache.lengths)[:, None] - np.array(case.new)[:, None]
+    before = rng.random(case.cache.mass.shape, np.float32) * used[:, None, None]
+    case.cache.mass.set(before)
+    case.call(3 * HALVES, extra={"cache.mass_mode": mode})
+    got, last = case.cache.mass.get(), 2 if mode & SUM else 0
+    for s, (weights, _) in enumerate(case.weights()):
+        newest, slots = weights[:, :, -probes:], slice(weights.shape[-1])
+        rows = np.arange(case.new[s])[-probes:, None] + case.lengths[s]
+        seen = (np.arange(slots.stop) <= rows) & (np.arange(slots.stop) > rows - (window or np.inf))
+        expected = before[s].astype(np.float64)
+        if mode & SUM:
+            expected[0, :, slots] += newest.sum((1, 2))
+            expected[1, :, slots] += seen.sum(0)
+        if mode & LAST:
+            expected[last, :, slots] = newest.sum((1, 2))
+        np.testing.assert_allclose(got[s], expected, rtol=0, atol=1e-4)
 
 
 @pytest.mark.parametrize("types", ["f16", "int4"])

@@ -3,6 +3,7 @@ import numpy as np
 import pytest
 from cuda_device import needs_cuda
 
+from edgeattn.arguments import TYPES
 from edgeattn.backend_cuda import Step
 from edgeattn.kernels_cuda import add, fused_steps, gated_activation, matmul_nbits, rms_normalization, steps
 from edgeattn.verification.cases import quantised
@@ -22,7 +23,7 @@ def norm(x, weight, out, width, **more):
 def product(x, out, k, n, weights=(0, 0, 0), bits=4, bias=0, **more):
     names = dict(zip(("codes", "scales", "zero_points"), weights))
     return step("matmul_nbits", matmul_nbits, x=x, out=out, K=k, N=n, bits=bits, block_size=more.pop("block_size", 32), bias=bias,
-                workspace=0, **names | more)
+                workspace=0, **{"zero_points.type": TYPES["uint8"]} | names | more)
 
 
 def plus(x, y, out, width):
@@ -67,7 +68,8 @@ def test_what_stays_apart(why, steps):
 
 @needs_cuda
 @pytest.mark.parametrize("hidden, half, bits, zeros", [(2048, 8192, 4, False), (64, 48, 4, True), (4096, 528, 8, False), (32, 16, 8, True),
-                                                       (3584, 1040, 4, True), (1056, 8000, 4, False)])
+                                                       (3584, 1040, 4, True), (1056, 8000, 4, False), (1024, 528, 3, "half"),
+                                                       (512, 1040, 2, False)])
 @pytest.mark.parametrize("activation", [0, 1])
 def test_all_values_are_as_if_each_step_had_run(hidden, half, bits, zeros, activation):
     rng, arrays = np.random.default_rng(), steps.Arrays()
@@ -77,15 +79,18 @@ def test_all_values_are_as_if_each_step_had_run(hidden, half, bits, zeros, activ
     bias, state = rng.standard_normal(2 * half, np.float32), np.ones(1, np.int64)
     at = {name: arrays.address(a) for name, a in (held | {"x": x}).items()}
 
+    kind = {"zero_points.type": TYPES["float16" if zeros == "half" else "uint8"]}
+
     def weights(n, k):
         return [arrays.address(w) if w is not None else 0 for w in (*quantised(rng, n, k, bits, 32, zeros), None)[:3]]
     layer = [norm(at["x"], arrays.address(gains), at["normal"], hidden),
-             product(at["normal"], at["product"], hidden, hidden, weights(hidden, hidden), bits),
+             product(at["normal"], at["product"], hidden, hidden, weights(hidden, hidden), bits, **kind),
              plus(at["product"], at["x"], at["sum"], hidden),
              norm(at["sum"], arrays.address(gains) + 4 * hidden, at["normal_2"], hidden),
-             product(at["normal_2"], at["wide"], hidden, 2 * half, weights(2 * half, hidden), bits, arrays.address(bias)),
+             product(at["normal_2"], at["wide"], hidden, 2 * half, weights(2 * half, hidden), bits, arrays.address(bias), **kind),
              gate(at["wide"], at["gated"], 2 * half, activation),
-             product(at["gated"], at["down"], half, hidden, weights(hidden, half), bits), plus(at["sum"], at["down"], at["out"], hidden)]
+             product(at["gated"], at["down"], half, hidden, weights(hidden, half), bits, **kind),
+             plus(at["sum"], at["down"], at["out"], hidden)]
     for one in layer:
         one.arguments["state"] = arrays.address(state)
 

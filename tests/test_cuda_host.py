@@ -123,7 +123,7 @@ def test_tokens_chosen_in_place_are_those_chosen_here(load, options, nano_int4):
     assert texts[0] == texts[1] and len(texts[0]) == 12
 
 
-@pytest.mark.parametrize("eviction", ["auto", "l2_norm", "random", "streaming_llm"])
+@pytest.mark.parametrize("eviction", ["auto", "l2_norm", "random", "streaming_llm", "h2o", "tova", "spatten", "caote", "zip_saliency"])
 @pytest.mark.parametrize("cache", ["f16", "int4"])
 def test_a_full_cache_drops_the_cpu_s_tokens(load, cache, eviction):
     """A prompt of several times the budget, decoded tokens; going back over more than is there loses everything, as on the CPU."""
@@ -215,7 +215,7 @@ def test_launches_of_every_bucket(monkeypatch, nano_int4, cache, choosing, prefi
 # ---- what is refused -------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize("options, said", [
     (dict(storage="hadamard", k_type="int4", v_type="int4"), "--kv-storage hadamard"),
-    (dict(eviction="h2o", budget=1 << 24), "--kv-eviction h2o"), (dict(eviction="adore", budget=1 << 24), "--kv-eviction adore"),
+    (dict(eviction="adore", budget=1 << 24), "--kv-eviction adore"),
     (dict(heads="duo"), "--kv-heads duo"), (dict(k_type="int8", v_type="int8", progressive=0.5), "--kv-progressive")])
 def test_caches_that_only_the_cpu_keeps(options, said):
     why = cache_refusal(CacheOptions(**options))

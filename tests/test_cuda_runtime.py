@@ -194,7 +194,7 @@ def test_a_prompt_that_reads_a_part(nano_int4, text, cache, method, options):
     assert error < whole / 2 and abs(read[1] - read[0]) < 0.05 and read[1] < 0.9
 
 
-@pytest.mark.parametrize("eviction", ["key_diff", "l2_norm", "streaming_llm"])
+@pytest.mark.parametrize("eviction", ["key_diff", "l2_norm", "streaming_llm", "h2o", "snapkv", "caote"])
 @pytest.mark.parametrize("cache", ["f16", "int4"])
 def test_a_full_cache_drops_tokens(nano_int4, text, cache, eviction):
     """Of scores that nearly equal others go; sets are compared, and where tokens go by position alone logits too."""

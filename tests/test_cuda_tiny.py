@@ -55,6 +55,15 @@ def test_prompt_and_decode(folder, cache):
         assert error(a, b) < CLOSE[cache]
 
 
+@pytest.mark.parametrize("precision, group", [("int2", 64), ("int3", 32)])
+def test_weights_of_few_bits(folder, tmp_path, precision, group):
+    export(folder.parent / "checkpoint", tmp_path / "out", precision, group)
+    prompt, decoded = RNG.integers(3, 150, 70), RNG.integers(3, 150, 5)
+    (_, *expected), (_, *got) = (run(model, prompt, decoded) for model in both(tmp_path / "out", CacheOptions("f16", "f16")))
+    for a, b in zip(got, expected):
+        assert error(a, b) < CLOSE["f16"]
+
+
 @pytest.mark.parametrize("cache", ["f16", "int4"])
 def test_decode_that_selects(folder, cache):
     prompt, decoded = RNG.integers(3, 150, 300), RNG.integers(3, 150, 12)
@@ -80,13 +89,14 @@ def test_a_prompt_that_reads_a_part(folder, cache, method, options, correction):
     assert error(found[1], found[0]) < error(whole, found[0]) / 2 and abs(read[1] - read[0]) < 0.1 and read[1] < 0.95
 
 
-@pytest.mark.parametrize("eviction", ["key_diff", "l2_norm", "random", "streaming_llm"])
+@pytest.mark.parametrize("eviction", ["key_diff", "l2_norm", "random", "streaming_llm", "h2o", "snapkv", "caote", "zipvl"])
 @pytest.mark.parametrize("cache", ["f16", "int4"])
 def test_a_full_cache_drops_tokens(folder, cache, eviction):
-    """Of scores that nearly equal others go."""
+    """Of scores that nearly equal others go. zipvl: layers share by the attention that tokens receive."""
+    options = dict(eviction="l2_norm", layer_budget="zipvl") if eviction == "zipvl" else dict(eviction=eviction)
     budget = 420_000 if cache == "f16" else 300_000
     prompt, decoded, held, found = RNG.integers(3, 150, 400), RNG.integers(3, 150, 40), [], []
-    for model in both(folder, CacheOptions(cache, cache, budget=budget, eviction=eviction)):
+    for model in both(folder, CacheOptions(cache, cache, budget=budget, **options)):
         a, _, rows = run(model, prompt, decoded)
         assert a.counts.max() < 400
         held.append([set(a.positions[place][:a.counts[place]].tolist()) for place in np.ndindex(a.counts.shape)])

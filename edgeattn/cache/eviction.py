@@ -47,6 +47,7 @@ class Heads:
 
 def evict(cache, sequence) -> None:
     """Bring every head that exceeds its limit under it, by at least a page, so that the next time is a page of tokens away."""
+    sequence.fetch()
     if sequence.limits is not None and not sequence.limits.any():
         sequence.limits[:] = share_limits(cache, sequence)
     excess, carry, moves = np.maximum(0, sequence.counts - cache.limits(sequence)), {}, []

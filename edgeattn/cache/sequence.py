@@ -80,6 +80,12 @@ class Sequence:
         if self.mirror is not None:
             self.mirror.relisted(max(first, 0), self.tables.shape[-1] if last is None else last)
 
+    def fetch(self) -> None:
+        """Bring `mass` up to date where a device adds to it."""
+        if self.mirror is not None:
+            self.mirror.fetch()
+
     def copy(self) -> "Sequence":
+        self.fetch()
         numbers = {name: getattr(self, name) for name in ("length", "exact_from", "room", "shared", "answered")}
         return Sequence(**{name: array.copy() for name, array in self.arrays.items()}, **numbers)

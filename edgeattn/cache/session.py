@@ -65,6 +65,7 @@ def save(path, cache, sequence, token_ids: list[int], config: dict, meta: dict) 
         raise OSError(f"a session cannot hold what this cache keeps: {', '.join(sorted(sequence.arrays.keys() - HELD - REMADE))}")
     if len(token_ids) < sequence.length:
         raise ValueError(f"the sequence has {sequence.length} tokens, but only {len(token_ids)} token ids were given")
+    sequence.fetch()
     source = config.get("source", {})
     name = f"{source.get('name') or source.get('folder') or 'unknown'} {config.get('precision', '')}".strip()
     metadata = {"model": fingerprint(config), "model_name": name.encode("utf-8", "replace").decode(),
@@ -167,6 +168,7 @@ def _restore(file, cache, metadata, vocab_size):
         entries[kinds == i] = pool.allocate(rows[i]) * POOLS + i
     sequence.tables[_first(-(-counts // PAGE), max_pages)] = entries
     sequence.relisted()
+    sequence.moved()
     for name, (array, where, *_) in parts.items():
         array[where] = values[name]
     for name, number in numbers.items():

@@ -35,8 +35,8 @@ class Caote:
         return self._base.probes
 
     def scores(self, heads):
-        weights = distribution(self._base.scores(heads))
         values = heads.values()
+        weights = np.asarray(distribution(self._base.scores(heads)), like=values)  # the base may have read mass, which lies on the host
         out = values.mean(axis=1, keepdims=True) if self.fast else weights[:, None].astype(np.float32) @ values
         distance = np.linalg.norm(out - values, axis=2)
         rest = 1 - weights
