@@ -1,5 +1,7 @@
 """Few tokens times block-quantised weights: codes are unpacked in registers, so that memory is the limit.
 
+Up to FEW tokens share what is unpacked. More pass over a panel in groups of FEW, one after another: only the first reads it from memory.
+
 A thread walks its panels as `streams` parallel sequences, each prefetched: two reach more of the bandwidth than one.
 Outputs are the lanes, so nothing is summed across a vector.
 """
@@ -11,6 +13,7 @@ from edgeattn.kernels_cpu.simd import (MACHINE, broadcast_rows, byte_dots, f32, 
 from edgeattn.kernels_cpu.simd_bits import WORDS, quarter_dots, three_bit_dots, trit_dots, trit_totals
 
 FEW = 4       # tokens of the wider variant
+GROUPED = 16  # tokens up to which groups of them cost less than unpacking weights to memory (gemm_nbits) does
 AHEAD = 3072  # bytes prefetched ahead in each stream
 NO_ZEROS, ZERO_BYTES, ZERO_HALVES = range(3)  # which zero points weights have: none, uint8, float16
 SHAPES = {  # (lanes, streams) for 1 token and for FEW: what fits the registers
@@ -124,30 +127,33 @@ def _build_scales(lanes, streams, halves):
 def _build_outputs(rows, lanes, streams, bits, halves):
     F, I, load_scales = f32(lanes), i32(lanes), _build_scales(lanes, streams, halves)
     count, zero, dots = rows * streams, np.float32(1 << (bits - 1)), _build_dots(rows, lanes, streams, bits)
+    per_token = 20, 4 * WORDS  # of how much of K, how many bytes of activations
+    if bits != 1:
+        per_token = 1, 1
 
     @variant(rows, lanes, streams, bits, halves)
-    def outputs(weights, activations, size, blocks, zeros_are, panel, gap, part):
-        """`lanes` outputs, from `part` on, of `panel` (and of `panel + gap`): a tile of rows x streams."""
+    def outputs(weights, activations, size, blocks, zeros_are, panel, gap, part, group):
+        """`lanes` outputs, from `part` on, of `panel` (and of `panel + gap`), for a group of tokens: a tile of rows x streams."""
         codes, scales, zero_points = weights
         a, a_scales, starts, sums = activations
         total, block_bytes = zeros(F, count), size // 20 * 64 if bits == 1 else size * bits * 2
         for b in range(blocks):
-            block, apart = panel * blocks + b, gap * blocks
-            acc = broadcast_rows(I, rows, streams, starts, b * rows)
-            acc = dots(acc, codes, block * block_bytes + 4 * part, apart * block_bytes, a, b * size * rows, size)
+            block, apart, row = panel * blocks + b, gap * blocks, (group * blocks + b) * rows
+            acc = broadcast_rows(I, rows, streams, starts, row)
+            acc = dots(acc, codes, block * block_bytes + 4 * part, apart * block_bytes, a, row * (size // per_token[0] * per_token[1]), size)
             scale = load_scales(scales, block * 16 + part, apart * 16)
-            total = outer_fma(total, acc, scale, a_scales, b * rows)
+            total = outer_fma(total, acc, scale, a_scales, row)
             if zeros_are == ZERO_BYTES:
-                total = outer_add(total, zero_scales(scale, zero_points, block * 16 + part, apart * 16, zero), sums, b * rows)
+                total = outer_add(total, zero_scales(scale, zero_points, block * 16 + part, apart * 16, zero), sums, row)
             elif zeros_are == ZERO_HALVES:
                 column = half_zero_scales(scale, zero_points, 2 * (block * 16 + part), 2 * apart * 16, zero)
-                total = outer_add(total, column, sums, b * rows)
+                total = outer_add(total, column, sums, row)
         return total
     return outputs
 
 
 def build(rows, lanes, streams, bits, halves=True):
-    """gemv(weights, activations, bias, out, tile, sizes, flags) for up to `rows` tokens, whose activations lie in tiles of `rows`.
+    """gemv(weights, activations, bias, out, tile, sizes, flags) for tokens whose activations lie in tiles of `rows`.
 
     weights (codes, scales, which `halves` says are float16, zero points); activations (codes, scales, starts, sums); tile is scratch;
     sizes (block size, blocks, first panel, last panel + 1, tokens, N, elements from one row of out to the next); flags (which zero points,
@@ -165,13 +171,14 @@ def build(rows, lanes, streams, bits, halves=True):
             if i == pairs:  # an odd one at the end goes with itself
                 panel, gap = last - 1, 0
             for part in range(0, 16, lanes):
-                store_tile(tile, 0, lanes * streams, lanes, streams,
-                           outputs(weights, activations, size, blocks, zeros_are, panel, gap, part))
-                for r in range(tokens):
-                    for s in range(streams):
-                        column = (panel + s * gap) * 16 + part
-                        put(tile, (r * streams + s) * lanes, out, r * out_stride + column, n - column, bias,
-                            column if has_bias else -1)
+                for group in range((tokens + rows - 1) // rows):
+                    store_tile(tile, 0, lanes * streams, lanes, streams,
+                               outputs(weights, activations, size, blocks, zeros_are, panel, gap, part, group))
+                    for r in range(min(rows, tokens - group * rows)):
+                        for s in range(streams):
+                            column = (panel + s * gap) * 16 + part
+                            put(tile, (r * streams + s) * lanes, out, (group * rows + r) * out_stride + column, n - column, bias,
+                                column if has_bias else -1)
     return gemv
 
 
