@@ -1,7 +1,7 @@
 """Times matmul_nbits against the memory: python benchmarks/cpu_kernels.py [-t THREADS] [--repeats N]
 
-For one token the limit is reading the weights, so each line gives the share of a plain prefetched parallel read measured in
-the same rounds, turn by turn; for many tokens it gives GFLOP/s. Medians, best in brackets. Weights rotate through enough copies
+For few tokens the limit is reading the weights, so each line gives the share of a plain prefetched parallel read measured in
+the same rounds, turn by turn, beside GFLOP/s. Medians, best in brackets. Weights rotate through enough copies
 that no cache holds them.
 """
 import argparse
@@ -21,7 +21,8 @@ SHAPES = [  # tokens, N, K, bits, block size
     (1, 8192, 2048, 4, 32), (1, 2048, 8192, 4, 32), (1, 16384, 2048, 4, 32), (1, 3072, 2048, 4, 32), (1, 2048, 2048, 4, 32),
     (1, 128256, 2048, 8, 32), (1, 8192, 2048, 4, 64), (1, 8192, 2048, 4, 128), (4, 8192, 2048, 4, 32),
     (512, 8192, 2048, 4, 32), (512, 2048, 8192, 4, 32), (512, 16384, 2048, 4, 32), (512, 3072, 2048, 4, 32), (128, 8192, 2048, 4, 32),
-    (512, 8192, 2048, 4, 128), (512, 8192, 2048, 8, 32), (16, 8192, 2048, 4, 32), (6, 8192, 2048, 4, 32)]
+    (512, 8192, 2048, 4, 128), (512, 8192, 2048, 8, 32), *((tokens, 8192, 2048, 4, 32) for tokens in (2, 3, 5, 6, 7, 8, 12, 16, 17, 24))]
+FEW = 24  # tokens at most that weights are read for from memory, and lines give the share of its speed
 FOOTPRINT = 200 << 20  # bytes of weights to rotate through
 
 
@@ -60,7 +61,7 @@ def problem(tokens, n, k, bits, size):
     x[:] = rng.standard_normal(x.shape)
     nbytes = n * k * bits // 8 + n * k // size * 2
     calls = []
-    for _ in range(max(1, FOOTPRINT // nbytes) if tokens < 16 else 1):
+    for _ in range(max(1, FOOTPRINT // nbytes) if tokens <= FEW else 1):
         block = aligned(nbytes, np.uint8)
         block[:n * k * bits // 8] = rng.integers(0, 256, 4096, np.uint8).repeat(n * k * bits // 8 // 4096)
         codes, scales = block[:n * k * bits // 8].reshape(shape), block[n * k * bits // 8:].view(np.uint16).reshape(n // 16, -1, 16)
@@ -93,7 +94,7 @@ def measure(shape, repeats):
     median, best = (np.array([f(t) for t in times]) for f in (np.median, np.min))
     gbs, gflops = nbytes / 1e9, 2e-9 * tokens * n * k
     share = f"{gbs / median[0]:6.1f} ({gbs / best[0]:5.1f}) {gbs / median[1]:6.1f} ({gbs / best[1]:5.1f}) {median[1] / median[0]:6.2f}"
-    return f"{gflops / median[0]:8.0f} ({gflops / best[0]:4.0f}) " + (share if tokens < 16 else "")
+    return f"{gflops / median[0]:8.0f} ({gflops / best[0]:4.0f}) " + (share if tokens <= FEW else "")
 
 
 def main():

@@ -1,4 +1,4 @@
-"""Many tokens times block-quantised weights.
+"""Many tokens times block-quantised weights, and the choice between this and gemv_nbits.
 
 A task is a strip of one or two panels and a slice of K: it unpacks their codes to bytes that stay in the first-level cache,
 then sweeps every token over them in register tiles of ROWS tokens.
@@ -7,8 +7,8 @@ import numpy as np
 from numba import njit
 
 from edgeattn.kernels_cpu import LEVEL
-from edgeattn.kernels_cpu.gemv_nbits import AHEAD, NO_ZEROS, ZERO_BYTES
-from edgeattn.kernels_cpu.parallel import variant
+from edgeattn.kernels_cpu.gemv_nbits import AHEAD, FEW, GROUPED, NO_ZEROS, ZERO_BYTES
+from edgeattn.kernels_cpu.parallel import for_tasks, parallel, variant
 from edgeattn.kernels_cpu.simd import (MACHINE, codes8, f32, half_zero_scales, i32, load, load_half_tile, load_tile, prefetch, store, u8,
                                        zero_scales)
 from edgeattn.kernels_cpu.simd_bits import trit
@@ -25,6 +25,28 @@ LANES, COLUMNS = {"avx512": (16, 2), "avxvnni": (8, 1), "avx2": (8, 1), "neon": 
 STEPS = 2 if LEVEL == "i8mm" else 1  # of 4 K, that one dot product takes
 F, F16, I, U, U64 = f32(LANES), f32(16), i32(LANES), u8(4 * LANES * STEPS), u8(64)
 SPAN = LANES * COLUMNS
+SERIAL_INPUTS = 1 << 14  # activations that one thread rounds sooner than a parallel region starts
+
+
+@njit(nogil=True, error_model="numpy")
+def tile_rows(tokens):
+    """How many tokens' activations are interleaved."""
+    return 1 if tokens == 1 else FEW if tokens <= GROUPED else ROWS
+
+
+@njit(nogil=True, error_model="numpy")
+def multiply(workers, address, tokens, sizes, gemv_tasks):
+    """Run the workers (quantise, gemv, gemm) of a product on the row of arguments at `address`: sizes (K, units of K, units in a slice
+    of K, panels); gemv_tasks, how many."""
+    quantise, gemv, gemm = workers
+    k, units, depth, panels = sizes
+    groups = (tokens + tile_rows(tokens) - 1) // tile_rows(tokens)
+    for_tasks(quantise, address, tokens, depth, groups, tokens * k > SERIAL_INPUTS)
+    if tokens <= GROUPED:
+        for_tasks(gemv, address, tokens, gemv_tasks, gemv_tasks, True)
+        return
+    for first in range(0, units, depth):  # slices of K outermost: that of the activations stays in the second-level cache
+        parallel(gemm, address, tokens, first, (panels + COLUMNS - 1) // COLUMNS)
 
 
 @njit(nogil=True, error_model="numpy")

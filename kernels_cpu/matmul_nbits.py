@@ -2,10 +2,10 @@
 import numpy as np
 from numba import carray, cfunc, float32, int8, int32, njit, uint8, uint16
 
-from edgeattn.kernels_cpu.gemm_nbits import COLUMNS, ROWS, SLICE, STEPS, gemm_strip
-from edgeattn.kernels_cpu.gemv_nbits import (FEW, NO_ZEROS, ZERO_BYTES, ZERO_HALVES, gemv_1_2, gemv_1_3, gemv_1_4, gemv_1_8, gemv_few_2,
-                                             gemv_few_3, gemv_few_4, gemv_few_8)
-from edgeattn.kernels_cpu.parallel import call_worker, parallel, worker
+from edgeattn.kernels_cpu.gemm_nbits import COLUMNS, ROWS, SLICE, STEPS, gemm_strip, multiply, tile_rows
+from edgeattn.kernels_cpu.gemv_nbits import (FEW, GROUPED, NO_ZEROS, ZERO_BYTES, ZERO_HALVES, gemv_1_2, gemv_1_3, gemv_1_4, gemv_1_8,
+                                             gemv_few_2, gemv_few_3, gemv_few_4, gemv_few_8)
+from edgeattn.kernels_cpu.parallel import worker
 from edgeattn.kernels_cpu.quantise import MAX_BLOCK, clear_row, quantise_row
 from edgeattn.kernels_cpu.simd import at
 from edgeattn.kernels_cpu.steps import STEP, TYPES, aligned, call, thread_count
@@ -39,9 +39,11 @@ STRIP_BYTES = W_BYTES + 2 * WS_BYTES + TILE_FLOATS * 4 + MAX_BLOCK * 4 + MAX_BLO
 
 
 @njit(nogil=True, error_model="numpy")
-def _depth(size, k, n):
-    """Blocks in a slice of K. Every slice but the first reads out again and writes it: where out is wide, twice the slice, whose
-    codes then come from the second-level cache, costs less."""
+def _depth(size, k, n, tokens):
+    """Blocks in a slice of K: all for few tokens. Every slice but the first reads out again and writes it: where out is wide, twice the
+    slice, whose codes then come from the second-level cache, costs less."""
+    if tokens <= GROUPED:
+        return (k + size - 1) // size
     whole = k <= 2 * SLICE and n >= WIDE
     return max(1, (2 * SLICE if whole else SLICE) // size)
 
@@ -49,7 +51,8 @@ def _depth(size, k, n):
 @njit(nogil=True, error_model="numpy")
 def _activation_bytes(tokens, k, size):
     """Where in the workspace the scales, starts and sums of quantised activations begin (their codes do at 0), and the end."""
-    units = (tokens + ROWS - 1) // ROWS * ROWS * ((k + size - 1) // size)  # blocks, the tokens padded to whole tiles
+    tile = tile_rows(tokens)
+    units = (tokens + tile - 1) // tile * tile * ((k + size - 1) // size)  # blocks, the tokens padded to whole tiles
     codes, floats = (units * size + 63) // 64 * 64, (units * 4 + 63) // 64 * 64
     return codes, codes + floats, codes + 2 * floats, codes + 3 * floats
 
@@ -83,7 +86,7 @@ def _zeros_are(a):
 @worker
 def quantise(a, tokens, depth, group, thread):
     """Tile `group` of activations; `depth` blocks to a slice of K."""
-    k, size, tile = a[K], a[BLOCK_SIZE], 1 if tokens == 1 else FEW if tokens <= FEW else ROWS
+    k, size, tile = a[K], a[BLOCK_SIZE], tile_rows(tokens)
     _, scales, starts, sums = _activations(a, tokens)
     _, _, _, _, floats, bytes_ = _scratch(a, tokens, thread)
     groups, together = (tokens + tile - 1) // tile, STEPS if tile == ROWS else 1
@@ -99,7 +102,7 @@ def quantise(a, tokens, depth, group, thread):
 
 @worker
 def gemv(a, tokens, parts, part, thread):
-    """One of `parts` shares of the panels, for up to FEW tokens."""
+    """One of `parts` shares of the panels, for up to GROUPED tokens."""
     weights, activations = _weights(a), _activations(a, tokens)
     out, bias, tile = at(float32, a[OUT]), at(float32, a[BIAS]), at(float32, _scratch(a, tokens, thread)[3])
     panels, blocks = (a[N] + 15) // 16, (a[K] + a[BLOCK_SIZE] - 1) // a[BLOCK_SIZE]
@@ -130,25 +133,17 @@ def gemm(a, tokens, first, strip, thread):
     blocks = (a[K] + a[BLOCK_SIZE] - 1) // a[BLOCK_SIZE]
     w, ws, wz, tile, floats, _ = _scratch(a, tokens, thread)
     scratch = at(uint8, w), at(float32, ws), at(float32, wz), at(float32, tile), at(float32, floats)
-    sizes = (a[BLOCK_SIZE], blocks, first, min(_depth(a[BLOCK_SIZE], a[K], a[N]), blocks - first), tokens, a[N], a[OUT_STRIDE])
+    sizes = (a[BLOCK_SIZE], blocks, first, min(_depth(a[BLOCK_SIZE], a[K], a[N], tokens), blocks - first), tokens, a[N], a[OUT_STRIDE])
     gemm_strip(_weights(a), _activations(a, tokens), at(float32, a[BIAS]), at(float32, a[OUT]), scratch, strip, a[BITS], sizes,
                (_zeros_are(a), a[BIAS] != 0))
 
 
 @njit(nogil=True, error_model="numpy")
 def _run(a, address, tokens):
-    size, panels, threads = a[BLOCK_SIZE], (a[N] + 15) // 16, thread_count()
-    blocks, depth = (a[K] + size - 1) // size, _depth(size, a[K], a[N])
-    if tokens <= FEW:
-        call_worker(quantise(), address, tokens, blocks, 0, 0)
-        if blocks * size * a[N] * a[BITS] // 8 > SERIAL_BYTES:
-            parallel(gemv(), address, tokens, threads, threads)
-        else:
-            call_worker(gemv(), address, tokens, 1, 0, 0)
-        return
-    parallel(quantise(), address, tokens, depth, (tokens + ROWS - 1) // ROWS)
-    for first in range(0, blocks, depth):  # slices of K outermost: that of the activations stays in the second-level cache
-        parallel(gemm(), address, tokens, first, (panels + COLUMNS - 1) // COLUMNS)
+    size = a[BLOCK_SIZE]
+    blocks = (a[K] + size - 1) // size
+    shares = thread_count() if blocks * size * a[N] * a[BITS] // 8 * (tokens + FEW - 1) // FEW > SERIAL_BYTES else 1
+    multiply((quantise(), gemv(), gemm()), address, tokens, (a[K], blocks, _depth(size, a[K], a[N], tokens), (a[N] + 15) // 16), shares)
 
 
 @cfunc(STEP, cache=True)

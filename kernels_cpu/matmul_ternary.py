@@ -1,15 +1,15 @@
 """x, rounded to integers per token, times ternary weights: see the reference for layouts.
 
 As one scale holds for all of a token, and one for all of an output, sums of integers run over all of K: what matmul_nbits does
-for a block is done here for a whole row of up to FEW tokens, and for a slice of K when there are more.
+for a block is done here for a whole row of up to GROUPED tokens, and for a slice of K when there are more.
 """
 import numpy as np
 from numba import carray, cfunc, float32, int8, int32, njit, uint8
 
 from edgeattn.kernels_cpu import simd
-from edgeattn.kernels_cpu.gemm_nbits import COLUMNS, ROWS, STEPS, sweep_tokens, unpack_codes, unpack_trits
-from edgeattn.kernels_cpu.gemv_nbits import FEW, NO_ZEROS, SHAPES, build
-from edgeattn.kernels_cpu.parallel import call_worker, parallel, worker
+from edgeattn.kernels_cpu.gemm_nbits import COLUMNS, ROWS, STEPS, multiply, sweep_tokens, tile_rows, unpack_codes, unpack_trits
+from edgeattn.kernels_cpu.gemv_nbits import FEW, GROUPED, NO_ZEROS, SHAPES, build
+from edgeattn.kernels_cpu.parallel import worker
 from edgeattn.kernels_cpu.quantise_tokens import clear_token, quantise_token
 from edgeattn.kernels_cpu.simd import at
 from edgeattn.kernels_cpu.simd_bits import WORDS
@@ -42,8 +42,8 @@ def matmul_ternary(x, codes, scales, bias=None, *, bits, activation_bits, K, N, 
 def workspace_bytes(tensors, attributes, rows, threads) -> int:
     """Scales of whole panels, integers of the tokens, then scratch of the threads."""
     form = INPUTS if attributes.get("input_major") else attributes["bits"]
-    padded, rows = _padded.py_func(tensors["codes"].shape[1], form), max(rows, FEW + 1)
-    ends = [_places.py_func(tokens, padded, attributes["N"], form)[-1] for tokens in (FEW, rows)]
+    padded, rows = _padded.py_func(tensors["codes"].shape[1], form), max(rows, GROUPED + 1)
+    ends = [_places.py_func(tokens, padded, attributes["N"], form)[-1] for tokens in (GROUPED, rows)]
     return max(ends) + (STRIP_BYTES + _token_bytes.py_func(padded)) * threads
 
 
@@ -73,8 +73,9 @@ def _token_bytes(padded):
 @njit(nogil=True, error_model="numpy")
 def _places(tokens, padded, n, form):
     """Where in the workspace the tokens' codes (or lists), their scales and starts begin (the weights' scales do at 0), and the end."""
-    rows, per_token = (tokens + ROWS - 1) // ROWS * ROWS, padded
-    if tokens <= FEW and form != 2:
+    tile, per_token = tile_rows(tokens), padded
+    rows = (tokens + tile - 1) // tile * tile
+    if tokens <= GROUPED and form != 2:
         per_token = list_bytes_of(padded) if form == INPUTS else padded // 20 * 4 * WORDS
     codes = (n + 15) // 16 * 64
     scales = codes + (rows * per_token + 63) // 64 * 64
@@ -85,7 +86,7 @@ def _places(tokens, padded, n, form):
 @njit(nogil=True, error_model="numpy")
 def _depth(padded, form, tokens):
     """K of a slice: all of it for few tokens, else equal parts of at most SLICE."""
-    if tokens <= FEW:
+    if tokens <= GROUPED:
         return padded
     unit = _unit(form)
     slices = (padded + SLICE // unit * unit - 1) // (SLICE // unit * unit)
@@ -99,7 +100,7 @@ def _activations(a, tokens, first):
     form = _form(a)
     padded = _padded(a[K_STEPS], form)
     codes, scales, starts, _ = _places(tokens, padded, a[N], form)
-    base, rows = a[WORKSPACE], (tokens + ROWS - 1) // ROWS * ROWS
+    base, rows = a[WORKSPACE], (tokens + ROWS - 1) // ROWS * ROWS  # `first` is 0 where tiles are smaller
     later = first // _depth(padded, form, tokens) * rows * 4
     return (at(int8, base + codes + first * rows), at(float32, base + scales + later), at(int32, base + starts + later),
             at(float32, base + scales))
@@ -122,7 +123,7 @@ def _scratch(a, tokens, thread):
 @worker
 def quantise(a, tokens, depth, group, thread):
     """Tile `group` of tokens."""
-    form, tile = _form(a), 1 if tokens == 1 else FEW if tokens <= FEW else ROWS
+    form, tile = _form(a), tile_rows(tokens)
     padded = _padded(a[K_STEPS], form)
     _, scales, starts, _ = _activations(a, tokens, 0)
     place, scratch = a[WORKSPACE] + _places(tokens, padded, a[N], form)[0], _scratch(a, tokens, thread) + STRIP_BYTES
@@ -131,17 +132,17 @@ def quantise(a, tokens, depth, group, thread):
         token = group * tile + row
         if token >= tokens:
             clear_token(padded, depth, scales, tile, group, groups, row)
-        elif form == INPUTS and tokens <= FEW:
+        elif form == INPUTS and tokens <= GROUPED:
             list_inputs(at(float32, a[X]), token * a[X_STRIDE], a[K], padded, a[ACTIVATION_BITS], scales, starts, token,
                         place + token * list_bytes_of(padded), scratch)
         else:
             quantise_token(at(float32, a[X]), token * a[X_STRIDE], a[K], padded, depth, form, a[ACTIVATION_BITS], at(int32, place), scales,
-                           starts, tile, together, group, groups, row, scratch, form == 1 and tokens <= FEW)
+                           starts, tile, together, group, groups, row, scratch, form == 1 and tokens <= GROUPED)
 
 
 @worker
 def gemv(a, tokens, parts, part, thread):
-    """One of `parts` shares of the panels, for up to FEW tokens."""
+    """One of `parts` shares of the panels, for up to GROUPED tokens."""
     panels, scales = (a[N] + 15) // 16, _scales(a)
     weights, activations = (at(uint8, a[CODES]), scales, at(uint8, a[CODES])), _activations(a, tokens, 0)
     sizes = (_padded(a[K_STEPS], a[BITS]), 1, panels * part // parts, panels * (part + 1) // parts, tokens, a[N], a[OUT_STRIDE])
@@ -159,7 +160,7 @@ def gemv(a, tokens, parts, part, thread):
 
 @worker
 def gemv_inputs(a, tokens, _, tile, thread):
-    """A tile of outputs of up to FEW tokens, by the inputs that are not zero."""
+    """A tile of outputs of up to GROUPED tokens, by the inputs that are not zero."""
     padded, first, bias, out, weight_scales = a[K_STEPS], tile * TILE, at(float32, a[BIAS]), at(float32, a[OUT]), at(float32, a[SCALES])
     _, scales, starts, _ = _activations(a, tokens, 0)
     place, sums = a[WORKSPACE] + _places(tokens, padded, a[N], INPUTS)[0], at(int32, _scratch(a, tokens, thread))
@@ -194,25 +195,16 @@ def gemm(a, tokens, first, strip, thread):
 
 @njit(nogil=True, error_model="numpy")
 def _run(a, address, tokens):
-    form, panels, threads = _form(a), (a[N] + 15) // 16, thread_count()
+    form, panels = _form(a), (a[N] + 15) // 16
     padded = _padded(a[K_STEPS], form)
-    depth = _depth(padded, form, tokens)
     if a[N] % 16:
         given, whole = at(float32, a[SCALES]), at(float32, a[WORKSPACE])
         for i in range(panels * 16):
             whole[i] = given[i] if i < a[N] else np.float32(0)
-    if tokens <= FEW:
-        call_worker(quantise(), address, tokens, depth, 0, 0)
-        if form == INPUTS:
-            parallel(gemv_inputs(), address, tokens, 0, (a[N] + TILE - 1) // TILE)
-        elif padded * a[N] // 4 > SERIAL_BYTES:
-            parallel(gemv(), address, tokens, threads, threads)
-        else:
-            call_worker(gemv(), address, tokens, 1, 0, 0)
-        return
-    parallel(quantise(), address, tokens, depth, (tokens + ROWS - 1) // ROWS)
-    for first in range(0, padded, depth):  # slices of K outermost: that of the activations stays in the second-level cache
-        parallel(gemm(), address, tokens, first, (panels + COLUMNS - 1) // COLUMNS)
+    few, shares = gemv(), thread_count() if padded * a[N] // 4 * (tokens + FEW - 1) // FEW > SERIAL_BYTES else 1
+    if form == INPUTS:
+        few, shares = gemv_inputs(), (a[N] + TILE - 1) // TILE
+    multiply((quantise(), few, gemm()), address, tokens, (padded, padded, _depth(padded, form, tokens), panels), shares)
 
 
 @cfunc(STEP, cache=True)

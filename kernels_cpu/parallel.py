@@ -64,11 +64,16 @@ def parallel(address, args, rows, first, tasks):
 
 
 @njit(nogil=True, error_model="numpy")
-def for_rows(address, a, rows, many):
-    """Run a worker for each row; on all threads only when there is `many` work, as a parallel region costs 2 us and more."""
-    args = carray(a, 1).ctypes.data
-    if many and rows > 1:
-        parallel(address, args, rows, 0, rows)
+def for_tasks(address, args, rows, first, tasks, many):
+    """Run a worker for each task; on all threads only when there is `many` work, as a parallel region costs 2 us and more."""
+    if many and tasks > 1:
+        parallel(address, args, rows, first, tasks)
     else:
-        for row in range(rows):
-            call_worker(address, args, rows, 0, row, 0)
+        for task in range(tasks):
+            call_worker(address, args, rows, first, task, 0)
+
+
+@njit(nogil=True, error_model="numpy")
+def for_rows(address, a, rows, many):
+    """for_tasks with a task for each row."""
+    for_tasks(address, carray(a, 1).ctypes.data, rows, 0, rows, many)

@@ -3,14 +3,15 @@ import numpy as np
 import pytest
 from numba import config, get_num_threads, set_num_threads
 
+from edgeattn.kernels_cpu.gemv_nbits import GROUPED
 from edgeattn.kernels_cpu.matmul_nbits import ARGS, matmul_nbits, step, workspace_bytes
 from edgeattn.kernels_cpu.simd import BIAS, SIGNED_BYTES
 from edgeattn.kernels_cpu.steps import call
 from edgeattn.reference.matmul_nbits import matmul_nbits as reference
 from edgeattn.reference.matmul_nbits import pack_panels, quantise_activations, unpack_panels
 
-SHAPES = [  # tokens, N, K, bits, block size: each of the paths for 1, up to 4, and more tokens; large enough for several threads
-    (1, 1030, 544, 4, 32), (3, 1000, 544, 8, 32), (4, 520, 1100, 4, 64), (20, 300, 1100, 4, 32), (65, 77, 300, 8, 128),
+SHAPES = [  # tokens, N, K, bits, block size: each of the paths for 1, up to 4, up to 16 and more tokens; large enough for several threads
+    (1, 1030, 544, 4, 32), (3, 1000, 544, 8, 32), (4, 520, 1100, 4, 64), (7, 1000, 544, 4, 32), (20, 300, 1100, 4, 32), (65, 77, 300, 8, 128),
     (1, 2050, 544, 2, 32), (30, 300, 1100, 2, 16), (3, 1000, 544, 3, 32), (20, 300, 1100, 3, 64)]
 
 
@@ -46,6 +47,20 @@ def test_threads_and_strides(shape, count, threads):
     np.testing.assert_allclose(out[1:-1, 5:n + 5], expected, rtol=0, atol=2e-6 * k ** 0.5)
     out[1:-1, 5:n + 5] = np.nan
     assert np.isnan(out).all()
+
+
+@pytest.mark.parametrize("bits, size", [(2, 16), (3, 32), (4, 32), (8, 64)])
+def test_a_row_is_the_same_however_many_go_along(bits, size):
+    """Bit for bit as alone up to GROUPED rows, in groups whole or not; from then on to rounding."""
+    rng = np.random.default_rng()
+    n, k = int(rng.integers(1, 400)), int(rng.integers(1, 700))
+    weights, bias, attributes = problem(rng, n, k, bits, size)
+    x = quantise_activations(rng.standard_normal((GROUPED + 1, k), np.float32), size)
+    alone = np.concatenate([matmul_nbits(row[None], *weights, bias, **attributes) for row in x])
+    np.testing.assert_allclose(alone, reference(x, *weights, bias, **attributes), rtol=0, atol=2e-6 * k ** 0.5)
+    for rows in range(1, GROUPED + 1):
+        np.testing.assert_array_equal(matmul_nbits(x[:rows], *weights, bias, **attributes), alone[:rows])
+    np.testing.assert_allclose(matmul_nbits(x, *weights, bias, **attributes), alone, rtol=0, atol=2e-6 * k ** 0.5)
 
 
 def test_rounds_activations_like_the_reference():

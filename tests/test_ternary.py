@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 from numba import config, get_num_threads, set_num_threads
 
+from edgeattn.kernels_cpu.gemv_nbits import GROUPED
 from edgeattn.kernels_cpu.matmul_ternary import ARGS, matmul_ternary, step, workspace_bytes
 from edgeattn.kernels_cpu.steps import call
 from edgeattn.reference.matmul_ternary import matmul_ternary as reference
@@ -32,7 +33,7 @@ def test_packed_forms_hold_the_weights(form, n, k):
 
 @pytest.mark.parametrize("form", FORMS, ids=str)
 @pytest.mark.parametrize("count", [1, 2, 3])
-@pytest.mark.parametrize("tokens, n, k", [(1, 2050, 1030), (3, 1000, 1100), (4, 300, 2000), (20, 300, 1100), (65, 77, 300)])
+@pytest.mark.parametrize("tokens, n, k", [(1, 2050, 1030), (3, 1000, 1100), (4, 300, 2000), (7, 1000, 1100), (20, 300, 1100), (65, 77, 300)])
 def test_threads_and_strides(form, count, tokens, n, k, threads):
     if count > config.NUMBA_NUM_THREADS:
         pytest.skip(f"needs {count} threads, this process has {config.NUMBA_NUM_THREADS}")
@@ -64,8 +65,11 @@ def test_a_token_alone_and_among_others_gives_the_same(form):
     rng, n, k = np.random.default_rng(), 100, 700
     weights = pack_ternary(rng.integers(-1, 2, (n, k), np.int8), **form), (rng.random(n) + 0.5).astype(np.float32)
     x, about = rng.standard_normal((30, k), np.float32), dict(activation_bits=8, K=k, N=n, **form)
-    together = matmul_ternary(x, *weights, **about)
-    np.testing.assert_allclose(np.concatenate([matmul_ternary(row[None], *weights, **about) for row in x]), together, rtol=0, atol=2e-5)
+    alone = np.concatenate([matmul_ternary(row[None], *weights, **about) for row in x])
+    for rows in range(2, GROUPED + 1):
+        np.testing.assert_array_equal(matmul_ternary(x[:rows], *weights, **about), alone[:rows])
+    for rows in (GROUPED + 1, len(x)):
+        np.testing.assert_allclose(matmul_ternary(x[:rows], *weights, **about), alone[:rows], rtol=0, atol=2e-5)
 
 
 @pytest.mark.parametrize("activation_bits", [4, 8])
