@@ -3,7 +3,7 @@
 head_dim is at most 256: sums of as many products of bytes are exact floats (simd.outer_fma).
 """
 import numpy as np
-from numba import float32, int8, int32, njit
+from numba import int8, int32, njit
 
 from edgeattn.kernels_cpu.float_tiles import COLUMNS
 from edgeattn.kernels_cpu.floats import F, I, divide

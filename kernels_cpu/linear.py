@@ -77,7 +77,7 @@ def _places(a, tokens):
 @worker
 def dot_rows(a, tokens, apart, i, thread):
     """Outputs i, i + apart ... of up to FEW tokens. More than one token: their copy in the workspace, as FEW rows are read."""
-    n, depth, stride = a[N], a[DEPTH], a[W_STRIDE]
+    depth, stride = a[DEPTH], a[W_STRIDE]
     bias, packed, _ = _places(a, tokens)
     x, x_stride, out = at(float32, a[X]), a[X_STRIDE], at(float32, a[OUT])
     if tokens > 1:

@@ -1,6 +1,6 @@
 """The mean key and the mean value of whole pages: what attention takes for those it does not read (edgeattn/prefill_corrections.py)."""
 import numpy as np
-from numba import carray, cfunc, float32, int32, int64, njit
+from numba import carray, cfunc, float32, int32, njit
 
 from edgeattn.kernels_cpu.floats import F
 from edgeattn.kernels_cpu.page_expand import expand_keys, expand_values

@@ -1,6 +1,6 @@
 """The keys and values of whole pages of any format as floats: for policies that look at keys, for tests and inspection."""
 import numpy as np
-from numba import carray, cfunc, float32, int32, int64, njit
+from numba import carray, cfunc, float32, int32, njit
 
 from edgeattn.kernels_cpu.floats import F
 from edgeattn.kernels_cpu.page_expand import expand_keys, expand_values

@@ -3,7 +3,6 @@
 Codes of 4 and of 8 bits are bytes here, so that both take the same time: 4 bits are for what a method says, not for speed.
 """
 import numpy as np
-from llvmlite import ir
 from numba import carray, cfunc, float32, get_num_threads, int8, int32, njit, uint8
 from numba.extending import intrinsic
 
@@ -37,7 +36,7 @@ def score_excess(q, k, q_mean, k_mean, limits, *, scale, bits):
 def run(q: np.ndarray, keys: StoredKeys, q_mean: np.ndarray, k_mean: np.ndarray, limits: np.ndarray, scale: float,
         bits: int) -> np.ndarray:
     """-> [heads, query blocks, pages]"""
-    (heads, n, depth), pages, blocks = q.shape, -(-len(keys) // PAGE), -(-q.shape[1] // QUERIES)
+    (heads, _, depth), pages, blocks = q.shape, -(-len(keys) // PAGE), -(-q.shape[1] // QUERIES)
     given = {"q": q, "q_mean": q_mean, "k_mean": k_mean, "limits": limits}
     arrays = {name: np.ascontiguousarray(x, np.float32) for name, x in given.items()}
     arrays |= {"out": np.empty((heads, blocks, pages), np.float32), "codes": aligned((heads, blocks, QUERIES * depth), np.int8)}

@@ -1,5 +1,4 @@
 """The commands as a user meets them: mistakes in one line, piped chat, formats of the benchmark, what inspect and doctor tell."""
-import io
 import json
 import os
 import re

@@ -1,12 +1,11 @@
 """The float vector helpers: halves, exponentials, ragged ends, against NumPy."""
 import numpy as np
 import pytest
-from llvmlite import ir
 from numba import njit
 from numba.extending import intrinsic
 
 from edgeattn.kernels_cpu import floats
-from edgeattn.kernels_cpu.floats import F, H, exp, exp_low, load_end, load_float, store_float, store_some
+from edgeattn.kernels_cpu.floats import H, exp, exp_low, load_end, load_float, store_float, store_some
 from edgeattn.kernels_cpu.simd import store
 from edgeattn.kernels_cpu.steps import aligned
 

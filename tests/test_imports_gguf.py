@@ -1,7 +1,6 @@
 """GGUF files: blocks against the gguf package, exports against transformers with the same weights, the tokenizer, the command."""
 import json
 
-import gguf
 import gguf_files
 import numpy as np
 import pytest

@@ -7,7 +7,6 @@ from edgeattn.cache.kv_cache import KVCache
 from edgeattn.cache.options import CacheOptions
 from edgeattn.kernels_cpu.cached_attention import PagedCache, attend
 from edgeattn.kernels_cpu.page_pool import POOLS, RELEASED
-from edgeattn.page_formats import PAGE
 from edgeattn.policies import load_policy, policy_names
 from kv_driver import ROUNDED, Driver, dequantise, hadamard
 

@@ -16,7 +16,6 @@ from edgeattn.cache.options import CacheOptions
 from edgeattn.cache.pages import CacheFull
 from edgeattn.cache.session_file import NO_SUM, SessionError, check, read_metadata, write
 from edgeattn.kernels_cpu.page_pool import RELEASED
-from edgeattn.page_formats import PAGE
 from edgeattn.runtime import Model
 
 BUDGET = 1200 << 10

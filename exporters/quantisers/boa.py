@@ -35,7 +35,7 @@ def _heads(rest, bits, block_size, hessian, metrics):
 
 
 def _factors(metrics):
-    damped, (heads, rows, _) = metrics.copy(), metrics.shape
+    damped, rows = metrics.copy(), metrics.shape[1]
     mean = np.trace(metrics, axis1=1, axis2=2) / rows
     damped[:, np.arange(rows), np.arange(rows)] += np.where(mean > 0, gptq.DAMPING * mean, 1)[:, None]
     return gptq.inverse_factor(damped).astype(np.float32)
