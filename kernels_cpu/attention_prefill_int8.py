@@ -146,6 +146,6 @@ def attend_block_int8(call, sequence, head, block, thread):
         token = row + begin + i // group
         to = token * call[OUT_STRIDE] + (head * group + i % group) * call[HEAD_DIM]
         _finish(call, place, sequence, head, token, i, at(float32, call[OUT]), to)
-    if correction == DELTA and tokens > 1:
+    if correction == DELTA:
         _attend_all(call, task, place, sequence, head, slot, high)
         _shift(call, place, sequence, head, row + begin, tokens)

@@ -61,7 +61,7 @@ class Sale(PrefillPolicy):
 
     def load(self, folder, config):
         found = None if self.threshold != Sale.threshold else load_heads(folder, config, NAME)
-        return None if found is None else {NAME: found}
+        return None if found is None else {NAME: np.ascontiguousarray(found, np.float32)}
 
     @classmethod
     def calibrate(cls, q: list, k: list, v: list, scale: float, start: float = 0.008, error: float = 0.4,
