@@ -1,6 +1,7 @@
 """Few tokens times block-quantised weights: codes are unpacked in registers, so that memory is the limit.
 
-Up to FEW tokens share what is unpacked. More pass over a panel in groups of FEW, one after another: only the first reads it from memory.
+Up to FEW tokens share what is unpacked. More pass over a panel in groups of FEW, one after another, while it is in the cache; each group
+fetches a share of the next panel.
 
 A thread walks its panels as `streams` parallel sequences, each prefetched: two reach more of the bandwidth than one.
 Outputs are the lanes, so nothing is summed across a vector.
@@ -146,8 +147,8 @@ def _build_outputs(rows, lanes, streams, bits, halves):
             ahead = far if turn == 0 else 0
             turn = turns - 1 if turn == 0 else turn - 1
             acc = broadcast_rows(I, rows, streams, starts, row)
-            acc = dots(acc, codes, block * block_bytes + 4 * part, apart * block_bytes, a, row * (size // per_token[0] * per_token[1]), size,
-                       ahead)
+            acc = dots(acc, codes, block * block_bytes + 4 * part, apart * block_bytes, a,
+                       row * (size // per_token[0] * per_token[1]), size, ahead)
             scale = load_scales(scales, block * 16 + part, apart * 16)
             total = outer_fma(total, acc, scale, a_scales, row)
             if zeros_are == ZERO_BYTES:

@@ -11,8 +11,8 @@ from edgeattn.reference.matmul_nbits import matmul_nbits as reference
 from edgeattn.reference.matmul_nbits import pack_panels, quantise_activations, unpack_panels
 
 SHAPES = [  # tokens, N, K, bits, block size: each of the paths for 1, up to 4, up to 16 and more tokens; large enough for several threads
-    (1, 1030, 544, 4, 32), (3, 1000, 544, 8, 32), (4, 520, 1100, 4, 64), (7, 1000, 544, 4, 32), (20, 300, 1100, 4, 32), (65, 77, 300, 8, 128),
-    (1, 2050, 544, 2, 32), (30, 300, 1100, 2, 16), (3, 1000, 544, 3, 32), (20, 300, 1100, 3, 64)]
+    (1, 1030, 544, 4, 32), (3, 1000, 544, 8, 32), (4, 520, 1100, 4, 64), (7, 1000, 544, 4, 32), (20, 300, 1100, 4, 32),
+    (65, 77, 300, 8, 128), (1, 2050, 544, 2, 32), (30, 300, 1100, 2, 16), (3, 1000, 544, 3, 32), (20, 300, 1100, 3, 64)]
 
 
 @pytest.fixture

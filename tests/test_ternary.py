@@ -33,7 +33,8 @@ def test_packed_forms_hold_the_weights(form, n, k):
 
 @pytest.mark.parametrize("form", FORMS, ids=str)
 @pytest.mark.parametrize("count", [1, 2, 3])
-@pytest.mark.parametrize("tokens, n, k", [(1, 2050, 1030), (3, 1000, 1100), (4, 300, 2000), (7, 1000, 1100), (20, 300, 1100), (65, 77, 300)])
+@pytest.mark.parametrize("tokens, n, k", [(1, 2050, 1030), (3, 1000, 1100), (4, 300, 2000), (7, 1000, 1100), (20, 300, 1100),
+                                          (65, 77, 300)])
 def test_threads_and_strides(form, count, tokens, n, k, threads):
     if count > config.NUMBA_NUM_THREADS:
         pytest.skip(f"needs {count} threads, this process has {config.NUMBA_NUM_THREADS}")
