@@ -1,4 +1,5 @@
 """What requests and connections may take before anything is computed for them."""
+import asyncio
 import json
 import select
 import socket
@@ -10,6 +11,7 @@ from contextlib import ExitStack
 import httpx
 import pytest
 from server_model import TOKENIZER, FakeModel, serving
+from uvicorn.server import ServerState
 
 from edgeattn.apps.server import admission, answers, connection
 from edgeattn.apps.server.app import make_app
@@ -172,8 +174,8 @@ def test_a_head_that_does_not_come_is_not_waited_for(served, monkeypatch, begun)
     with dial(client, begun) as first, dial(client, b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n") as second:
         status, content = heard(first)
         assert status == 408 and "in time" in content["error"]["message"]
-        while b"ok" not in second.recv(65536):
-            pass
+        while b"ok" not in (piece := second.recv(65536)):
+            assert piece  # it has not hung up
         second.sendall(b"GET /hea")  # the head of a second request is not waited for either
         assert heard(second)[0] == 408
 
@@ -223,6 +225,21 @@ def test_a_body_that_breaks_off_into_nonsense_is_told_so(served, caplog):
     assert client.get("/health").status_code == 200 and not caplog.records and not engine.status()["requests"]
 
 
+def test_a_server_ends_while_it_hangs_up_on_who_asked_nothing():
+    async def end():
+        ours, theirs = socket.socketpair()
+        with theirs:
+            settings = connection.config(lambda scope: None, 8)
+            settings.load()
+            transport, protocol = await asyncio.get_running_loop().create_connection(
+                lambda: connection.Connection(settings, ServerState(), {}), sock=ours)
+            transport.close()
+            protocol.shutdown()
+            await asyncio.sleep(0)
+            assert not protocol.connections
+    asyncio.run(end())
+
+
 # ---- after it ------------------------------------------------------------------------------------------------------
 def test_a_reader_who_falls_far_behind_is_left(served, monkeypatch):
     monkeypatch.setattr(answers, "BEHIND", 20_000)
@@ -235,7 +252,8 @@ def test_a_reader_who_falls_far_behind_is_left(served, monkeypatch):
         soon(lambda: engine.status()["requests"].get("cancelled") == 1)
         said = b""
         while b"has ended" not in said[-1000:]:
-            said += connected.recv(1 << 16)
+            said += (piece := connected.recv(1 << 16))
+            assert piece
     assert client.post("/v1/chat/completions", json=ASK).status_code == 200
 
 

@@ -61,21 +61,26 @@ class Connection(H11Protocol):
         super().on_response_complete()
 
     def shutdown(self) -> None:
-        if self.idle or not self.cycle.more_body:
+        if self.answered or not self.cycle.more_body:
             super().shutdown()
         else:  # what it still has to send is not waited for
             self.transport.close()
 
     def send_400_response(self, msg: str) -> None:
-        if self.idle or not self.cycle.response_started:
+        if self.answered or not self.cycle.response_started:
             self._answer(errors.response(400, "this is no HTTP request"))
         else:  # in the middle of an answer
             self.transport.close()
 
     @property
-    def idle(self) -> bool:
+    def answered(self) -> bool:
         """Nothing is asked for, or what was is answered."""
-        return (self.cycle is None or self.cycle.response_complete) and not self.transport.is_closing()
+        return self.cycle is None or self.cycle.response_complete
+
+    @property
+    def idle(self) -> bool:
+        """It is answered, and open."""
+        return self.answered and not self.transport.is_closing()
 
     def _await_head(self):
         self._timer = self.loop.call_later(HEAD, self._late)
