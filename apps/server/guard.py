@@ -37,11 +37,8 @@ class Guard:
                 await self._app(scope, receive, send)
             return  # no websockets
         headers = {name: value.decode("latin-1") for name, value in scope["headers"]}
-        if refused := self._refusal(scope, headers):
-            await refused(scope, receive, self._guarded(send))
-            return
         try:
-            await self._app(scope, receive, self._guarded(send))
+            await (self._refusal(scope, headers) or self._app)(scope, receive, self._guarded(send))
         except ClientGone:
             pass  # the connection closes, because the answer is not complete
 
