@@ -179,6 +179,18 @@ def test_the_prediction_is_what_the_model_then_takes(page):
     assert again["kv"] == pytest.approx(before["memory"]["kv"], rel=0.01)
 
 
+def test_after_an_answer_that_failed_its_conversation_goes_on(page):
+    def fail(*given, **more):
+        raise RuntimeError("no")
+    page.script.say("No.", "Yes.")
+    page.engine.model.forward = fail
+    error = list(answer(page))[-1]
+    del page.engine.model.forward
+    assert error["type"] == "error" and "internal error" in error["message"] and error["told"] == ""
+    end = list(answer(page, conversation=error["conversation"], revision=error["revision"]))[-1]
+    assert end["text"] == "Yes." and end["told"] == "" and len(page.store.conversations()) == 1
+
+
 def test_a_conversation_deleted_while_it_is_answered_stays_so(page):
     page.script.say("word " * 400, "Yes.", delay=0.005)
     for event in answer(page):

@@ -88,13 +88,16 @@ class _Answer:
         return round(self._scheduler.share_read(counted), 4) if counted[HELD] else None
 
     async def events(self) -> AsyncIterator[dict]:
-        """start, reading..., text..., end; or error. A page that is closed leaves what was said so far in the store."""
+        """start, reading..., text..., end or error. A page that is closed leaves what was said so far in the store."""
         ended = False
         try:
             yield {"type": "start", "answer": self.name, **await self._in_store(self._keep)}
             async for found in self._stream():
+                if found["type"] == "error":  # what comes next goes on from what is kept now
+                    found |= await self._in_store(self._keep)
+                    ended = True
                 yield found
-                if found["type"] == "error":
+                if ended:
                     return
             end = {"type": "end", "html": await asyncio.to_thread(to_html, self._text), "text": self._text, "facts": self._facts(),
                    **await self._in_store(self._keep)}

@@ -32,12 +32,12 @@ async function answer() {
         mine.name = event.answer;
         if (mine.stopped) stop();
       }
-      if (event.type === "error") throw new Error(event.message);
       if (event.told) tell(event.told);
-      if (event.type === "start" || event.type === "end") {
+      if (event.conversation !== undefined) {
         Object.assign(chat, { conversation: event.conversation, revision: event.revision });
         remember();
       }
+      if (event.type === "error") throw new Error(event.message);
       if (event.facts) panel.figures(event.facts);
       if (event.type === "reading" || event.type === "text") growing.update(event);
       if (event.type === "end") last = event;
