@@ -20,7 +20,7 @@ PARTS = {  # run side by side, for two cores; a GPU runs all of them
 }
 FAULT = """
 import sys
-import emulated_gpu, numpy as np
+import conftest, emulated_gpu, numpy as np
 emulated_gpu.install()
 from edgeattn.verification.cases import matmul_ternary_case
 from edgeattn.kernels_cuda import compile
@@ -33,7 +33,7 @@ print("right" if np.allclose(got, expected, rtol=0, atol=1e-3) else "wrong")
 """
 PROMPT_FAULT = """
 import sys
-import emulated_gpu
+import conftest, emulated_gpu
 emulated_gpu.install()
 import test_cuda_prefill as tests
 from edgeattn.kernels_cuda import compile

@@ -20,7 +20,7 @@ from edgeattn.scheduler import SparseOptions
 BUDGET = 1_400_000
 FAULT = """
 import sys
-import emulated_gpu
+import conftest, emulated_gpu
 emulated_gpu.install()
 from test_cuda_attention import check_mass
 from edgeattn.kernels_cuda import compile
