@@ -110,6 +110,15 @@ def test_a_setting_that_fails_loses_none_of_the_others(edgeattn, nano_int4):
     assert "1 of 2 settings failed: -c 256 --kv-budget 1K" in done.stderr
 
 
+def test_memory_of_the_compiler_is_not_measured(edgeattn, nano_int4, monkeypatch):
+    started, counts = [], iter([10, 12, 12, 12, 12, 12])  # kernels in the cache: two more when the first process tells its first row
+    monkeypatch.setattr("edgeattn.kernels_cpu.cached_kernels", lambda: next(counts))
+    monkeypatch.setattr(subprocess, "Popen", lambda *args, real=subprocess.Popen, **given: started.append(args) or real(*args, **given))
+    done = edgeattn("bench", "-m", nano_int4, "-p", "4", "-n", "2", "-r", "1", "-c", "64", "-ctk", "f16,int8", "-o", "jsonl")
+    assert [json.loads(line)["test"] for line in done.stdout.splitlines()] == ["pp4", "tg2"] * 2
+    assert len(started) == 3 and started[0] == started[1] != started[2]
+
+
 def test_what_a_file_holds_is_not_measured_again(edgeattn, nano_int4, tmp_path, monkeypatch):
     line = ["bench", "-m", nano_int4, "-p", "4", "-r", "1", "-c", "64", "-o", "jsonl", "--out", tmp_path / "kept.jsonl"]
     first = edgeattn(*line, "-n", "0")
