@@ -23,6 +23,7 @@ struct Probes {
     MASS_ARGS(AS_FIELD)
     i64 tiles;
     int s, head, slots, row, count, first, end, slot;  // row and slot of the first probe; queries first ... end
+    int range, used, page, end_page;                   // which range of pages a block has, of how many; its pages, page ... end_page
 
     __device__ __forceinline__ void of(int sequence, int kv_head)
     {
@@ -30,6 +31,17 @@ struct Probes {
         count = min(call.rows(s), (int)at<i64>(call.state)[probes_index]);
         row = call.first_row(s) + call.rows(s) - count, slot = slots - count;
         first = row * call.group(), end = first + count * call.group();
+    }
+    // What a block of a grid (kv_heads * ranges, sequences) has to do; false: nothing.
+    __device__ __forceinline__ bool take_range()
+    {
+        if ((int)blockIdx.y >= call.sequences()) return false;
+        of(blockIdx.y, blockIdx.x % (int)call.kv_heads);
+        if (count == 0) return false;
+        const int pages = (slots + PAGE - 1) / PAGE, size = (pages + (int)ranges - 1) / (int)ranges;
+        range = blockIdx.x / (int)call.kv_heads, used = (pages + size - 1) / size;
+        page = range * size, end_page = min(pages, page + size);
+        return range < used;
     }
     // Of a tile, [head_dim][TILE].
     __device__ __forceinline__ float* queries(int tile) const
@@ -114,15 +126,13 @@ PROBING(mass_tops, 32 * WARPS)
     wait_previous();
     Probes probes = MAKE_PROBES;
     const Call& call = probes.call;
-    const int range = blockIdx.x / (int)call.kv_heads, warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-    if ((int)blockIdx.y >= call.sequences()) return;
-    probes.of(blockIdx.y, blockIdx.x % (int)call.kv_heads);
-    const int pages = (probes.slots + PAGE - 1) / PAGE, size = (pages + (int)ranges - 1) / (int)ranges, used = (pages + size - 1) / size;
-    if (probes.count == 0 || range >= used) return;
-    float2* kept = probes.kept(range);
+    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+    if (!probes.take_range()) return;
+    const int used = probes.used;
+    float2* kept = probes.kept(probes.range);
     for (int i = probes.first + threadIdx.x; i < probes.end; i += 32 * WARPS) kept[i] = make_float2(LOWEST, 0);
     __syncthreads();
-    for (int page = range * size; page < min(pages, (range + 1) * size); page++) {
+    for (int page = probes.page; page < probes.end_page; page++) {
         if (!probes.fetch(page, keys)) continue;
         for (int tile = probes.first / TILE + warp; tile * TILE < probes.end; tile += WARPS) {
             float score[TILE], top = LOWEST, sum = 0;
@@ -159,14 +169,11 @@ PROBING(mass_add, 32 * WARPS)
     wait_previous();
     Probes probes = MAKE_PROBES;
     const Call& call = probes.call;
-    const int range = blockIdx.x / (int)call.kv_heads, warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-    if ((int)blockIdx.y >= call.sequences()) return;
-    probes.of(blockIdx.y, blockIdx.x % (int)call.kv_heads);
-    if (probes.count == 0) return;
-    const int pages = (probes.slots + PAGE - 1) / PAGE, size = (pages + (int)ranges - 1) / (int)ranges;
+    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+    if (!probes.take_range()) return;
     const float2* kept = probes.kept((int)ranges);
     float* own = at<float>(at<i64>(mass)[blockIdx.y]) + (call.layer * call.kv_heads + probes.head) * call.max_pages * PAGE;
-    for (int page = range * size; page < min(pages, (range + 1) * size); page++) {
+    for (int page = probes.page; page < probes.end_page; page++) {
         const int slot = page * PAGE + lane;
         float total = 0;
         if (probes.fetch(page, keys))
