@@ -158,7 +158,7 @@ template <int BITS, int ROWS, int COLUMNS, int STAGES, int ZEROS>
 __device__ __forceinline__ void gemm(const u8* x, i64 pitch, const UnitInfo* info, int info_pitch, const Weights& w, const float* bias,
                                      float* out, i64 out_stride, const i64* state, int tokens_at, int n)
 {
-    extern __shared__ uint4 shared[];
+    DYNAMIC_SHARED(uint4, shared);
     using S = Stage<BITS, ROWS, COLUMNS, ZEROS>;
     S* stages = (S*)shared;
     constexpr int WARPS_M = ROWS / 32, WARPS = WARPS_M * (COLUMNS / 64), THREADS = 2 * WARPS * 32;
