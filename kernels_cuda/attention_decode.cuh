@@ -146,28 +146,39 @@ template <int KIND, int D> __device__ __forceinline__ constexpr int side_bytes()
     return KIND == F16 ? 64 * D : KIND == INT4 ? 20 * D : 36 * D;
 }
 
+// Where a side (K or V) of a page lies. In the low four bits of `codes` their number of bits, 0 of halves; all 0: no page.
+struct Place { i64 codes, params; };
+
+__device__ __forceinline__ Place place_of(const i64* pools, int entry, int side)
+{
+    const Page page(pools, entry);
+    const int kind = page.kind(side == K ? K_KIND : V_KIND);
+    const bool halves = kind >= F16;
+    return {page.place(side) | (halves ? 0 : kind), halves ? 0 : page.place(side + 2)};
+}
+__device__ __forceinline__ int bits_of(i64 codes) { return (int)codes & 15; }
+__device__ __forceinline__ u8* codes_at(i64 codes) { return at<u8>(codes & -16); }
+
 template <int KIND, int D>
-__device__ __forceinline__ void score_any(const Page& page, const u8* side, const uint4 (&queries)[D / 32][32], float* scores, int g, int j)
+__device__ __forceinline__ void score_any(i64 codes, const u8* side, const uint4 (&queries)[D / 32][32], float* scores, int g, int j)
 {
     if (KIND == F16) return score_page<F16, D>(side, queries, scores, g, j);
-    if (page.kind(K_KIND) == F16) return score_page<F16, D, true>(at<u8>(page.place(K)), queries, scores, g, j);
-    if (KIND == INT4) return score_page<INT4, D>(side, queries, scores, g, j);
-    const int bits = page.kind(K_KIND);
+    const int bits = bits_of(codes);
+    if (bits == 0) return score_page<F16, D, true>(codes_at(codes), queries, scores, g, j);
+    if (KIND == INT4 || bits == INT4) return score_page<INT4, D>(side, queries, scores, g, j);
     if (bits == INT8) return score_page<INT8, D>(side, queries, scores, g, j);
-    if (bits == INT4) return score_page<INT4, D>(side, queries, scores, g, j);
     return score_page<INT3, D>(side, queries, scores, g, j, bits);
 }
 
 template <int KIND, int D>
-__device__ __forceinline__ void weigh_any(const Page& page, const u8* side, const Queries& p, int written, float (&sum)[D / 16][4],
+__device__ __forceinline__ void weigh_any(i64 codes, const u8* side, const Queries& p, int written, float (&sum)[D / 16][4],
                                            float (&base)[2], int g, int j)
 {
     if (KIND == F16) return weigh_halves<D>(side, p, sum, g, j);
-    if (page.kind(V_KIND) == F16) return weigh_far_halves<D, KIND>(at<u8>(page.place(V)), p, written, sum, g, j);
-    if (KIND == INT4) return weigh_codes<INT4, D, KIND>(side, p, sum, base, g, j);
-    const int bits = page.kind(V_KIND);
+    const int bits = bits_of(codes);
+    if (bits == 0) return weigh_far_halves<D, KIND>(codes_at(codes), p, written, sum, g, j);
+    if (KIND == INT4 || bits == INT4) return weigh_codes<INT4, D, KIND>(side, p, sum, base, g, j);
     if (bits == INT8) return weigh_codes<INT8, D, KIND>(side, p, sum, base, g, j);
-    if (bits == INT4) return weigh_codes<INT4, D, KIND>(side, p, sum, base, g, j);
     return weigh_codes<INT3, D, KIND>(side, p, sum, base, g, j, bits);
 }
 
@@ -180,26 +191,26 @@ template <int KIND> __device__ __forceinline__ int channel_of(int tile, int i, i
 
 // A side of a page (K or V) on its way to shared memory, codes first and parameters behind them, by all lanes. Of values in halves zeros
 // from token `written` on: what was never written may be no numbers.
-template <int KIND, int D> __device__ __forceinline__ void fetch_side(const Page& page, int side, int written, u8* to, int lane)
+template <int KIND, int D> __device__ __forceinline__ void fetch_side(const Place& place, int side, int written, u8* to, int lane)
 {
+    const u8* from = codes_at(place.codes) + 16 * lane;
     if (KIND == F16) {
-        const u8* from = at<u8>(page.place(side)) + 16 * lane;
 #pragma unroll
         for (int i = 0; i < D / 8; i++) {
-            const int place = 16 * lane + 512 * i;
-            if (side == K) cp_async16(to + swizzled<key_shift<F16, D>()>(place), from + 512 * i);
-            else cp_async16_or_zeros(to + swizzled<value_shift<F16, D>()>(place), from + 512 * i, place / (2 * D) < written);
+            const int offset = 16 * lane + 512 * i;
+            if (side == K) cp_async16(to + swizzled<key_shift<F16, D>()>(offset), from + 512 * i);
+            else cp_async16_or_zeros(to + swizzled<value_shift<F16, D>()>(offset), from + 512 * i, offset / (2 * D) < written);
         }
         return;
     }
-    const int kind = page.kind(side == K ? K_KIND : V_KIND), bytes = KIND == INT4 ? 16 * D : 4 * D * kind;
-    if (kind >= F16) {  // those are read where they are
-        for (int i = lane; i < D / 2; i += 32) prefetch_l2(at<u8>(page.place(side)) + 128 * i);
+    const int bits = bits_of(place.codes), bytes = KIND == INT4 ? 16 * D : 4 * D * bits;
+    if (bits == 0) {  // those are read where they are
+        for (int i = lane; i < D / 2; i += 32) prefetch_l2(codes_at(place.codes) + 128 * i);
         return;
     }
-    if (16 * lane < 4 * D) cp_async16(to + bytes + 16 * lane, at<u8>(page.place(side + 2)) + 16 * lane);
-    const u8* from = at<u8>(page.place(side)) + 16 * lane;
-#pragma unroll 1
+    if (16 * lane < 4 * D) cp_async16(to + bytes + 16 * lane, at<u8>(place.params) + 16 * lane);
+    u8* own = to + swizzled<7>(16 * lane);  // which 512 bytes further is 512 bytes further
+#pragma unroll
     for (int i = 0; i < (KIND == INT4 ? D / 32 : D / 16); i++)
-        if (KIND == INT4 || 16 * lane + 512 * i < bytes) cp_async16(to + swizzled<7>(16 * lane + 512 * i), from + 512 * i);
+        if (KIND == INT4 || 16 * lane + 512 * i < bytes) cp_async16(own + 512 * i, from + 512 * i);
 }

@@ -5,88 +5,7 @@
 //   grid    (kv_heads * (ranges + 1), sequences)    sequences with more than one row are left to the kernels of prefill
 //   block   32 * WARPS threads
 //   shared  Shared<D, WARPS>, then `stages` sides (side_bytes), 2 or 3, for each warp
-#include "attention_decode.cuh"
-
-template <int D, int WARPS> struct Shared {
-    float q[HEADS][D];
-    uint4 queries[D / 32][32];  // what each lane multiplies with 32 channels, the same for all warps
-    float norms[HEADS], tops[WARPS][HEADS], sums[WARPS][HEADS], base[WARPS][HEADS][D / 32];
-    float key[D], value[D], newest[HEADS];  // of the newest token; its scores
-    i64 pools[POOLS * FIELDS];
-    const int *table, *list;  // of pages, and of those that are read: null where all from `first` on are
-    int first, end, head, row, used, range, ranges, low, slots, begin, stages, alone; // what registers need not hold all the time
-    float scores[WARPS][HEADS * SCORE_STRIDE];
-};
-
-// q of the group: rotated, times scale * log2 e, to shared memory: as floats, and for each lane as halves of q over its head's largest.
-template <int D, int WARPS> struct Prepared {
-    Turn turns[HEADS / WARPS][D / 32];
-
-    __device__ __forceinline__ void load(const Call& call, int head, int row, i64 position)
-    {
-        const int group = call.group(), warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-        const float* x = at<float>(call.q) + row * call.q_stride + head * group * D;
-#pragma unroll
-        for (int n = 0; n < HEADS / WARPS; n++)
-#pragma unroll
-            for (int i = 0; i < D / 32; i++) turns[n][i].load(call, x + min(warp + n * WARPS, group - 1) * D, position, lane + 32 * i);
-    }
-    __device__ __forceinline__ void store(const Call& call, Shared<D, WARPS>& shared) const
-    {
-        const int group = call.group(), warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, j = lane % 4;
-#pragma unroll
-        for (int n = 0; n < HEADS / WARPS; n++) {
-            const int h = warp + n * WARPS;
-            float top = 0;
-#pragma unroll
-            for (int i = 0; i < D / 32; i++) {
-                const float y = h < group ? turns[n][i].value() * call.scale() * LOG2E : 0;
-                shared.q[h][lane + 32 * i] = y, top = fmaxf(top, fabsf(y));
-            }
-            top = fmaxf(warp_max(top), 1e-30f);
-            if (lane == 0) shared.norms[h] = top;
-        }
-        __syncthreads();
-        const float inverse = 1 / shared.norms[g];
-        for (int block = warp; block < D / 32; block += WARPS) {
-            const float4 a = *reinterpret_cast<const float4*>(&shared.q[g][32 * block + 8 * j]);
-            const float4 b = *reinterpret_cast<const float4*>(&shared.q[g][32 * block + 8 * j + 4]);
-            shared.queries[block][lane] = make_uint4(
-                floats_to_halves(a.x * inverse, a.z * inverse), floats_to_halves(a.y * inverse, a.w * inverse),
-                floats_to_halves(b.x * inverse, b.z * inverse), floats_to_halves(b.y * inverse, b.w * inverse));
-        }
-        __syncthreads();
-    }
-};
-
-// The newest token, in halves as its page will hold it: a channel for each of the first D threads. store() writes it into its page; its key
-// and value are in shared memory after the next barrier.
-template <int D, int WARPS> struct Newest {
-    Turn turn;
-    float value;
-
-    __device__ __forceinline__ void load(const Call& call, int head, int row, i64 position)
-    {
-        if (threadIdx.x >= D) return;
-        turn.load(call, at<float>(call.k) + row * call.k_stride + head * D, position, threadIdx.x);
-        value = at<float>(call.v)[row * call.v_stride + head * D + threadIdx.x];
-    }
-    __device__ __forceinline__ void store(Shared<D, WARPS>& shared) const
-    {
-        const int c = threadIdx.x, slot = shared.slots;
-        if (c >= D) return;
-        const Page page(shared.pools, shared.table[slot / PAGE]);
-        const u16 key = float_to_half(turn.value()), half = float_to_half(value);
-        shared.key[c] = half_to_float(key), shared.value[c] = half_to_float(half);
-        at<u16>(page.place(K))[c * PAGE + slot % PAGE] = key, at<u16>(page.place(V))[slot % PAGE * D + c] = half;
-    }
-    static __device__ __forceinline__ float score(const Shared<D, WARPS>& shared, int h)  // by a warp
-    {
-        float x = 0;
-        for (int c = threadIdx.x % 32; c < D; c += 32) x += shared.q[h][c] * shared.key[c];
-        return warp_sum(x);
-    }
-};
+#include "decode_block.cuh"
 
 // The newest token as if it were a range of its own.
 template <int D, int WARPS>
@@ -144,22 +63,27 @@ __device__ __forceinline__ void attend_range(const Call& call, Shared<D, WARPS>&
 {
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, j = lane % 4;
     constexpr int SIDE = side_bytes<KIND, D>();
-    u8* ring = reinterpret_cast<u8*>(&shared + 1) + warp * shared.stages * SIDE;
+    Place* places = reinterpret_cast<Place*>(reinterpret_cast<u8*>(&shared + 1) + warp * warp_bytes<KIND, D>(shared.stages));
+    u8* ring = reinterpret_cast<u8*>(places + SIDES);
 
-    int logical = 0, entry = -1;  // of the warp's page number 32 * k + lane
-    auto look_up = [&](int from) {
-        const int mine = from + WARPS * lane, end = shared.end;
+    int logical = 0;  // of the page whose side is places[lane]
+    auto look_up = [&](int from) {  // the next SIDES sides, a lane each: what is computed of addresses is computed here
+        const int mine = from + WARPS * (lane / 2), end = shared.end;
         logical = mine < end ? shared.list ? shared.list[HEADER + mine] : shared.first + mine : 0;
-        entry = mine < end ? shared.table[logical] : -1;
+        const int entry = mine < end ? shared.table[logical] : -1;
+        const Place own = entry < 0 ? Place{0, 0} : place_of(shared.pools, entry, lane % 2 ? V : K);
+        __syncwarp();
+        places[lane] = own;
+        __syncwarp();
     };
-    const int pages = (max(shared.end - shared.begin - warp, 0) + WARPS - 1) / WARPS;
-    look_up(shared.begin + warp);
+    const int sides = 2 * ((max(shared.end - shared.begin - warp, 0) + WARPS - 1) / WARPS);
     int sent = 0, stage_in = 0, stage_out = 0;
     auto send = [&] {  // the next side, if there is one
-        if (sent < 2 * pages) {
-            const int now = __shfl_sync(FULL_WARP, entry, sent / 2 % 32), start = __shfl_sync(FULL_WARP, logical, sent / 2 % 32) * PAGE;
-            if (now >= 0)
-                fetch_side<KIND, D>(Page(shared.pools, now), sent % 2 ? V : K, shared.slots - start, ring + stage_in * SIDE, lane);
+        if (sent < sides) {
+            if (sent % SIDES == 0) look_up(shared.begin + warp + WARPS * (sent / 2));
+            const Place& place = places[sent % SIDES];
+            const int start = KIND == F16 ? __shfl_sync(FULL_WARP, logical, sent % SIDES) * PAGE : 0;
+            if (place.codes) fetch_side<KIND, D>(place, sent % 2 ? V : K, shared.slots - start, ring + stage_in * SIDE, lane);
             sent++, stage_in = stage_in + 1 == shared.stages ? 0 : stage_in + 1;
         }
         cp_async_commit();
@@ -185,27 +109,30 @@ __device__ __forceinline__ void attend_range(const Call& call, Shared<D, WARPS>&
 
     float sum[D / 16][4] = {}, base[2] = {}, top = LOWEST, total = 0;
     float* scores = shared.scores[warp];
-    for (int round = 0; round < pages; round++) {
-        const int now = __shfl_sync(FULL_WARP, entry, round % 32), start = __shfl_sync(FULL_WARP, logical, round % 32) * PAGE;
-        const Page page(shared.pools, max(now, 0));
+    for (int side = 0; side < sides; side += 2) {
+        const i64 keys = places[side % SIDES].codes, values = places[side % SIDES + 1].codes;  // send() may look up the next ones
+        const int start = __shfl_sync(FULL_WARP, logical, side % SIDES) * PAGE;
         arrive();
-        if (sent % 64 == 0 && sent < 2 * pages) look_up(shared.begin + warp + WARPS * (sent / 2));
         send();
-        if (now >= 0) score_any<KIND, D>(page, ring + stage_out * SIDE, shared.queries, scores, g, j);
+        if (keys) score_any<KIND, D>(keys, ring + stage_out * SIDE, shared.queries, scores, g, j);
         stage_out = stage_out + 1 == shared.stages ? 0 : stage_out + 1;
         __syncwarp();
         float p[8];
         const float4 a = *reinterpret_cast<const float4*>(scores + g * SCORE_STRIDE + 8 * j);
         const float4 b = *reinterpret_cast<const float4*>(scores + g * SCORE_STRIDE + 8 * j + 4);
         p[0] = a.x, p[1] = a.y, p[2] = a.z, p[3] = a.w, p[4] = b.x, p[5] = b.y, p[6] = b.z, p[7] = b.w;
-        float best = LOWEST;
+        if (start < shared.low || start + PAGE > shared.slots || keys == 0) {  // few pages have hidden slots
 #pragma unroll
-        for (int i = 0; i < 8; i++) {
-            const int slot = start + 8 * j + i;
-            p[i] = slot < shared.low || slot >= shared.slots || now < 0 ? -infinity() : p[i] * shared.norms[g];
-            best = fmaxf(best, p[i]);
+            for (int i = 0; i < 8; i++) {
+                const int slot = start + 8 * j + i;
+                if (slot < shared.low || slot >= shared.slots || keys == 0) p[i] = -infinity();
+            }
         }
-        best = quad_max(best);
+        float best = p[0];
+#pragma unroll
+        for (int i = 1; i < 8; i++) best = fmaxf(best, p[i]);
+        const float norm = shared.norms[g];
+        best = quad_max(best) * norm;
         const bool moves = best > top + SLACK;
         if (__any_sync(FULL_WARP, moves)) {
             const float factor = moves ? exp2_fast(top - best) : 1;
@@ -216,13 +143,12 @@ __device__ __forceinline__ void attend_range(const Call& call, Shared<D, WARPS>&
             base[0] *= even, base[1] *= odd;
         }
 #pragma unroll
-        for (int i = 0; i < 8; i++) p[i] = exp2_fast(p[i] - top), total += p[i];
+        for (int i = 0; i < 8; i++) p[i] = exp2_fast(fmaf(p[i], norm, -top)), total += p[i];
         const Queries weights = {{floats_to_halves(p[0], p[2]), floats_to_halves(p[1], p[3])},
                                  {floats_to_halves(p[4], p[6]), floats_to_halves(p[5], p[7])}};
         arrive();
-        if (sent % 64 == 0 && sent < 2 * pages) look_up(shared.begin + warp + WARPS * (sent / 2));
         send();
-        if (now >= 0) weigh_any<KIND, D>(page, ring + stage_out * SIDE, weights, shared.slots - start, sum, base, g, j);
+        if (values) weigh_any<KIND, D>(values, ring + stage_out * SIDE, weights, shared.slots - start, sum, base, g, j);
         stage_out = stage_out + 1 == shared.stages ? 0 : stage_out + 1;
     }
     cp_async_wait<0>();

@@ -17,6 +17,7 @@ DECODE = {HALVES: "decode_f16", INT4: "decode_int4", MIXED: "decode_mixed"}
 ONE_ROW, MORE_ROWS = 1, 2
 WARPS = {HALVES: 4, INT4: 8, MIXED: 8}          # of a block of decode
 SIDE_BYTES = {HALVES: 64, INT4: 20, MIXED: 36}  # of a page's keys or values in shared memory, for each channel
+SIDES = 32  # whose places a warp of decode keeps in shared memory
 ROWS_SHARED = 4 * (5 * HEADS * 256 + 4 * HEADS * 34)  # attention_rows.cu, Rows
 MOST_DEPTH = 256
 QUERY_ROWS, QUERY_BLOCK, KEYS = 128, 64, 64  # attention_prefill.cu
@@ -78,7 +79,7 @@ def decode_shared(kinds: int, head_dim: int, stages: int) -> int:
     fixed = 4 * HEADS * head_dim + 16 * head_dim + 4 * HEADS * (1 + 2 * warps) + 4 * warps * HEADS * head_dim // 32 + 8 * head_dim
     fixed += 4 * HEADS
     fixed += 64 + 8 * POOLS * FIELDS + 4 * warps * HEADS * 36
-    return fixed + warps * max(stages * SIDE_BYTES[kinds] * head_dim, 4 * HEADS * head_dim)
+    return fixed + warps * max(16 * SIDES + stages * SIDE_BYTES[kinds] * head_dim, 4 * HEADS * head_dim)
 
 
 def _decode(a, sequences, slots):

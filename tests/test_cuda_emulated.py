@@ -69,7 +69,7 @@ def test_kernels_on_an_emulated_gpu():
 
 
 def test_instructions_become_calls():
-    text = 'asm volatile("ld.x.v2 {%0, %1}, [%2], 16;" : "=r"(a[0]), "=r"(f(b, 1)) : "l"(p + (n)) : "memory"); extern __shared__ uint4 m[];'
+    text = 'asm volatile("ld.x.v2 {%0, %1}, [%2], 16;" : "=r"(a[0]), "=r"(f(b, 1)) : "l"(p + (n)) : "memory"); DYNAMIC_SHARED(uint4, m);'
     assert translate(text) == ("ptx::ld_x_v2((a[0]), (f(b, 1)), (p + (n)), 16); "
                                "uint4* const m = reinterpret_cast<uint4*>(emulated::shared);")
     with pytest.raises(ValueError, match="not one instruction"):
