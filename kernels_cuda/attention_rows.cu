@@ -109,5 +109,6 @@ KERNEL attend_rows(CALL_PARAMETERS i64 ranges, i64 which)
         if (c == 0) partial[depth] = best, partial[depth + 1] = all;
     }
     if (last_to_arrive((row * (int)call.kv_heads + head) * parts + part, used))
-        merge_ranges(call, row, s, head, HEADS * part, heads, row, (int)ranges, used, &shared.q[0][0], MOST_DEPTH, &shared.out[0][0][0]);
+        merge_ranges(call, row, s, head, HEADS * part, heads, row, (int)ranges, used, &shared.q[0][0], MOST_DEPTH, &shared.out[0][0][0],
+                     4 * HEADS * MOST_DEPTH);
 }

@@ -210,7 +210,7 @@ __device__ __forceinline__ void decode(const Call& call, int ranges, int stages)
     }
     if (last_to_arrive(blockIdx.y * (int)call.kv_heads + shared.head, shared.used + 1))
         merge_ranges(call, blockIdx.y, blockIdx.y, shared.head, 0, call.group(), shared.row, shared.ranges, shared.used + 1,
-                     &shared.q[0][0], D, reinterpret_cast<float*>(&shared + 1));
+                     &shared.q[0][0], D, reinterpret_cast<float*>(&shared + 1), WARPS * warp_bytes<KIND, D>(stages) / 4);
 }
 
 #define DECODE(name, kind, depth, warps) \
