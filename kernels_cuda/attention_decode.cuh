@@ -156,6 +156,11 @@ __device__ __forceinline__ Place place_of(const i64* pools, int entry, int side)
     const bool halves = kind >= F16;
     return {page.place(side) | (halves ? 0 : kind), halves ? 0 : page.place(side + 2)};
 }
+__device__ __forceinline__ bool of_halves(const i64* pools, int entry)
+{
+    const Page page(pools, entry);
+    return page.kind(K_KIND) >= F16 && page.kind(V_KIND) >= F16;
+}
 __device__ __forceinline__ int bits_of(i64 codes) { return (int)codes & 15; }
 __device__ __forceinline__ u8* codes_at(i64 codes) { return at<u8>(codes & -16); }
 

@@ -7,35 +7,70 @@
 //   shared  Shared<D, WARPS>, then `stages` sides (side_bytes), 2 or 3, for each warp
 #include "decode_block.cuh"
 
-// The newest token as if it were a range of its own.
-template <int D, int WARPS>
-__device__ __forceinline__ void attend_newest(const Call& call, Shared<D, WARPS>& shared, i64 position)
-{
-    Prepared<D, WARPS> prepared;
-    Newest<D, WARPS> newest;
-    prepared.load(call, shared.head, shared.row, position);
-    newest.load(call, shared.head, shared.row, position);
-    newest.store(shared);
-    prepared.store(call, shared);
-    for (int h = threadIdx.x / 32; h < call.group(); h += WARPS) {
-        float* partial = partial_of(call, shared.ranges, blockIdx.y, shared.head, shared.used, h);
-        for (int c = threadIdx.x % 32; c < D; c += 32) partial[c] = shared.value[c];
-        const float x = Newest<D, WARPS>::score(shared, h);
-        if (threadIdx.x % 32 == 0) partial[D] = x, partial[D + 1] = 1;
-    }
-}
+// What a warp has of some pages, of the query heads g: weighted values and what minima add to them (attention_decode.cuh), the reference of
+// weights and their sum.
+template <int D> struct Sums {
+    float sum[D / 16][4] = {}, base[2] = {}, top = LOWEST, total = 0;
+    Queries weights;
 
-// Results of the warps -> the range's partial result, or of the only range the output. out: [WARPS][HEADS][D].
-template <int D, int WARPS>
-__device__ __forceinline__ void finish(const Call& call, const Shared<D, WARPS>& shared, const float* out, int s, int head, int range,
-                                       int ranges)
+    // Scores of a page -> the weights of its values.
+    template <int WARPS>
+    __device__ __forceinline__ const Queries& weigh(const Shared<D, WARPS>& shared, const float* scores, int start, bool there, int g, int j)
+    {
+        float p[8];
+        const float4 a = *reinterpret_cast<const float4*>(scores + g * SCORE_STRIDE + 8 * j);
+        const float4 b = *reinterpret_cast<const float4*>(scores + g * SCORE_STRIDE + 8 * j + 4);
+        p[0] = a.x, p[1] = a.y, p[2] = a.z, p[3] = a.w, p[4] = b.x, p[5] = b.y, p[6] = b.z, p[7] = b.w;
+        if (start < shared.low || start + PAGE > shared.slots || !there) {  // few pages have hidden slots
+#pragma unroll
+            for (int i = 0; i < 8; i++) {
+                const int slot = start + 8 * j + i;
+                if (slot < shared.low || slot >= shared.slots || !there) p[i] = -infinity();
+            }
+        }
+        float best = p[0];
+#pragma unroll
+        for (int i = 1; i < 8; i++) best = fmaxf(best, p[i]);
+        const float norm = shared.norms[g];
+        best = quad_max(best) * norm;
+        const bool moves = best > top + SLACK;
+        if (__any_sync(FULL_WARP, moves)) {
+            const float factor = moves ? exp2_fast(top - best) : 1;
+            total *= factor, top = moves ? best : top;
+            const float even = __shfl_sync(FULL_WARP, factor, 8 * j), odd = __shfl_sync(FULL_WARP, factor, 8 * j + 4);
+#pragma unroll
+            for (int i = 0; i < D / 16; i++) sum[i][0] *= even, sum[i][1] *= odd, sum[i][2] *= even, sum[i][3] *= odd;
+            base[0] *= even, base[1] *= odd;
+        }
+#pragma unroll
+        for (int i = 0; i < 8; i++) p[i] = exp2_fast(fmaf(p[i], norm, -top)), total += p[i];
+        weights[0][0] = floats_to_halves(p[0], p[2]), weights[0][1] = floats_to_halves(p[1], p[3]);
+        weights[1][0] = floats_to_halves(p[4], p[6]), weights[1][1] = floats_to_halves(p[5], p[7]);
+        return weights;
+    }
+};
+
+// Sums of the warps, and with `newest` the newest token -> the range's partial result, or of the only range the output.
+template <int KIND, int D, int WARPS>
+__device__ __forceinline__ void finish(const Call& call, Shared<D, WARPS>& shared, const Sums<D>& sums, bool newest)
 {
+    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, j = lane % 4;
+    float* out = reinterpret_cast<float*>(&shared + 1);  // [WARPS][HEADS][D]
+    const float total = quad_sum(sums.total);
+    __syncthreads();  // the rings give way to sums
+    if (j == 0) shared.tops[warp][g] = sums.top, shared.sums[warp][g] = total;
+#pragma unroll
+    for (int tile = 0; tile < D / 16; tile++)
+#pragma unroll
+        for (int i = 0; i < 4; i++)
+            out[(warp * HEADS + 2 * j + i % 2) * D + channel_of<KIND>(tile, i, g)] = sums.sum[tile][i] * (1 / unit_of<KIND>(i));
+    if (g < D / 32) shared.base[warp][2 * j][g] = sums.base[0], shared.base[warp][2 * j + 1][g] = sums.base[1];
+    __syncthreads();
     for (int n = threadIdx.x; n < call.group() * D / 4; n += 32 * WARPS) {
         const int h = n / (D / 4), c = n % (D / 4) * 4;
-        float best = LOWEST, all = 0;
+        float best = newest ? shared.newest[h] : LOWEST, all = 0;
 #pragma unroll
         for (int w = 0; w < WARPS; w++) best = fmaxf(best, shared.tops[w][h]);
-        if (shared.alone) best = fmaxf(best, shared.newest[h]);
         float4 x = make_float4(0, 0, 0, 0);
 #pragma unroll
         for (int w = 0; w < WARPS; w++) {
@@ -44,17 +79,64 @@ __device__ __forceinline__ void finish(const Call& call, const Shared<D, WARPS>&
             x.x += factor * (y.x + base), x.y += factor * (y.y + base), x.z += factor * (y.z + base), x.w += factor * (y.w + base);
             all += factor * shared.sums[w][h];
         }
+        if (newest) {
+            const float factor = exp2_fast(shared.newest[h] - best);
+            const float* value = shared.value + c;
+            x.x += factor * value[0], x.y += factor * value[1], x.z += factor * value[2], x.w += factor * value[3], all += factor;
+        }
         if (shared.alone) {
-            const float factor = exp2_fast(shared.newest[h] - best), inverse = 1 / (all + factor);
-            float* to = at<float>(call.out) + shared.row * call.out_stride + (head * call.group() + h) * D + c;
-            to[0] = (x.x + factor * shared.value[c]) * inverse, to[1] = (x.y + factor * shared.value[c + 1]) * inverse;
-            to[2] = (x.z + factor * shared.value[c + 2]) * inverse, to[3] = (x.w + factor * shared.value[c + 3]) * inverse;
+            const float inverse = 1 / all;
+            float* to = at<float>(call.out) + shared.row * call.out_stride + (shared.head * call.group() + h) * D + c;
+            to[0] = x.x * inverse, to[1] = x.y * inverse, to[2] = x.z * inverse, to[3] = x.w * inverse;
             continue;
         }
-        float* partial = partial_of(call, ranges, s, head, range, h);
+        float* partial = partial_of(call, shared.ranges, blockIdx.y, shared.head, shared.range, h);
         *reinterpret_cast<float4*>(partial + c) = x;
         if (c == 0) partial[D] = best, partial[D + 1] = all;
     }
+}
+
+// The newest token as if it were a range of its own; with it those pages at both ends of what is read that are still halves, a page for
+// each warp: where a cache has codes the other blocks would read them slowly, from where they are.
+template <int KIND, int D, int WARPS>
+__device__ __forceinline__ void attend_newest(const Call& call, Shared<D, WARPS>& shared, i64 position)
+{
+    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, j = lane % 4;
+    const int mine = warp ? max(shared.count - ENDS + 1, 1) + warp - 1 : 0, end = shared.apart ? shared.count : 0;
+    const int logical = mine < end ? shared.list ? shared.list[HEADER + mine] : shared.first + mine : 0;
+    const int entry = mine < end ? shared.table[logical] : -1, start = logical * PAGE;
+    u8* side = reinterpret_cast<u8*>(&shared + 1) + warp * warp_bytes<KIND, D>(shared.stages);
+    const bool reads = entry >= 0 && of_halves(shared.pools, entry);
+    if (reads) fetch_side<F16, D>(place_of(shared.pools, entry, K), K, 0, side, lane);
+    cp_async_commit();
+    {
+        Prepared<D, WARPS> prepared;
+        Newest<D, WARPS> newest;
+        wait_previous();
+        prepared.load(call, shared.head, shared.row, position);
+        newest.load(call, shared.head, shared.row, position);
+        newest.store(shared);
+        prepared.store(call, shared);
+        for (int h = warp; h < call.group(); h += WARPS) {
+            const float x = Newest<D, WARPS>::score(shared, h);
+            if (lane == 0) shared.newest[h] = x;
+        }
+    }
+    Sums<D> sums;
+    if (reads) {
+        cp_async_wait<0>();
+        __syncwarp();
+        score_page<F16, D>(side, shared.queries, shared.scores[warp], g, j);
+        __syncwarp();
+        fetch_side<F16, D>(place_of(shared.pools, entry, V), V, shared.slots - start, side, lane);
+        cp_async_commit();
+        const Queries& weights = sums.weigh(shared, shared.scores[warp], start, true, g, j);
+        cp_async_wait<0>();
+        __syncwarp();
+        weigh_halves<D>(side, weights, sums.sum, g, j);
+    }
+    cp_async_wait<0>();
+    finish<F16, D, WARPS>(call, shared, sums, true);
 }
 
 // Pages shared.begin ... shared.end of what is read -> the range's partial result.
@@ -70,7 +152,8 @@ __device__ __forceinline__ void attend_range(const Call& call, Shared<D, WARPS>&
     auto look_up = [&](int from) {  // the next SIDES sides, a lane each: what is computed of addresses is computed here
         const int mine = from + WARPS * (lane / 2), end = shared.end;
         logical = mine < end ? shared.list ? shared.list[HEADER + mine] : shared.first + mine : 0;
-        const int entry = mine < end ? shared.table[logical] : -1;
+        int entry = mine < end ? shared.table[logical] : -1;
+        if (entry >= 0 && shared.apart && shared.at_an_end(mine) && of_halves(shared.pools, entry)) entry = -1;
         const Place own = entry < 0 ? Place{0, 0} : place_of(shared.pools, entry, lane % 2 ? V : K);
         __syncwarp();
         places[lane] = own;
@@ -107,7 +190,7 @@ __device__ __forceinline__ void attend_range(const Call& call, Shared<D, WARPS>&
         }
     }
 
-    float sum[D / 16][4] = {}, base[2] = {}, top = LOWEST, total = 0;
+    Sums<D> sums;
     float* scores = shared.scores[warp];
     for (int side = 0; side < sides; side += 2) {
         const i64 keys = places[side % SIDES].codes, values = places[side % SIDES + 1].codes;  // send() may look up the next ones
@@ -117,53 +200,14 @@ __device__ __forceinline__ void attend_range(const Call& call, Shared<D, WARPS>&
         if (keys) score_any<KIND, D>(keys, ring + stage_out * SIDE, shared.queries, scores, g, j);
         stage_out = stage_out + 1 == shared.stages ? 0 : stage_out + 1;
         __syncwarp();
-        float p[8];
-        const float4 a = *reinterpret_cast<const float4*>(scores + g * SCORE_STRIDE + 8 * j);
-        const float4 b = *reinterpret_cast<const float4*>(scores + g * SCORE_STRIDE + 8 * j + 4);
-        p[0] = a.x, p[1] = a.y, p[2] = a.z, p[3] = a.w, p[4] = b.x, p[5] = b.y, p[6] = b.z, p[7] = b.w;
-        if (start < shared.low || start + PAGE > shared.slots || keys == 0) {  // few pages have hidden slots
-#pragma unroll
-            for (int i = 0; i < 8; i++) {
-                const int slot = start + 8 * j + i;
-                if (slot < shared.low || slot >= shared.slots || keys == 0) p[i] = -infinity();
-            }
-        }
-        float best = p[0];
-#pragma unroll
-        for (int i = 1; i < 8; i++) best = fmaxf(best, p[i]);
-        const float norm = shared.norms[g];
-        best = quad_max(best) * norm;
-        const bool moves = best > top + SLACK;
-        if (__any_sync(FULL_WARP, moves)) {
-            const float factor = moves ? exp2_fast(top - best) : 1;
-            total *= factor, top = moves ? best : top;
-            const float even = __shfl_sync(FULL_WARP, factor, 8 * j), odd = __shfl_sync(FULL_WARP, factor, 8 * j + 4);
-#pragma unroll
-            for (int i = 0; i < D / 16; i++) sum[i][0] *= even, sum[i][1] *= odd, sum[i][2] *= even, sum[i][3] *= odd;
-            base[0] *= even, base[1] *= odd;
-        }
-#pragma unroll
-        for (int i = 0; i < 8; i++) p[i] = exp2_fast(fmaf(p[i], norm, -top)), total += p[i];
-        const Queries weights = {{floats_to_halves(p[0], p[2]), floats_to_halves(p[1], p[3])},
-                                 {floats_to_halves(p[4], p[6]), floats_to_halves(p[5], p[7])}};
+        const Queries& weights = sums.weigh(shared, scores, start, keys != 0, g, j);
         arrive();
         send();
-        if (values) weigh_any<KIND, D>(values, ring + stage_out * SIDE, weights, shared.slots - start, sum, base, g, j);
+        if (values) weigh_any<KIND, D>(values, ring + stage_out * SIDE, weights, shared.slots - start, sums.sum, sums.base, g, j);
         stage_out = stage_out + 1 == shared.stages ? 0 : stage_out + 1;
     }
     cp_async_wait<0>();
-    __syncthreads();  // the rings give way to sums
-    float* out = reinterpret_cast<float*>(&shared + 1);
-    total = quad_sum(total);
-    if (j == 0) shared.tops[warp][g] = top, shared.sums[warp][g] = total;
-#pragma unroll
-    for (int tile = 0; tile < D / 16; tile++)
-#pragma unroll
-        for (int i = 0; i < 4; i++)
-            out[(warp * HEADS + 2 * j + i % 2) * D + channel_of<KIND>(tile, i, g)] = sum[tile][i] * (1 / unit_of<KIND>(i));
-    if (g < D / 32) shared.base[warp][2 * j][g] = base[0], shared.base[warp][2 * j + 1][g] = base[1];
-    __syncthreads();
-    finish<D, WARPS>(call, shared, out, blockIdx.y, shared.head, shared.range, shared.ranges);
+    finish<KIND, D, WARPS>(call, shared, sums, shared.alone);
 }
 
 // ranges: of pages, and the newest token's
@@ -196,14 +240,14 @@ __device__ __forceinline__ void decode(const Call& call, int ranges, int stages)
     if (range >= used && (!newest || alone)) return wait_previous();
     if (threadIdx.x == 0) {
         shared.table = table, shared.list = list, shared.first = first, shared.head = head, shared.row = row, shared.used = used;
-        shared.range = range, shared.ranges = ranges, shared.low = low, shared.slots = slots, shared.stages = stages;
-        shared.alone = alone;
+        shared.range = newest ? used : range, shared.ranges = ranges, shared.low = low, shared.slots = slots, shared.stages = stages;
+        shared.alone = alone, shared.count = count;
+        shared.apart = KIND != F16 && !alone && warp_bytes<KIND, D>(stages) >= side_bytes<F16, D>();  // else there is no room for halves
         shared.begin = range * size, shared.end = min(count, range * size + size);
     }
     __syncthreads();
     if (newest) {
-        wait_previous();
-        attend_newest<D, WARPS>(call, shared, position);
+        attend_newest<KIND, D, WARPS>(call, shared, position);
     } else {
         attend_range<KIND, D, WARPS>(call, shared, position);
         if (shared.alone) return;

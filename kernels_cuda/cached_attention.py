@@ -78,7 +78,7 @@ def decode_shared(kinds: int, head_dim: int, stages: int) -> int:
     warps = WARPS[kinds]
     fixed = 4 * HEADS * head_dim + 16 * head_dim + 4 * HEADS * (1 + 2 * warps) + 4 * warps * HEADS * head_dim // 32 + 8 * head_dim
     fixed += 4 * HEADS
-    fixed += 64 + 8 * POOLS * FIELDS + 4 * warps * HEADS * 36
+    fixed = -(-(fixed + 80 + 8 * POOLS * FIELDS + 4 * warps * HEADS * 36) // 128) * 128
     return fixed + warps * max(16 * SIDES + stages * SIDE_BYTES[kinds] * head_dim, 4 * HEADS * head_dim)
 
 

@@ -2,23 +2,27 @@
 #pragma once
 #include "attention_decode.cuh"
 
-template <int D, int WARPS> struct Shared {
-    float q[HEADS][D];
-    uint4 queries[D / 32][32];  // what each lane multiplies with 32 channels, the same for all warps
-    float norms[HEADS], tops[WARPS][HEADS], sums[WARPS][HEADS], base[WARPS][HEADS][D / 32];
-    float key[D], value[D], newest[HEADS];  // of the newest token; its scores
-    i64 pools[POOLS * FIELDS];
-    const int *table, *list;  // of pages, and of those that are read: null where all from `first` on are
-    int first, end, head, row, used, range, ranges, low, slots, begin, stages, alone; // what registers need not hold all the time
-    float scores[WARPS][HEADS * SCORE_STRIDE];
-};
-
+#define ENDS 8    // pages at the ends of what is read: the first one and the last ones
 #define SIDES 32  // of pages, whose places a warp knows in advance
 // Of a warp, behind Shared.
 template <int KIND, int D> __device__ __forceinline__ int warp_bytes(int stages)
 {
     return SIDES * (int)sizeof(Place) + stages * side_bytes<KIND, D>();
 }
+
+template <int D, int WARPS> struct alignas(128) Shared {  // what lies behind it begins at a row of the banks
+    float q[HEADS][D];
+    uint4 queries[D / 32][32];  // what each lane multiplies with 32 channels, the same for all warps
+    float norms[HEADS], tops[WARPS][HEADS], sums[WARPS][HEADS], base[WARPS][HEADS][D / 32];
+    float key[D], value[D], newest[HEADS];  // of the newest token; its scores
+    i64 pools[POOLS * FIELDS];
+    const int *table, *list;  // of pages, and of those that are read: null where all from `first` on are
+    int first, end, head, row, used, range, ranges, low, slots, begin, stages, alone;  // what registers need not hold all the time
+    int count, apart;  // pages that are read; whether those at both ends have another block if they are halves
+    alignas(16) float scores[WARPS][HEADS * SCORE_STRIDE];
+
+    __device__ __forceinline__ bool at_an_end(int page) const { return page == 0 || page > count - ENDS; }
+};
 
 // q of the group: rotated, times scale * log2 e, to shared memory: as floats, and for each lane as halves of q over its head's largest.
 template <int D, int WARPS> struct Prepared {
