@@ -196,24 +196,25 @@ extern "C" __global__ void __launch_bounds__(SELECT_THREADS) select_pages(CALL_P
     Choosing& choosing = *reinterpret_cast<Choosing*>(memory);
     const Selection a{MAKE_CALL, SELECTION_ARGS(AS_VALUE)};
     const Call& call = a.call;
-    // nothing of this changes within a step
+    // nothing of this changes within a step but by this kernel
     const int s = blockIdx.y, head = blockIdx.x % (int)call.kv_heads, part = blockIdx.x / (int)call.kv_heads, depth = (int)call.head_dim;
     const bool runs = s < call.sequences() && at<i64>(call.selections)[s] != 0;
     const int row = call.first_row(s), group = call.group(), slots = runs ? call.slots(s, head) : 0, total = a.total(slots);
     for (int i = threadIdx.x; i < POOLS * FIELDS; i += SELECT_THREADS) scoring.pools[i] = at<i64>(call.pools)[i];
+    const bool alone = a.combine == ALONE, scored = runs && a.scoring(s, head);
+    const bool again = runs && (alone ? a.still_good(s, head) : a.all_still_good(s));
+    const i64 position = runs ? at<i64>(call.positions)[row] : 0;
+    const int2 range = !runs || a.score == MASS ? make_int2(0, total) : a.candidates(s, head, total);
     release_next();
     wait_previous();
     if (!runs) return;
-    int2 range = a.candidates(s, head, total);
-    if (a.score == MASS) range = make_int2(0, total);
     const int size = (max(range.y - range.x, 0) + (int)parts - 1) / (int)parts;
     const int begin = range.x + part * size, end = min(range.y, begin + size);
-    const bool scored = a.scoring(s, head);
     float* found = a.scores_of(s, head);
     if (scored && begin < end) {
         for (int n = threadIdx.x; n < group * depth; n += SELECT_THREADS)
             scoring.q[n / depth][n % depth] = rotated(call, at<float>(call.q) + row * call.q_stride + (head * group + n / depth) * depth,
-                                                      at<i64>(call.positions)[row], n % depth) * call.scale();
+                                                      position, n % depth) * call.scale();
         if (call.keys_rotated && (a.score == MASS || a.score == PEAK)) hadamard(&scoring.q[0][0], group, depth, MOST_DEPTH);
         __syncthreads();
         if (a.score == BOUND) {
@@ -238,10 +239,8 @@ extern "C" __global__ void __launch_bounds__(SELECT_THREADS) select_pages(CALL_P
             exact_scores(a, scoring, s, head, begin, end, slots - 1, found);
         }
     }
-    const bool alone = a.combine == ALONE;
     if (!last_to_arrive(s * (int)call.kv_heads + (alone ? head : 0), (int)(alone ? parts : parts * call.kv_heads))) return;
     const int first = alone ? head : 0, last = alone ? head + 1 : (int)call.kv_heads;
-    const bool again = alone ? a.still_good(s, head) : a.all_still_good(s);
     if (scored) {
 #pragma unroll 1
         for (int h = first; h < last && a.score == MASS; h++) share_mass(a, scoring, s, h, total);
