@@ -6,8 +6,8 @@ standard deviation. Where pages are selected, a tie more or less changes what is
 import numpy as np
 import pytest
 from cuda_device import needs_cuda
+from same_drops import SameDrops
 
-from edgeattn.cache import eviction as evicting
 from edgeattn.cache import session
 from edgeattn.cache.options import CacheOptions
 from edgeattn.generation import Generation, SamplerOptions
@@ -210,38 +210,23 @@ def test_a_prompt_that_reads_a_part(load, nano_int4, text, cache, method, option
 @pytest.mark.parametrize("method", ["key_diff", "l2_norm", "streaming_llm", "h2o", "snapkv", "caote"])
 @pytest.mark.parametrize("cache", ["f16", "int4"])
 def test_a_full_cache_drops_tokens(nano_int4, text, monkeypatch, cache, method):
-    """The CPU drops what the GPU has dropped, so that both score the same tokens every time, and hold the same in the end. Left to itself
-    it soon holds others, whose scores nearly equal: its own levels of instructions agree on 60 % of a head's tokens at worst (int4 pages,
-    key_diff; the scores differ by 0.04 of their deviation, as here, and logits by 0.025, which are 0.015 apart where one follows)."""
-    drop, dropped, far, models = evicting._drop, [], [], []
-
-    def record(cache, sequence, view, head, i, scores):
-        dropped.append((view.layer, head, view.positions[i].copy(), scores.copy()))
-        return drop(cache, sequence, view, head, i, scores)
-
-    def follow(cache, sequence, view, head, i, scores):
-        layer, of, positions, theirs = dropped.pop(0)
-        assert (layer, of) == (view.layer, head)
-        np.testing.assert_array_equal(view.positions[i], positions)
-        far.append(np.sqrt(np.square(theirs - scores).mean()) / scores.std())
-        return drop(cache, sequence, view, head, i, theirs)
-
-    for device, instead in (("cuda", record), ("cpu", follow)):
-        monkeypatch.setattr(evicting, "_drop", instead)
+    """The CPU drops what the GPU has dropped (same_drops.py), so that they hold the same all the time."""
+    drops, models = SameDrops(monkeypatch), []
+    for device in ("cuda", "cpu"):
         options = CacheOptions(cache, cache, budget=1_400_000 if cache == "f16" else 1_000_000, eviction=method)
         model = Model.load(nano_int4, device=device, cache=options, ctx_size=1024, ubatch=128, sparse=SPARSE["dense"],
                            prefill=PrefillOptions("off"))
         a = model.new_sequence()
         rows = [model.forward([(a, text[:500])])] + [model.forward([(a, [token])]) for token in text[500:]]
         assert a.counts.max() < 400
-        held = [model.cache.read(a, *place) for place in np.ndindex(a.counts.shape)]
-        models.append((np.concatenate(rows), held))
+        models.append((np.concatenate(rows), [model.cache.read(a, *place) for place in np.ndindex(a.counts.shape)]))
+        drops.follow()
+    drops.finish()
     (got, ours), (expected, theirs) = models
-    assert not dropped and len(far) > 100
     logits, pages = close(got, expected), [max(deviation(x, y) for x, y in zip(*pair)) for pair in zip(ours, theirs, strict=True)]
-    print(f"{cache} {method}: {len(far)} drops, scores {np.mean(far):.4f}, at most {max(far):.4f}; logits {logits:.4f}; "
-          f"keys and values {np.mean(pages):.4f}, at most {max(pages):.4f}")
-    assert np.mean(far) < SCORES and max(far) < 4 * SCORES and max(pages) < PAGES[cache]
+    print(f"{cache} {method}: {len(drops.apart)} drops, scores {np.mean(drops.apart):.4f}, at most {max(drops.apart):.4f}; logits "
+          f"{logits:.4f}; keys and values {np.mean(pages):.4f}, at most {max(pages):.4f}")
+    assert np.mean(drops.apart) < SCORES and max(drops.apart) < 4 * SCORES and max(pages) < PAGES[cache]
 
 
 def test_a_budget_limits_the_cache_and_memory_is_told(nano_int4):
