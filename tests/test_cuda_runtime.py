@@ -20,7 +20,7 @@ from edgeattn.tokenizer import Tokenizer
 pytestmark = needs_cuda
 PROMPT, DECODED = 600, 60
 CLOSE, SELECTED = 0.03, 0.12  # root-mean-square differences of logits, in standard deviations
-SCORES, PAGES = 0.08, {"f16": 0.05, "int4": 0.15}  # the same of eviction's scores, and of what pages hold
+SCORES, PAGES = 0.06, {"f16": 0.05, "int4": 0.15}  # the same of eviction's scores, and of what pages hold
 SPARSE = {"dense": SparseOptions("off"), "quest": SparseOptions("quest", {"budget": 256}, 0),
           "auto": SparseOptions("auto", {"budget": 256}, 0)}
 RNG = np.random.default_rng()
