@@ -133,7 +133,7 @@ def chain_us(layers, repeat):
 
 
 def torch_us(depth, copies, repeat, queries=1):
-    """(us, back end) of torch's fastest."""
+    """us of each of torch's back ends."""
     found, kv = {}, KV_HEADS
     shapes = (HEADS, queries), (kv, depth), (kv, depth)
     tensors = [tuple(torch.randn(1, n, m, HEAD_DIM, device="cuda", dtype=torch.float16) for n, m in shapes)
@@ -161,8 +161,12 @@ def torch_us(depth, copies, repeat, queries=1):
         except RuntimeError:  # does not take grouped heads
             continue
     print("torch: " + ", ".join(f"{name} {us:.1f} us" for name, us in found.items()))
-    best = min(found, key=found.get)
-    return found[best], best
+    return found
+
+
+def fastest(found):
+    """(us, back end)"""
+    return min((us, name) for name, us in found.items())
 
 
 def decode(depths, types, budget, repeat, l2):
@@ -171,7 +175,7 @@ def decode(depths, types, budget, repeat, l2):
           + "  ".join(f"us at {speed} GB/s" for speed in JETSONS.values()))
     for depth in depths:
         copies = max(2, min(24, -(-2 * l2 // (depth * 4 * KV_HEADS * HEAD_DIM))))
-        reference, backend = torch_us(depth, copies, repeat)
+        reference, backend = fastest(torch_us(depth, copies, repeat))
         print(f"{depth:>7} {'torch ' + backend:>12} {reference:8.1f}")
         for name, chosen in [*((t, 0) for t in types), *((t, budget) for t in types if t != "f16" and budget and depth > 2 * budget)]:
             layers = Layers(name, depth, copies if name == "f16" else min(4 * copies, 24), chosen)
@@ -189,7 +193,7 @@ def decode(depths, types, budget, repeat, l2):
 def prefill(tokens, types, repeat):
     """A prompt of `tokens`, nothing before it."""
     xp = device.cupy()
-    reference, backend = torch_us(tokens, 1, repeat, tokens)
+    reference, backend = fastest(torch_us(tokens, 1, repeat, tokens))
     print(f"\nprefill of {tokens} tokens\n{'torch ' + backend:>12} {reference / 1e3:8.2f} ms")
     for name in types:
         cache = PagedCache([PageFormat(HEAD_DIM)], KV_HEADS, [0], [tokens])

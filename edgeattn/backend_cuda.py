@@ -27,7 +27,9 @@ SMALLEST_SLOTS = 256    # of a bucket
 SELECTION_S = 36e-6     # that choosing pages, and reading them by a list, adds to a layer of a model: measured on an H200
 EFFECTIVE = 0.7         # of the memory's nominal rate, that attention reads at there at most: fewer bytes save no less time
 SCORING_BYTES, SCORING_COPIES = 32 << 20, 6  # of device memory for eviction's scores at a time; arrays as large as the keys at once
-PROMPT_FLOPS = 2e10     # of attention that a chunk must save a layer for choosing to pay: both grow with processors and clock. Not measured
+# Of attention, that a chunk must save a layer for choosing to pay: both grow with processors and clock. On an H200 512 tokens behind 4,096
+# take 0.38 ms either way (32 heads of 128), where `auto` leaves out 65 % of 3.7e10.
+PROMPT_FLOPS = 2.5e10
 NEVER = 1 << 40         # tokens
 
 

@@ -46,8 +46,6 @@ def check(options: CacheOptions, sparse, prefill, about: dict) -> tuple[str, str
     dense = decode_refusal(policy, about["num_heads"], about["kv_heads"]) if policy else ""
     policy = prefill.policy()
     whole = prefill_refusal(policy, prefill.correction, about["num_heads"], about["kv_heads"]) if policy else ""
-    if prefill.method == "auto" and prefill.min_len is None:
-        whole = whole or "sparse prompts have not been measured on a GPU yet"
     return dense, whole
 
 

@@ -9,6 +9,7 @@ import os
 import re
 import sys
 import tempfile
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
@@ -145,13 +146,20 @@ def module(name: str):
     return loaded
 
 
+@dataclass(frozen=True)
+class Function:
+    """A kernel and the driver's handle of it, which is good as long as its module is loaded: module() holds that."""
+    name: str
+    ptr: int
+
+
 @cache
 def _function(name: str, kernel: str):
     """A kernel of <name>.cu, and the dynamic shared memory that it is allowed so far."""
-    return module(name).get_function(kernel), [48 << 10]
+    return Function(kernel, module(name).get_function(kernel).ptr), [48 << 10]
 
 
-def function(name: str, kernel: str, shared: int = 0):
+def function(name: str, kernel: str, shared: int = 0) -> Function:
     """A kernel of <name>.cu, which may be launched with `shared` bytes of dynamic shared memory."""
     found, allowed = _function(name, kernel)
     if shared > allowed[0]:

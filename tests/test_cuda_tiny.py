@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import tiny
 from cuda_device import needs_cuda
+from same_drops import SameDrops
 
 from edgeattn.cache.options import CacheOptions
 from edgeattn.exporters.export import export
@@ -91,17 +92,17 @@ def test_a_prompt_that_reads_a_part(folder, cache, method, options, correction):
 
 @pytest.mark.parametrize("eviction", ["key_diff", "l2_norm", "random", "streaming_llm", "h2o", "snapkv", "caote", "zipvl"])
 @pytest.mark.parametrize("cache", ["f16", "int4"])
-def test_a_full_cache_drops_tokens(folder, cache, eviction):
-    """Of scores that nearly equal others go. zipvl: layers share by the attention that tokens receive."""
+def test_a_full_cache_drops_tokens(folder, monkeypatch, cache, eviction):
+    """The GPU drops what the CPU has dropped (same_drops.py). zipvl: layers share by the attention that tokens receive."""
     options = dict(eviction="l2_norm", layer_budget="zipvl") if eviction == "zipvl" else dict(eviction=eviction)
     budget = 420_000 if cache == "f16" else 300_000
-    prompt, decoded, held, found = RNG.integers(3, 150, 400), RNG.integers(3, 150, 40), [], []
+    prompt, decoded, found, drops = RNG.integers(3, 150, 400), RNG.integers(3, 150, 40), [], SameDrops(monkeypatch)
     for model in both(folder, CacheOptions(cache, cache, budget=budget, **options)):
         a, _, rows = run(model, prompt, decoded)
         assert a.counts.max() < 400
-        held.append([set(a.positions[place][:a.counts[place]].tolist()) for place in np.ndindex(a.counts.shape)])
         found.append(rows)
-    same = np.mean([len(a & b) / max(len(a), len(b)) for a, b in zip(*held)])
-    print(f"{cache} {eviction}: {same:.3f} of the tokens, logits {error(found[1], found[0]):.4f}")
-    exact = eviction in ("random", "streaming_llm")
-    assert same > (0.999 if exact else 0.9) and error(found[1], found[0]) < (CLOSE[cache] if exact else 0.3)
+        drops.follow()
+    drops.finish()
+    print(f"{cache} {eviction}: {len(drops.apart)} drops, scores {np.mean(drops.apart):.4f}, at most {max(drops.apart):.4f}; logits "
+          f"{error(found[1], found[0]):.4f}")
+    assert np.mean(drops.apart) < 0.1 and max(drops.apart) < 0.5 and error(found[1], found[0]) < CLOSE[cache]
