@@ -35,7 +35,7 @@ compile_cpu_kernels() {  # what tests compare with
 
 tests() {  # a worker that an illegal address leaves without its GPU ends, and another one goes on
   compile_cpu_kernels
-  NUMBA_NUM_THREADS=2 timeout 420 $g python3 -m pytest -p no:cacheprovider -p cuda_faults -n 12 --dist worksteal --max-worker-restart 30 \
+  NUMBA_NUM_THREADS=2 timeout $(( began + 560 - $(date +%s) )) $g python3 -m pytest -p no:cacheprovider -p cuda_faults -n 12 --dist worksteal --max-worker-restart 30 \
     -q --tb=short --durations 15 ${1:+"$@"} tests/test_cuda_[!be]*.py >"$logs/tests.log" 2>&1
   say tests; grep -v '^$' "$logs/tests.log" | tail -150 | cut -c1-200
 }

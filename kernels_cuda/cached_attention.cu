@@ -15,7 +15,8 @@ template <int D> struct Sums {
 
     // Scores of a page -> the weights of its values.
     template <int WARPS>
-    __device__ __forceinline__ const Queries& weigh(const Shared<D, WARPS>& shared, const float* scores, int start, bool there, int g, int j)
+    __device__ __forceinline__ const Queries& weigh(const Shared<D, WARPS>& shared, const float* scores, int start, bool there, int g,
+                                                    int j)
     {
         float p[8];
         const float4 a = *reinterpret_cast<const float4*>(scores + g * SCORE_STRIDE + 8 * j);
