@@ -1,10 +1,11 @@
 // Decode attention: a block is one KV head of a sequence and one range of its pages, with all query heads of the group. Its warps take
 // pages in turn, which come through rings in shared memory, keys and values in turn, while others are computed on. The newest token is in
-// no page yet: a block of its own rotates it, attends to it and writes it. The last block of a KV head to end merges all of them, so that
-// a step is one launch. Of few pages there is one range, whose block has the newest token as well and nothing to merge with.
+// no page yet: a block of its own rotates it, attends to it and writes it, and takes the pages at both ends that are not quantised. The last
+// block of a KV head to end merges all of them, so that a step is one launch. Of few pages there is one range, whose block has the newest
+// token as well and nothing to merge with.
 //   grid    (kv_heads * (ranges + 1), sequences)    sequences with more than one row are left to the kernels of prefill
 //   block   32 * WARPS threads
-//   shared  Shared<D, WARPS>, then `stages` sides (side_bytes), 2 or 3, for each warp
+//   shared  Shared<D, WARPS>, then for each warp the places of sides and `stages` sides, 2 or 3 (warp_bytes)
 #include "decode_block.cuh"
 
 // What a warp has of some pages, of the query heads g: weighted values and what minima add to them (attention_decode.cuh), the reference of
