@@ -1,6 +1,6 @@
 // Decode attention: a block is one KV head of a sequence and one range of its pages, with all query heads of the group. Its warps take
 // pages in turn, which come through rings in shared memory, keys and values in turn, while others are computed on. The newest token is in
-// no page yet: a block of its own rotates it, attends to it and writes it, and takes the pages at both ends that are not quantised. The last
+// no page yet: a block of its own rotates it, attends to it and writes it, and takes the pages at both ends that are no codes. The last
 // block of a KV head to end merges all of them, so that a step is one launch. Of few pages there is one range, whose block has the newest
 // token as well and nothing to merge with.
 //   grid    (kv_heads * (ranges + 1), sequences)    sequences with more than one row are left to the kernels of prefill
