@@ -2,10 +2,10 @@
 
     python benchmarks/cuda_prefill.py        (where edgeattn is not installed: sh benchmarks/gpu.sh python3 benchmarks/cuda_prefill.py)
 
-One layer of 32 query heads over 8 KV heads of 128 channels, random queries, keys and values: they have no structure, so that thresholds are
-set to what makes their method read a part of it. Ours writes the new tokens, chooses and attends; torch attends alone. A prompt with nothing
-before it, and chunks behind cached tokens. Medians of CUDA events, of the whole and of each kernel. Attention over what was chosen is
-compared with float32 on some rows; "read" is the part of the pairs of query and key.
+One layer of 32 query heads over 8 KV heads of 128 channels, random queries, keys and values: they have no structure, so that thresholds
+are set to what makes their method read a part of it. Ours writes the new tokens, chooses and attends; torch attends alone. A prompt with
+nothing before it, and chunks behind cached tokens. Medians of CUDA events, of the whole and of each kernel. Attention over what was
+chosen is compared with float32 on some rows; "read" is the part of the pairs of query and key.
 """
 import argparse
 import json
