@@ -13,6 +13,7 @@
 
 #define ROWS 128
 #define KEYS 64
+#define WARPS 8
 #define HIDDEN (1 << 30)
 
 template <int D> struct Stage {
@@ -22,6 +23,35 @@ template <int D> struct Tiles {
     union { Stage<D> stages[2]; u8 queries[ROWS * D * 2]; };
     int slots[2][KEYS];   // what stands in each column; HIDDEN: nothing that may be seen
 };
+
+// Single tokens, wherever they are: a lane's is in `slot`, and each warp takes its own channels.
+template <int D> __device__ __forceinline__ void fetch_single(const Call& call, const int* table, int slot, u8* keys, u8* values, int* held)
+{
+    const int t = threadIdx.x % 32, warp = threadIdx.x / 32, entry = slot < 0 ? -1 : table[slot / PAGE];
+    const bool there = entry >= 0;
+    const Page page(call.pools, there ? entry : 0);
+    if (warp == 0) *held = there ? slot : HIDDEN;
+    if (page.kind(K_KIND) != F16) {
+        for (int c = warp; c < D; c += WARPS) {
+            const u16 key = there ? float_to_half(key_at(page, D, c, slot % PAGE)) : 0;
+            const u16 value = there ? float_to_half(value_at(page, D, slot % PAGE, c)) : 0;
+            reinterpret_cast<u16*>(keys + key_piece<D>(c, t / 8))[t % 8] = key;
+            reinterpret_cast<u16*>(values + value_piece<D>(t, c / 8))[c % 8] = value;
+        }
+        return;
+    }
+    const i64 k = page.place(K) + 2 * (slot % PAGE), v = page.place(V) + 2 * D * (slot % PAGE);
+#pragma unroll
+    for (int i = 0; i < D / 8 / WARPS; i++) {
+        const int piece = WARPS * i + warp;
+        cp_async16_or_zeros(values + value_piece<D>(t, piece), at<u8>(v + 16 * piece), there);
+    }
+    u16 x[D / WARPS];  // loads that are under way together
+#pragma unroll
+    for (int i = 0; i < D / WARPS; i++) x[i] = there ? at<u16>(k)[(WARPS * i + warp) * PAGE] : 0;
+#pragma unroll
+    for (int i = 0; i < D / WARPS; i++) reinterpret_cast<u16*>(keys + key_piece<D>(WARPS * i + warp, t / 8))[t % 8] = x[i];
+}
 
 // Part `part` of what is read, 32 slots, to shared memory.
 template <int D>
@@ -45,14 +75,7 @@ __device__ __forceinline__ void fetch(const Call& call, const Reads& reads, cons
         else if (threadIdx.x < D) expand_unit<D>(page, threadIdx.x, keys, values);
         return;
     }
-    for (int n = threadIdx.x; n < 32 * D; n += blockDim.x) {  // single tokens, wherever they are
-        const int t = n % 32, c = n / 32, slot = reads.slot(part, t), entry = slot < 0 ? -1 : table[slot / PAGE];
-        if (c == 0) slots[t] = entry < 0 ? HIDDEN : slot;
-        const u16 key = entry < 0 ? 0 : float_to_half(key_at(Page(call.pools, entry), D, c, slot % PAGE));
-        const u16 value = entry < 0 ? 0 : float_to_half(value_at(Page(call.pools, entry), D, slot % PAGE, c));
-        reinterpret_cast<u16*>(keys + key_piece<D>(c, t / 8))[t % 8] = key;
-        reinterpret_cast<u16*>(values + value_piece<D>(t, c / 8))[c % 8] = value;
-    }
+    fetch_single<D>(call, table, reads.slot(part, threadIdx.x % 32), keys, values, slots + threadIdx.x % 32);
 }
 
 // Where partial results of first_rows lie.
