@@ -15,76 +15,79 @@
 #define KEYS 64
 #define WARPS 4
 #define THREADS (32 * WARPS)
-#define TOGETHER 8  // loads of single keys that are under way
+#define TOGETHER 4  // loads of single keys that are under way
 #define HIDDEN (1 << 30)
 
 template <int D> struct Tiles {
     u8 queries[ROWS * D * 2], keys[2][D * 64], values[2][D * 64];
+    int rows[ROWS];       // slot of each row's token
     int slots[2][KEYS];   // what stands in each column, of this step and the next; HIDDEN: nothing that may be seen
 };
 
 // A part of what is read, 32 slots: a page, whose first slot and entry all threads have, or single tokens, a lane's own.
 struct Part {
     int slot, entry;
-    bool page;
 
     __device__ __forceinline__ void look(const Reads& reads, const int* table, int part)
     {
-        page = part < reads.page_count;
-        slot = reads.slot(part, page ? 0 : threadIdx.x % 32), entry = slot < 0 ? -1 : table[slot / PAGE];
+        slot = reads.slot(part, part < reads.page_count ? 0 : threadIdx.x % 32), entry = slot < 0 ? -1 : table[slot / PAGE];
     }
 };
 
 // By all threads; `half`: which half of a step's keys the part is, so that other threads expand the other half.
-template <int D> __device__ __forceinline__ void part_keys(const Call& call, const Part& part, int half, u8* keys, int* slots)
+template <int D> __device__ __forceinline__ void part_keys(const Call& call, const Part& part, bool whole, int half, u8* keys, int* slots)
 {
     const int t = threadIdx.x % 32, warp = threadIdx.x / 32;
-    if (warp == 0) slots[t] = part.entry < 0 ? HIDDEN : part.page ? part.slot + t : part.slot;
-    if (part.page && part.entry < 0) return;
+    if (warp == 0) slots[t] = part.entry < 0 ? HIDDEN : whole ? part.slot + t : part.slot;
+    if (whole && part.entry < 0) return;
     const Page page(call.pools, max(part.entry, 0));
     const bool halves = page.kind(K_KIND) == F16;
     const i64 k = page.place(K);
-    if (part.page && halves) {
+    if (whole && halves) {
 #pragma unroll
         for (int i = 0; i < 4 * D / THREADS; i++) {
             const int n = THREADS * i + threadIdx.x;
             cp_async16(keys + key_piece<D>(n / 4, n % 4), at<u8>(k + 16 * n));
         }
-    } else if (part.page) {
+    } else if (whole) {
         const int unit = threadIdx.x - half * D / 2;
         if (unit >= 0 && unit < D / 2) expand_unit<D>(page, unit, keys, nullptr);
-    } else {
+    } else if (halves) {
+        const i64 from = k + 2 * (part.slot % PAGE);
 #pragma unroll 1
         for (int first = warp; first < D; first += TOGETHER * WARPS) {
             u16 x[TOGETHER];
 #pragma unroll
-            for (int i = 0; i < TOGETHER; i++) {
-                const int c = first + WARPS * i, at_slot = part.slot % PAGE;
-                x[i] = part.entry < 0 ? 0 : halves ? at<u16>(k)[c * PAGE + at_slot] : float_to_half(key_at(page, D, c, at_slot));
-            }
+            for (int i = 0; i < TOGETHER; i++) x[i] = part.entry < 0 ? 0 : at<u16>(from)[(first + WARPS * i) * PAGE];
 #pragma unroll
             for (int i = 0; i < TOGETHER; i++) reinterpret_cast<u16*>(keys + key_piece<D>(first + WARPS * i, t / 8))[t % 8] = x[i];
+        }
+    } else {
+#pragma unroll 1
+        for (int c = warp; c < D; c += WARPS) {
+            const u16 x = part.entry < 0 ? 0 : float_to_half(key_at(page, D, c, part.slot % PAGE));
+            reinterpret_cast<u16*>(keys + key_piece<D>(c, t / 8))[t % 8] = x;
         }
     }
 }
 
 // The same of values, zeros from slot `high` on (never written, they may be no numbers).
-template <int D> __device__ __forceinline__ void part_values(const Call& call, const Part& part, int half, int high, u8* values)
+template <int D> __device__ __forceinline__ void part_values(const Call& call, const Part& part, bool whole, int half, int high, u8* values)
 {
     const int t = threadIdx.x % 32, warp = threadIdx.x / 32;
     const bool there = part.entry >= 0;
     const Page page(call.pools, max(part.entry, 0));
     const i64 v = page.place(V);
-    if (page.kind(V_KIND) == F16 || part.page && !there) {
+    if (page.kind(V_KIND) == F16 || whole && !there) {
 #pragma unroll
         for (int i = 0; i < 4 * D / THREADS; i++) {
             const int n = THREADS * i + threadIdx.x;
-            const int token = part.page ? n / (D / 8) : t, piece = part.page ? n % (D / 8) : WARPS * i + warp;
-            const int from = part.page ? token : part.slot % PAGE;
+            const int token = whole ? n / (D / 8) : t, piece = whole ? n % (D / 8) : WARPS * i + warp;
+            const int from = whole ? token : part.slot % PAGE;
             cp_async16_or_zeros(values + value_piece<D>(token, piece), at<u8>(v + 2 * D * from + 16 * piece),
-                                there && (!part.page || part.slot + token < high));
+                                there && (!whole || part.slot + token < high));
         }
-    } else if (part.page) {
+    } else if (whole) {
         const int unit = threadIdx.x - half * D / 2;
         if (unit >= 0 && unit < D / 2) expand_unit<D>(page, D / 2 + unit, nullptr, values);
     } else {
@@ -117,8 +120,9 @@ template <int D, bool FIRSTS> __device__ __forceinline__ void prefill(const Call
     if (s >= call.sequences() || call.rows(s) == 1) return;
     const bool listed = call.prefill_lists && at<i64>(call.prefill_lists)[s];
     if (FIRSTS && !listed) return;
+    constexpr int M = FIRSTS ? 1 : 2, MOST = 16 * M * WARPS;  // of 16 rows that a warp has; rows
     constexpr int APART = FIRSTS ? QUERY_BLOCK : 1;  // tokens from one that has rows to the next
-    int each = ROWS / group;  // tokens; those of one list, where there are lists
+    int each = MOST / group;  // tokens; those of one list, where there are lists
     if (listed && !FIRSTS) each = min(QUERY_BLOCK, 1 << 31 - __clz(each));
     const int rows = call.rows(s), those = (rows + APART - 1) / APART, tiles = (those + each - 1) / each;
     const int ranges = FIRSTS ? (int)firsts.ranges : 1, range = blockIdx.x % ranges, tile = tiles - 1 - (int)blockIdx.x / ranges;
@@ -129,14 +133,18 @@ template <int D, bool FIRSTS> __device__ __forceinline__ void prefill(const Call
     const int* table = call.table(s, head);
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, j = lane % 4;
 
-    for (int n = threadIdx.x; n < ROWS * D; n += blockDim.x) {
+    for (int n = threadIdx.x; n < MOST * D; n += blockDim.x) {
         const int r = n / D, c = n % D, token = first_row + APART * min(r / group, tokens - 1);
         const float* x = at<float>(call.q) + token * call.q_stride + (head * group + r % group) * D;
         const float y = r < tokens * group ? rotated(call, x, at<i64>(call.positions)[token], c) * call.scale() * LOG2E : 0;
         reinterpret_cast<u16*>(shared.queries + value_piece<D>(r, c / 8))[c % 8] = float_to_half(y);
     }
 
-    float out[2][D / 8][4] = {}, top[2][2] = {{LOWEST, LOWEST}, {LOWEST, LOWEST}}, total[2][2] = {};
+    for (int r = threadIdx.x; r < MOST; r += THREADS) shared.rows[r] = slot + APART * (r / group);
+
+    float out[M][D / 8][4] = {}, top[M][2], total[M][2] = {};
+#pragma unroll
+    for (int m = 0; m < M; m++) top[m][0] = top[m][1] = LOWEST;
     const int all = (reads.parts() + 1) / 2, size = (all + ranges - 1) / ranges, first = range * size, steps = min(all, first + size);
     Part next[2];
     auto look = [&](int step) {
@@ -146,46 +154,44 @@ template <int D, bool FIRSTS> __device__ __forceinline__ void prefill(const Call
     auto load_keys = [&](int step) {
 #pragma unroll
         for (int half = 0; half < 2 && step < steps; half++)
-            part_keys<D>(call, next[half], half, shared.keys[half], shared.slots[step % 2] + 32 * half);
+            part_keys<D>(call, next[half], 2 * step + half < reads.page_count, half, shared.keys[half], shared.slots[step % 2] + 32 * half);
         cp_async_commit();
     };
     auto load_values = [&](int step) {
 #pragma unroll
         for (int half = 0; half < 2 && step < steps; half++)
-            part_values<D>(call, next[half], half, high, shared.values[half]);
+            part_values<D>(call, next[half], 2 * step + half < reads.page_count, half, high, shared.values[half]);
         cp_async_commit();
     };
-    look(first), load_keys(first), load_values(first), look(first + 1);
+    look(first), load_keys(first), load_values(first);
+    look(first + 1);
     for (int step = first; step < steps; step++) {
         cp_async_wait<1>();
         __syncthreads();
         const int* slots = shared.slots[step % 2];
-        float score[2][KEYS / 8][4] = {};
-#pragma unroll
+        float score[M][KEYS / 8][4] = {};
+#pragma unroll 4
         for (int k = 0; k < D / 16; k++) {
-            u32 q[2][4];
+            u32 q[M][4];
 #pragma unroll
-            for (int m = 0; m < 2; m++)
-                load_matrices(q[m], shared.queries + value_piece<D>(32 * warp + 16 * m + lane % 16, 2 * k + lane / 16));
+            for (int m = 0; m < M; m++)
+                load_matrices(q[m], shared.queries + value_piece<D>(16 * M * warp + 16 * m + lane % 16, 2 * k + lane / 16));
 #pragma unroll
             for (int n = 0; n < KEYS / 8; n += 2) {
                 u32 b[4];
                 load_matrices_transposed(b, shared.keys[n / 4] + key_piece<D>(16 * k + lane % 16, n % 4 + lane / 16));
 #pragma unroll
-                for (int m = 0; m < 2; m++) mma_f16(score[m][n], q[m], b[0], b[1]), mma_f16(score[m][n + 1], q[m], b[2], b[3]);
+                for (int m = 0; m < M; m++) mma_f16(score[m][n], q[m], b[0], b[1]), mma_f16(score[m][n + 1], q[m], b[2], b[3]);
             }
         }
-        cp_async_wait<0>();
-        __syncthreads();
-        load_keys(step + 1);
         bool edge = 2 * step + 1 >= reads.page_count;  // single tokens, or none
         edge = edge || slots[31] >= slot || slots[63] >= slot || slots[0] < call.first_visible(high - 1);
         if (edge) {
 #pragma unroll
-            for (int m = 0; m < 2; m++)
+            for (int m = 0; m < M; m++)
 #pragma unroll
                 for (int r = 0; r < 2; r++) {
-                    const int mine = slot + APART * ((32 * warp + 16 * m + 8 * r + g) / group), from = call.first_visible(mine);
+                    const int mine = shared.rows[16 * M * warp + 16 * m + 8 * r + g], from = call.first_visible(mine);
 #pragma unroll
                     for (int n = 0; n < KEYS / 8; n++)
 #pragma unroll
@@ -196,7 +202,7 @@ template <int D, bool FIRSTS> __device__ __forceinline__ void prefill(const Call
                 }
         }
 #pragma unroll
-        for (int m = 0; m < 2; m++)
+        for (int m = 0; m < M; m++)
 #pragma unroll
             for (int r = 0; r < 2; r++) {
                 float best = top[m][r];
@@ -215,28 +221,34 @@ template <int D, bool FIRSTS> __device__ __forceinline__ void prefill(const Call
                     for (int i = 2 * r; i < 2 * r + 2; i++)
                         score[m][n][i] = exp2_fast(score[m][n][i] - best), total[m][r] += score[m][n][i];
             }
+        u32 weights[M][KEYS / 16][4];
 #pragma unroll
-        for (int k = 0; k < KEYS / 16; k++) {
-            u32 weights[2][4];
+        for (int m = 0; m < M; m++)
 #pragma unroll
-            for (int m = 0; m < 2; m++)
+            for (int k = 0; k < KEYS / 16; k++)
 #pragma unroll
                 for (int i = 0; i < 4; i++)
-                    weights[m][i] = floats_to_halves(score[m][2 * k + i / 2][2 * (i % 2)], score[m][2 * k + i / 2][2 * (i % 2) + 1]);
+                    weights[m][k][i] = floats_to_halves(score[m][2 * k + i / 2][2 * (i % 2)], score[m][2 * k + i / 2][2 * (i % 2) + 1]);
+        cp_async_wait<0>();
+        __syncthreads();
+        load_keys(step + 1);
+#pragma unroll
+        for (int k = 0; k < KEYS / 16; k++)
 #pragma unroll
             for (int n = 0; n < D / 8; n += 2) {
                 u32 b[4];
                 load_matrices_transposed(b, shared.values[k / 2] + value_piece<D>(16 * (k % 2) + lane % 16, n + lane / 16));
 #pragma unroll
-                for (int m = 0; m < 2; m++) mma_f16(out[m][n], weights[m], b[0], b[1]), mma_f16(out[m][n + 1], weights[m], b[2], b[3]);
+                for (int m = 0; m < M; m++)
+                    mma_f16(out[m][n], weights[m][k], b[0], b[1]), mma_f16(out[m][n + 1], weights[m][k], b[2], b[3]);
             }
-        }
         __syncthreads();
-        load_values(step + 1), look(step + 2);
+        load_values(step + 1);
+        look(step + 2);
     }
 #pragma unroll
-    for (int i = 0; i < 4; i++) {
-        const int m = i / 2, r = i % 2, row = 32 * warp + 8 * i + g;
+    for (int i = 0; i < 2 * M; i++) {
+        const int m = i / 2, r = i % 2, row = 16 * M * warp + 8 * i + g;
         const float sum = quad_sum(total[m][r]), inverse = 1 / sum;
         if (row >= tokens * group) continue;
         if (FIRSTS) {

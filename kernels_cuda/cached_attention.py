@@ -19,7 +19,7 @@ WARPS = {HALVES: 4, INT4: 8, MIXED: 8}          # of a block of decode
 SIDE_BYTES = {HALVES: 64, INT4: 20, MIXED: 36}  # of a page's keys or values in shared memory, for each channel
 ROWS_SHARED = 4 * (5 * HEADS * 256 + 4 * HEADS * 34)  # attention_rows.cu, Rows
 MOST_DEPTH = 256
-QUERY_ROWS, QUERY_BLOCK, KEYS, PREFILL_THREADS = 128, 64, 64, 128  # attention_prefill.cu
+QUERY_ROWS, FIRST_ROWS, QUERY_BLOCK, KEYS, PREFILL_THREADS = 128, 64, 64, 64, 128  # attention_prefill.cu
 NONE, TAIL, DELTA = range(3)  # what makes good what a prompt does not read (prefill_lists.py)
 MOST_FIRST_RANGES = 32        # with which partial results of a prompt's first rows fit where decode's do
 
@@ -109,13 +109,13 @@ def _prefill(a, tokens, sequences, listed):
 
 
 def _prefill_shared(head_dim: int) -> int:
-    return 2 * KEYS * head_dim * 2 * 2 + 8 * KEYS
+    return 2 * head_dim * (QUERY_ROWS + 2 * KEYS) + 4 * QUERY_ROWS + 8 * KEYS
 
 
 def _delta(a, tokens, sequences, slots) -> list[Launch]:
     """The first query of each block against everything, and what that changes for the others."""
     heads, kv_heads, depth, blocks = a["num_heads"], a["kv_heads"], a["head_dim"], -(-tokens // QUERY_BLOCK)
-    tiles, places, shared = -(-blocks // (QUERY_ROWS // (heads // kv_heads))), tokens // 32 + 1, _prefill_shared(depth)
+    tiles, places, shared = -(-blocks // (FIRST_ROWS // (heads // kv_heads))), tokens // 32 + 1, _prefill_shared(depth)
     ranges = max(1, min(MOST_FIRST_RANGES, BLOCKS * processors() // (tiles * kv_heads * sequences), -(-slots // (4 * KEYS))))
     args = (*call_args(a), *(np.int64(x) for x in (a["batch.chunks"], ranges, places)))
     first = compile.function("attention_prefill", f"first_rows_{depth}", shared)
