@@ -1,12 +1,12 @@
 // Prefill attention on tensor cores: a block is up to 128 rows of queries (tokens x heads of a KV head's group, so that keys and values
-// are shared) against what they see, 64 cached tokens at a time, in two stages of shared memory (after FlashAttention-2, arXiv
-// 2307.08691). Pages of codes are expanded to halves on the way.
+// are shared) against what they see, 64 cached tokens at a time, the next keys fetched while values are read and the other way round
+// (after FlashAttention-2, arXiv 2307.08691). Pages of codes are expanded to halves on the way.
 //   grid   (tiles of rows, kv_heads, sequences), the last rows first: they see the most
-//   block  256 threads: a warp has 16 rows
+//   block  128 threads: a warp has 32 rows, as what it reads of shared memory then serves twice as many
 // And what is made good of what lists leave out (Delta Attention, arXiv 2505.11254; the reference is prefill_corrections.delta):
 //   first_rows  of every block of queries of a sequence with lists the first one against everything, in ranges of what is seen: partial
 //               results [ranges][query blocks of all sequences][num_heads][D + 4], weighted values, log2 of the reference, sum of weights
-//   grid        (tiles of rows * ranges, kv_heads, sequences), block 256
+//   grid        (tiles of 64 rows * ranges, kv_heads, sequences), block 128
 //   add_shifts  what that changes is added to all queries of the block. Grid (query blocks, num_heads, sequences), block D
 #include "attention_reads.cuh"
 #include "page_tiles.cuh"
