@@ -38,7 +38,6 @@ __device__ __forceinline__ int token_at(int j, int stride, int rows)
 
 KERNEL arrange_queries(CALL_PARAMETERS CHOICE_PARAMETERS STRIDE_PARAMETERS i64 unused)
 {
-    __shared__ u16 turned[128][QUERY_BLOCK + 2];  // an odd number of words, so that no two channels' stores meet
     wait_previous();
     const Call call = MAKE_CALL;
     const Choice choice = MAKE_CHOICE;
@@ -48,13 +47,12 @@ KERNEL arrange_queries(CALL_PARAMETERS CHOICE_PARAMETERS STRIDE_PARAMETERS i64 u
     if (!here.there) return;
     u16* to = strides.block(head, here.place, depth);
     const int first = call.first_row(s) + here.first;
-    for (int n = threadIdx.x; n < QUERY_BLOCK * depth; n += blockDim.x) {  // channels beside each other, as they lie
-        const int j = n / depth, c = n % depth, row = first + token_at(j, (int)strides.span, here.rows);
-        const float x = rotated(call, at<float>(call.q) + row * call.q_stride + head * depth, at<i64>(call.positions)[row], c);
-        turned[c][j] = float_to_half(x * call.scale() * LOG2E);
+    for (int n = threadIdx.x; n < QUERY_BLOCK * depth; n += blockDim.x) {
+        const int row = first + token_at(n % QUERY_BLOCK, (int)strides.span, here.rows);
+        const float* query = at<float>(call.q) + row * call.q_stride + head * depth;
+        const float x = rotated(call, query, at<i64>(call.positions)[row], n / QUERY_BLOCK);
+        to[n] = float_to_half(x * call.scale() * LOG2E);
     }
-    __syncthreads();
-    for (int n = threadIdx.x; n < QUERY_BLOCK * depth; n += blockDim.x) to[n] = turned[n / QUERY_BLOCK][n % QUERY_BLOCK];
 }
 
 KERNEL edge_scores(CALL_PARAMETERS CHOICE_PARAMETERS STRIDE_PARAMETERS i64 unused)
