@@ -24,7 +24,7 @@ from edgeattn.policies import load_policy
 from edgeattn.prefill_lists import CORRECTIONS
 
 SETTINGS = [("auto", {"fraction": 0.19}), ("auto", {"fraction": 0.1}), ("xattention", {"tau": 0.19}),
-            ("xattention", {"tau": 0.19, "stride": 16}), ("sale", {"threshold": 0.0006}), ("minference", {"n_v": 500, "n_s": 112}),
+            ("xattention", {"tau": 0.19, "stride": 16}), ("sale", {"threshold": 0.3}), ("minference", {"n_v": 500, "n_s": 112}),
             ("dhsa", {"density": 0.06}), ("streaming", {}), ("streaming", {"correction": "delta"})]  # most read a fifth
 MOST_COLUMNS = 500 * HEADS // KV_HEADS  # of a list
 
