@@ -25,7 +25,7 @@ from edgeattn.policies import load_policy
 from edgeattn.prefill_lists import CORRECTIONS
 
 SETTINGS = [("auto", {"fraction": 0.19}), ("auto", {"fraction": 0.1}), ("xattention", {"tau": 0.05}),
-            ("xattention", {"tau": 0.05, "stride": 16}), ("sale", {"threshold": 0.28}), ("minference", {"n_v": 500, "n_s": 112}),
+            ("xattention", {"tau": 0.05, "stride": 16}), ("sale", {"threshold": 0.35}), ("minference", {"n_v": 500, "n_s": 112}),
             ("dhsa", {"density": 0.03}), ("streaming", {}), ("streaming", {"correction": "delta"})]  # at most a fifth of 32,768 tokens
 MOST_COLUMNS = 500 * HEADS // KV_HEADS  # of a list
 

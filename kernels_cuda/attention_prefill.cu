@@ -1,57 +1,101 @@
 // Prefill attention on tensor cores: a block is up to 128 rows of queries (tokens x heads of a KV head's group, so that keys and values
-// are shared) against what they see, 64 cached tokens at a time, in two stages of shared memory (after FlashAttention-2, arXiv
-// 2307.08691). Pages of codes are expanded to halves on the way.
+// are shared) against what they see, 64 cached tokens at a time, the next keys fetched while values are read and the other way round
+// (after FlashAttention-2, arXiv 2307.08691). Pages of codes are expanded to halves on the way.
 //   grid   (tiles of rows, kv_heads, sequences), the last rows first: they see the most
-//   block  256 threads: a warp has 16 rows
+//   block  128 threads: a warp has 32 rows, as what it reads of shared memory then serves twice as many
 // And what is made good of what lists leave out (Delta Attention, arXiv 2505.11254; the reference is prefill_corrections.delta):
 //   first_rows  of every block of queries of a sequence with lists the first one against everything, in ranges of what is seen: partial
 //               results [ranges][query blocks of all sequences][num_heads][D + 4], weighted values, log2 of the reference, sum of weights
-//   grid        (tiles of rows * ranges, kv_heads, sequences), block 256
+//   grid        (tiles of 64 rows * ranges, kv_heads, sequences), block 128
 //   add_shifts  what that changes is added to all queries of the block. Grid (query blocks, num_heads, sequences), block D
 #include "attention_reads.cuh"
 #include "page_tiles.cuh"
 
 #define ROWS 128
 #define KEYS 64
+#define WARPS 4
+#define THREADS (32 * WARPS)
+#define TOGETHER 4  // loads of single keys that are under way
 #define HIDDEN (1 << 30)
 
-template <int D> struct Stage {
-    u8 keys[2][D * 64], values[2][D * 64];
-};
 template <int D> struct Tiles {
-    union { Stage<D> stages[2]; u8 queries[ROWS * D * 2]; };
-    int slots[2][KEYS];   // what stands in each column; HIDDEN: nothing that may be seen
+    u8 queries[ROWS * D * 2], keys[2][D * 64], values[2][D * 64];
+    int rows[ROWS];       // slot of each row's token
+    int slots[2][KEYS];   // what stands in each column, of this step and the next; HIDDEN: nothing that may be seen
 };
 
-// Part `part` of what is read, 32 slots, to shared memory.
-template <int D>
-__device__ __forceinline__ void fetch(const Call& call, const Reads& reads, const int* table, int part, int high, u8* keys, u8* values,
-                                      int* slots)
+// A part of what is read, 32 slots: a page, whose first slot and entry all threads have, or single tokens, a lane's own.
+struct Part {
+    int slot, entry;
+
+    __device__ __forceinline__ void look(const Reads& reads, const int* table, int part)
+    {
+        slot = reads.slot(part, part < reads.page_count ? 0 : threadIdx.x % 32), entry = slot < 0 ? -1 : table[slot / PAGE];
+    }
+};
+
+// By all threads; `half`: which half of a step's keys the part is, so that other threads expand the other half.
+template <int D> __device__ __forceinline__ void part_keys(const Call& call, const Part& part, bool whole, int half, u8* keys, int* slots)
 {
-    if (part >= reads.parts()) {
-        if (threadIdx.x < 32) slots[threadIdx.x] = HIDDEN;
-        for (int n = threadIdx.x; n < D * 4; n += blockDim.x) reinterpret_cast<uint4*>(values)[n] = make_uint4(0, 0, 0, 0);
-        return;
-    }
-    if (part < reads.page_count) {
-        const int start = reads.slot(part, 0), entry = table[start / PAGE];
-        if (threadIdx.x < 32) slots[threadIdx.x] = entry < 0 ? HIDDEN : start + threadIdx.x;
-        if (entry < 0) {
-            for (int n = threadIdx.x; n < D * 4; n += blockDim.x) reinterpret_cast<uint4*>(values)[n] = make_uint4(0, 0, 0, 0);
-            return;
+    const int t = threadIdx.x % 32, warp = threadIdx.x / 32;
+    if (warp == 0) slots[t] = part.entry < 0 ? HIDDEN : whole ? part.slot + t : part.slot;
+    if (whole && part.entry < 0) return;
+    const Page page(call.pools, max(part.entry, 0));
+    const bool halves = page.kind(K_KIND) == F16;
+    const i64 k = page.place(K);
+    if (whole && halves) {
+#pragma unroll
+        for (int i = 0; i < 4 * D / THREADS; i++) {
+            const int n = THREADS * i + threadIdx.x;
+            cp_async16(keys + key_piece<D>(n / 4, n % 4), at<u8>(k + 16 * n));
         }
-        const Page page(call.pools, entry);
-        if (page.kind(K_KIND) == F16) copy_page<D>(page, high - start, keys, values);
-        else if (threadIdx.x < D) expand_unit<D>(page, threadIdx.x, keys, values);
-        return;
+    } else if (whole) {
+        const int unit = threadIdx.x - half * D / 2;
+        if (unit >= 0 && unit < D / 2) expand_unit<D>(page, unit, keys, nullptr);
+    } else if (halves) {
+        const i64 from = k + 2 * (part.slot % PAGE);
+#pragma unroll 1
+        for (int first = warp; first < D; first += TOGETHER * WARPS) {
+            u16 x[TOGETHER];
+#pragma unroll
+            for (int i = 0; i < TOGETHER; i++) x[i] = part.entry < 0 ? 0 : at<u16>(from)[(first + WARPS * i) * PAGE];
+#pragma unroll
+            for (int i = 0; i < TOGETHER; i++) reinterpret_cast<u16*>(keys + key_piece<D>(first + WARPS * i, t / 8))[t % 8] = x[i];
+        }
+    } else {
+#pragma unroll 1
+        for (int c = warp; c < D; c += WARPS) {
+            const u16 x = part.entry < 0 ? 0 : float_to_half(key_at(page, D, c, part.slot % PAGE));
+            reinterpret_cast<u16*>(keys + key_piece<D>(c, t / 8))[t % 8] = x;
+        }
     }
-    for (int n = threadIdx.x; n < 32 * D; n += blockDim.x) {  // single tokens, wherever they are
-        const int t = n % 32, c = n / 32, slot = reads.slot(part, t), entry = slot < 0 ? -1 : table[slot / PAGE];
-        if (c == 0) slots[t] = entry < 0 ? HIDDEN : slot;
-        const u16 key = entry < 0 ? 0 : float_to_half(key_at(Page(call.pools, entry), D, c, slot % PAGE));
-        const u16 value = entry < 0 ? 0 : float_to_half(value_at(Page(call.pools, entry), D, slot % PAGE, c));
-        reinterpret_cast<u16*>(keys + key_piece<D>(c, t / 8))[t % 8] = key;
-        reinterpret_cast<u16*>(values + value_piece<D>(t, c / 8))[c % 8] = value;
+}
+
+// The same of values, zeros from slot `high` on (never written, they may be no numbers).
+template <int D> __device__ __forceinline__ void part_values(const Call& call, const Part& part, bool whole, int half, int high, u8* values)
+{
+    const int t = threadIdx.x % 32, warp = threadIdx.x / 32;
+    const bool there = part.entry >= 0;
+    const Page page(call.pools, max(part.entry, 0));
+    const i64 v = page.place(V);
+    if (page.kind(V_KIND) == F16 || whole && !there) {
+#pragma unroll
+        for (int i = 0; i < 4 * D / THREADS; i++) {
+            const int n = THREADS * i + threadIdx.x;
+            const int token = whole ? n / (D / 8) : t, piece = whole ? n % (D / 8) : WARPS * i + warp;
+            const int from = whole ? token : part.slot % PAGE;
+            cp_async16_or_zeros(values + value_piece<D>(token, piece), at<u8>(v + 2 * D * from + 16 * piece),
+                                there && (!whole || part.slot + token < high));
+        }
+    } else if (whole) {
+        const int unit = threadIdx.x - half * D / 2;
+        if (unit >= 0 && unit < D / 2) expand_unit<D>(page, D / 2 + unit, nullptr, values);
+    } else {
+#pragma unroll 1
+        for (int c = warp; c < D; c += WARPS) {
+            const u16 x = there ? float_to_half(value_at(page, D, part.slot % PAGE, c)) : 0;
+            reinterpret_cast<u16*>(values + value_piece<D>(t, c / 8))[c % 8] = x;
+        }
     }
 }
 
@@ -76,8 +120,9 @@ template <int D, bool FIRSTS> __device__ __forceinline__ void prefill(const Call
     if (s >= call.sequences() || call.rows(s) == 1) return;
     const bool listed = call.prefill_lists && at<i64>(call.prefill_lists)[s];
     if (FIRSTS && !listed) return;
+    constexpr int M = FIRSTS ? 1 : 2, MOST = 16 * M * WARPS;  // of 16 rows that a warp has; rows
     constexpr int APART = FIRSTS ? QUERY_BLOCK : 1;  // tokens from one that has rows to the next
-    int each = ROWS / group;  // tokens; those of one list, where there are lists
+    int each = MOST / group;  // tokens; those of one list, where there are lists
     if (listed && !FIRSTS) each = min(QUERY_BLOCK, 1 << 31 - __clz(each));
     const int rows = call.rows(s), those = (rows + APART - 1) / APART, tiles = (those + each - 1) / each;
     const int ranges = FIRSTS ? (int)firsts.ranges : 1, range = blockIdx.x % ranges, tile = tiles - 1 - (int)blockIdx.x / ranges;
@@ -88,119 +133,146 @@ template <int D, bool FIRSTS> __device__ __forceinline__ void prefill(const Call
     const int* table = call.table(s, head);
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, j = lane % 4;
 
-    for (int n = threadIdx.x; n < ROWS * D; n += blockDim.x) {
+    for (int n = threadIdx.x; n < MOST * D; n += blockDim.x) {
         const int r = n / D, c = n % D, token = first_row + APART * min(r / group, tokens - 1);
         const float* x = at<float>(call.q) + token * call.q_stride + (head * group + r % group) * D;
         const float y = r < tokens * group ? rotated(call, x, at<i64>(call.positions)[token], c) * call.scale() * LOG2E : 0;
         reinterpret_cast<u16*>(shared.queries + value_piece<D>(r, c / 8))[c % 8] = float_to_half(y);
     }
-    __syncthreads();
-    u32 q[D / 16][4];
-#pragma unroll
-    for (int k = 0; k < D / 16; k++) load_matrices(q[k], shared.queries + value_piece<D>(16 * warp + lane % 16, 2 * k + lane / 16));
-    __syncthreads();
 
-    float out[D / 8][4] = {}, top[2] = {LOWEST, LOWEST}, total[2] = {};
-    const int mine[2] = {slot + APART * ((16 * warp + g) / group), slot + APART * ((16 * warp + g + 8) / group)};
-    const int from[2] = {call.first_visible(mine[0]), call.first_visible(mine[1])};
+    for (int r = threadIdx.x; r < MOST; r += THREADS) shared.rows[r] = slot + APART * (r / group);
+
+    float out[M][D / 8][4] = {}, top[M][2], total[M][2] = {};
+#pragma unroll
+    for (int m = 0; m < M; m++) top[m][0] = top[m][1] = LOWEST;
     const int all = (reads.parts() + 1) / 2, size = (all + ranges - 1) / ranges, first = range * size, steps = min(all, first + size);
-    auto load = [&](int step) {
-        Stage<D>& stage = shared.stages[step % 2];
-#pragma unroll 1
-        for (int part = 0; part < 2; part++)
-            fetch<D>(call, reads, table, 2 * step + part, high, stage.keys[part], stage.values[part], shared.slots[step % 2] + 32 * part);
+    Part next[2];
+    auto look = [&](int step) {
+#pragma unroll
+        for (int half = 0; half < 2; half++) next[half].look(reads, table, 2 * step + half);
+    };
+    auto load_keys = [&](int step) {
+#pragma unroll
+        for (int half = 0; half < 2 && step < steps; half++)
+            part_keys<D>(call, next[half], 2 * step + half < reads.page_count, half, shared.keys[half], shared.slots[step % 2] + 32 * half);
         cp_async_commit();
     };
-    if (first < steps) load(first);
+    auto load_values = [&](int step) {
+#pragma unroll
+        for (int half = 0; half < 2 && step < steps; half++)
+            part_values<D>(call, next[half], 2 * step + half < reads.page_count, half, high, shared.values[half]);
+        cp_async_commit();
+    };
+    look(first), load_keys(first), load_values(first);
+    look(first + 1);
     for (int step = first; step < steps; step++) {
-        if (step + 1 < steps) load(step + 1);
-        else cp_async_commit();
         cp_async_wait<1>();
         __syncthreads();
-        const Stage<D>& stage = shared.stages[step % 2];
         const int* slots = shared.slots[step % 2];
-        float score[KEYS / 8][4] = {};
+        float score[M][KEYS / 8][4] = {};
+#pragma unroll 4
+        for (int k = 0; k < D / 16; k++) {
+            u32 q[M][4];
 #pragma unroll
-        for (int k = 0; k < D / 16; k++)
+            for (int m = 0; m < M; m++)
+                load_matrices(q[m], shared.queries + value_piece<D>(16 * M * warp + 16 * m + lane % 16, 2 * k + lane / 16));
 #pragma unroll
             for (int n = 0; n < KEYS / 8; n += 2) {
                 u32 b[4];
-                load_matrices_transposed(b, stage.keys[n / 4] + key_piece<D>(16 * k + lane % 16, n % 4 + lane / 16));
-                mma_f16(score[n], q[k], b[0], b[1]);
-                mma_f16(score[n + 1], q[k], b[2], b[3]);
+                load_matrices_transposed(b, shared.keys[n / 4] + key_piece<D>(16 * k + lane % 16, n % 4 + lane / 16));
+#pragma unroll
+                for (int m = 0; m < M; m++) mma_f16(score[m][n], q[m], b[0], b[1]), mma_f16(score[m][n + 1], q[m], b[2], b[3]);
             }
+        }
         bool edge = 2 * step + 1 >= reads.page_count;  // single tokens, or none
         edge = edge || slots[31] >= slot || slots[63] >= slot || slots[0] < call.first_visible(high - 1);
         if (edge) {
 #pragma unroll
-            for (int n = 0; n < KEYS / 8; n++)
+            for (int m = 0; m < M; m++)
 #pragma unroll
-                for (int i = 0; i < 4; i++) {
-                    const int column = slots[8 * n + 2 * j + i % 2];
-                    if (column > mine[i / 2] || column < from[i / 2]) score[n][i] = -infinity();
+                for (int r = 0; r < 2; r++) {
+                    const int mine = shared.rows[16 * M * warp + 16 * m + 8 * r + g], from = call.first_visible(mine);
+#pragma unroll
+                    for (int n = 0; n < KEYS / 8; n++)
+#pragma unroll
+                        for (int i = 2 * r; i < 2 * r + 2; i++) {
+                            const int column = slots[8 * n + 2 * j + i % 2];
+                            if (column > mine || column < from) score[m][n][i] = -infinity();
+                        }
                 }
         }
-        float best[2] = {top[0], top[1]};
 #pragma unroll
-        for (int n = 0; n < KEYS / 8; n++)
+        for (int m = 0; m < M; m++)
 #pragma unroll
-            for (int i = 0; i < 4; i++) best[i / 2] = fmaxf(best[i / 2], score[n][i]);
+            for (int r = 0; r < 2; r++) {
+                float best = top[m][r];
 #pragma unroll
-        for (int r = 0; r < 2; r++) {
-            best[r] = quad_max(best[r]);
-            if (__any_sync(FULL_WARP, best[r] > top[r])) {
-                const float factor = exp2_fast(top[r] - best[r]);
-                total[r] *= factor, top[r] = best[r];
+                for (int n = 0; n < KEYS / 8; n++) best = fmaxf(best, fmaxf(score[m][n][2 * r], score[m][n][2 * r + 1]));
+                best = quad_max(best);
+                if (__any_sync(FULL_WARP, best > top[m][r])) {
+                    const float factor = exp2_fast(top[m][r] - best);
+                    total[m][r] *= factor, top[m][r] = best;
 #pragma unroll
-                for (int n = 0; n < D / 8; n++) out[n][2 * r] *= factor, out[n][2 * r + 1] *= factor;
+                    for (int n = 0; n < D / 8; n++) out[m][n][2 * r] *= factor, out[m][n][2 * r + 1] *= factor;
+                }
+#pragma unroll
+                for (int n = 0; n < KEYS / 8; n++)
+#pragma unroll
+                    for (int i = 2 * r; i < 2 * r + 2; i++)
+                        score[m][n][i] = exp2_fast(score[m][n][i] - best), total[m][r] += score[m][n][i];
             }
-        }
+        u32 weights[M][KEYS / 16][4];
 #pragma unroll
-        for (int n = 0; n < KEYS / 8; n++)
+        for (int m = 0; m < M; m++)
 #pragma unroll
-            for (int i = 0; i < 4; i++) score[n][i] = exp2_fast(score[n][i] - top[i / 2]), total[i / 2] += score[n][i];
+            for (int k = 0; k < KEYS / 16; k++)
 #pragma unroll
-        for (int k = 0; k < KEYS / 16; k++) {
-            const u32 weights[4] = {floats_to_halves(score[2 * k][0], score[2 * k][1]), floats_to_halves(score[2 * k][2], score[2 * k][3]),
-                                    floats_to_halves(score[2 * k + 1][0], score[2 * k + 1][1]),
-                                    floats_to_halves(score[2 * k + 1][2], score[2 * k + 1][3])};
+                for (int i = 0; i < 4; i++)
+                    weights[m][k][i] = floats_to_halves(score[m][2 * k + i / 2][2 * (i % 2)], score[m][2 * k + i / 2][2 * (i % 2) + 1]);
+        cp_async_wait<0>();
+        __syncthreads();
+        load_keys(step + 1);
+#pragma unroll
+        for (int k = 0; k < KEYS / 16; k++)
 #pragma unroll
             for (int n = 0; n < D / 8; n += 2) {
                 u32 b[4];
-                load_matrices_transposed(b, stage.values[k / 2] + value_piece<D>(16 * (k % 2) + lane % 16, n + lane / 16));
-                mma_f16(out[n], weights, b[0], b[1]);
-                mma_f16(out[n + 1], weights, b[2], b[3]);
+                load_matrices_transposed(b, shared.values[k / 2] + value_piece<D>(16 * (k % 2) + lane % 16, n + lane / 16));
+#pragma unroll
+                for (int m = 0; m < M; m++)
+                    mma_f16(out[m][n], weights[m][k], b[0], b[1]), mma_f16(out[m][n + 1], weights[m][k], b[2], b[3]);
             }
-        }
         __syncthreads();
+        load_values(step + 1);
+        look(step + 2);
     }
 #pragma unroll
-    for (int r = 0; r < 2; r++) {
-        const float sum = quad_sum(total[r]), inverse = 1 / sum;
-        const int row = 16 * warp + g + 8 * r;
+    for (int i = 0; i < 2 * M; i++) {
+        const int m = i / 2, r = i % 2, row = 16 * M * warp + 8 * i + g;
+        const float sum = quad_sum(total[m][r]), inverse = 1 / sum;
         if (row >= tokens * group) continue;
         if (FIRSTS) {
             float* partial = firsts.of(call, s, begin + row / group, head * group + row % group, range);
 #pragma unroll
             for (int n = 0; n < D / 8; n++)
-                *reinterpret_cast<float2*>(partial + 8 * n + 2 * j) = make_float2(out[n][2 * r], out[n][2 * r + 1]);
-            if (j == 0) partial[D] = top[r], partial[D + 1] = sum;
+                *reinterpret_cast<float2*>(partial + 8 * n + 2 * j) = make_float2(out[m][n][2 * r], out[m][n][2 * r + 1]);
+            if (j == 0) partial[D] = top[m][r], partial[D + 1] = sum;
             continue;
         }
         float* to = at<float>(call.out) + (first_row + row / group) * call.out_stride + (head * group + row % group) * D + 2 * j;
 #pragma unroll
         for (int n = 0; n < D / 8; n++)
-            *reinterpret_cast<float2*>(to + 8 * n) = make_float2(out[n][2 * r] * inverse, out[n][2 * r + 1] * inverse);
+            *reinterpret_cast<float2*>(to + 8 * n) = make_float2(out[m][n][2 * r] * inverse, out[m][n][2 * r + 1] * inverse);
     }
 }
 
-extern "C" __global__ void __launch_bounds__(256) prefill_64(CALL_PARAMETERS i64 unused) { prefill<64, false>(MAKE_CALL, {}); }
-extern "C" __global__ void __launch_bounds__(256) prefill_128(CALL_PARAMETERS i64 unused) { prefill<128, false>(MAKE_CALL, {}); }
-extern "C" __global__ void __launch_bounds__(256) first_rows_64(CALL_PARAMETERS i64 chunks, i64 ranges, i64 places)
+extern "C" __global__ void __launch_bounds__(THREADS, 2) prefill_64(CALL_PARAMETERS i64 unused) { prefill<64, false>(MAKE_CALL, {}); }
+extern "C" __global__ void __launch_bounds__(THREADS, 2) prefill_128(CALL_PARAMETERS i64 unused) { prefill<128, false>(MAKE_CALL, {}); }
+extern "C" __global__ void __launch_bounds__(THREADS, 2) first_rows_64(CALL_PARAMETERS i64 chunks, i64 ranges, i64 places)
 {
     prefill<64, true>(MAKE_CALL, {chunks, ranges, places});
 }
-extern "C" __global__ void __launch_bounds__(256) first_rows_128(CALL_PARAMETERS i64 chunks, i64 ranges, i64 places)
+extern "C" __global__ void __launch_bounds__(THREADS, 2) first_rows_128(CALL_PARAMETERS i64 chunks, i64 ranges, i64 places)
 {
     prefill<128, true>(MAKE_CALL, {chunks, ranges, places});
 }

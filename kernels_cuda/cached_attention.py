@@ -20,7 +20,7 @@ SIDE_BYTES = {HALVES: 64, INT4: 20, MIXED: 36}  # of a page's keys or values in 
 SIDES = 32  # whose places a warp of decode keeps in shared memory
 ROWS_SHARED = 4 * (5 * HEADS * 256 + 4 * HEADS * 34)  # attention_rows.cu, Rows
 MOST_DEPTH = 256
-QUERY_ROWS, QUERY_BLOCK, KEYS = 128, 64, 64  # attention_prefill.cu
+QUERY_ROWS, FIRST_ROWS, QUERY_BLOCK, KEYS, PREFILL_THREADS = 128, 64, 64, 64, 128  # attention_prefill.cu
 NONE, TAIL, DELTA = range(3)  # what makes good what a prompt does not read (prefill_lists.py)
 MOST_FIRST_RANGES = 32        # with which partial results of a prompt's first rows fit where decode's do
 
@@ -105,21 +105,22 @@ def _prefill(a, tokens, sequences, listed):
         each = min(QUERY_BLOCK, 1 << each.bit_length() - 1)
     shared = _prefill_shared(a["head_dim"])
     kernel = compile.function("attention_prefill", f"prefill_{a['head_dim']}", shared)
-    return Launch(kernel, (-(-tokens // each), a["kv_heads"], sequences), 256, (*call_args(a), np.int64(0)), shared, overlap=True)
+    grid = -(-tokens // each), a["kv_heads"], sequences
+    return Launch(kernel, grid, PREFILL_THREADS, (*call_args(a), np.int64(0)), shared, overlap=True)
 
 
 def _prefill_shared(head_dim: int) -> int:
-    return 2 * KEYS * head_dim * 2 * 2 + 8 * KEYS
+    return 2 * head_dim * (QUERY_ROWS + 2 * KEYS) + 4 * QUERY_ROWS + 8 * KEYS
 
 
 def _delta(a, tokens, sequences, slots) -> list[Launch]:
     """The first query of each block against everything, and what that changes for the others."""
     heads, kv_heads, depth, blocks = a["num_heads"], a["kv_heads"], a["head_dim"], -(-tokens // QUERY_BLOCK)
-    tiles, places, shared = -(-blocks // (QUERY_ROWS // (heads // kv_heads))), tokens // 32 + 1, _prefill_shared(depth)
+    tiles, places, shared = -(-blocks // (FIRST_ROWS // (heads // kv_heads))), tokens // 32 + 1, _prefill_shared(depth)
     ranges = max(1, min(MOST_FIRST_RANGES, BLOCKS * processors() // (tiles * kv_heads * sequences), -(-slots // (4 * KEYS))))
     args = (*call_args(a), *(np.int64(x) for x in (a["batch.chunks"], ranges, places)))
     first = compile.function("attention_prefill", f"first_rows_{depth}", shared)
-    return [Launch(first, (tiles * ranges, kv_heads, sequences), 256, args, shared, overlap=True),
+    return [Launch(first, (tiles * ranges, kv_heads, sequences), PREFILL_THREADS, args, shared, overlap=True),
             Launch(compile.function("attention_prefill", "add_shifts"), (blocks, heads, sequences), depth, args, overlap=True)]
 
 

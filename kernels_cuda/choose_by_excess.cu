@@ -7,14 +7,16 @@
 //   round_queries    queries [num_heads][query blocks of all sequences][64][head_dim] bytes, query_steps [the same][64] float32; found
 //                    [kv_heads][query blocks][max_pages] bytes, zeros. Grid (query blocks, num_heads, sequences), block 256
 //   scan_scores      found: pages with a score above its row's limit, for some head of the group.
-//                    Grid (query blocks, pairs of heads, sequences), block 256: a warp has 16 rows
+//                    Grid (query blocks, fours of heads, sequences), block 256: a warp has 32 rows
 //   choose_by_excess the lists. Grid (query blocks, kv_heads, sequences), block CHOICE_THREADS, shared: a byte a page
 #include "page_values.cuh"
 #include "prefill_choice.cuh"
 
 #define LEVELS 127
 #define MEAN_TOKENS 64  // whose mean key is taken away
-#define PAIR 2          // heads of a block; pages of a stage
+#define PAIR 2          // pages of a stage
+#define BESIDE 4        // heads of a block of the scan
+#define BIAS 12582912   // 1.5 * 2^23: of a float its bits plus a product of bytes are those of the float plus the product
 #define EXCESS_ARGS(X) X(key_mean) X(keys) X(key_steps) X(queries) X(query_steps) X(found) X(places) X(thresholds) X(threshold)
 #define EXCESS_PARAMETERS EXCESS_ARGS(AS_PARAMETER)
 #define MAKE_EXCESS Excess{EXCESS_ARGS(AS_VALUE)}
@@ -120,101 +122,147 @@ template <int D> struct Stages {
     float steps[3][PAIR * PAGE];
 };
 
+// Products of a warp's 32 rows with 16 keys, as bits of floats that lie BIAS higher.
+template <int D> __device__ __forceinline__ void multiply(i32 (&product)[2][2][4], const u32 (&q)[2][D / 32][4], const i8* keys, int first)
+{
+    const int lane = threadIdx.x % 32;
+#pragma unroll
+    for (int m = 0; m < 2; m++)
+#pragma unroll
+        for (int n = 0; n < 2; n++)
+#pragma unroll
+            for (int i = 0; i < 4; i++) product[m][n][i] = __float_as_int((float)BIAS);
+#pragma unroll
+    for (int k = 0; k < D / 32; k++) {
+        u32 b[4];
+        load_matrices(b, keys + piece_of<D>(first + lane % 16, 2 * k + lane / 16));
+#pragma unroll
+        for (int m = 0; m < 2; m++) mma_s8(product[m][0], q[m][k], b[0], b[2]), mma_s8(product[m][1], q[m][k], b[1], b[3]);
+    }
+}
+
 template <int D> __device__ __forceinline__ void scan(const Call& call, const Choice& choice, const Excess& excess)
 {
     __shared__ Stages<D> shared;
     wait_previous();
-    const int group = call.group(), pairs = (group + PAIR - 1) / PAIR, s = blockIdx.z, head = blockIdx.y / pairs;
+    const int group = call.group(), fours = (group + BESIDE - 1) / BESIDE, s = blockIdx.z, head = blockIdx.y / fours;
     if (s >= call.sequences()) return;
     const int blocks = (call.rows(s) + QUERY_BLOCK - 1) / QUERY_BLOCK, block = blocks - 1 - (int)blockIdx.x;  // who sees most comes first
     if (block < 0) return;
     const QueryBlock here(call, choice, s, head, block);
     if (!here.there || here.whole) return;
-    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, j = lane % 4;
-    const int of_group = min(blockIdx.y % pairs * PAIR + warp / 4, group - 1), own = head * group + of_group, row0 = warp % 4 * 16;
+    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, j = lane % 4, row0 = warp % 2 * 32;
+    const int of_group = blockIdx.y % fours * BESIDE + warp / 2, own = head * group + min(of_group, group - 1);
     const i64 place = own * excess.places + here.place;
     const i8* query = at<i8>(excess.queries) + (place * QUERY_BLOCK + row0) * D;
-    u32 q[D / 32][4];
-    float step[2];
+    u32 q[2][D / 32][4];
+    float step[2][2], top[2][2], sum[2][2] = {}, limit[2][2];
+    int mine[2][2];
 #pragma unroll
-    for (int k = 0; k < D / 32; k++)
+    for (int m = 0; m < 2; m++) {
 #pragma unroll
-        for (int i = 0; i < 4; i++) q[k][i] = *reinterpret_cast<const u32*>(query + (g + 8 * (i % 2)) * D + 32 * k + 16 * (i / 2) + 4 * j);
+        for (int k = 0; k < D / 32; k++)
 #pragma unroll
-    for (int r = 0; r < 2; r++) step[r] = at<float>(excess.query_steps)[place * QUERY_BLOCK + row0 + g + 8 * r];
-
+            for (int i = 0; i < 4; i++)
+                q[m][k][i] = *reinterpret_cast<const u32*>(query + (16 * m + g + 8 * (i % 2)) * D + 32 * k + 16 * (i / 2) + 4 * j);
+#pragma unroll
+        for (int r = 0; r < 2; r++) {
+            const int row = row0 + 16 * m + 8 * r + g;
+            step[m][r] = at<float>(excess.query_steps)[place * QUERY_BLOCK + row], mine[m][r] = here.past + here.first + row;
+            top[m][r] = LOWEST;
+        }
+    }
     // pages that are read anyhow, an even number of places, then the others
     const int sink = min((int)choice.sink, here.pages), near = max(sink, here.near), anyhow = sink + here.pages - near;
     const int first = (anyhow + 1) / PAIR * PAIR, total = first + max(0, near - sink), turns = (total + PAIR - 1) / PAIR;
     if (near <= sink) return;
     auto page_at = [&](int i) { return i < sink ? i : i < anyhow ? near + i - sink : i < first ? -1 : i < total ? sink + i - first : -1; };
     auto load = [&](int turn) {
-        if (turn < turns)
-            for (int n = threadIdx.x; n < PAIR * PAGE * (D / 16 + 1); n += blockDim.x) {
-                const int t = n / (D / 16 + 1), piece = n % (D / 16 + 1), page = max(0, page_at(PAIR * turn + t / PAGE));
+        if (turn < turns) {
+#pragma unroll
+            for (int n = threadIdx.x; n < PAIR * PAGE * D / 16; n += 256) {
+                const int t = n / (D / 16), piece = n % (D / 16), page = max(0, page_at(PAIR * turn + t / PAGE));
                 const i64 from = ((here.page_place + page) * call.kv_heads + head) * PAGE + t % PAGE;
-                if (piece < D / 16) cp_async16(shared.keys[turn % 3] + piece_of<D>(t, piece), at<i8>(excess.keys) + from * D + 16 * piece);
-                else shared.steps[turn % 3][t] = at<float>(excess.key_steps)[from];
+                cp_async16(shared.keys[turn % 3] + piece_of<D>(t, piece), at<i8>(excess.keys) + from * D + 16 * piece);
+                if (piece == 0) cp_async_or_zeros<4>(shared.steps[turn % 3] + t, at<float>(excess.key_steps) + from, true);
             }
+        }
         cp_async_commit();
     };
-    const int mine[2] = {here.past + here.first + row0 + g, here.past + here.first + row0 + g + 8};
-    float top[2] = {LOWEST, LOWEST}, sum[2] = {}, limit[2] = {infinity(), infinity()};
-    u8* marks = at<u8>(excess.found) + (head * excess.places + here.place) * call.max_pages;
-    load(0), load(1);
-    for (int turn = 0; turn < turns; turn++) {
+    auto begin = [&](int turn) {  // its keys are there, and the next ones on their way
         cp_async_wait<1>();
         __syncthreads();
         load(turn + 2);
-        if (turn == first / PAIR) {  // the sums are known: what passes the limit stands out; in the unit of integer products
-            const float part = excess.thresholds ? at<float>(excess.thresholds)[call.layer * call.num_heads + own]
-                                                 : __int_as_float((int)excess.threshold);
+    };
+    load(0), load(1);
+    for (int turn = 0; turn < first / PAIR; turn++) {
+        begin(turn);
+#pragma unroll 1
+        for (int n = 0; n < PAIR * PAGE / 8; n += 2) {
+            const int page = page_at(PAIR * turn + n / 4);
+            if (page < 0) continue;
+            i32 product[2][2][4];
+            multiply<D>(product, q, shared.keys[turn % 3], 8 * n);
 #pragma unroll
-            for (int r = 0; r < 2; r++) {
-                const float best = quad_max(top[r]);
-                const float all = quad_sum(sum[r] * exp2f(top[r] - best));
-                limit[r] = part < 1e-5f ? -infinity() : (best + log2f(part * all)) / step[r];
-            }
+            for (int m = 0; m < 2; m++)
+#pragma unroll
+                for (int i = 0; i < 8; i++) {
+                    const int column = 8 * n + 8 * (i / 4) + 2 * j + i % 2, r = i / 2 % 2;
+                    if (page * PAGE + column % PAGE > mine[m][r]) continue;
+                    const float x = __int_as_float(product[m][i / 4][i % 4]) - BIAS;
+                    const float score = x * shared.steps[turn % 3][column] * step[m][r], best = fmaxf(top[m][r], score);
+                    sum[m][r] = sum[m][r] * exp2f(top[m][r] - best) + exp2f(score - best), top[m][r] = best;
+                }
         }
-        const i8* keys = shared.keys[turn % 3];
-        const float* steps = shared.steps[turn % 3];
+    }
+    // the sums are known: what passes the limit stands out; in the unit of integer products and keys' steps
+    const float part = excess.thresholds ? at<float>(excess.thresholds)[call.layer * call.num_heads + own]
+                                         : __int_as_float((int)excess.threshold);
+#pragma unroll
+    for (int m = 0; m < 2; m++)
+#pragma unroll
+        for (int r = 0; r < 2; r++) {
+            const float best = quad_max(top[m][r]), all = quad_sum(sum[m][r] * exp2f(top[m][r] - best));
+            limit[m][r] = part < 1e-5f ? -infinity() : (best + log2f(part * all)) / step[m][r];
+        }
+    u8* marks = at<u8>(excess.found) + (head * excess.places + here.place) * call.max_pages;
+    for (int turn = first / PAIR; turn < turns; turn++) {
+        begin(turn);
+        if (of_group >= group) continue;
 #pragma unroll
         for (int half = 0; half < PAIR; half++) {
-            const int number = PAIR * turn + half, page = page_at(number);
-            bool passes = false;
+            float most[2][2] = {{-infinity(), -infinity()}, {-infinity(), -infinity()}};
 #pragma unroll
             for (int n = 0; n < PAGE / 8; n += 2) {
-                i32 product[2][4] = {};
+                i32 product[2][2][4];
+                multiply<D>(product, q, shared.keys[turn % 3], half * PAGE + 8 * n);
 #pragma unroll
-                for (int k = 0; k < D / 32; k++) {
-                    u32 b[4];
-                    load_matrices(b, keys + piece_of<D>(half * PAGE + 8 * n + lane % 16, 2 * k + lane / 16));
-                    mma_s8(product[0], q[k], b[0], b[2]);
-                    mma_s8(product[1], q[k], b[1], b[3]);
-                }
+                for (int c = 0; c < 2; c++) {
+                    const float2 by = *reinterpret_cast<const float2*>(shared.steps[turn % 3] + half * PAGE + 8 * (n + c) + 2 * j);
+                    const float lower[2] = {-BIAS * by.x, -BIAS * by.y};  // rounded by less than a unit of the products
 #pragma unroll
-                for (int m = 0; m < 2; m++)
+                    for (int m = 0; m < 2; m++)
 #pragma unroll
-                    for (int i = 0; i < 4; i++) {
-                        const int column = 8 * (n + m) + 2 * j + i % 2;
-                        const float x = product[m][i] * steps[half * PAGE + column];
-                        if (number >= first) passes |= x > limit[i / 2];
-                        else if (page >= 0 && page * PAGE + column <= mine[i / 2]) {
-                            const float score = x * step[i / 2], best = fmaxf(top[i / 2], score);
-                            sum[i / 2] = sum[i / 2] * exp2f(top[i / 2] - best) + exp2f(score - best), top[i / 2] = best;
+                        for (int i = 0; i < 4; i++) {
+                            const float x = fmaf(__int_as_float(product[m][c][i]), i % 2 ? by.y : by.x, lower[i % 2]);
+                            most[m][i / 2] = fmaxf(most[m][i / 2], x);
                         }
-                    }
+                }
             }
+            bool passes = false;
+#pragma unroll
+            for (int m = 0; m < 2; m++) passes |= most[m][0] > limit[m][0] || most[m][1] > limit[m][1];
+            const int page = page_at(PAIR * turn + half);
             if (page >= 0 && __any_sync(FULL_WARP, passes) && lane == 0) marks[page] = 1;
         }
     }
 }
 
-extern "C" __global__ void __launch_bounds__(256) scan_scores_64(CALL_PARAMETERS CHOICE_PARAMETERS EXCESS_PARAMETERS i64 unused)
+extern "C" __global__ void __launch_bounds__(256, 2) scan_scores_64(CALL_PARAMETERS CHOICE_PARAMETERS EXCESS_PARAMETERS i64 unused)
 {
     scan<64>(MAKE_CALL, MAKE_CHOICE, MAKE_EXCESS);
 }
-extern "C" __global__ void __launch_bounds__(256) scan_scores_128(CALL_PARAMETERS CHOICE_PARAMETERS EXCESS_PARAMETERS i64 unused)
+extern "C" __global__ void __launch_bounds__(256, 2) scan_scores_128(CALL_PARAMETERS CHOICE_PARAMETERS EXCESS_PARAMETERS i64 unused)
 {
     scan<128>(MAKE_CALL, MAKE_CHOICE, MAKE_EXCESS);
 }

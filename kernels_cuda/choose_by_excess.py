@@ -9,7 +9,7 @@ ARGS = (*prefill_call.ARGS, "pages", "prefill.sale_thresholds", "threshold")
 FOR_PROMPTS = True        # launched where some sequence has lists
 WORKSPACE_ROWS = "tokens"
 HEAD_DIMS = 64, 128       # what the scan takes
-PAIR = 2                  # heads of a block of the scan
+BESIDE = 4                # heads of a block of the scan
 
 
 def _parts(heads: int, kv_heads: int, head_dim: int, places: int, page_places: int, max_pages: int, sequences: int) -> list[int]:
@@ -39,8 +39,8 @@ def launches(a: dict[str, int], most: dict) -> list[Launch]:
     def launch(name, grid, threads, shared=0):
         kernel = compile.function("choose_by_excess", name, shared + (prefill_call.STATIC if shared else 0))
         return Launch(kernel, grid, threads, args, shared, overlap=True)
-    pairs = kv_heads * -(-(heads // kv_heads) // PAIR)
+    fours = kv_heads * -(-(heads // kv_heads) // BESIDE)
     return [prefill_call.write(a, most), launch("mean_of_keys", (kv_heads, sequences, 1), 128),
             launch("round_keys", (pages, kv_heads, sequences), 256), launch("round_queries", (blocks, heads, sequences), 256),
-            launch(f"scan_scores_{a['head_dim']}", (blocks, pairs, sequences), 256),
+            launch(f"scan_scores_{a['head_dim']}", (blocks, fours, sequences), 256),
             launch("choose_by_excess", (blocks, kv_heads, sequences), prefill_call.THREADS, pages)]

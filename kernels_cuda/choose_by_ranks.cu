@@ -3,7 +3,8 @@
 // Grid (query blocks, kv_heads, sequences), block CHOICE_THREADS, shared: 5 bytes a page
 #include "prefill_means.cuh"
 
-// ends: whether the first page and the newest that is seen count among the best
+// density: bits of a double, so that as many pages are chosen as Python's floats say. ends: whether the first page and the newest that is
+// seen count among the best
 KERNEL choose_by_ranks(CALL_PARAMETERS CHOICE_PARAMETERS i64 means, i64 density, i64 ends)
 {
     DYNAMIC_SHARED(float, memory);
@@ -17,7 +18,7 @@ KERNEL choose_by_ranks(CALL_PARAMETERS CHOICE_PARAMETERS i64 means, i64 density,
     if (!here.there) return;
     float* weights = memory;
     u8* marks = reinterpret_cast<u8*>(memory + here.pages);
-    const int all = (call.slots(s, head) + PAGE - 1) / PAGE, count = max(1, (int)(__int_as_float((int)density) * all));
+    const int all = (call.slots(s, head) + PAGE - 1) / PAGE, count = max(1, (int)(__longlong_as_double(density) * all));
     for (int p = threadIdx.x; p < here.pages; p += CHOICE_THREADS) marks[p] = here.kept(choice, p);
     for (int h = 0; h < call.group() && !here.whole; h++) {
         weigh_means(call, here, s, head * call.group() + h, means, query, weights);

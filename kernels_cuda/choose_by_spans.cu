@@ -3,7 +3,8 @@
 // Grid (query blocks, kv_heads, sequences), block CHOICE_THREADS, shared: a byte a page
 #include "prefill_choice.cuh"
 
-// alphas, betas: [layers][num_heads] float32; null: alpha and beta of all heads
+// alphas, betas: [layers][num_heads] float32; null: alpha and beta of all heads, bits of doubles, so that a
+// span is what Python's floats say
 KERNEL choose_by_spans(CALL_PARAMETERS CHOICE_PARAMETERS i64 alphas, i64 betas, i64 alpha, i64 beta)
 {
     DYNAMIC_SHARED(u8, marks);
@@ -18,9 +19,9 @@ KERNEL choose_by_spans(CALL_PARAMETERS CHOICE_PARAMETERS i64 alphas, i64 betas, 
     double span = 0;
     for (int h = 0; h < call.group(); h++) {
         const i64 own = call.layer * call.num_heads + head * call.group() + h;
-        const double a = alphas ? at<float>(alphas)[own] : __int_as_float((int)alpha);
-        const double b = betas ? at<float>(betas)[own] : __int_as_float((int)beta);
-        span = fmax(span, floor(a + b * end));
+        const double a = alphas ? at<float>(alphas)[own] : __longlong_as_double(alpha);
+        const double b = betas ? at<float>(betas)[own] : __longlong_as_double(beta);
+        span = fmax(span, floor(__dadd_rn(a, __dmul_rn(b, end))));
     }
     const int first = max(0, end - (int)fmin(span, (double)end)) / PAGE;
     for (int p = threadIdx.x; p < here.pages; p += CHOICE_THREADS) marks[p] = here.kept(choice, p) || p >= first;

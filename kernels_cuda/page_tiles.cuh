@@ -75,17 +75,6 @@ template <int D> __device__ __forceinline__ void expand_unit(const Page& page, i
     }
 }
 
-// A page of halves by cp.async, all threads; of V zeros from token `written` on (never written, they may be no numbers).
-template <int D> __device__ __forceinline__ void copy_page(const Page& page, int written, u8* keys, u8* values)
-{
-    const i64 k = page.place(K), v = page.place(V);
-    for (int n = threadIdx.x; n < D * 4; n += blockDim.x) {
-        cp_async16(keys + key_piece<D>(n / 4, n % 4), at<u8>(k + 16 * n));
-        const int token = n / (D / 8);
-        cp_async16_or_zeros(values + value_piece<D>(token, n % (D / 8)), at<u8>(v + 16 * n), token < written);
-    }
-}
-
 // Of a page of any of these types the keys alone. By all threads, of which there are D / 2 at least.
 template <int D> __device__ __forceinline__ void fetch_keys(const Page& page, u8* keys)
 {

@@ -8,6 +8,11 @@ import numpy as np
 from edgeattn.prefill_plan import PrefillPlan, causal, ends, forced, spread
 
 
+def double_bits(x: float) -> int:
+    """A number for an operator that must find what Python's floats give; floats among its attributes are rounded to float32."""
+    return int(np.float64(x).view(np.int64))
+
+
 @dataclass(frozen=True)
 class PrefillPolicy:
     """A method that is asked, for each layer and chunk of a prompt, what to read. Fields are options:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from edgeattn.policies.prefill import PrefillPolicy
+from edgeattn.policies.prefill import PrefillPolicy, double_bits
 from edgeattn.prefill_plan import PAGE, QUERIES, best, causal, ends, pool, shape_of, softmax
 
 
@@ -32,7 +32,7 @@ class Dhsa(PrefillPolicy):
             raise ValueError(f"mode must be topk, a, vs or vsb, got {self.mode!r}")
 
     def operators(self):
-        about = {"sink": self.sink, "recent": self.recent, "density": float(self.density), "ends": int(self.mode == "a")}
+        about = {"sink": self.sink, "recent": self.recent, "density": double_bits(self.density), "ends": int(self.mode == "a")}
         return [("choose_by_ranks", about)] if self.mode in ("topk", "a") else []
 
     def choose(self, q, k, scale, layer, head, assets):

@@ -12,7 +12,7 @@ import numpy as np
 
 from edgeattn.calibration import load_heads
 from edgeattn.page_sums import PageSums
-from edgeattn.policies.prefill import PrefillPolicy
+from edgeattn.policies.prefill import PrefillPolicy, double_bits
 from edgeattn.prefill_plan import PAGE, PrefillPlan, causal, ends, forced
 
 ALPHAS, BETAS = (0, -1024, 1024, 2048), tuple(i / 8 for i in range(9))  # steps as in the paper
@@ -33,7 +33,8 @@ class Moa(PrefillPolicy):
             raise ValueError(f"need beta from 0 to 1, got {self.beta}")
 
     def operators(self):
-        return [("choose_by_spans", {"sink": self.sink, "recent": self.recent, "alpha": float(self.alpha), "beta": float(self.beta)})]
+        spans = {"alpha": double_bits(self.alpha), "beta": double_bits(self.beta)}
+        return [("choose_by_spans", {"sink": self.sink, "recent": self.recent} | spans)]
 
     def choose(self, q, k, scale, layer, head, assets):
         n, m, group = q.shape[1], len(k), len(q)
