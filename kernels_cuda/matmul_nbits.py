@@ -14,10 +14,13 @@ ARGS = ("x", "x.rows", "x.stride", "codes", "scales", "zero_points", "bias", "ou
         "workspace", "state", "zero_points.type")
 HALVES = TYPES["float16"]
 FEW = 8              # tokens of one pass over the weights
-MANY = 48            # tokens from which the matrix units, whose tiles are COLUMNS tokens, are faster than passes of FEW
+MANY = 9             # tokens from which the matrix units are faster than passes of FEW
 WARPS = 8            # of a block of gemv_nbits.cu
 BLOCKS = 2           # of them that a processor runs at a time
-ROWS, COLUMNS, STAGES = 64, 128, 4  # the tile of gemm_nbits.cu, and its steps of K under way
+ROWS, COLUMNS, STAGES = 64, 128, 4  # the largest tile of gemm_nbits.cu, and its steps of K under way
+NARROW = {16: 3, 32: 2, 64: 2}      # tiles of fewer tokens, and blocks of them (and of COLUMNS: 2) that a processor runs at a time
+SHARED_TILE = 2 * ROWS * COLUMNS * 4  # bytes of partial sums for each processor, at most
+SHORTEST, MOST_RANGES = 8, 16       # steps of K that a block has at least; blocks that share a tile
 RING = {8: 3}        # STAGES of gemv_nbits.cu's kernels where they are not 4: by bits, of units of 32
 WEIGHTS = np.dtype([("codes", "i8"), ("scales", "i8"), ("zero_points", "i8"), ("units", "i4"), ("block_shift", "i4"), ("panels", "i4"),
                     ("halves", "i4")])  # the kernels' struct Weights
@@ -32,9 +35,9 @@ def matmul_nbits(x, codes, scales, zero_points=None, bias=None, *, bits, block_s
 
 
 def workspace_bytes(tensors, attributes, rows, threads) -> int:
-    """Quantised activations of `rows` tokens, whole tiles of them: codes, then the units' scales and sums."""
-    codes, info = _activation_bytes(rows, attributes["K"], attributes["block_size"])
-    return codes + info
+    """Quantised activations of `rows` tokens, whole tiles of them: codes, then the units' scales and sums. Then partial sums."""
+    rows, units, pitch = _padded(rows, attributes["K"], attributes["block_size"])
+    return rows * (pitch + units * 8) + device.about()["processors"] * SHARED_TILE
 
 
 def launches(a: dict[str, int], most: dict) -> list[Launch]:
@@ -66,13 +69,8 @@ def _units(k, block_size) -> tuple[int, int, int]:
 def _padded(tokens, k, block_size) -> tuple[int, int, int]:
     """Tokens, units and bytes of a row of codes in the workspace, filled up to whole tiles and steps of gemm_nbits.cu."""
     unit, units, _ = _units(k, block_size)
-    units = -(-units // 2) * 2
+    units = -(-units // 4) * 4
     return -(-tokens // COLUMNS) * COLUMNS, units, units * unit
-
-
-def _activation_bytes(tokens, k, block_size) -> tuple[int, int]:
-    rows, units, pitch = _padded(tokens, k, block_size)
-    return rows * pitch, rows * units * 8
 
 
 def _places(a, tokens) -> tuple:
@@ -118,11 +116,23 @@ def _gemv(a, tokens, weights, unit, group) -> Launch:
     return Launch(found, grid, 32 * warps, args, shared, overlap=True)
 
 
+def ranges_of(tiles: int, steps: int, blocks: int) -> int:
+    """Ranges of K that a tile is cut into, so that about `blocks` run at a time."""
+    return max(1, min(blocks // tiles, steps // SHORTEST, MOST_RANGES))
+
+
 def _gemm(a, tokens, weights) -> Launch:
-    takes_any = _takes_any(a, weights)
-    stage = 2 * (ROWS // 16) * 64 * a["bits"] + COLUMNS * 64 + 2 * COLUMNS * 8 + 2 * ROWS * 2 + 2 * ROWS * (2 if takes_any else 1)
-    grid = -(-a["N"] // ROWS), -(-tokens // COLUMNS), 1
-    args = (*_places(a, tokens), weights, *pointers(a, "bias", "out", "out.stride", "state"), *ints(a, "x.rows", "N"))
-    name = f"gemm_{a['bits']}" + ("_zeros" if a["zero_points"] and not takes_any else "")
-    found = compile.function("gemm_nbits_any", name, STAGES * stage) if takes_any else compile.function("gemm_nbits", name, STAGES * stage)
-    return Launch(found, grid, ROWS * COLUMNS // 32, args, STAGES * stage, overlap=True)
+    takes_any, bits = _takes_any(a, weights), a["bits"]
+    columns = next((c for c in NARROW if tokens <= c), COLUMNS)
+    units = 4 if columns < COLUMNS else 2  # of a step of K
+    stage = units * (ROWS // 16 * 64 * bits + columns * 32 + columns * 8 + ROWS * 2 + ROWS * (2 if takes_any else 1))
+    tiles, rows_of_tiles = -(-a["N"] // ROWS), -(-tokens // columns)
+    x_codes, pitch, info, rows = _places(a, tokens)
+    partials = info + np.int64(rows) * (pitch // 32) * 8
+    ranges = ranges_of(tiles * rows_of_tiles, -(-int(weights["units"]) // units), device.about()["processors"] * NARROW.get(columns, 2))
+    args = (x_codes, pitch, info, rows, weights, *pointers(a, "bias", "out", "out.stride"), partials, *pointers(a, "state"),
+            *ints(a, "x.rows", "N"))
+    name = f"gemm_{bits}" + ("_zeros" if a["zero_points"] and not takes_any else "") + f"_{columns}"
+    shared = STAGES * stage
+    found = compile.function("gemm_nbits_any", name, shared) if takes_any else compile.function("gemm_nbits", name, shared)
+    return Launch(found, (tiles, rows_of_tiles, ranges), 256, args, shared, overlap=True)

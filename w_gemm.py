@@ -1,0 +1,61 @@
+"""Products of few and many tokens, by variants of the matrix kernel."""
+import sys, time
+import numpy as np
+import cuda_kernels as ck
+import w_common
+from edgeattn.kernels_cuda import compile, device, matmul_nbits as mm, steps
+
+SHAPES = [(4096, 14336), (2048, 8192), (16384, 2048), (4096, 4096)]
+TOKENS = (8, 16, 32, 64, 128, 256, 512)
+KEEP = ("gemm_4_16", "gemm_4_32", "gemm_4_64", "gemm_4_128")
+def line(c, units, stages, blocks): return (f"GEMM(gemm_4_{c}, 4, 64, {c}, ", f"GEMM(gemm_4_{c}, 4, 64, {c}, {units}, {stages}, NONE, {blocks}) //")
+VARIANTS = {
+    "base": ([], dict(MANY=2)),
+    "1 range": ([], dict(MANY=2, MOST_RANGES=1)),
+    "1 block of 64": ([line(64, 4, 4, 1), line(128, 2, 4, 1)], dict(MANY=2, NARROW={16: 3, 32: 2, 64: 1})),
+    "short 4, most 32": ([], dict(MANY=2, SHORTEST=4, MOST_RANGES=32)),
+    "short 16": ([], dict(MANY=2, SHORTEST=16)),
+    "only 64": ([], dict(MANY=2, NARROW={64: 2})),
+    "stages 3": ([line(16, 4, 3, 3), line(32, 4, 3, 2), line(64, 4, 3, 2), line(128, 2, 3, 2)], dict(MANY=2, STAGES=3)),
+}
+
+
+def main():
+    cp, repeat, begun = device.cupy(), 9, time.perf_counter()
+    wanted = sys.argv[1:] or list(VARIANTS)
+    w_common.prepare([("gemm_nbits", KEEP, *VARIANTS[name]) for name in wanted])
+    l2 = device.about()["l2_bytes"]
+    print(f"compiled {time.perf_counter() - begun:.1f}s; tokens {TOKENS}")
+    data = {}
+    for n, k in SHAPES:
+        first = ck.Weights(n, k, 4)
+        data[n, k] = [first] + [ck.Weights(n, k, 4) for _ in range(max(2, -(-2 * l2 // first.nbytes)) - 1)]
+    stream = cp.cuda.Stream(non_blocking=True)
+    for name in wanted:
+        w_common.use("gemm_nbits", KEEP, *VARIANTS[name])
+        text = f"{name:18}"
+        for (n, k), sets in data.items():
+            text += f" {n}x{k}:"
+            for tokens in TOKENS:
+                try:
+                    x, out, state = ck.normal(tokens, k), cp.full((tokens, n), np.nan, np.float32), cp.array([tokens], np.int64)
+                    scratch = cp.full(mm.workspace_bytes({}, dict(bits=4, K=k, block_size=32), tokens, 1), 255, np.uint8)
+                    with stream:
+                        each = [w.launches(x, out, state, scratch, tokens) for w in sets]
+                        steps.run(each[0], stream)
+                        stream.synchronize()
+                        if name == "base" and n < 16384: ck.check(sets[0], x, out)
+                        again = out.copy()
+                        chain = steps.Graph([l for ls in each for l in ls], stream)
+                        us = ck.median_us(lambda i: chain.launch(), repeat, len(sets))
+                        steps.run(each[0], stream)
+                        same = bool((again == out).all())
+                    text += f" {us:.1f}" + ("" if same else "!")
+                except (Exception, SystemExit) as e:
+                    text += " " + repr(e)[:60]
+        print(text + f" {time.perf_counter() - begun:.0f}s", flush=True)
+
+
+if __name__ == "__main__":
+    ck.WARM = 0.01
+    main()
