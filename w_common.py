@@ -29,6 +29,8 @@ def use(name_of_source, keep, subs, consts):
 
 def _prepare(job):
     try:
+        if len(job) == 1:
+            return compile._built(job[0], 90) and None
         use(*job)
         compile._built(job[0], 90)
     except Exception as e:
@@ -40,4 +42,4 @@ def prepare(jobs):
     with ProcessPoolExecutor(min(len(jobs), os.cpu_count()), mp_context=multiprocessing.get_context("spawn")) as pool:
         for job, error in zip(jobs, pool.map(_prepare, jobs)):
             if error:
-                print("does not compile:", job[2:], error)
+                print("does not compile:", job, error)

@@ -5,7 +5,7 @@ import cuda_kernels as ck
 import w_common
 from edgeattn.kernels_cuda import compile, device, matmul_nbits as mm, steps
 
-SHAPES = [(4096, 14336), (2048, 8192), (16384, 2048), (4096, 4096)]
+SHAPES = [(4096, 14336, 4), (2048, 8192, 4), (16384, 2048, 4), (4096, 4096, 4), (4096, 14336, 3), (4096, 14336, 2)]
 TOKENS = (8, 16, 32, 64, 128, 256, 512)
 KEEP = ("gemm_4_16", "gemm_4_32", "gemm_4_64", "gemm_4_128")
 def line(c, units, stages, blocks): return (f"GEMM(gemm_4_{c}, 4, 64, {c}, ", f"GEMM(gemm_4_{c}, 4, 64, {c}, {units}, {stages}, NONE, {blocks}) //")
@@ -23,23 +23,24 @@ VARIANTS = {
 def main():
     cp, repeat, begun = device.cupy(), 9, time.perf_counter()
     wanted = sys.argv[1:] or list(VARIANTS)
-    w_common.prepare([("gemm_nbits", KEEP, *VARIANTS[name]) for name in wanted])
+    w_common.prepare([("gemm_nbits", KEEP, *VARIANTS[name]) for name in wanted] + [("gemm_nbits_low",), ("quantise",), ("gemv_nbits",)])
     l2 = device.about()["l2_bytes"]
     print(f"compiled {time.perf_counter() - begun:.1f}s; tokens {TOKENS}")
     data = {}
-    for n, k in SHAPES:
-        first = ck.Weights(n, k, 4)
-        data[n, k] = [first] + [ck.Weights(n, k, 4) for _ in range(max(2, -(-2 * l2 // first.nbytes)) - 1)]
+    for n, k, bits in SHAPES:
+        first = ck.Weights(n, k, bits)
+        data[n, k, bits] = [first] + [ck.Weights(n, k, bits) for _ in range(max(2, -(-2 * l2 // first.nbytes)) - 1)]
     stream = cp.cuda.Stream(non_blocking=True)
     for name in wanted:
         w_common.use("gemm_nbits", KEEP, *VARIANTS[name])
         text = f"{name:18}"
-        for (n, k), sets in data.items():
-            text += f" {n}x{k}:"
-            for tokens in TOKENS:
+        for (n, k, bits), sets in data.items():
+            if bits < 4 and name != "base": continue
+            text += f' {n}x{k}x{bits}:'
+            for tokens in TOKENS if bits == 4 else (16, 64, 512):
                 try:
                     x, out, state = ck.normal(tokens, k), cp.full((tokens, n), np.nan, np.float32), cp.array([tokens], np.int64)
-                    scratch = cp.full(mm.workspace_bytes({}, dict(bits=4, K=k, block_size=32), tokens, 1), 255, np.uint8)
+                    scratch = cp.full(mm.workspace_bytes({}, dict(bits=bits, K=k, block_size=32), tokens, 1), 255, np.uint8)
                     with stream:
                         each = [w.launches(x, out, state, scratch, tokens) for w in sets]
                         steps.run(each[0], stream)

@@ -1,8 +1,8 @@
 """x times block-quantised weights, with x rounded to int8 per token and block: see the reference for layouts.
 
 Few tokens: gemv_nbits.cu, which reads every weight once for up to FEW of them. Many: gemm_nbits.cu, on the int8 matrix units (but blocks of
-16, which are no whole product of theirs). 2 and 3 bits, and zero points that are halves, have kernels of their own in gemv_nbits_any.cu and
-gemm_nbits_any.cu.
+16, which are no whole product of theirs). What few models have, such as 2 and 3 bits and zero points that are halves, stands in sources of
+its own, so that those that all need are compiled soon.
 """
 import numpy as np
 
@@ -121,18 +121,26 @@ def ranges_of(tiles: int, steps: int, blocks: int) -> int:
     return max(1, min(blocks // tiles, steps // SHORTEST, MOST_RANGES))
 
 
+def _gemm_kernel(bits, zeros, columns, shared):
+    """zeros: "", "_zeros" (bytes) or "_halves"."""
+    kernel = f"gemm_{bits}{zeros}_{columns}"
+    if zeros == "_halves":
+        return compile.function("gemm_nbits_any", kernel, shared)
+    if bits < 4:
+        return compile.function("gemm_nbits_low", kernel, shared)
+    return compile.function("gemm_nbits_zeros", kernel, shared) if zeros else compile.function("gemm_nbits", kernel, shared)
+
+
 def _gemm(a, tokens, weights) -> Launch:
-    takes_any, bits = _takes_any(a, weights), a["bits"]
+    zeros = "" if not a["zero_points"] else "_halves" if weights["halves"] else "_zeros"
     columns = next((c for c in NARROW if tokens <= c), COLUMNS)
     units = 4 if columns < COLUMNS else 2  # of a step of K
-    stage = units * (ROWS // 16 * 64 * bits + columns * 32 + columns * 8 + ROWS * 2 + ROWS * (2 if takes_any else 1))
-    tiles, rows_of_tiles = -(-a["N"] // ROWS), -(-tokens // columns)
+    shared = STAGES * units * (ROWS * 4 * a["bits"] + columns * 40 + ROWS * (4 if weights["halves"] else 3))
+    tiles, token_tiles, blocks = -(-a["N"] // ROWS), -(-tokens // columns), device.about()["processors"] * NARROW.get(columns, 2)
+    ranges = max(1, min(blocks // (tiles * token_tiles), -(-int(weights["units"]) // units) // SHORTEST, MOST_RANGES))
     x_codes, pitch, info, rows = _places(a, tokens)
     partials = info + np.int64(rows) * (pitch // 32) * 8
-    ranges = ranges_of(tiles * rows_of_tiles, -(-int(weights["units"]) // units), device.about()["processors"] * NARROW.get(columns, 2))
     args = (x_codes, pitch, info, rows, weights, *pointers(a, "bias", "out", "out.stride"), partials, *pointers(a, "state"),
             *ints(a, "x.rows", "N"))
-    name = f"gemm_{bits}" + ("_zeros" if a["zero_points"] and not takes_any else "") + f"_{columns}"
-    shared = STAGES * stage
-    found = compile.function("gemm_nbits_any", name, shared) if takes_any else compile.function("gemm_nbits", name, shared)
-    return Launch(found, (tiles, rows_of_tiles, ranges), 256, args, shared, overlap=True)
+    found = _gemm_kernel(a["bits"], zeros, columns, shared)
+    return Launch(found, (tiles, token_tiles, ranges), 256, args, shared, overlap=True)

@@ -162,9 +162,8 @@ def test_weights_are_copied_once(load, nano_int4):
 def launches_of(monkeypatch, model):
     """Every step's launches for several buckets, made by the CUDA kernels' own modules with no device."""
     from types import SimpleNamespace
-    from edgeattn.kernels_cuda import compile, device
+    from edgeattn.kernels_cuda import compile
     monkeypatch.setattr(compile, "function", lambda name, kernel, shared=0: SimpleNamespace(ptr=1, name=kernel))
-    monkeypatch.setattr(device, "about", lambda: {"processors": 132, "shared_bytes": 227 << 10})
     buckets = [backend_cuda.Bucket(*numbers) for numbers in (
         (1, 1, 1, 256, False), (1, 1, 1, 1024, True), (4, 4, 4, 512, True), (128, 1, 1, 1024, False), (128, 0, 2, 1024, False),
         (64, 64, 1, 256, False), (128, 1, 1, 1024, False, True), (128, 0, 2, 512, False, True))]
