@@ -3,8 +3,7 @@
 //
 // Activations are quantised by quantise.cu. A block computes ROWS outputs x COLUMNS tokens; K goes by in steps of UNITS units of 32, STAGES
 // of them under way by cp.async. Its warps are UNITS parties, one for each unit of a step, of warps with 32 outputs x 64 tokens each (all
-// tokens of a tile that has fewer). Codes stay unsigned: the products with their zero point are in where the sums start. A sum of a unit
-// starts at MAGIC, so that its bits are a float without conversion, and
+// tokens of a tile that has fewer). A sum of a unit starts at MAGIC, so that its bits are a float without conversion, and
 //     total += (sum - MAGIC) * weight scale * activation scale
 // are two fused operations: MAGIC * weight scale is exact, since a half has 11 bits. Grid: (tiles of outputs, tiles of tokens, ranges of
 // K): where tiles are too few for all processors, several blocks share one, and the last of them to end adds up what all have, in order.
@@ -13,14 +12,14 @@
 #include "panels.cuh"
 #include "quantise.cuh"
 
-enum ZeroPoints { NONE, BYTES, ANY };  // that a kernel takes; ANY: or halves, as the weights say
+enum ZeroPoints { NONE, BYTES, HALVES };
 
 template <int BITS, int ROWS, int COLUMNS, int UNITS, int ZEROS> struct Stage {
     u8 codes[UNITS][ROWS / 16][64 * BITS];  // [unit][panel][step of 64 bytes]; 4 and 8 bits: in odd pairs of steps halves change places
     u8 x[COLUMNS][32 * UNITS];              // chunks of 16 bytes, at place_of()
     UnitInfo info[UNITS][COLUMNS];
     u16 scales[UNITS][ROWS / 16][16];
-    u8 zero_points[UNITS][ROWS / 16][ZEROS == ANY ? 32 : 16];
+    u8 zero_points[UNITS][ROWS / 16][ZEROS == HALVES ? 32 : 16];
     // of a chunk of a token: eight tokens side by side are in banks of their own
     static __device__ __forceinline__ u32 place_of(u32 token, u32 chunk)
     {
@@ -28,12 +27,12 @@ template <int BITS, int ROWS, int COLUMNS, int UNITS, int ZEROS> struct Stage {
     }
 };
 
-// c = a b + (start0, start1, start0, start1), a of unsigned, b of signed bytes
-__device__ __forceinline__ void mma_u8_s8(i32 (&c)[4], const u32 (&a)[4], u32 b0, u32 b1, i32 start0, i32 start1)
+// c = a b + start, a and b of signed bytes
+__device__ __forceinline__ void mma_s8_from(i32 (&c)[4], const u32 (&a)[4], u32 b0, u32 b1, i32 start)
 {
-    asm("mma.sync.aligned.m16n8k32.row.col.s32.u8.s8.s32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%10, %11, %10, %11};"
+    asm("mma.sync.aligned.m16n8k32.row.col.s32.s8.s8.s32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%10, %10, %10, %10};"
         : "=r"(c[0]), "=r"(c[1]), "=r"(c[2]), "=r"(c[3])
-        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1), "r"(start0), "r"(start1));
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1), "r"(start));
 }
 
 // What one thread copies in each step of K: its places are fixed, its addresses advance. All loops run over constants.
@@ -88,9 +87,9 @@ template <int BITS, int ROWS, int COLUMNS, int UNITS, int THREADS, int ZEROS> st
             const bool valid = unit < scales_end;
             const i64 at = valid ? scales + (unit + scales_unit >> w.block_shift) * 16 : 0;
             cp_async_or_zeros<16>(&stage.scales[scales_unit][scales_own][t % 2 * 8], w.scales + at, valid);
-            if (ZEROS == ANY && w.zero_points && w.halves)
+            if (ZEROS == HALVES)
                 cp_async_or_zeros<16>(&stage.zero_points[scales_unit][scales_own][t % 2 * 16], w.zero_points + 2 * at, valid);
-            else if (ZEROS == BYTES || ZEROS == ANY && w.zero_points)
+            else if (ZEROS == BYTES)
                 cp_async_or_zeros<8>(&stage.zero_points[scales_unit][scales_own][t % 2 * 8], w.zero_points + at, valid);
         }
     }
@@ -108,17 +107,20 @@ template <int BITS, int ROWS, int COLUMNS, int UNITS, int THREADS, int ZEROS> st
     }
 };
 
+// Codes, less the default zero point, as signed bytes: in the upper bits of each, which is a factor of FACTOR and saves a subtraction.
+template <int BITS> constexpr int FACTOR = 256 >> BITS;
+template <int BITS> __device__ __forceinline__ u32 signed_codes(u32 codes) { return codes << 8 - BITS ^ 0x80808080; }
+
 // One unit of a stage, of 32 outputs from `row` on and 8 * TILES tokens from `column` on.
 template <int BITS, int ROWS, int COLUMNS, int UNITS, int ZEROS, int TILES>
-__device__ __forceinline__ void multiply(float (&total)[2][TILES][4], const Stage<BITS, ROWS, COLUMNS, UNITS, ZEROS>& stage,
-                                         const Weights& w, int u, int row, int column)
+__device__ __forceinline__ void multiply(float (&total)[2][TILES][4], const Stage<BITS, ROWS, COLUMNS, UNITS, ZEROS>& stage, int u, int row,
+                                         int column)
 {
-    const bool has_zeros = ZEROS == BYTES || ZEROS == ANY && w.zero_points, halves = ZEROS == ANY && has_zeros && w.halves;
     const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
     u32 a[2][4], b[2][4];
     float scale[2][2], offset[2][2];
     i32 zero[2][2];
-    float half_zero[2][2];  // over the default, times minus the scale
+    float half_zero[2][2];
 #pragma unroll
     for (int m = 0; m < 2; m++) {       // rows g and g + 8 of the matrix are outputs 2g and 2g + 1: they lie together
         const int panel = row / 16 + m;
@@ -129,18 +131,24 @@ __device__ __forceinline__ void multiply(float (&total)[2][TILES][4], const Stag
             a[m][0] = four_codes<BITS>(first.x, third.x, 0, t), a[m][1] = four_codes<BITS>(first.y, third.y, 0, t);
             a[m][2] = four_codes<BITS>(second.x, third.x, 1, t), a[m][3] = four_codes<BITS>(second.y, third.y, 1, t);
         } else if (BITS == 4) {
-            a[m][0] = first.x & 0x0f0f0f0f, a[m][2] = first.x >> 4 & 0x0f0f0f0f;
-            a[m][1] = first.y & 0x0f0f0f0f, a[m][3] = first.y >> 4 & 0x0f0f0f0f;
+            a[m][0] = first.x & 0x0f0f0f0f, a[m][1] = first.y & 0x0f0f0f0f;
+            a[m][2] = first.x >> 4 & 0x0f0f0f0f, a[m][3] = first.y >> 4 & 0x0f0f0f0f;
         } else {
             const uint2 second = *(const uint2*)(codes + 256);
             a[m][0] = first.x, a[m][1] = first.y, a[m][2] = second.x, a[m][3] = second.y;
         }
+#pragma unroll
+        for (int i = 0; i < 4; i++) a[m][i] = signed_codes<BITS>(a[m][i]);
         const float2 two = halves_to_floats(*(const u32*)&stage.scales[u][panel][2 * g]);
-        scale[m][0] = two.x, scale[m][1] = two.y, offset[m][0] = -MAGIC_FLOAT * two.x, offset[m][1] = -MAGIC_FLOAT * two.y;
-        if (has_zeros) zero[m][0] = stage.zero_points[u][panel][2 * g], zero[m][1] = stage.zero_points[u][panel][2 * g + 1];
-        if (ZEROS == ANY) {
+        scale[m][0] = two.x * (1.0f / FACTOR<BITS>), scale[m][1] = two.y * (1.0f / FACTOR<BITS>);
+        offset[m][0] = -MAGIC_FLOAT * scale[m][0], offset[m][1] = -MAGIC_FLOAT * scale[m][1];
+        if (ZEROS == BYTES) {
+            const u8* points = &stage.zero_points[u][panel][2 * g];
+            zero[m][0] = (ZERO<BITS> - points[0]) * FACTOR<BITS>, zero[m][1] = (ZERO<BITS> - points[1]) * FACTOR<BITS>;
+        }
+        if (ZEROS == HALVES) {
             const float2 points = halves_to_floats(*(const u32*)&stage.zero_points[u][panel][4 * g]);
-            half_zero[m][0] = halves ? two.x * (ZERO<BITS> - points.x) : 0, half_zero[m][1] = halves ? two.y * (ZERO<BITS> - points.y) : 0;
+            half_zero[m][0] = two.x * (ZERO<BITS> - points.x), half_zero[m][1] = two.y * (ZERO<BITS> - points.y);
         }
     }
     const auto load = [&](u32 (&four)[4], int j) {  // two tiles of 8 tokens, each with its first and second 16 K
@@ -153,17 +161,17 @@ __device__ __forceinline__ void multiply(float (&total)[2][TILES][4], const Stag
         if (j % 2 == 0 && j + 2 < TILES) load(b[(j + 2) / 2 % 2], j + 2);
         const uint4 info = *(const uint4*)&stage.info[u][column + j * 8 + 2 * t];
         const float x_scale[2] = {__uint_as_float(info.x), __uint_as_float(info.z)};
-        const i32 start[2] = {(i32)info.y, (i32)info.w};
+        const i32 x_sum[2] = {MAGIC - (i32)info.y >> BITS - 1, MAGIC - (i32)info.w >> BITS - 1};
         i32 c[2][4];
 #pragma unroll
-        for (int m = 0; m < 2; m++) mma_u8_s8(c[m], a[m], b[j / 2 % 2][j % 2 * 2], b[j / 2 % 2][j % 2 * 2 + 1], start[0], start[1]);
+        for (int m = 0; m < 2; m++) mma_s8_from(c[m], a[m], b[j / 2 % 2][j % 2 * 2], b[j / 2 % 2][j % 2 * 2 + 1], MAGIC);
 #pragma unroll
         for (int m = 0; m < 2; m++)
 #pragma unroll
             for (int i = 0; i < 4; i++) {
-                const i32 sum = has_zeros && !halves ? c[m][i] - start[i % 2] + start_of<BITS>(start[i % 2], zero[m][i / 2]) : c[m][i];
+                const i32 sum = ZEROS == BYTES ? c[m][i] + zero[m][i / 2] * x_sum[i % 2] : c[m][i];
                 float product = __fmaf_rn(__int_as_float(sum), scale[m][i / 2], offset[m][i / 2]);
-                if (ZEROS == ANY) product = __fmaf_rn((float)(MAGIC - start[i % 2] >> BITS - 1), half_zero[m][i / 2], product);
+                if (ZEROS == HALVES) product = __fmaf_rn((float)x_sum[i % 2], half_zero[m][i / 2], product);
                 total[m][j][i] = __fmaf_rn(product, x_scale[i % 2], total[m][j][i]);
             }
     }
@@ -207,7 +215,7 @@ __device__ __forceinline__ void gemm(const u8* x, i64 pitch, const UnitInfo* inf
             copies.fetch_x(*next);
         }
         cp_async_commit();
-        if (column < tokens) multiply<BITS, ROWS, COLUMNS, UNITS, ZEROS, TILES>(total, *now, w, party, row, column);
+        if (column < tokens) multiply<BITS, ROWS, COLUMNS, UNITS, ZEROS, TILES>(total, *now, party, row, column);
         next = now;
         now = now == stages + STAGES - 1 ? stages : now + 1;
     }
