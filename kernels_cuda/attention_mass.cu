@@ -122,7 +122,7 @@ PROBING(mass_queries, 128)
 
 PROBING(mass_tops, 32 * WARPS)
 {
-    extern __shared__ float keys[];
+    DYNAMIC_SHARED(float, keys);
     wait_previous();
     Probes probes = MAKE_PROBES;
     const Call& call = probes.call;
@@ -164,7 +164,7 @@ PROBING(mass_tops, 32 * WARPS)
 
 PROBING(mass_add, 32 * WARPS)
 {
-    extern __shared__ float keys[];
+    DYNAMIC_SHARED(float, keys);
     __shared__ float parts[WARPS][PAGE];
     wait_previous();
     Probes probes = MAKE_PROBES;

@@ -69,7 +69,7 @@ struct Firsts {
 // FIRSTS: rows are the first ones of the blocks that lists are for, and read everything.
 template <int D, bool FIRSTS> __device__ __forceinline__ void prefill(const Call& call, const Firsts& firsts)
 {
-    extern __shared__ uint4 memory[];
+    DYNAMIC_SHARED(uint4, memory);
     Tiles<D>& shared = *reinterpret_cast<Tiles<D>*>(memory);
     wait_previous();
     const int s = blockIdx.z, head = blockIdx.y, group = call.group();

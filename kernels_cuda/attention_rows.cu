@@ -31,7 +31,7 @@ struct Rows {
 
 KERNEL attend_rows(CALL_PARAMETERS i64 ranges, i64 which)
 {
-    extern __shared__ float4 memory[];
+    DYNAMIC_SHARED(float4, memory);
     Rows& shared = *reinterpret_cast<Rows*>(memory);
     wait_previous();
     const Call call = MAKE_CALL;

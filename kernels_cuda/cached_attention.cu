@@ -244,7 +244,7 @@ __device__ __forceinline__ void attend_range(const Call& call, Shared<D, WARPS>&
 template <int KIND, int D, int WARPS>
 __device__ __forceinline__ void decode(const Call& call, int ranges, int stages)
 {
-    extern __shared__ uint4 memory[];
+    DYNAMIC_SHARED(uint4, memory);
     Shared<D, WARPS>& shared = *reinterpret_cast<Shared<D, WARPS>*>(memory);
     // Nothing of this changes within a step. Loads that do not depend on each other go together: each takes as long as a page.
     const int s = blockIdx.y, head = blockIdx.x % (int)call.kv_heads, range = blockIdx.x / (int)call.kv_heads;

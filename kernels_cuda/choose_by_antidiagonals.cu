@@ -135,7 +135,7 @@ __device__ __forceinline__ void fetch_columns(const Call& call, const Strides& s
 
 KERNEL __launch_bounds__(256) score_strides(CALL_PARAMETERS CHOICE_PARAMETERS STRIDE_PARAMETERS i64 unused)
 {
-    extern __shared__ uint4 memory[];
+    DYNAMIC_SHARED(uint4, memory);
     Slices* shared = reinterpret_cast<Slices*>(memory);
     wait_previous();
     const Call call = MAKE_CALL;
@@ -224,7 +224,7 @@ KERNEL __launch_bounds__(256) score_strides(CALL_PARAMETERS CHOICE_PARAMETERS ST
 
 KERNEL choose_by_antidiagonals(CALL_PARAMETERS CHOICE_PARAMETERS STRIDE_PARAMETERS i64 tau)
 {
-    extern __shared__ uint4 memory[];
+    DYNAMIC_SHARED(uint4, memory);
     __shared__ Totals room;
     wait_previous();
     const Call call = MAKE_CALL;

@@ -221,7 +221,7 @@ extern "C" __global__ void __launch_bounds__(256) scan_scores_128(CALL_PARAMETER
 
 KERNEL choose_by_excess(CALL_PARAMETERS CHOICE_PARAMETERS EXCESS_PARAMETERS i64 unused)
 {
-    extern __shared__ u8 marks[];
+    DYNAMIC_SHARED(u8, marks);
     __shared__ Totals room;
     wait_previous();
     const Call call = MAKE_CALL;

@@ -241,7 +241,7 @@ __device__ __forceinline__ bool any_between(const u32* words, int least, int mos
 
 KERNEL choose_by_lines(CALL_PARAMETERS CHOICE_PARAMETERS LINE_PARAMETERS i64 unused)
 {
-    extern __shared__ uint4 memory[];
+    DYNAMIC_SHARED(uint4, memory);
     __shared__ float query[MOST_DEPTH];
     __shared__ Totals room;
     wait_previous();

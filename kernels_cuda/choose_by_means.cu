@@ -46,7 +46,7 @@ KERNEL mean_keys(CALL_PARAMETERS CHOICE_PARAMETERS i64 means)
 
 KERNEL choose_by_means(CALL_PARAMETERS CHOICE_PARAMETERS i64 means, i64 scores, i64 places, i64 part, i64 least, i64 budget, i64 fraction)
 {
-    extern __shared__ float memory[];
+    DYNAMIC_SHARED(float, memory);
     __shared__ float queries[HEADS][MOST_DEPTH];
     __shared__ Totals room;
     wait_previous();

@@ -6,7 +6,7 @@
 // ends: whether the first page and the newest that is seen count among the best
 KERNEL choose_by_ranks(CALL_PARAMETERS CHOICE_PARAMETERS i64 means, i64 density, i64 ends)
 {
-    extern __shared__ float memory[];
+    DYNAMIC_SHARED(float, memory);
     __shared__ float query[MOST_DEPTH];
     __shared__ Totals room;
     wait_previous();

@@ -6,7 +6,7 @@
 // alphas, betas: [layers][num_heads] float32; null: alpha and beta of all heads
 KERNEL choose_by_spans(CALL_PARAMETERS CHOICE_PARAMETERS i64 alphas, i64 betas, i64 alpha, i64 beta)
 {
-    extern __shared__ u8 marks[];
+    DYNAMIC_SHARED(u8, marks);
     __shared__ Totals room;
     wait_previous();
     const Call call = MAKE_CALL;

@@ -181,7 +181,7 @@ template <int BITS, int ROWS, int COLUMNS, int UNITS, int STAGES, int ZEROS>
 __device__ __forceinline__ void gemm(const u8* x, i64 pitch, const UnitInfo* info, int info_pitch, const Weights& w, const float* bias,
                                      float* out, i64 out_stride, float4* partials, const i64* state, int tokens_at, int n)
 {
-    extern __shared__ uint4 shared[];
+    DYNAMIC_SHARED(uint4, shared);
     using S = Stage<BITS, ROWS, COLUMNS, UNITS, ZEROS>;
     S* stages = (S*)shared;
     constexpr int TILES = (COLUMNS < 64 ? COLUMNS : 64) / 8, WARPS_M = ROWS / 32, PARTY = WARPS_M * (COLUMNS / (8 * TILES)) * 32;
@@ -265,6 +265,9 @@ __device__ __forceinline__ void gemm(const u8* x, i64 pitch, const UnitInfo* inf
         }
     }
 }
+
+// Blocks of a kernel that a processor runs at a time, where registers suffice: from sm_100 on the compiler needs more.
+#define TWO (__CUDA_ARCH__ < 1000 ? 2 : 1)
 
 #define GEMM(NAME, BITS, ROWS, COLUMNS, UNITS, STAGES, ZEROS, BLOCKS)                                                               \
     KERNEL __launch_bounds__(256, BLOCKS)                                                                                           \

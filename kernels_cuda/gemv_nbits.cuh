@@ -202,7 +202,7 @@ template <int BITS, int UNIT, int TOKENS, int STAGES, bool ANY>
 __device__ __forceinline__ void gemv(const float* x, const u32* x_codes, const UnitInfo* x_info, i64 x_pitch, int info_pitch,
                                      const Weights& w, Out to, const i64* state, int tokens_at, int k, int team_shift, const Around& around)
 {
-    extern __shared__ uint4 shared[];
+    DYNAMIC_SHARED(uint4, shared);
     using S = Stage<BITS, UNIT, ANY>;
     const int warps = blockDim.x / 32, lane = threadIdx.x & 31, block_warp = threadIdx.x / 32;
     const int team = 1 << team_shift, warp = block_warp & team - 1, own_team = block_warp >> team_shift;

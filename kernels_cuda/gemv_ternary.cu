@@ -14,7 +14,7 @@ __device__ __forceinline__ void gemv(const float* x, int k, int activation_bits,
                                      const i64* state, int tokens_at, int n)
 {
     constexpr int PARTS = TOKENS == 1 ? 4 : 1;  // sums that are kept apart
-    extern __shared__ uint4 own_codes[];
+    DYNAMIC_SHARED(uint4, own_codes);
     __shared__ i32 sums[2][MOST_WARPS][TOKENS][16];
     const int warps = blockDim.x / 32, warp = threadIdx.x / 32, lane = threadIdx.x % 32, first_token = blockIdx.y * TOKENS;
     const int tokens = min(TOKENS, (int)state[tokens_at] - first_token), stride = warps * 8, panels = (n + 15) / 16;

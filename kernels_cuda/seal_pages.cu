@@ -200,7 +200,7 @@ __device__ __forceinline__ void seal_values(Sealing& s, const Page& page, int de
 
 KERNEL seal_pages(i64 pools, i64 sources, i64 targets, i64 head_dim, i64 count_index, i64 state)
 {
-    extern __shared__ float4 memory[];
+    DYNAMIC_SHARED(float4, memory);
     Sealing& s = *reinterpret_cast<Sealing*>(memory);
     wait_previous();
     const int depth = (int)head_dim, width = (depth + 31) / 32 * 32;

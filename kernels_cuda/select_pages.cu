@@ -191,7 +191,7 @@ __device__ __forceinline__ void share_mass(const Selection& a, Scoring& shared, 
 
 extern "C" __global__ void __launch_bounds__(SELECT_THREADS) select_pages(CALL_PARAMETERS SELECTION_ARGS(AS_PARAMETER) i64 parts)
 {
-    extern __shared__ float4 memory[];
+    DYNAMIC_SHARED(float4, memory);
     Scoring& scoring = *reinterpret_cast<Scoring*>(memory);
     Choosing& choosing = *reinterpret_cast<Choosing*>(memory);
     const Selection a{MAKE_CALL, SELECTION_ARGS(AS_VALUE)};

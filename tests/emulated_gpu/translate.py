@@ -6,7 +6,7 @@ OPERAND = re.compile(r'\s*"[^"]*"\s*\(')
 
 def translate(source: str) -> str:
     """The text of a .cu with its headers in place -> C++. ValueError: an asm statement of a form that is not known."""
-    source = re.sub(r"extern\s+__shared__\s+(\w+)\s+(\w+)\[\];", r"\1* const \2 = reinterpret_cast<\1*>(emulated::shared);", source)
+    source = re.sub(r"DYNAMIC_SHARED\((\w+), (\w+)\);", r"\1* const \2 = reinterpret_cast<\1*>(emulated::shared);", source)
     parts, done = [], 0
     for found in re.finditer(r"\basm\s*(?:volatile\s*)?\(", source):
         end = _closing(source, found.end())
