@@ -21,21 +21,23 @@ W4 = ("__launch_bounds__(256, BLOCKS)", "__launch_bounds__(128, BLOCKS)")
 NOREL = ("    release_next();\n    wait_previous();\n    to.out", "    wait_previous();\n    to.out")
 
 R = lambda n: {8: 3, 4: n}
-B1 = dict(BLOCKS=1)
+def always(a, near): return True
+def normal(a, near): return bool(near["gain"])
+def others(a, near): return not near["gain"]
+def long_rows(a, near): return a["K"] > 4096
+def normal_long(a, near): return bool(near["gain"]) or a["K"] > 4096 and a["N"] < 4096
+def r80(s): return ("__launch_bounds__(TOKENS == 1 ? 512 : 256, TOKENS == 1 ? BLOCKS / 2 : BLOCKS)", "__launch_bounds__(256, BITS == 4 ? 3 : BLOCKS)")
+def l2(n): return ("cp.async.cg.shared.global [%0], [%1], 16, %2;", f"cp.async.cg.shared.global.L2::{n}B [%0], [%1], 16, %2;")
 VARIANTS = {
     "base": ([], {}),
-    "base norelease": ([NOREL], {}),
-    "B1 s4": ([], B1),
-    "B1 s5": ([gemv4(5, 2)], dict(BLOCKS=1, RING=R(5))),
-    "B1 s4 early2": ([early(2)], B1),
-    "B1 s4 early3": ([early(3)], B1),
-    "B1 s4 early0": ([early(0)], B1),
-    "B1 s8 (1 block)": ([gemv4(8, 1)], dict(BLOCKS=1, RING=R(8))),
-    "B2 s4 early3": ([early(3)], {}),
-    "B2 s3": ([gemv4(3, 2)], dict(RING=R(3))),
-    "B1 W16 s3": ([gemv4(3, 1), ("GEMV(gemv_8_32_1, 8, 32, 1, 3, 2", "GEMV(gemv_8_32_1, 8, 32, 1, 3, 1"), W16], dict(BLOCKS=1, WARPS=16, RING=R(3))),
-    "B2 W4 s4": ([gemv4(4, 4), W4], dict(BLOCKS=2, WARPS=4)),
-    "B3 W4 s3": ([gemv4(3, 4), W4], dict(BLOCKS=3, WARPS=4, RING=R(3))),
+    "wide": ([], dict(WHEN=always)),
+    "wide normal": ([], dict(WHEN=normal)),
+    "wide long": ([], dict(WHEN=long_rows)),
+    "wide normal, long": ([], dict(WHEN=normal_long)),
+    "wide normal s3": ([gemv4(3, 2)], dict(WHEN=normal, RING=R(3))),
+    "r80 s3": ([gemv4(3, 2), r80(3)], dict(RING=R(3))),
+    "L2 256": ([l2(256)], {}),
+    "base again": ([], {}),
 }
 
 

@@ -2,28 +2,27 @@
 import sys, time
 import numpy as np
 import cuda_kernels as ck
+import w_bench
 import w_common
 from edgeattn.kernels_cuda import compile, device, matmul_nbits as mm, steps
 
 SHAPES = [(4096, 14336, 4), (2048, 8192, 4), (16384, 2048, 4), (4096, 4096, 4), (4096, 14336, 3), (4096, 14336, 2)]
-TOKENS = (8, 16, 32, 64, 128, 256, 512)
+TOKENS = (4, 8, 16, 32, 64, 96, 128, 256, 512)
 KEEP = ("gemm_4_16", "gemm_4_32", "gemm_4_64", "gemm_4_128")
 def line(c, units, stages, blocks): return (f"GEMM(gemm_4_{c}, 4, 64, {c}, ", f"GEMM(gemm_4_{c}, 4, 64, {c}, {units}, {stages}, NONE, {blocks}) //")
 VARIANTS = {
     "base": ([], dict(MANY=2)),
-    "1 range": ([], dict(MANY=2, MOST_RANGES=1)),
-    "1 block of 64": ([line(64, 4, 4, 1), line(128, 2, 4, 1)], dict(MANY=2, NARROW={16: 3, 32: 2, 64: 1})),
-    "short 4, most 32": ([], dict(MANY=2, SHORTEST=4, MOST_RANGES=32)),
-    "short 16": ([], dict(MANY=2, SHORTEST=16)),
-    "only 64": ([], dict(MANY=2, NARROW={64: 2})),
-    "stages 3": ([line(16, 4, 3, 3), line(32, 4, 3, 2), line(64, 4, 3, 2), line(128, 2, 3, 2)], dict(MANY=2, STAGES=3)),
+    "gemv": ([], dict(MANY=9)),
+    "16: 4 blocks": ([line(16, 4, 4, 4)], dict(MANY=2, NARROW={16: 4, 32: 2, 64: 2})),
 }
 
 
 def main():
     cp, repeat, begun = device.cupy(), 9, time.perf_counter()
     wanted = sys.argv[1:] or list(VARIANTS)
-    w_common.prepare([("gemm_nbits", KEEP, *VARIANTS[name]) for name in wanted] + [("gemm_nbits_low",), ("quantise",), ("gemv_nbits",)])
+    w_common.prepare([("gemm_nbits", KEEP, *VARIANTS[name]) for name in wanted] + [
+        (name,) for name in ("gemm_nbits_any", "gemm_nbits_low", "gemm_nbits_zeros", "gemm_nbits", "quantise", "gemv_nbits", "gemv_nbits_any")] + [
+        ("gemv_nbits", w_bench.KEEP, *variant) for variant in w_bench.VARIANTS.values()])
     l2 = device.about()["l2_bytes"]
     print(f"compiled {time.perf_counter() - begun:.1f}s; tokens {TOKENS}")
     data = {}
@@ -37,7 +36,7 @@ def main():
         for (n, k, bits), sets in data.items():
             if bits < 4 and name != "base": continue
             text += f' {n}x{k}x{bits}:'
-            for tokens in TOKENS if bits == 4 else (16, 64, 512):
+            for tokens in (16, 64, 512) if bits < 4 else (4, 8) if name == "gemv" else (16,) if name[:3] == "16:" else TOKENS:
                 try:
                     x, out, state = ck.normal(tokens, k), cp.full((tokens, n), np.nan, np.float32), cp.array([tokens], np.int64)
                     scratch = cp.full(mm.workspace_bytes({}, dict(bits=bits, K=k, block_size=32), tokens, 1), 255, np.uint8)

@@ -277,7 +277,7 @@ __device__ __forceinline__ void gemv(const float* x, const u32* x_codes, const U
 }
 
 #define GEMV(NAME, BITS, UNIT, TOKENS, STAGES, BLOCKS, ANY)                                                                       \
-    KERNEL __launch_bounds__(256, BLOCKS) NAME(                                                                                   \
+    KERNEL __launch_bounds__(TOKENS == 1 ? 512 : 256, TOKENS == 1 ? BLOCKS / 2 : BLOCKS) NAME(                                                                                   \
         const float* x, const u32* x_codes, const UnitInfo* x_info, i64 x_pitch, int info_pitch, Weights w, const float* bias,    \
         float* out, i64 out_stride, const i64* state, int tokens_at, int k, int n, int team_shift, Around around)                 \
     {                                                                                                                             \

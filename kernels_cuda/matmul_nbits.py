@@ -17,6 +17,8 @@ FEW = 8              # tokens of one pass over the weights
 MANY = 9             # tokens from which the matrix units are faster than passes of FEW
 WARPS = 8            # of a block of gemv_nbits.cu
 BLOCKS = 2           # of them that a processor runs at a time
+WIDE = 16
+WHEN = lambda a, nearby: False
 ROWS, COLUMNS, STAGES = 64, 128, 4  # the largest tile of gemm_nbits.cu, and its steps of K under way
 NARROW = {16: 3, 32: 2, 64: 2}      # tiles of fewer tokens, and blocks of them (and of COLUMNS: 2) that a processor runs at a time
 SHARED_TILE = 2 * ROWS * COLUMNS * 4  # bytes of partial sums for each processor, at most
@@ -96,18 +98,22 @@ def team_of(panels: int, units: int, processors: int) -> int:
     return team
 
 
+def _block(group, a, nearby):
+    return (WIDE, 1) if group == 1 and WHEN(a, nearby) else (WARPS, BLOCKS)
+
+
 def _gemv(a, tokens, weights, unit, group) -> Launch:
     """`group` tokens at a time: one of those that gemv_nbits.cu has a kernel for."""
     about, panels, units = device.about(), int(weights["panels"]), int(weights["units"])
     takes_any = _takes_any(a, weights)
     stage = (RING.get(a["bits"], 4) if unit == 32 else 4) * (unit * a["bits"] // 32 * 512 + 32 * (16 if takes_any else 12))
-    activations, warps = units * (unit + 8) if group == 1 else 0, WARPS
+    nearby = fused_steps.around(a)
+    activations, (warps, blocks) = units * (unit + 8) if group == 1 else 0, _block(group, a, nearby)
     while warps > 1 and warps * (stage + 2 * group * 64) + activations > about["shared_bytes"]:
         warps //= 2
-    nearby = fused_steps.around(a)
     shares = int(nearby["half"]) or panels  # that teams share: panels, or pairs of them
     shared, team = warps * (stage + 2 * group * 64) + activations, min(warps, team_of(shares, units, about["processors"]))
-    grid = min(-(-shares * team // warps), about["processors"] * BLOCKS), -(-tokens // group), 1
+    grid = min(-(-shares * team // warps), about["processors"] * blocks), -(-tokens // group), 1
     x_codes, pitch, info, rows = (np.int64(0), np.int64(0), np.int64(0), np.int32(1)) if group == 1 else _places(a, tokens)
     args = (np.int64(fused_steps.row_of(a)), x_codes, info, pitch // 4, rows, weights, *pointers(a, "bias", "out", "out.stride", "state"),
             *ints(a, "x.rows", "K", "N"), np.int32(team.bit_length() - 1), nearby)
