@@ -28,6 +28,9 @@ def long_rows(a, near): return a["K"] > 4096
 def normal_long(a, near): return bool(near["gain"]) or a["K"] > 4096 and a["N"] < 4096
 def r80(s): return ("__launch_bounds__(TOKENS == 1 ? 512 : 256, TOKENS == 1 ? BLOCKS / 2 : BLOCKS)", "__launch_bounds__(256, BITS == 4 ? 3 : BLOCKS)")
 def l2(n): return ("cp.async.cg.shared.global [%0], [%1], 16, %2;", f"cp.async.cg.shared.global.L2::{n}B [%0], [%1], 16, %2;")
+R80 = [r80(3), ("quantise_row<BITS, UNIT, true, 7>", "quantise_row<BITS, UNIT, true, 2>"),
+       ("quantise_row<BITS, UNIT, true, 4>", "quantise_row<BITS, UNIT, true, 2>"),
+       ("quantise_normal<BITS, UNIT, 4>", "quantise_normal<BITS, UNIT, 2>")]
 VARIANTS = {
     "base": ([], {}),
     "wide": ([], dict(WHEN=always)),
@@ -35,7 +38,9 @@ VARIANTS = {
     "wide long": ([], dict(WHEN=long_rows)),
     "wide normal, long": ([], dict(WHEN=normal_long)),
     "wide normal s3": ([gemv4(3, 2)], dict(WHEN=normal, RING=R(3))),
-    "r80 s3": ([gemv4(3, 2), r80(3)], dict(RING=R(3))),
+    "r80 s3": ([gemv4(3, 2), *R80], dict(RING=R(3))),
+    "r80 s3 early2": ([gemv4(3, 2), *R80, early(2)], dict(RING=R(3))),
+    "r80 s4": ([gemv4(4, 2), *R80], {}),
     "L2 256": ([l2(256)], {}),
     "base again": ([], {}),
 }
