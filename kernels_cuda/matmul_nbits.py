@@ -38,8 +38,8 @@ def matmul_nbits(x, codes, scales, zero_points=None, bias=None, *, bits, block_s
 
 def workspace_bytes(tensors, attributes, rows, threads) -> int:
     """Quantised activations of `rows` tokens, whole tiles of them: codes, then the units' scales and sums. Then partial sums."""
-    rows, units, pitch = _padded(rows, attributes["K"], attributes["block_size"])
-    return rows * (pitch + units * 8) + device.about()["processors"] * SHARED_TILE
+    padded, units, pitch = _padded(rows, attributes["K"], attributes["block_size"])
+    return padded * (pitch + units * 8) + (device.about()["processors"] * SHARED_TILE if rows >= MANY else 0)
 
 
 def launches(a: dict[str, int], most: dict) -> list[Launch]:

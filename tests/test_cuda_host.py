@@ -250,8 +250,9 @@ def test_what_gives_way_and_what_does_not():
 def test_where_sparse_decode_begins(monkeypatch, clock, bus, begins):
     """int4 pages of 8 heads of 128: as measured on an H200, and where a slow memory makes it pay early."""
     from edgeattn.kernels_cuda import device
+    backend = make_backend(monkeypatch)
     monkeypatch.setattr(device, "about", lambda: {"memory_clock_mhz": clock, "memory_bus_bits": bus})
-    found = make_backend(monkeypatch).sparse_from(load_policy("decode", "auto"), 1294)
+    found = backend.sparse_from(load_policy("decode", "auto"), 1294)
     assert begins[0] < found < begins[1]
 
 
