@@ -16,7 +16,7 @@ def use(name_of_source, keep, subs, consts):
                 text = text.replace(a, b)
             lines = []
             for l in text.splitlines(True):
-                m = re.match(r"GEM[VM]\((\w+),", l)
+                m = re.match(r"GEM(?:V|M|M_P)\((\w+),", l)
                 if not m or m[1] in keep:
                     lines.append(l)
             text = "".join(lines)

@@ -10,10 +10,14 @@ SHAPES = [(4096, 14336, 4), (2048, 8192, 4), (16384, 2048, 4), (4096, 4096, 4), 
 TOKENS = (4, 8, 16, 32, 64, 96, 128, 256, 512)
 KEEP = ("gemm_4_16", "gemm_4_32", "gemm_4_64", "gemm_4_128")
 def line(c, units, stages, blocks): return (f"GEMM(gemm_4_{c}, 4, 64, {c}, ", f"GEMM(gemm_4_{c}, 4, 64, {c}, {units}, {stages}, NONE, {blocks}) //")
+def tall(n): return ("GEMM(gemm_4_128, 4, 64, 128, 2, 4, NONE, TWO)", f"GEMM_P(gemm_4_128, 4, 128, 128, 2, 1, 4, NONE, {n})")
+BIG = dict(MANY=2, TALL={128: 128}, SHARED_TILE=1 << 17)
 VARIANTS = {
     "base": ([], dict(MANY=2)),
     "gemv": ([], dict(MANY=9)),
     "16: 4 blocks": ([line(16, 4, 4, 4)], dict(MANY=2, NARROW={16: 4, 32: 2, 64: 2})),
+    "tall": ([tall(2)], BIG),
+    "tall, 1 block": ([tall(1)], BIG),
 }
 
 
@@ -36,7 +40,7 @@ def main():
         for (n, k, bits), sets in data.items():
             if bits < 4 and name != "base": continue
             text += f' {n}x{k}x{bits}:'
-            for tokens in (16, 64, 512) if bits < 4 else (4, 8) if name == "gemv" else (16,) if name[:3] == "16:" else TOKENS:
+            for tokens in (16, 64, 512) if bits < 4 else (4, 8) if name == "gemv" else (128, 512) if name[:4] == "tall" else (16,) if name[:3] == "16:" else TOKENS:
                 try:
                     x, out, state = ck.normal(tokens, k), cp.full((tokens, n), np.nan, np.float32), cp.array([tokens], np.int64)
                     scratch = cp.full(mm.workspace_bytes({}, dict(bits=bits, K=k, block_size=32), tokens, 1), 255, np.uint8)

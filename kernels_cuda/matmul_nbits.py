@@ -22,6 +22,7 @@ WHEN = lambda a, nearby: False
 ROWS, COLUMNS, STAGES = 64, 128, 4  # the largest tile of gemm_nbits.cu, and its steps of K under way
 NARROW = {16: 3, 32: 2, 64: 2}      # tiles of fewer tokens, and blocks of them (and of COLUMNS: 2) that a processor runs at a time
 SHARED_TILE = 2 * ROWS * COLUMNS * 4  # bytes of partial sums for each processor, at most
+TALL = {}
 SHORTEST, MOST_RANGES = 8, 16       # steps of K that a block has at least; blocks that share a tile
 RING = {8: 3}        # STAGES of gemv_nbits.cu's kernels where they are not 4: by bits, of units of 32
 WEIGHTS = np.dtype([("codes", "i8"), ("scales", "i8"), ("zero_points", "i8"), ("units", "i4"), ("block_shift", "i4"), ("panels", "i4"),
@@ -122,11 +123,6 @@ def _gemv(a, tokens, weights, unit, group) -> Launch:
     return Launch(found, grid, 32 * warps, args, shared, overlap=True)
 
 
-def ranges_of(tiles: int, steps: int, blocks: int) -> int:
-    """Ranges of K that a tile is cut into, so that about `blocks` run at a time."""
-    return max(1, min(blocks // tiles, steps // SHORTEST, MOST_RANGES))
-
-
 def _gemm_kernel(bits, zeros, columns, shared):
     """zeros: "", "_zeros" (bytes) or "_halves"."""
     kernel = f"gemm_{bits}{zeros}_{columns}"
@@ -141,8 +137,9 @@ def _gemm(a, tokens, weights) -> Launch:
     zeros = "" if not a["zero_points"] else "_halves" if weights["halves"] else "_zeros"
     columns = next((c for c in NARROW if tokens <= c), COLUMNS)
     units = 4 if columns < COLUMNS else 2  # of a step of K
-    shared = STAGES * units * (ROWS * 4 * a["bits"] + columns * 40 + ROWS * (4 if weights["halves"] else 3))
-    tiles, token_tiles, blocks = -(-a["N"] // ROWS), -(-tokens // columns), device.about()["processors"] * NARROW.get(columns, 2)
+    height = TALL.get(columns, ROWS)
+    shared = STAGES * units * (height * 4 * a["bits"] + columns * 40 + height * (4 if weights["halves"] else 3))
+    tiles, token_tiles, blocks = -(-a["N"] // height), -(-tokens // columns), device.about()["processors"] * NARROW.get(columns, 2)
     ranges = max(1, min(blocks // (tiles * token_tiles), -(-int(weights["units"]) // units) // SHORTEST, MOST_RANGES))
     x_codes, pitch, info, rows = _places(a, tokens)
     partials = info + np.int64(rows) * (pitch // 32) * 8
