@@ -216,8 +216,8 @@ __device__ __forceinline__ void gemm(const u8* x, i64 pitch, const UnitInfo* inf
         }
         cp_async_commit();
 #pragma unroll 1
-        for (int u = party; u < UNITS; u += PARTIES)
-            if (column < tokens) multiply<BITS, ROWS, COLUMNS, UNITS, ZEROS, TILES>(total, *now, u, row, column);
+        for (int u = 0; u < UNITS; u += PARTIES)
+            if (column < tokens) multiply<BITS, ROWS, COLUMNS, UNITS, ZEROS, TILES>(total, *now, u + party, row, column);
         next = now;
         now = now == stages + STAGES - 1 ? stages : now + 1;
     }
