@@ -177,7 +177,7 @@ __device__ __forceinline__ void multiply(float (&total)[2][TILES][4], const Stag
     }
 }
 
-template <int BITS, int ROWS, int COLUMNS, int UNITS, int PARTIES, int STAGES, int ZEROS>
+template <int BITS, int ROWS, int COLUMNS, int UNITS, int STAGES, int ZEROS>
 __device__ __forceinline__ void gemm(const u8* x, i64 pitch, const UnitInfo* info, int info_pitch, const Weights& w, const float* bias,
                                      float* out, i64 out_stride, float4* partials, const i64* state, int tokens_at, int n)
 {
@@ -185,7 +185,8 @@ __device__ __forceinline__ void gemm(const u8* x, i64 pitch, const UnitInfo* inf
     using S = Stage<BITS, ROWS, COLUMNS, UNITS, ZEROS>;
     S* stages = (S*)shared;
     constexpr int TILES = (COLUMNS < 64 ? COLUMNS : 64) / 8, WARPS_M = ROWS / 32, PARTY = WARPS_M * (COLUMNS / (8 * TILES)) * 32;
-    constexpr int THREADS = PARTIES * PARTY, OWN = 2 * TILES / PARTIES;
+    constexpr int THREADS = UNITS * PARTY, OWN = 2 * TILES / UNITS;
+    static_assert(STAGES * sizeof(S) >= (UNITS - 1) * ROWS * COLUMNS * 4, "what parties hand to each other takes the place of stages");
     const int party = threadIdx.x / PARTY, member = threadIdx.x % PARTY, warp = member / 32;
     const int row = warp % WARPS_M * 32, column = warp / WARPS_M * (8 * TILES);
     const int first_panel = blockIdx.x * (ROWS / 16), first_token = blockIdx.y * COLUMNS, all = (w.units + UNITS - 1) / UNITS;
@@ -215,9 +216,7 @@ __device__ __forceinline__ void gemm(const u8* x, i64 pitch, const UnitInfo* inf
             copies.fetch_x(*next);
         }
         cp_async_commit();
-#pragma unroll 1
-        for (int u = 0; u < UNITS; u += PARTIES)
-            if (column < tokens) multiply<BITS, ROWS, COLUMNS, UNITS, ZEROS, TILES>(total, *now, u + party, row, column);
+        if (column < tokens) multiply<BITS, ROWS, COLUMNS, UNITS, ZEROS, TILES>(total, *now, party, row, column);
         next = now;
         now = now == stages + STAGES - 1 ? stages : now + 1;
     }
@@ -229,16 +228,16 @@ __device__ __forceinline__ void gemm(const u8* x, i64 pitch, const UnitInfo* inf
     for (int i = 0; i < 2 * TILES; i++) {
         const float(&four)[4] = total[i / TILES][i % TILES];
         const float4 value = make_float4(four[0], four[1], four[2], four[3]);
-        const int owner = i / OWN, slot = (party - owner + PARTIES - 1) % PARTIES;
+        const int owner = i / OWN, slot = (party - owner + UNITS - 1) % UNITS;
         if (owner == party) own[i % OWN] = value;
-        else room[(i * (PARTIES - 1) + slot) * PARTY] = value;
+        else room[(i * (UNITS - 1) + slot) * PARTY] = value;
     }
     __syncthreads();
     const auto add = [](float4& sum, const float4& y) { sum.x += y.x, sum.y += y.y, sum.z += y.z, sum.w += y.w; };
 #pragma unroll
     for (int i = 0; i < OWN; i++)
 #pragma unroll
-        for (int slot = 0; slot < PARTIES - 1; slot++) add(own[i], room[((party * OWN + i) * (PARTIES - 1) + slot) * PARTY]);
+        for (int slot = 0; slot < UNITS - 1; slot++) add(own[i], room[((party * OWN + i) * (UNITS - 1) + slot) * PARTY]);
     if (gridDim.z > 1) {
         const int tile = blockIdx.y * gridDim.x + blockIdx.x;
         float4* parts = partials + (i64)tile * gridDim.z * (OWN * THREADS) + threadIdx.x;
@@ -271,12 +270,11 @@ __device__ __forceinline__ void gemm(const u8* x, i64 pitch, const UnitInfo* inf
 // Blocks of a kernel that a processor runs at a time, where registers suffice: from sm_100 on the compiler needs more.
 #define TWO (__CUDA_ARCH__ < 1000 ? 2 : 1)
 
-#define GEMM(NAME, BITS, ROWS, COLUMNS, UNITS, STAGES, ZEROS, BLOCKS) GEMM_P(NAME, BITS, ROWS, COLUMNS, UNITS, UNITS, STAGES, ZEROS, BLOCKS)
-#define GEMM_P(NAME, BITS, ROWS, COLUMNS, UNITS, PARTIES, STAGES, ZEROS, BLOCKS)                                                               \
+#define GEMM(NAME, BITS, ROWS, COLUMNS, UNITS, STAGES, ZEROS, BLOCKS)                                                               \
     KERNEL __launch_bounds__(256, BLOCKS)                                                                                           \
     NAME(const u8* x, i64 pitch, const UnitInfo* info, int info_pitch, Weights w, const float* bias, float* out, i64 out_stride,    \
          float4* partials, const i64* state, int tokens_at, int n)                                                                  \
     {                                                                                                                               \
-        gemm<BITS, ROWS, COLUMNS, UNITS, PARTIES, STAGES, ZEROS>(x, pitch, info, info_pitch, w, bias, out, out_stride, partials, state,      \
+        gemm<BITS, ROWS, COLUMNS, UNITS, STAGES, ZEROS>(x, pitch, info, info_pitch, w, bias, out, out_stride, partials, state,      \
                                                         tokens_at, n);                                                              \
     }

@@ -56,7 +56,7 @@ template <int BITS, int UNIT, bool ANY> struct Cursor {
                     const int outputs = (lane & 3) * 16, panel = panel_of(place, half);
                     from = w.codes + outputs + (s == 2 ? third_step(w, panel, unit) : low_steps(w, panel, unit) + s * 64);
                 }
-                cp_async_or_zeros<16>(&stage.codes[s][lane], from, valid);
+                cp_async16_stream_or_zeros(&stage.codes[s][lane], from, valid);
             }
             const i64 at = block + (unit >> w.block_shift) * 16;
             cp_async_or_zeros<8>(&stage.scales[lane], w.scales + at, valid);
@@ -277,7 +277,7 @@ __device__ __forceinline__ void gemv(const float* x, const u32* x_codes, const U
 }
 
 #define GEMV(NAME, BITS, UNIT, TOKENS, STAGES, BLOCKS, ANY)                                                                       \
-    KERNEL __launch_bounds__(TOKENS == 1 ? 512 : 256, TOKENS == 1 ? BLOCKS / 2 : BLOCKS) NAME(                                                                                   \
+    KERNEL __launch_bounds__(256, BLOCKS) NAME(                                                                                   \
         const float* x, const u32* x_codes, const UnitInfo* x_info, i64 x_pitch, int info_pitch, Weights w, const float* bias,    \
         float* out, i64 out_stride, const i64* state, int tokens_at, int k, int n, int team_shift, Around around)                 \
     {                                                                                                                             \

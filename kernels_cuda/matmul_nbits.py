@@ -17,14 +17,12 @@ FEW = 8              # tokens of one pass over the weights
 MANY = 9             # tokens from which the matrix units are faster than passes of FEW
 WARPS = 8            # of a block of gemv_nbits.cu
 BLOCKS = 2           # of them that a processor runs at a time
-WIDE = 16
-WHEN = lambda a, nearby: False
-ROWS, COLUMNS, STAGES = 64, 128, 4  # the largest tile of gemm_nbits.cu, and its steps of K under way
-NARROW = {16: 3, 32: 2, 64: 2}      # tiles of fewer tokens, and blocks of them (and of COLUMNS: 2) that a processor runs at a time
-SHARED_TILE = 2 * ROWS * COLUMNS * 4  # bytes of partial sums for each processor, at most
-TALL = {}
-SHORTEST, MOST_RANGES = 8, 16       # steps of K that a block has at least; blocks that share a tile
 RING = {8: 3}        # STAGES of gemv_nbits.cu's kernels where they are not 4: by bits, of units of 32
+# Tiles of gemm_nbits.cu, ROWS outputs each, by their tokens: units of a step of K, and blocks that a processor runs at a time.
+ROWS, COLUMNS, TILES = 64, 128, {16: (4, 3), 32: (4, 2), 64: (4, 2), 128: (2, 2)}
+STAGES = 4           # steps of K under way
+SUMS = 2 * ROWS * COLUMNS * 4  # bytes of partial sums for each processor, at most
+SHORTEST, MOST_RANGES = 8, 16  # steps of K that a block has at least; blocks that share a tile
 WEIGHTS = np.dtype([("codes", "i8"), ("scales", "i8"), ("zero_points", "i8"), ("units", "i4"), ("block_shift", "i4"), ("panels", "i4"),
                     ("halves", "i4")])  # the kernels' struct Weights
 
@@ -40,7 +38,7 @@ def matmul_nbits(x, codes, scales, zero_points=None, bias=None, *, bits, block_s
 def workspace_bytes(tensors, attributes, rows, threads) -> int:
     """Quantised activations of `rows` tokens, whole tiles of them: codes, then the units' scales and sums. Then partial sums."""
     padded, units, pitch = _padded(rows, attributes["K"], attributes["block_size"])
-    return padded * (pitch + units * 8) + (device.about()["processors"] * SHARED_TILE if rows >= MANY else 0)
+    return padded * (pitch + units * 8) + (device.about()["processors"] * SUMS if rows >= MANY else 0)
 
 
 def launches(a: dict[str, int], most: dict) -> list[Launch]:
@@ -99,22 +97,18 @@ def team_of(panels: int, units: int, processors: int) -> int:
     return team
 
 
-def _block(group, a, nearby):
-    return (WIDE, 1) if group == 1 and WHEN(a, nearby) else (WARPS, BLOCKS)
-
-
 def _gemv(a, tokens, weights, unit, group) -> Launch:
     """`group` tokens at a time: one of those that gemv_nbits.cu has a kernel for."""
     about, panels, units = device.about(), int(weights["panels"]), int(weights["units"])
     takes_any = _takes_any(a, weights)
     stage = (RING.get(a["bits"], 4) if unit == 32 else 4) * (unit * a["bits"] // 32 * 512 + 32 * (16 if takes_any else 12))
-    nearby = fused_steps.around(a)
-    activations, (warps, blocks) = units * (unit + 8) if group == 1 else 0, _block(group, a, nearby)
+    activations, warps = units * (unit + 8) if group == 1 else 0, WARPS
     while warps > 1 and warps * (stage + 2 * group * 64) + activations > about["shared_bytes"]:
         warps //= 2
+    nearby = fused_steps.around(a)
     shares = int(nearby["half"]) or panels  # that teams share: panels, or pairs of them
     shared, team = warps * (stage + 2 * group * 64) + activations, min(warps, team_of(shares, units, about["processors"]))
-    grid = min(-(-shares * team // warps), about["processors"] * blocks), -(-tokens // group), 1
+    grid = min(-(-shares * team // warps), about["processors"] * BLOCKS), -(-tokens // group), 1
     x_codes, pitch, info, rows = (np.int64(0), np.int64(0), np.int64(0), np.int32(1)) if group == 1 else _places(a, tokens)
     args = (np.int64(fused_steps.row_of(a)), x_codes, info, pitch // 4, rows, weights, *pointers(a, "bias", "out", "out.stride", "state"),
             *ints(a, "x.rows", "K", "N"), np.int32(team.bit_length() - 1), nearby)
@@ -135,12 +129,11 @@ def _gemm_kernel(bits, zeros, columns, shared):
 
 def _gemm(a, tokens, weights) -> Launch:
     zeros = "" if not a["zero_points"] else "_halves" if weights["halves"] else "_zeros"
-    columns = next((c for c in NARROW if tokens <= c), COLUMNS)
-    units = 4 if columns < COLUMNS else 2  # of a step of K
-    height = TALL.get(columns, ROWS)
-    shared = STAGES * units * (height * 4 * a["bits"] + columns * 40 + height * (4 if weights["halves"] else 3))
-    tiles, token_tiles, blocks = -(-a["N"] // height), -(-tokens // columns), device.about()["processors"] * NARROW.get(columns, 2)
-    ranges = max(1, min(blocks // (tiles * token_tiles), -(-int(weights["units"]) // units) // SHORTEST, MOST_RANGES))
+    columns = next((c for c in TILES if tokens <= c), COLUMNS)
+    step, blocks = TILES[columns]
+    shared = STAGES * step * (ROWS * 4 * a["bits"] + columns * 40 + ROWS * (4 if weights["halves"] else 3))
+    tiles, token_tiles, steps = -(-a["N"] // ROWS), -(-tokens // columns), -(-int(weights["units"]) // step)
+    ranges = max(1, min(device.about()["processors"] * blocks // (tiles * token_tiles), steps // SHORTEST, MOST_RANGES))
     x_codes, pitch, info, rows = _places(a, tokens)
     partials = info + np.int64(rows) * (pitch // 32) * 8
     args = (x_codes, pitch, info, rows, weights, *pointers(a, "bias", "out", "out.stride"), partials, *pointers(a, "state"),
