@@ -1,6 +1,7 @@
 // Partial results of ranges of pages, and the output of a query head made of them (flash decoding).
 #pragma once
 #include "attention_call.cuh"
+#include "last_block.cuh"
 
 #define HEADS 8          // query heads that a block takes
 #define MOST_RANGES 130  // and the newest token
@@ -19,30 +20,6 @@ __device__ __forceinline__ float load_shared_by_all(const float* p)  // past the
     float x;
     asm volatile("ld.global.cg.f32 %0, [%1];" : "=f"(x) : "l"(p));
     return x;
-}
-
-__device__ __forceinline__ float4 load_four(const float* p)
-{
-    float4 x;
-    asm volatile("ld.global.cg.v4.f32 {%0, %1, %2, %3}, [%4];" : "=f"(x.x), "=f"(x.y), "=f"(x.z), "=f"(x.w) : "l"(p));
-    return x;
-}
-
-__device__ u32 arrived[1 << 16];  // ranges that are done, of each sequence and KV head
-
-// Whether this block is the last of `expected` ones to come here; what the others wrote is then visible. The count starts anew.
-__device__ __forceinline__ bool last_to_arrive(int index, int expected)
-{
-    __shared__ bool last;
-    __syncthreads();
-    if (threadIdx.x == 0) {
-        __threadfence();  // for the whole block: what it wrote comes before the barrier
-        last = atomicAdd(&arrived[index], 1) == expected - 1;
-        if (last) arrived[index] = 0;
-    }
-    __syncthreads();
-    if (last) __threadfence();
-    return last;
 }
 
 // All threads of a block, with q [heads][stride] rotated, times the scale and log2 e in shared memory: the output of one row, of the query

@@ -154,6 +154,14 @@ template <int bytes> __device__ __forceinline__ void cp_async_or_zeros(void* sha
                      "r"(size) : "memory");
 }
 
+// 16 bytes of what is read from memory, once and in order: the second-level cache asks for 256 bytes at a time
+__device__ __forceinline__ void cp_async16_stream_or_zeros(void* shared, const void* global, bool valid)
+{
+    const int bytes = valid ? 16 : 0;
+    asm volatile("cp.async.cg.shared.global.L2::256B [%0], [%1], 16, %2;" ::"r"(shared_address(shared)), "l"(global), "r"(bytes)
+                 : "memory");
+}
+
 __device__ __forceinline__ void cp_async_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 
 // until at most `left` of this thread's groups are under way

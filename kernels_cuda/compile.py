@@ -155,8 +155,8 @@ class Function:
 
 @cache
 def _function(name: str, kernel: str):
-    """A kernel of <name>.cu, and the dynamic shared memory that it is allowed so far."""
-    return Function(kernel, module(name).get_function(kernel).ptr), [48 << 10]
+    """A kernel of <name>.cu, and the dynamic shared memory that it is allowed so far: 48 KiB less what it may have declared itself."""
+    return Function(kernel, module(name).get_function(kernel).ptr), [40 << 10]
 
 
 def function(name: str, kernel: str, shared: int = 0) -> Function:

@@ -56,7 +56,7 @@ template <int BITS, int UNIT, bool ANY> struct Cursor {
                     const int outputs = (lane & 3) * 16, panel = panel_of(place, half);
                     from = w.codes + outputs + (s == 2 ? third_step(w, panel, unit) : low_steps(w, panel, unit) + s * 64);
                 }
-                cp_async_or_zeros<16>(&stage.codes[s][lane], from, valid);
+                cp_async16_stream_or_zeros(&stage.codes[s][lane], from, valid);
             }
             const i64 at = block + (unit >> w.block_shift) * 16;
             cp_async_or_zeros<8>(&stage.scales[lane], w.scales + at, valid);

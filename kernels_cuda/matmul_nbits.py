@@ -1,8 +1,8 @@
 """x times block-quantised weights, with x rounded to int8 per token and block: see the reference for layouts.
 
 Few tokens: gemv_nbits.cu, which reads every weight once for up to FEW of them. Many: gemm_nbits.cu, on the int8 matrix units (but blocks of
-16, which are no whole product of theirs). 2 and 3 bits, and zero points that are halves, have kernels of their own in gemv_nbits_any.cu and
-gemm_nbits_any.cu.
+16, which are no whole product of theirs). What few models have, such as 2 and 3 bits and zero points that are halves, stands in sources of
+its own, so that those that all need are compiled soon.
 """
 import numpy as np
 
@@ -14,11 +14,15 @@ ARGS = ("x", "x.rows", "x.stride", "codes", "scales", "zero_points", "bias", "ou
         "workspace", "state", "zero_points.type")
 HALVES = TYPES["float16"]
 FEW = 8              # tokens of one pass over the weights
-MANY = 48            # tokens from which the matrix units, whose tiles are COLUMNS tokens, are faster than passes of FEW
+MANY = 9             # tokens from which the matrix units are faster than passes of FEW
 WARPS = 8            # of a block of gemv_nbits.cu
 BLOCKS = 2           # of them that a processor runs at a time
-ROWS, COLUMNS, STAGES = 64, 128, 4  # the tile of gemm_nbits.cu, and its steps of K under way
 RING = {8: 3}        # STAGES of gemv_nbits.cu's kernels where they are not 4: by bits, of units of 32
+# Tiles of gemm_nbits.cu, ROWS outputs each, by their tokens: units of a step of K, and blocks that a processor runs at a time.
+ROWS, COLUMNS, TILES = 64, 128, {16: (4, 3), 32: (4, 2), 64: (4, 2), 128: (2, 2)}
+STAGES = 4           # steps of K under way
+SUMS = 2 * ROWS * COLUMNS * 4  # bytes of partial sums for each processor, at most
+SHORTEST, MOST_RANGES = 8, 16  # steps of K that a block has at least; blocks that share a tile
 WEIGHTS = np.dtype([("codes", "i8"), ("scales", "i8"), ("zero_points", "i8"), ("units", "i4"), ("block_shift", "i4"), ("panels", "i4"),
                     ("halves", "i4")])  # the kernels' struct Weights
 
@@ -32,9 +36,9 @@ def matmul_nbits(x, codes, scales, zero_points=None, bias=None, *, bits, block_s
 
 
 def workspace_bytes(tensors, attributes, rows, threads) -> int:
-    """Quantised activations of `rows` tokens, whole tiles of them: codes, then the units' scales and sums."""
-    codes, info = _activation_bytes(rows, attributes["K"], attributes["block_size"])
-    return codes + info
+    """Quantised activations of `rows` tokens, whole tiles of them: codes, then the units' scales and sums. Then partial sums."""
+    padded, units, pitch = _padded(rows, attributes["K"], attributes["block_size"])
+    return padded * (pitch + units * 8) + (device.about()["processors"] * SUMS if rows >= MANY else 0)
 
 
 def launches(a: dict[str, int], most: dict) -> list[Launch]:
@@ -66,13 +70,8 @@ def _units(k, block_size) -> tuple[int, int, int]:
 def _padded(tokens, k, block_size) -> tuple[int, int, int]:
     """Tokens, units and bytes of a row of codes in the workspace, filled up to whole tiles and steps of gemm_nbits.cu."""
     unit, units, _ = _units(k, block_size)
-    units = -(-units // 2) * 2
+    units = -(-units // 4) * 4
     return -(-tokens // COLUMNS) * COLUMNS, units, units * unit
-
-
-def _activation_bytes(tokens, k, block_size) -> tuple[int, int]:
-    rows, units, pitch = _padded(tokens, k, block_size)
-    return rows * pitch, rows * units * 8
 
 
 def _places(a, tokens) -> tuple:
@@ -118,11 +117,26 @@ def _gemv(a, tokens, weights, unit, group) -> Launch:
     return Launch(found, grid, 32 * warps, args, shared, overlap=True)
 
 
+def _gemm_kernel(bits, zeros, columns, shared):
+    """zeros: "", "_zeros" (bytes) or "_halves"."""
+    kernel = f"gemm_{bits}{zeros}_{columns}"
+    if zeros == "_halves":
+        return compile.function("gemm_nbits_any", kernel, shared)
+    if bits < 4:
+        return compile.function("gemm_nbits_low", kernel, shared)
+    return compile.function("gemm_nbits_zeros", kernel, shared) if zeros else compile.function("gemm_nbits", kernel, shared)
+
+
 def _gemm(a, tokens, weights) -> Launch:
-    takes_any = _takes_any(a, weights)
-    stage = 2 * (ROWS // 16) * 64 * a["bits"] + COLUMNS * 64 + 2 * COLUMNS * 8 + 2 * ROWS * 2 + 2 * ROWS * (2 if takes_any else 1)
-    grid = -(-a["N"] // ROWS), -(-tokens // COLUMNS), 1
-    args = (*_places(a, tokens), weights, *pointers(a, "bias", "out", "out.stride", "state"), *ints(a, "x.rows", "N"))
-    name = f"gemm_{a['bits']}" + ("_zeros" if a["zero_points"] and not takes_any else "")
-    found = compile.function("gemm_nbits_any", name, STAGES * stage) if takes_any else compile.function("gemm_nbits", name, STAGES * stage)
-    return Launch(found, grid, ROWS * COLUMNS // 32, args, STAGES * stage, overlap=True)
+    zeros = "" if not a["zero_points"] else "_halves" if weights["halves"] else "_zeros"
+    columns = next((c for c in TILES if tokens <= c), COLUMNS)
+    step, blocks = TILES[columns]
+    shared = STAGES * step * (ROWS * 4 * a["bits"] + columns * 40 + ROWS * (4 if weights["halves"] else 3))
+    tiles, token_tiles, steps = -(-a["N"] // ROWS), -(-tokens // columns), -(-int(weights["units"]) // step)
+    ranges = max(1, min(device.about()["processors"] * blocks // (tiles * token_tiles), steps // SHORTEST, MOST_RANGES))
+    x_codes, pitch, info, rows = _places(a, tokens)
+    partials = info + np.int64(rows) * (pitch // 32) * 8
+    args = (x_codes, pitch, info, rows, weights, *pointers(a, "bias", "out", "out.stride"), partials, *pointers(a, "state"),
+            *ints(a, "x.rows", "N"))
+    found = _gemm_kernel(a["bits"], zeros, columns, shared)
+    return Launch(found, (tiles, token_tiles, ranges), 256, args, shared, overlap=True)

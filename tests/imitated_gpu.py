@@ -112,6 +112,7 @@ def make_backend(monkeypatch):
     for asking in (attention_call, cached_attention):
         monkeypatch.setattr(asking, "attribute", lambda name: {"MultiProcessorCount": 132}.get(name, 228 << 10))
     monkeypatch.setattr(device, "cupy", lambda: module)
+    monkeypatch.setattr(device, "about", lambda: {"processors": 132, "shared_bytes": 227 << 10})
     monkeypatch.setattr(device_sampling.sample, "launches", lambda a, most: a)
     monkeypatch.setattr(device_sampling, "run", sample)
     monkeypatch.setattr(device_pages.move_tokens, "run", HostPages.move)

@@ -162,9 +162,8 @@ def test_weights_are_copied_once(load, nano_int4):
 def launches_of(monkeypatch, model):
     """Every step's launches for several buckets, made by the CUDA kernels' own modules with no device."""
     from types import SimpleNamespace
-    from edgeattn.kernels_cuda import compile, device
+    from edgeattn.kernels_cuda import compile
     monkeypatch.setattr(compile, "function", lambda name, kernel, shared=0: SimpleNamespace(ptr=1, name=kernel))
-    monkeypatch.setattr(device, "about", lambda: {"processors": 132, "shared_bytes": 227 << 10})
     buckets = [backend_cuda.Bucket(*numbers) for numbers in (
         (1, 1, 1, 256, False), (1, 1, 1, 1024, True), (4, 4, 4, 512, True), (128, 1, 1, 1024, False), (128, 0, 2, 1024, False),
         (64, 64, 1, 256, False), (128, 1, 1, 1024, False, True), (128, 0, 2, 512, False, True))]
@@ -250,8 +249,9 @@ def test_what_gives_way_and_what_does_not():
 def test_where_sparse_decode_begins(monkeypatch, clock, bus, begins):
     """int4 pages of 8 heads of 128: as measured on an H200, and where a slow memory makes it pay early."""
     from edgeattn.kernels_cuda import device
+    backend = make_backend(monkeypatch)
     monkeypatch.setattr(device, "about", lambda: {"memory_clock_mhz": clock, "memory_bus_bits": bus})
-    found = make_backend(monkeypatch).sparse_from(load_policy("decode", "auto"), 1294)
+    found = backend.sparse_from(load_policy("decode", "auto"), 1294)
     assert begins[0] < found < begins[1]
 
 

@@ -70,6 +70,10 @@ inline void cp_async_cg_shared_global(u32 to, const void* from, int bytes, int s
     if (((uintptr_t)from | to) % bytes) emulated::fail("an asynchronous copy that is not aligned");
     emulated::threads[emulated::now].copies.back().push_back({from_shared(to), from, bytes, size});
 }
+inline void cp_async_cg_shared_global_L2__256B(u32 to, const void* from, int bytes, int size)
+{
+    cp_async_cg_shared_global(to, from, bytes, size);
+}
 inline void cp_async_cg_shared_global(u32 to, const void* from, int bytes) { cp_async_cg_shared_global(to, from, bytes, bytes); }
 inline void cp_async_ca_shared_global(u32 to, const void* from, int bytes, int size) { cp_async_cg_shared_global(to, from, bytes, size); }
 inline void cp_async_commit_group() { emulated::threads[emulated::now].copies.emplace_back(); }
