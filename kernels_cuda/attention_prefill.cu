@@ -2,7 +2,8 @@
 // are shared) against what they see, 64 cached tokens at a time, the next keys fetched while values are read and the other way round
 // (after FlashAttention-2, arXiv 2307.08691). Pages of codes are expanded to halves on the way.
 //   grid   (tiles of rows, kv_heads, sequences), the last rows first: they see the most
-//   block  128 threads: a warp has 32 rows, as what it reads of shared memory then serves twice as many
+//   block  128 threads: a warp has 32 rows, as what it reads of shared memory then serves twice as many; 16 (short_prefill) where there
+//          would be too few blocks for all processors
 // And what is made good of what lists leave out (Delta Attention, arXiv 2505.11254; the reference is prefill_corrections.delta):
 //   first_rows  of every block of queries of a sequence with lists the first one against everything, in ranges of what is seen: partial
 //               results [ranges][query blocks of all sequences][num_heads][D + 4], weighted values, log2 of the reference, sum of weights
@@ -110,8 +111,8 @@ struct Firsts {
     }
 };
 
-// FIRSTS: rows are the first ones of the blocks that lists are for, and read everything.
-template <int D, bool FIRSTS> __device__ __forceinline__ void prefill(const Call& call, const Firsts& firsts)
+// M: of 16 rows that a warp has. FIRSTS: rows are the first ones of the blocks that lists are for, and read everything.
+template <int D, int M, bool FIRSTS> __device__ __forceinline__ void prefill(const Call& call, const Firsts& firsts)
 {
     DYNAMIC_SHARED(uint4, memory);
     Tiles<D>& shared = *reinterpret_cast<Tiles<D>*>(memory);
@@ -120,7 +121,7 @@ template <int D, bool FIRSTS> __device__ __forceinline__ void prefill(const Call
     if (s >= call.sequences() || call.rows(s) == 1) return;
     const bool listed = call.prefill_lists && at<i64>(call.prefill_lists)[s];
     if (FIRSTS && !listed) return;
-    constexpr int M = FIRSTS ? 1 : 2, MOST = 16 * M * WARPS;  // of 16 rows that a warp has; rows
+    constexpr int MOST = 16 * M * WARPS;  // rows
     constexpr int APART = FIRSTS ? QUERY_BLOCK : 1;  // tokens from one that has rows to the next
     int each = MOST / group;  // tokens; those of one list, where there are lists
     if (listed && !FIRSTS) each = min(QUERY_BLOCK, 1 << 31 - __clz(each));
@@ -266,16 +267,20 @@ template <int D, bool FIRSTS> __device__ __forceinline__ void prefill(const Call
     }
 }
 
-extern "C" __global__ void __launch_bounds__(THREADS, 2) prefill_64(CALL_PARAMETERS i64 unused) { prefill<64, false>(MAKE_CALL, {}); }
-extern "C" __global__ void __launch_bounds__(THREADS, 2) prefill_128(CALL_PARAMETERS i64 unused) { prefill<128, false>(MAKE_CALL, {}); }
-extern "C" __global__ void __launch_bounds__(THREADS, 2) first_rows_64(CALL_PARAMETERS i64 chunks, i64 ranges, i64 places)
-{
-    prefill<64, true>(MAKE_CALL, {chunks, ranges, places});
-}
-extern "C" __global__ void __launch_bounds__(THREADS, 2) first_rows_128(CALL_PARAMETERS i64 chunks, i64 ranges, i64 places)
-{
-    prefill<128, true>(MAKE_CALL, {chunks, ranges, places});
-}
+#define PREFILL(name, depth, m) \
+    extern "C" __global__ void __launch_bounds__(THREADS, 2) name(CALL_PARAMETERS i64 unused) { prefill<depth, m, false>(MAKE_CALL, {}); }
+PREFILL(prefill_64, 64, 2)
+PREFILL(prefill_128, 128, 2)
+PREFILL(short_prefill_64, 64, 1)
+PREFILL(short_prefill_128, 128, 1)
+
+#define FIRST_ROWS(name, depth) \
+    extern "C" __global__ void __launch_bounds__(THREADS, 2) name(CALL_PARAMETERS i64 chunks, i64 ranges, i64 places) \
+    { \
+        prefill<depth, 1, true>(MAKE_CALL, {chunks, ranges, places}); \
+    }
+FIRST_ROWS(first_rows_64, 64)
+FIRST_ROWS(first_rows_128, 128)
 
 KERNEL add_shifts(CALL_PARAMETERS i64 chunks, i64 ranges, i64 places)
 {

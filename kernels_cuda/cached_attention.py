@@ -20,7 +20,7 @@ SIDE_BYTES = {HALVES: 64, INT4: 20, MIXED: 36}  # of a page's keys or values in 
 SIDES = 32  # whose places a warp of decode keeps in shared memory
 ROWS_SHARED = 4 * (5 * HEADS * 256 + 4 * HEADS * 34)  # attention_rows.cu, Rows
 MOST_DEPTH = 256
-QUERY_ROWS, FIRST_ROWS, QUERY_BLOCK, KEYS, PREFILL_THREADS = 128, 64, 64, 64, 128  # attention_prefill.cu
+QUERY_ROWS, SHORT_ROWS, QUERY_BLOCK, KEYS, PREFILL_THREADS = 128, 64, 64, 64, 128  # attention_prefill.cu
 NONE, TAIL, DELTA = range(3)  # what makes good what a prompt does not read (prefill_lists.py)
 MOST_FIRST_RANGES = 32        # with which partial results of a prompt's first rows fit where decode's do
 
@@ -100,13 +100,17 @@ def write(a: dict[str, int], tokens: int, which: int) -> Launch:
 
 
 def _prefill(a, tokens, sequences, listed):
-    each = QUERY_ROWS // (a["num_heads"] // a["kv_heads"])  # tokens of a block
-    if listed:
-        each = min(QUERY_BLOCK, 1 << each.bit_length() - 1)
-    shared = _prefill_shared(a["head_dim"])
-    kernel = compile.function("attention_prefill", f"prefill_{a['head_dim']}", shared)
-    grid = -(-tokens // each), a["kv_heads"], sequences
-    return Launch(kernel, grid, PREFILL_THREADS, (*call_args(a), np.int64(0)), shared, overlap=True)
+    group, depth = a["num_heads"] // a["kv_heads"], a["head_dim"]
+
+    def tiles(rows):
+        each = rows // group  # tokens of a block
+        return -(-tokens // (min(QUERY_BLOCK, 1 << each.bit_length() - 1) if listed else each))
+    rows, name = QUERY_ROWS, "prefill"
+    if tiles(rows) * a["kv_heads"] * sequences <= processors():  # smaller blocks give each processor two
+        rows, name = SHORT_ROWS, "short_prefill"
+    shared = _prefill_shared(depth)
+    kernel = compile.function("attention_prefill", f"{name}_{depth}", shared)
+    return Launch(kernel, (tiles(rows), a["kv_heads"], sequences), PREFILL_THREADS, (*call_args(a), np.int64(0)), shared, overlap=True)
 
 
 def _prefill_shared(head_dim: int) -> int:
@@ -116,7 +120,7 @@ def _prefill_shared(head_dim: int) -> int:
 def _delta(a, tokens, sequences, slots) -> list[Launch]:
     """The first query of each block against everything, and what that changes for the others."""
     heads, kv_heads, depth, blocks = a["num_heads"], a["kv_heads"], a["head_dim"], -(-tokens // QUERY_BLOCK)
-    tiles, places, shared = -(-blocks // (FIRST_ROWS // (heads // kv_heads))), tokens // 32 + 1, _prefill_shared(depth)
+    tiles, places, shared = -(-blocks // (SHORT_ROWS // (heads // kv_heads))), tokens // 32 + 1, _prefill_shared(depth)
     ranges = max(1, min(MOST_FIRST_RANGES, BLOCKS * processors() // (tiles * kv_heads * sequences), -(-slots // (4 * KEYS))))
     args = (*call_args(a), *(np.int64(x) for x in (a["batch.chunks"], ranges, places)))
     first = compile.function("attention_prefill", f"first_rows_{depth}", shared)

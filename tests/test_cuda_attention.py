@@ -142,8 +142,10 @@ def test_other_formats(types, form, head_dim):
 
 @pytest.mark.parametrize("head_dim", [64, 80, 128])
 @pytest.mark.parametrize("types", ["f16", "int4", "int8", "int3/int2"])
-def test_prefill_behind_pages(types, head_dim):
-    """Prompts of several lengths behind cached tokens, and decode, in one batch."""
+@pytest.mark.parametrize("processors", [1, 1000])
+def test_prefill_behind_pages(monkeypatch, processors, types, head_dim):
+    """Prompts of several lengths behind cached tokens, and decode, in one batch, in blocks of many rows and of few."""
+    monkeypatch.setattr("edgeattn.kernels_cuda.cached_attention.processors", lambda: processors)
     rng = np.random.default_rng()
     group = int(rng.integers(1, 9))
     print(group)

@@ -197,7 +197,7 @@ def test_launches_of_every_bucket(monkeypatch, nano_int4, cache, choosing, prefi
     for bucket, launches in made.items():
         names = [launch.function.name for launch in launches]
         assert (chosen in names) == bucket.listed and ("add_shifts" in names) == (bucket.listed and len(prefill) > 2)
-        assert names.count("write_tokens") == names.count("prefill_64")
+        assert names.count("write_tokens") == sum(name.endswith("prefill_64") for name in names)
         names = {launch.function.name for launch in launches}
         assert all(min(launch.grid) > 0 for launch in launches)
         assert ("select_pages" in names) == bucket.sparse
