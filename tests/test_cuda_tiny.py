@@ -2,8 +2,11 @@
 
 tests/test_cuda_runtime.py is the same of a real model, which an emulation would take hours for. Random weights disturb: limits are wider.
 """
+import shutil
+
 import numpy as np
 import pytest
+import quantised
 import tiny
 from cuda_device import needs_cuda
 from same_drops import SameDrops
@@ -61,6 +64,18 @@ def test_weights_of_few_bits(folder, tmp_path, precision, group):
     export(folder.parent / "checkpoint", tmp_path / "out", precision, group)
     prompt, decoded = RNG.integers(3, 150, 70), RNG.integers(3, 150, 5)
     (_, *expected), (_, *got) = (run(model, prompt, decoded) for model in both(tmp_path / "out", CacheOptions("f16", "f16")))
+    for a, b in zip(got, expected):
+        assert error(a, b) < CLOSE["f16"]
+
+
+def test_weights_in_act_order(folder, tmp_path):
+    """Of GPTQ: activations are put in the order of the groups before each product."""
+    shutil.copytree(folder.parent / "checkpoint", tmp_path / "checkpoint")
+    quantised.quantise_folder(tmp_path / "checkpoint", quantised.gptq, act_order=True)
+    export(tmp_path / "checkpoint", tmp_path / "out", "int4", 32)
+    prompt, decoded, models = RNG.integers(3, 150, 70), RNG.integers(3, 150, 5), both(tmp_path / "out", CacheOptions("f16", "f16"))
+    assert [step.operator for step in models[1].plan.steps].count("gather_columns") == 4 * 2  # of each layer
+    (_, *expected), (_, *got) = (run(model, prompt, decoded) for model in models)
     for a, b in zip(got, expected):
         assert error(a, b) < CLOSE["f16"]
 
