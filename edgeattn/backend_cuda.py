@@ -44,8 +44,11 @@ class CudaBackend:
         self.stream, self.weight_bytes = xp.cuda.Stream(non_blocking=True), 0
         self._held, self._maps, self._batch = {}, {}, None
 
-    def limits(self, options, sparse, prefill, about: dict) -> tuple:
-        return cuda_limits.check(options, sparse, prefill, about)
+    def check(self, options, about: dict, nodes) -> None:
+        cuda_limits.check(options, about, nodes)
+
+    def gives_way(self, options, sparse, prefill, about: dict, plan) -> tuple[str, str]:
+        return cuda_limits.gives_way(options, sparse, prefill, about, plan)
 
     def tuned(self, config: dict, limited: bool) -> dict[str, int]:
         """`edgeattn tune` measures CPUs."""

@@ -5,7 +5,7 @@ import numba
 import numpy as np
 import psutil
 
-from edgeattn.cache.budget import choose_types
+from edgeattn.cache.budget import choose_types, plan_cache
 from edgeattn.cache.kv_cache import KVCache
 from edgeattn.cache.options import CacheOptions
 from edgeattn.cache.pages import CacheFull
@@ -60,13 +60,15 @@ class Model:
         shape = about["num_layers"], about["kv_heads"], about["head_dim"], self.ctx_size
         sparse, prefill = sparse or SparseOptions(), prefill or PrefillOptions()
         self.device = self.backend.device
-        dense_because, whole_because = self.backend.limits(options := cache or CacheOptions(), sparse, prefill, about)
+        self.backend.check(options := cache or CacheOptions(), about, graph.proto.graph.node)
         classes = None if options.heads == "none" else head_classes(self.folder, self.config, options.retrieval)
         selection, self.scheduler = None, None if sparse.method == "off" else Scheduler(sparse, *shape[:2])
         if self.scheduler:
             self.scheduler.load(self.folder, self.config)
             selection = self.scheduler.selection_plan(self.ctx_size)
         options = choose_types(options, defaults["kv_type"], *shape, self.ubatch, classes, selection)
+        planned = plan_cache(options, *shape, self.ubatch, classes, None, self.backend.open_sequences)
+        dense_because, whole_because = self.backend.gives_way(options, sparse, prefill, about, planned)
         why = self.scheduler and (dense_because or refusal(self.scheduler.policy, options, about["window"]))
         if why and sparse.method != "auto":
             raise ValueError(f"--sparse-attention {sparse.method}: {why}: use --sparse-attention off")

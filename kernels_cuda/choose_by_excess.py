@@ -8,7 +8,7 @@ from edgeattn.page_formats import PAGE
 ARGS = (*prefill_call.ARGS, "pages", "prefill.sale_thresholds", "threshold")
 FOR_PROMPTS = True        # launched where some sequence has lists
 WORKSPACE_ROWS = "tokens"
-HEAD_DIMS = 64, 128       # what the scan takes
+HEAD_DIMS, FRAGMENTS = (64, 128), False  # what the scan takes; pages of any kind, which are rounded first
 BESIDE = 4                # heads of a block of the scan
 
 

@@ -6,7 +6,7 @@ from imitated_gpu import make_backend
 from edgeattn import backend_cuda, devices, runtime
 from edgeattn.cache import session
 from edgeattn.cache.options import CacheOptions
-from edgeattn.cuda_limits import cache_refusal, check, decode_refusal
+from edgeattn.cuda_limits import cache_refusal, decode_refusal
 from edgeattn.generation import Generation, SamplerOptions
 from edgeattn.policies import load_policy
 from edgeattn.prefill_scheduler import PrefillOptions
@@ -233,18 +233,6 @@ def test_decode_policies(name, works):
     assert decode_refusal(load_policy("decode", name), 72, 8)
 
 
-def test_what_gives_way_and_what_does_not():
-    about = {"head_dim": 64, "num_heads": 32, "kv_heads": 8}
-    assert check(CacheOptions(budget=1 << 24), SparseOptions(), PrefillOptions(), about) == ("", "")
-    assert check(CacheOptions(), SparseOptions("off"), PrefillOptions("off"), about) == ("", "")
-    dense, whole = check(CacheOptions(), SparseOptions(), PrefillOptions(), about | {"kv_heads": 2})
-    assert "8 query heads" in dense and "8 query heads" in whole
-    with pytest.raises(ValueError, match="--device cpu"):
-        check(CacheOptions(), SparseOptions(), PrefillOptions(), about | {"head_dim": 512})
-    with pytest.raises(ValueError, match="--kv-heads razor"):
-        check(CacheOptions(heads="razor"), SparseOptions(), PrefillOptions(), about)
-
-
 @pytest.mark.parametrize("clock, bus, begins", [(3201, 6144, (100_000, 120_000)), (3199, 128, (3_000, 5_000))], ids=["H200", "Orin Nano"])
 def test_where_sparse_decode_begins(monkeypatch, clock, bus, begins):
     """int4 pages of 8 heads of 128: as measured on an H200, and where a slow memory makes it pay early."""
@@ -264,6 +252,8 @@ def test_devices_by_name(monkeypatch):
 
 @pytest.mark.parametrize("line, said", [
     (["generate", "-p", "x", "--device", "cuda", "--kv-heads", "duo"], "--kv-heads duo cannot run on the GPU"),
+    (["generate", "-p", "x", "--device", "cuda", "--sparse-prefill", "hip"], "--sparse-prefill hip: the GPU has no kernels"),
+    (["generate", "-p", "x", "--device", "cuda", "--sparse-attention", "loki"], "--sparse-attention loki: the GPU's kernels"),
     (["calibrate", "--device", "cuda"], "on the CPU"), (["chat", "--device", "tpu"], "invalid choice"),
     (["generate", "-p", "x", "--device", "cuda"], "no NVIDIA driver"), (["verify", "FOLDER", "--device", "cuda"], "no NVIDIA driver")])
 def test_commands_say_it_in_one_line(edgeattn, monkeypatch, nano_int4, line, said):

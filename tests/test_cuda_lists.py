@@ -59,3 +59,14 @@ def test_a_list_has_room_for_single_keys(monkeypatch):
     assert scheduler.operators(0)[0][1]["columns"] == 640  # no more than there are tokens
     assert batch.list_prompt(0, 320, 70, 0) and batch.list_prompt(1, 300, 64, 2)
     assert batch.prefill_lists[1] - batch.prefill_lists[0] == 4 * 2 * 2 * (4 + 20 + 640)
+
+
+def test_a_prompt_without_room_for_its_list_counts_as_dense(monkeypatch):
+    from types import SimpleNamespace
+    backend, scheduler = make_backend(monkeypatch), PrefillScheduler(PrefillOptions("streaming", {}, 0), 2, 2)
+    batch = backend.batch(512, 4, 4, SimpleNamespace(shape=(2, 2), plan=SimpleNamespace(max_pages=20)))
+    scheduler.prepare(backend, batch, 20, 4)
+    calls = [(place, SimpleNamespace(length=n, counts=np.array([n])), 150 * place, 150, True) for place, n in enumerate((320, 352, 300))]
+    assert all(scheduler.wants(sequence, count, last) for _, sequence, _, count, last in calls) and scheduler.chunks == [0, 3]
+    assert scheduler.between(batch, calls, None) is None
+    assert scheduler.chunks == [1, 2] and batch.prefill_lists[:3].astype(bool).tolist() == [True, False, True]

@@ -105,6 +105,18 @@ def test_a_prompt_that_reads_a_part(folder, cache, method, options, correction):
     assert error(found[1], found[0]) < error(whole, found[0]) / 2 and abs(read[1] - read[0]) < 0.1 and read[1] < 0.95
 
 
+def test_a_prompt_without_room_for_its_lists_reads_everything(folder):
+    """Two that share their beginning have more pages between them than scratch memory is for; each counts as what it was."""
+    prompt, ends, found = RNG.integers(3, 150, 330), RNG.integers(3, 150, (2, 130)), []
+    for prefill in (WHOLE, PrefillOptions("streaming", {"sink": 1, "recent": 0}, 410)):
+        model = both(folder, CacheOptions("f16", "f16"), prefill=prefill, ubatch=512)[1]
+        a = model.new_sequence()
+        model.forward([(a, prompt)], "none")
+        found.append(model.forward([(a, ends[0]), (model.fork(a), ends[1])], "all"))
+    assert model.prefill.chunks == [2, 1]
+    assert error(found[1][130:], found[0][130:]) < 1e-3 < 0.05 < error(found[1][:64], found[0][:64])
+
+
 @pytest.mark.parametrize("eviction", ["key_diff", "l2_norm", "random", "streaming_llm", "h2o", "snapkv", "caote", "zipvl"])
 @pytest.mark.parametrize("cache", ["f16", "int4"])
 def test_a_full_cache_drops_tokens(folder, monkeypatch, cache, eviction):
