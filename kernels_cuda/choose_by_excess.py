@@ -22,7 +22,8 @@ def _parts(heads: int, kv_heads: int, head_dim: int, places: int, page_places: i
 def workspace_bytes(tensors, attributes, rows, threads) -> int:
     """attributes["pages"]: of all sequences that have lists, and of a page list, at most."""
     heads, kv_heads, head_dim, pages = (int(attributes[name]) for name in ("num_heads", "kv_heads", "head_dim", "pages"))
-    return sum(_parts(heads, kv_heads, head_dim, prefill_call.most_blocks(rows), pages, pages, max(64, rows)))
+    return sum(_parts(heads, kv_heads, head_dim, prefill_call.most_blocks(rows), pages, pages,
+                      prefill_call.SEQUENCES))
 
 
 def launches(a: dict[str, int], most: dict) -> list[Launch]:

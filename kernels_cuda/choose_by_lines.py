@@ -25,7 +25,7 @@ def offsets(heads: int, kv_heads: int, head_dim: int, places: int, pages: int) -
 def workspace_bytes(tensors, attributes, rows, threads) -> int:
     """attributes["pages"]: of all sequences that have lists, and of a page list, at most."""
     sizes = (int(attributes[name]) for name in ("num_heads", "kv_heads", "head_dim"))
-    return offsets(*sizes, prefill_call.most_blocks(rows), int(attributes["pages"]))[-1]
+    return offsets(*sizes, prefill_call.most_lists(rows), int(attributes["pages"]))[-1]
 
 
 def launches(a: dict[str, int], most: dict) -> list[Launch]:
@@ -34,7 +34,7 @@ def launches(a: dict[str, int], most: dict) -> list[Launch]:
         raise ValueError(f"CUDA kernels look for lines with heads of {HEAD_DIMS} channels, over pages of halves and of codes by channel; "
                          "choose another --sparse-prefill")
     (blocks, kv_heads, sequences), pages, heads = prefill_call.blocks_grid(a, most), prefill_call.pages_of(a, most), a["num_heads"]
-    places = prefill_call.most_blocks(most[a["q.rows"]])
+    places = prefill_call.most_lists(most[a["q.rows"]])
     queries, partials, totals, verticals, slashes, means, _ = (
         a["workspace"] + x for x in offsets(heads, kv_heads, a["head_dim"], places, a["pages"]))
     by_key, near, far = (partials + 4 * heads * a["pages"] * PAGE * i for i in range(3))
