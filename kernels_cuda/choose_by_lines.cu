@@ -35,18 +35,21 @@ struct Lines {
         const int* own = at<int>(patterns) + 3 * (call.layer * call.num_heads + head);
         return {own[0], own[1], own[2]};
     }
-    // The first of the rows of queries and totals.
-    __device__ __forceinline__ i64 row(const Call& call, int s, int head) const
-    {
-        int number = 0;
-        for (int i = 0; i < s; i++) number += at<i64>(call.prefill_lists)[i] != 0;
-        return (head * places + number) * SAMPLED;
-    }
+    // Of a query head, the first of its rows of queries and totals; number: of the sequence.
+    __device__ __forceinline__ i64 row(int number, int head) const { return (head * places + number) * SAMPLED; }
     __device__ __forceinline__ i64 slot(const QueryBlock& start, int head) const
     {
         return (head * page_places + start.page_place) * PAGE;
     }
 };
+
+// Where sequence s is among those that have lists.
+__device__ __forceinline__ int number_of(const Call& call, int s)
+{
+    int number = 0;
+    for (int i = 0; i < s; i++) number += at<i64>(call.prefill_lists)[i] != 0;
+    return number;
+}
 
 KERNEL arrange_sampled(CALL_PARAMETERS CHOICE_PARAMETERS LINE_PARAMETERS i64 unused)
 {
@@ -58,7 +61,7 @@ KERNEL arrange_sampled(CALL_PARAMETERS CHOICE_PARAMETERS LINE_PARAMETERS i64 unu
     const QueryBlock start(call, choice, s, kv_head, 0);
     if (!start.there) return;
     const int rows = min((int)lines.sampled, call.rows(s)), first = call.first_row(s) + call.rows(s) - rows;
-    u16* to = at<u16>(lines.queries) + lines.row(call, s, head) * depth;
+    u16* to = at<u16>(lines.queries) + lines.row(number_of(call, s), head) * depth;
     for (int n = threadIdx.x; n < SAMPLED * depth; n += blockDim.x) {
         const int row = first + min(n / depth, rows - 1);
         const float* query = at<float>(call.q) + row * call.q_stride + head * depth;
@@ -95,11 +98,11 @@ template <int D, bool SUMS> __device__ __forceinline__ void sample_lines(const C
     cp_async_wait<0>();
     __syncthreads();
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, j = lane % 4;
-    const i64 first_place = lines.row(call, s, head * group) + 16 * warp;
+    const int number = number_of(call, s);
     for (int h = 0; h < group; h++) {
         const int own = head * group + h;
         if (lines.of(call, own).kind != VERTICAL_SLASH) continue;
-        const i64 place = first_place + h * lines.places * SAMPLED;
+        const i64 place = lines.row(number, own) + 16 * warp;
         const u16* query = at<u16>(lines.queries) + place * D;
         float score[TILE / 8][4] = {};
 #pragma unroll
@@ -197,7 +200,7 @@ KERNEL line_totals(CALL_PARAMETERS CHOICE_PARAMETERS LINE_PARAMETERS i64 unused)
     __syncthreads();
     if (threadIdx.x >= 8) return;
     for (int i = 1; i < 32; i++) add(found[i][threadIdx.x]);
-    at<float>(lines.totals)[lines.row(call, s, head) + row] = top + log2f(fmaxf(sum, 1e-30f));
+    at<float>(lines.totals)[lines.row(number_of(call, s), head) + row] = top + log2f(fmaxf(sum, 1e-30f));
 }
 
 KERNEL pick_lines(CALL_PARAMETERS CHOICE_PARAMETERS LINE_PARAMETERS i64 unused)
