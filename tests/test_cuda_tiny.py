@@ -114,7 +114,7 @@ def test_a_prompt_without_room_for_its_lists_reads_everything(folder):
         model.forward([(a, prompt)], "none")
         found.append(model.forward([(a, ends[0]), (model.fork(a), ends[1])], "all"))
     assert model.prefill.chunks == [2, 1]
-    assert error(found[1][130:], found[0][130:]) < 1e-3 < 0.05 < error(found[1][:64], found[0][:64])
+    assert error(found[1][130:], found[0][130:]) < CLOSE["f16"] < 0.5 < error(found[1][:64], found[0][:64])
 
 
 @pytest.mark.parametrize("eviction", ["key_diff", "l2_norm", "random", "streaming_llm", "h2o", "snapkv", "caote", "zipvl"])
