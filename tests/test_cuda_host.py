@@ -1,12 +1,15 @@
 """What the runtime does on the host for a GPU: copies, page lists, sessions, refusals. No GPU needed: imitated_gpu.py."""
 import numpy as np
 import pytest
+import quantised
+import tiny
 from imitated_gpu import make_backend
 
 from edgeattn import backend_cuda, devices, runtime
 from edgeattn.cache import session
 from edgeattn.cache.options import CacheOptions
 from edgeattn.cuda_limits import cache_refusal, decode_refusal
+from edgeattn.exporters.export import export
 from edgeattn.generation import Generation, SamplerOptions
 from edgeattn.policies import load_policy
 from edgeattn.prefill_scheduler import PrefillOptions
@@ -57,6 +60,20 @@ def test_prompt_and_decode_are_the_cpu_s(load, cache, sparse):
         model.free(c), model.free(b)
         got.append(model.forward([(a, more[:70])]))
         found.append(got)
+    for expected, got in zip(*found, strict=True):
+        np.testing.assert_array_equal(got, expected)
+
+
+def test_weights_in_act_order(monkeypatch, tmp_path):
+    tiny.save_tiny("llama", tmp_path / "checkpoint")
+    quantised.quantise_folder(tmp_path / "checkpoint", quantised.gptq, act_order=True)
+    export(tmp_path / "checkpoint", tmp_path / "out", "int4")
+    ids, found = RNG.integers(3, 150, 90), []
+    for make in (devices.make_backend, lambda name: make_backend(monkeypatch)):
+        monkeypatch.setattr(runtime, "make_backend", make)
+        model = Model.load(tmp_path / "out", threads=1, sparse=SparseOptions("off"), prefill=PrefillOptions("off"))
+        a = model.new_sequence()
+        found.append([model.forward([(a, ids[:80])], "all"), *(model.forward([(a, ids[i:i + 1])]) for i in range(80, 90))])
     for expected, got in zip(*found, strict=True):
         np.testing.assert_array_equal(got, expected)
 
