@@ -34,8 +34,8 @@ class CpuBackend:
     def check(self, options, about: dict, nodes) -> None:
         """ValueError: a cache (CacheOptions) or a model (edgeattn.json's sizes, its graph's nodes) that this device does not run."""
 
-    def gives_way(self, options, sparse, prefill, about: dict, plan) -> tuple[str, str]:
-        """Why sparse decode steps and sparse prompts give way to reading everything, with a cache of this plan."""
+    def gives_way(self, options, sparse, prefill, about: dict, *cache) -> tuple[str, str]:
+        """Why sparse decode steps and sparse prompts give way to reading everything; cache: what plan_cache() wants besides options."""
         return "", ""
 
     def tuned(self, config: dict, limited: bool) -> dict[str, int]:

@@ -5,7 +5,7 @@ import numba
 import numpy as np
 import psutil
 
-from edgeattn.cache.budget import choose_types, plan_cache
+from edgeattn.cache.budget import choose_types
 from edgeattn.cache.kv_cache import KVCache
 from edgeattn.cache.options import CacheOptions
 from edgeattn.cache.pages import CacheFull
@@ -67,8 +67,7 @@ class Model:
             self.scheduler.load(self.folder, self.config)
             selection = self.scheduler.selection_plan(self.ctx_size)
         options = choose_types(options, defaults["kv_type"], *shape, self.ubatch, classes, selection)
-        planned = plan_cache(options, *shape, self.ubatch, classes, None, self.backend.open_sequences)
-        dense_because, whole_because = self.backend.gives_way(options, sparse, prefill, about, planned)
+        dense_because, whole_because = self.backend.gives_way(options, sparse, prefill, about, *shape, self.ubatch, classes)
         why = self.scheduler and (dense_because or refusal(self.scheduler.policy, options, about["window"]))
         if why and sparse.method != "auto":
             raise ValueError(f"--sparse-attention {sparse.method}: {why}: use --sparse-attention off")

@@ -5,7 +5,8 @@
 //                    Grid (num_heads, sequences), block 256
 //   line_tops        partials [num_heads][pages of all sequences][64] float2: of a row and page the largest score and the sum of the
 //                    exponentials less that one.  Grid (pairs of pages, kv_heads, sequences), block 128: a warp has 16 rows
-//   line_totals      totals [num_heads][sequences that have lists][64] float32, log2 of a row's sum. Grid (8, num_heads, sequences), block 256
+//   line_totals      totals [num_heads][sequences that have lists][64] float32, log2 of a row's sum.
+//                    Grid (8, num_heads, sequences), block 256
 //   line_sums        by_key, near, far [num_heads][slots of all sequences] float32: weights by key and by distance, of which two tiles of
 //                    keys have a part each. They lie where the partials were. Grid and block of line_tops
 //   pick_lines       verticals, slashes [kv_heads][pages of all sequences] words: bit t of page p is key, or distance, 32 * p + t.
