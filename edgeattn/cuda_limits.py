@@ -11,10 +11,13 @@ from edgeattn.kernels_cuda.attention_call import HEADS
 from edgeattn.kernels_cuda.cached_attention import DEPTHS, MOST_DEPTH, most_rows, takes_fragments
 from edgeattn.kernels_cuda.page_pool import HALVES, kinds_of
 from edgeattn.kernels_cuda.select_pages import MOST_PAGES, SCORES
+from edgeattn.ops import DOMAIN, OPS
 from edgeattn.page_formats import PAGE
 from edgeattn.policies import load_policy, policy_names
+from edgeattn.views import VIEWS
 
 INDEXES = "", "bounds"
+STANDARD = {op.onnx for op in OPS.values() if op.onnx} | set(VIEWS)  # nodes of ONNX's own domain
 
 
 @dataclass(frozen=True)
@@ -119,7 +122,12 @@ def model_refusal(about: dict, nodes: Iterable = ()) -> str:
     """Why a model of these sizes (edgeattn.json's "model"), with these nodes, cannot run there."""
     if about["head_dim"] > MOST_DEPTH:
         return f"this model's heads have {about['head_dim']} channels, the GPU's kernels take {MOST_DEPTH} at most: use --device cpu"
-    return next((why for node in nodes if node.op_type == "matmul_ternary" and (why := matmul_ternary.refusal(attributes(node)))), "")
+    for node in nodes:
+        if node.domain == DOMAIN and node.op_type == "matmul_ternary" and (why := matmul_ternary.refusal(attributes(node))):
+            return why
+        if node.domain != DOMAIN and (node.domain or node.op_type not in STANDARD):
+            return f"the GPU has no kernel for this model's {node.op_type}: use --device cpu"
+    return ""
 
 
 def matrix_lines() -> list[str]:

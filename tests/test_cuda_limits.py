@@ -83,6 +83,17 @@ def test_layouts_of_ternary_weights(bits, input_major, said):
         check(CacheOptions(), ABOUT, [node])
 
 
+@pytest.mark.parametrize("op_type, domain, said", [("Add", "", ""), ("Split", "", ""), ("Gather", "", ""), ("Tanh", "", "Tanh"),
+                                                   ("MatMulNBits", "com.microsoft", "MatMulNBits"), ("linear", "edgeattn", "")])
+def test_nodes_without_a_kernel(op_type, domain, said):
+    node = helper.make_node(op_type, ["x"], ["out"], domain=domain)
+    if said:
+        with pytest.raises(ValueError, match=f"no kernel for this model's {said}: use --device cpu"):
+            check(CacheOptions(), ABOUT, [node])
+    else:
+        check(CacheOptions(), ABOUT, [node])
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     """A model with heads of 80 channels."""
