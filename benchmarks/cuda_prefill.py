@@ -55,7 +55,7 @@ class Prompt:
             return self.cache.launches(cached_attention, self.tensors, ABOUT, extra)
         extra |= {"batch.chunks": self.chunks.data.ptr, "batch.prefill_lists": self.place.data.ptr, "prefill.stats": self.stats.data.ptr,
                   "prefill.correction": CORRECTIONS[correction]}
-        own = {"pages": self.max_pages, "columns": policy.columns(None, HEADS // KV_HEADS)}
+        own = {"pages": self.max_pages, "columns": policy.single_keys(None, HEADS // KV_HEADS)}
         found, bucket = [], self.cache.bucket
         self.cache.bucket = lambda: bucket() | {"listed": True}
         for name, about in policy.operators():
