@@ -17,6 +17,7 @@ METHODS = {"auto": ("auto", {"budget": 256, "least": 64, "fraction": 0.2, "recen
            "strides of 32": ("xattention", {"tau": 0.4, "stride": 32, "recent": 1}, 0.02),
            "scan": ("sale", {"threshold": 0.05, "bits": 8}, 0.02),
            "ranks": ("dhsa", {"density": 0.3, "mode": "a", "recent": 0}, 0.01),
+           "likeness": ("sparge_attn", {"fraction": 0.3}, 0.01),
            "spans": ("moa", {"alpha": 70, "beta": 0.25}, 1e-9)}  # policy, options, part of the pages that may differ
 
 
