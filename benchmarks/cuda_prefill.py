@@ -27,7 +27,8 @@ from edgeattn.prefill_lists import CORRECTIONS
 SETTINGS = [("auto", {"fraction": 0.19}), ("auto", {"fraction": 0.1}), ("xattention", {"tau": 0.05}),
             ("xattention", {"tau": 0.05, "stride": 16}), ("sale", {"threshold": 0.35}), ("minference", {"n_v": 500, "n_s": 112}),
             ("dhsa", {"density": 0.03}), ("flex_prefill", {"gamma": 0.03, "budget": 64}),
-            ("sample_attention", {"columns": 0.02, "slashes": 0.01}), ("sparge_attn", {"fraction": 0.03}), ("streaming", {}), ("streaming", {"correction": "delta"})]  # at most a fifth of 32,768 tokens
+            ("sample_attention", {"columns": 0.02, "slashes": 0.01}), ("sparge_attn", {"fraction": 0.03}),
+            ("streaming", {}), ("streaming", {"correction": "delta"})]  # at most a fifth of 32,768 tokens
 MOST_COLUMNS = 500 * HEADS // KV_HEADS  # of a list
 
 

@@ -51,6 +51,31 @@ __device__ __forceinline__ float divergence(float a, float b)
     return ((a > 0 ? a * logf(a / middle) : 0) + (b > 0 ? b * logf(b / middle) : 0)) / 2;
 }
 
+// What pick() does of as many weights as lie in global memory, of 1 at most, where nothing but the part decides: three bits of the limit at
+// a time, for a pass over the weights takes longest.
+template <typename Mark>
+__device__ __forceinline__ void pick_of_many(Totals& room, const float* weights, const Mark& mark, int count, float target)
+{
+    u32 bits = 0;
+    for (int shift = 27; shift >= 0; shift -= 3) {
+        float sums[8] = {};
+#pragma unroll 4
+        for (int n = threadIdx.x; n < count; n += CHOICE_THREADS) {
+            const float x = weights[n];
+#pragma unroll
+            for (int i = 1; i < 8; i++) sums[i] += x >= __int_as_float((int)(bits | i << shift)) ? x : 0;
+        }
+        u32 step = 0;
+#pragma unroll
+        for (int i = 1; i < 8; i += 2) {
+            const float2 found = block_sums(room, sums[i], i < 7 ? sums[i + 1] : 0);
+            step += (found.x >= target) + (i < 7 && found.y >= target);
+        }
+        bits |= step << shift;
+    }
+    mark_heaviest(room, weights, mark, count, __int_as_float((int)bits), 0, target, 0, count);
+}
+
 KERNEL pick_samples(CALL_PARAMETERS CHOICE_PARAMETERS SAMPLE_PARAMETERS i64 unused)
 {
     __shared__ Totals room;
@@ -73,7 +98,7 @@ KERNEL pick_samples(CALL_PARAMETERS CHOICE_PARAMETERS SAMPLE_PARAMETERS i64 unus
     if (what == 2 && !trusted) return;
     const float* weights = what == 0 ? by_page : what == 1 ? at<float>(samples.band_sums) + samples.page(start, head)
                                                            : samples.map(call, start, head);
-    const int count = what == 2 ? start.blocks * pages : pages, least = what == 2 ? 0 : (int)samples.fewest;
+    const int count = what == 2 ? start.blocks * pages : pages;
     float all = 0;
     for (int p = threadIdx.x; p < count; p += CHOICE_THREADS) all += fmaxf(weights[p], 0);
     all = block_sums(room, all, 0).x;
@@ -84,7 +109,8 @@ KERNEL pick_samples(CALL_PARAMETERS CHOICE_PARAMETERS SAMPLE_PARAMETERS i64 unus
         if (what < 2) atomicOr(own + i, what == 0 ? DOWN : ACROSS);
         else atomicOr(samples.words(call, kv_head, start.place + i / pages) + i % pages / 32, 1u << i % pages % 32);
     };
-    pick(room, weights, mark, count, 0, target, least, count);
+    if (what < 2) pick(room, weights, mark, count, 0, target, (int)samples.fewest, count);
+    else pick_of_many(room, weights, mark, count, target);
 }
 
 KERNEL choose_by_samples(CALL_PARAMETERS CHOICE_PARAMETERS SAMPLE_PARAMETERS i64 unused)

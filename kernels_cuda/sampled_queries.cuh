@@ -4,7 +4,8 @@
 #include "prefill_choice.cuh"
 
 #define SAMPLE_ARGS(X) X(arranged) X(partials) X(totals) X(page_sums) X(band_sums) X(means) X(newest) X(estimates) X(flags) X(maps) \
-    X(query_places) X(page_places) X(tiles) X(most_rows) X(sampled) X(segment) X(part_down) X(part_across) X(fewest) X(below)
+    X(query_places) X(page_places) X(tile_places) X(tiles) X(most_rows) X(sampled) X(segment) X(part_down) X(part_across) X(fewest) \
+    X(below)
 #define SAMPLE_PARAMETERS SAMPLE_ARGS(AS_PARAMETER)
 #define MAKE_SAMPLES Samples{SAMPLE_ARGS(AS_VALUE)}
 
@@ -26,7 +27,14 @@ struct Samples {
         const int own = min((int)((x + 0.5f) * (1.0f / span(n))), (n + span(n) - 1) / span(n) - 1), begin = own * span(n);
         return own * (int)sampled + max(0, x - max(min(begin + span(n), n) - (int)sampled, begin));
     }
-    __device__ __forceinline__ i64 tile(const QueryBlock& start, int head) const { return (head * query_places + start.place) * tiles; }
+    // The first tile of 16 rows of a sequence; one has `tiles` a block of queries, or, without segments, in all.
+    __device__ __forceinline__ i64 tile(const Call& call, const QueryBlock& start, int s, int head) const
+    {
+        int place = segment ? start.place : 0;
+        for (int i = 0; i < s && !segment; i++) place += at<i64>(call.prefill_lists)[i] != 0;
+        return (head * tile_places + place) * tiles;
+    }
+    // Partial results of a row, counted from the first of a piece on.
     __device__ __forceinline__ uint2* row(const QueryBlock& start, int head, int row, int pages) const
     {
         return at<uint2>(partials) + (head * page_places + start.page_place) * most_rows + (i64)row * pages;

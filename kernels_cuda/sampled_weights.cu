@@ -1,10 +1,10 @@
 // True softmax weights of some queries of a prompt, by page and by band: of keys 32 neighbours, of distances too. Of each row and page sums
 // of exponentials are kept, which is all that pages and bands are made of: products are computed once. Sums are made in one order, so that
-// runs are alike.
+// runs are alike. Where rows are many, pieces of `most_rows` from `from` on are weighed one after the other.
 //   arrange_samples  arranged [kv_heads][query blocks of all sequences][tiles of 16 rows] halves, as the matrix unit takes them: rows of
 //                    the query heads of a KV head, one head after the other; flags, zeros. Grid (tiles, kv_heads, sequences), block 256
-//   score_samples    partials [kv_heads][pages of all sequences][rows] four halves: of a row and page the largest score, the sum of the
-//                    exponentials less that one, and a BAND_PART of those whose key is in the row's band of as many pages, or one more.
+//   score_samples    partials [kv_heads][pages of all sequences][most_rows] four halves: of a row and page the largest score, the sum of
+//                    the exponentials less that one, and a BAND_PART of those whose key is as many bands back as pages, and one less.
 //                    Grid (pairs of pages, kv_heads, sequences), block 128
 //   sample_totals    totals [rows] float32, log2 of a row's sum. Grid (eights of rows, kv_heads, sequences), block 256
 //   sample_sums      page_sums, band_sums [num_heads][pages of all sequences] float32. Grid (pages / 32, num_heads, sequences), block 256
@@ -28,7 +28,7 @@ KERNEL arrange_samples(CALL_PARAMETERS CHOICE_PARAMETERS SAMPLE_PARAMETERS i64 u
         for (int p = threadIdx.x; p < (call.slots(s, head) + PAGE - 1) / PAGE; p += blockDim.x)
             at<u32>(samples.flags)[samples.page(start, head) + p] = 0;
     if (tile * 16 >= rows) return;
-    u32* to = at<u32>(samples.arranged) + (samples.tile(start, head) + tile) * 8 * depth;
+    u32* to = at<u32>(samples.arranged) + (samples.tile(call, start, s, head) + tile) * 8 * depth;
     for (int word = threadIdx.x; word < 8 * depth; word += blockDim.x) {
         const int i = word % 4, lane = word / 4 % 32, c = word / 128 * 16 + 8 * (i / 2) + 2 * (lane % 4);
         const int u = min(tile * 16 + lane / 4 + 8 * (i % 2), rows - 1), row = call.first_row(s) + max(0, samples.token(u % count, n));
@@ -39,7 +39,7 @@ KERNEL arrange_samples(CALL_PARAMETERS CHOICE_PARAMETERS SAMPLE_PARAMETERS i64 u
     }
 }
 
-template <int D> __device__ __forceinline__ void score_samples(const Call& call, const Choice& choice, const Samples& samples)
+template <int D> __device__ __forceinline__ void score_samples(const Call& call, const Choice& choice, const Samples& samples, int from)
 {
     __shared__ uint4 memory[2 * D * 64 / 16];
     u8* keys = reinterpret_cast<u8*>(memory);
@@ -62,8 +62,9 @@ template <int D> __device__ __forceinline__ void score_samples(const Call& call,
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, j = lane % 4;
     const int n = call.rows(s), count = samples.count(n), rows = call.group() * count;
     const bool edge = samples.segment && begin < n;  // some keys are farther back than some samples reach
-    const int live = edge ? samples.before(n, n) : 0;
-    for (int tile = warp; tile * 16 < rows; tile += 4) {
+    const int live = edge ? samples.before(n, n) : 0, end = min(rows, from + (int)samples.most_rows);
+    const i64 first_tile = samples.tile(call, start, s, head);
+    for (int tile = from / 16 + warp; tile * 16 < end; tile += 4) {
         int place[2];
 #pragma unroll
         for (int r = 0; r < 2; r++) {
@@ -71,7 +72,7 @@ template <int D> __device__ __forceinline__ void score_samples(const Call& call,
             place[r] = token < 0 ? -1 : start.past + token;
         }
         if (!__any_sync(FULL_WARP, max(place[0], place[1]) >= begin)) continue;
-        const uint4* query = at<uint4>(samples.arranged) + (samples.tile(start, head) + tile) * 2 * D + lane;
+        const uint4* query = at<uint4>(samples.arranged) + (first_tile + tile) * 2 * D + lane;
         float score[8][4] = {};
 #pragma unroll
         for (int k = 0; k < D / 16; k++) {
@@ -111,31 +112,31 @@ template <int D> __device__ __forceinline__ void score_samples(const Call& call,
                 sum = quad_sum(sum), low = quad_sum(low) * BAND_PART, high = quad_sum(high) * BAND_PART;
                 const int page = begin / PAGE + part, u = tile * 16 + g + 8 * r;
                 if (j == 0 && u < rows && page < pages)
-                    samples.row(start, head, u, pages)[page] = make_uint2(floats_to_halves(top, sum), floats_to_halves(low, high));
+                    samples.row(start, head, u - from, pages)[page] = make_uint2(floats_to_halves(top, sum), floats_to_halves(low, high));
             }
     }
 }
 
-#define SCORE_KERNEL(D)                                                                                                                  \
-    extern "C" __global__ void __launch_bounds__(128) score_samples_##D(CALL_PARAMETERS CHOICE_PARAMETERS SAMPLE_PARAMETERS i64 unused)  \
-    {                                                                                                                                    \
-        score_samples<D>(MAKE_CALL, MAKE_CHOICE, MAKE_SAMPLES);                                                                          \
+#define SCORE_KERNEL(D)                                                                                                                \
+    extern "C" __global__ void __launch_bounds__(128) score_samples_##D(CALL_PARAMETERS CHOICE_PARAMETERS SAMPLE_PARAMETERS i64 from)  \
+    {                                                                                                                                  \
+        score_samples<D>(MAKE_CALL, MAKE_CHOICE, MAKE_SAMPLES, (int)from);                                                             \
     }
 SCORE_KERNEL(64)
 SCORE_KERNEL(128)
 
-KERNEL sample_totals(CALL_PARAMETERS CHOICE_PARAMETERS SAMPLE_PARAMETERS i64 unused)
+KERNEL sample_totals(CALL_PARAMETERS CHOICE_PARAMETERS SAMPLE_PARAMETERS i64 from)
 {
     wait_previous();
     const Call call = MAKE_CALL;
     const Choice choice = MAKE_CHOICE;
     const Samples samples = MAKE_SAMPLES;
-    const int s = blockIdx.z, head = blockIdx.y, row = blockIdx.x * 8 + threadIdx.x / 32;
+    const int s = blockIdx.z, head = blockIdx.y, row = (int)from + blockIdx.x * 8 + threadIdx.x / 32;
     const QueryBlock start(call, choice, s, head, 0);
     if (!start.there) return;
     const int n = call.rows(s), count = samples.count(n), token = samples.token(row % count, n);
     if (row >= call.group() * count || token < 0) return;
-    const uint2* parts = samples.row(start, head, row, (call.slots(s, head) + PAGE - 1) / PAGE);
+    const uint2* parts = samples.row(start, head, row - (int)from, (call.slots(s, head) + PAGE - 1) / PAGE);
     float top = LEAST_TOP, sum = 0;
 #pragma unroll 4
     for (int p = threadIdx.x % 32; p <= (start.past + token) / PAGE; p += 32) {
@@ -145,10 +146,10 @@ KERNEL sample_totals(CALL_PARAMETERS CHOICE_PARAMETERS SAMPLE_PARAMETERS i64 unu
     }
     const float best = warp_max(top);
     sum = warp_sum(sum * exp2f(top - best));
-    if (threadIdx.x % 32 == 0) at<float>(samples.totals)[samples.tile(start, head) * 16 + row] = best + log2f(fmaxf(sum, 1e-30f));
+    if (threadIdx.x % 32 == 0) at<float>(samples.totals)[samples.tile(call, start, s, head) * 16 + row] = best + log2f(fmaxf(sum, 1e-30f));
 }
 
-KERNEL sample_sums(CALL_PARAMETERS CHOICE_PARAMETERS SAMPLE_PARAMETERS i64 unused)
+KERNEL sample_sums(CALL_PARAMETERS CHOICE_PARAMETERS SAMPLE_PARAMETERS i64 from)
 {
     __shared__ float2 room[8][32];
     wait_previous();
@@ -160,14 +161,16 @@ KERNEL sample_sums(CALL_PARAMETERS CHOICE_PARAMETERS SAMPLE_PARAMETERS i64 unuse
     if (!start.there) return;
     const int pages = (call.slots(s, kv_head) + PAGE - 1) / PAGE, p = blockIdx.x * 32 + lane;
     if (blockIdx.x * 32 >= pages) return;
-    const int n = call.rows(s), count = samples.count(n), first = head % call.group() * count;
+    const int n = call.rows(s), count = samples.count(n), first = head % call.group() * count - (int)from;  // of the piece
+    const int begin = max(0, -first), end = min(count, (int)samples.most_rows - first);
+    const float* sums = at<float>(samples.totals) + samples.tile(call, start, s, kv_head) * 16 + from + first;
     float by_key = 0, by_distance = 0;
 #pragma unroll 2
-    for (int i = warp; i < count; i += 8) {
+    for (int i = begin + warp; i < end; i += 8) {
         const int token = samples.token(i, n), own = (start.past + token) / PAGE;  // page
         if (token < 0) continue;
         const uint2* parts = samples.row(start, kv_head, first + i, pages);
-        const float total = at<float>(samples.totals)[samples.tile(start, kv_head) * 16 + first + i];
+        const float total = sums[i];
         if (p > own) continue;
         const float2 here = halves_to_floats(parts[p].x);
         by_key += here.y * exp2f(here.x - total);
@@ -181,6 +184,7 @@ KERNEL sample_sums(CALL_PARAMETERS CHOICE_PARAMETERS SAMPLE_PARAMETERS i64 unuse
     __syncthreads();
     if (warp || p >= pages) return;
     for (int w = 1; w < 8; w++) by_key += room[w][lane].x, by_distance += room[w][lane].y;
-    at<float>(samples.page_sums)[samples.page(start, head) + p] = by_key;
-    at<float>(samples.band_sums)[samples.page(start, head) + p] = by_distance;
+    const i64 to = samples.page(start, head) + p;
+    at<float>(samples.page_sums)[to] = by_key + (from ? at<float>(samples.page_sums)[to] : 0);
+    at<float>(samples.band_sums)[to] = by_distance + (from ? at<float>(samples.band_sums)[to] : 0);
 }

@@ -7,6 +7,7 @@ import pytest
 from cuda_device import needs_cuda
 from cuda_prompts import LAST, SHAPES, Prompts, pairs_of
 
+from edgeattn.kernels_cuda import choose_by_samples
 from edgeattn.kernels_cuda.prefill_call import QUERIES
 from edgeattn.page_formats import PAGE
 from edgeattn.policies import load_policy
@@ -66,12 +67,27 @@ SAMPLES = {"sampled": ("sample_attention", {"columns": 0.6, "slashes": 0.3}),
 @pytest.mark.parametrize("shape, lengths, new, listed", SHAPES[:4])
 @pytest.mark.parametrize("kind", SAMPLES)
 def test_samples_say_what_is_read(monkeypatch, kind, shape, lengths, new, listed, types, whole):
-    (name, options), (heads, kv_heads, _), scale = SAMPLES[kind], shape, shape[2] ** -0.5
-    prompts, group = Prompts(types, *shape, lengths, new, listed, whole), heads // kv_heads
+    prompts = Prompts(types, *shape, lengths, new, listed, whole)
+    check(monkeypatch, prompts, policy_of(kind, prompts), shape[2] ** -0.5)
+
+
+@pytest.mark.parametrize("kind", ["sampled", "flex"])
+def test_many_rows_are_weighed_in_pieces(monkeypatch, kind):
+    """Of 16 rows; heads begin within them."""
+    monkeypatch.setattr(choose_by_samples, "PIECE_BYTES", 1)
+    prompts = Prompts("f16", 7, 1, 64, [700, 37, 300], [150, 1, 300], [0, 2], False)
+    check(monkeypatch, prompts, policy_of(kind, prompts), 0.125)
+
+
+def policy_of(kind, prompts):
+    name, options = SAMPLES[kind]
     if kind == "flex":
-        options = options | {"tau": gap(np.concatenate([apart(prompts.q[s][h * group:(h + 1) * group], prompts.keys(s)[0][h], scale)
-                                                        for s in listed for h in range(kv_heads)] + [[0.0]]))}
-    check(monkeypatch, prompts, load_policy("prefill", name, options), scale)
+        group, found = prompts.heads // prompts.kv_heads, [np.zeros(1)]
+        for s in prompts.listed:
+            q = prompts.q[s].reshape(prompts.kv_heads, group, *prompts.q[s].shape[1:])
+            found += [apart(*both, prompts.head_dim ** -0.5) for both in zip(q, prompts.keys(s)[0])]
+        options = options | {"tau": gap(np.concatenate(found))}
+    return load_policy("prefill", name, options)
 
 
 def apart(q, k, scale):
