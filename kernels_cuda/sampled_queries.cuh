@@ -21,12 +21,6 @@ struct Samples {
         const int begin = i / (int)sampled * span(n), at = min(begin + span(n), n) - (int)sampled + i % (int)sampled;
         return at < begin ? -1 : at;
     }
-    // How many sampled queries come before token x of n, one of 2^21 at most.
-    __device__ __forceinline__ int before(int x, int n) const
-    {
-        const int own = min((int)((x + 0.5f) * (1.0f / span(n))), (n + span(n) - 1) / span(n) - 1), begin = own * span(n);
-        return own * (int)sampled + max(0, x - max(min(begin + span(n), n) - (int)sampled, begin));
-    }
     // The first tile of 16 rows of a sequence; one has `tiles` a block of queries, or, without segments, in all.
     __device__ __forceinline__ i64 tile(const Call& call, const QueryBlock& start, int s, int head) const
     {
@@ -48,4 +42,24 @@ struct Samples {
     {
         return at<u32>(maps) + (head * query_places + place) * ((call.max_pages + 31) / 32);
     }
+};
+
+// How many of the sampled queries of n, of 2^21 at most, reach how far.
+struct Reach {
+    int n, span, sampled, last, live;
+    float inverse;
+
+    __device__ __forceinline__ Reach(const Samples& samples, int n)
+        : n(n), span(samples.span(n)), sampled((int)samples.sampled), last((n + span - 1) / span - 1), inverse(1.0f / span)
+    {
+        live = before(n);
+    }
+    // that come before token x
+    __device__ __forceinline__ int before(int x) const
+    {
+        const int own = min((int)((x + 0.5f) * inverse), last), begin = own * span;
+        return own * sampled + max(0, x - max(min(begin + span, n) - sampled, begin));
+    }
+    // How many there are for each that is not before token x.
+    __device__ __forceinline__ float share(int x) const { return __fdividef((float)live, (float)(live - before(x))); }
 };

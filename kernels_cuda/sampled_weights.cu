@@ -62,7 +62,8 @@ template <int D> __device__ __forceinline__ void score_samples(const Call& call,
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, j = lane % 4;
     const int n = call.rows(s), count = samples.count(n), rows = call.group() * count;
     const bool edge = samples.segment && begin < n;  // some keys are farther back than some samples reach
-    const int live = edge ? samples.before(n, n) : 0, end = min(rows, from + (int)samples.most_rows);
+    const Reach reach(samples, n);
+    const int end = min(rows, from + (int)samples.most_rows);
     const i64 first_tile = samples.tile(call, start, s, head);
     for (int tile = from / 16 + warp; tile * 16 < end; tile += 4) {
         int place[2];
@@ -100,14 +101,18 @@ template <int D> __device__ __forceinline__ void score_samples(const Call& call,
                 top = half_to_float(float_to_half(quad_max(top)));
 #pragma unroll
                 for (int i = 0; i < 8; i++) {
-                    const int t = 8 * (i / 2) + 2 * j + i % 2;
-                    float x = exp2f(score[4 * part + i / 2][2 * r + i % 2] - top);
-                    sum += x;
-                    if (edge && x > 0) {
-                        const int beyond = place[r] - begin - part * PAGE - t - start.past;
-                        if (beyond > 0) x *= (float)live / (live - samples.before(beyond, n));
-                    }
-                    (t <= place[r] % PAGE ? low : high) += x;
+                    float& x = score[4 * part + i / 2][2 * r + i % 2];
+                    x = exp2_fast(x - top), sum += x;
+                }
+                const int token = place[r] - start.past - begin - part * PAGE;  // before which queries do not reach as far as to the page
+#pragma unroll
+                for (int i = 0; i < 8 && edge; i++)
+                    score[4 * part + i / 2][2 * r + i % 2] *= reach.share(max(0, token - 8 * (i / 2) - 2 * j - i % 2));
+#pragma unroll
+                for (int i = 0; i < 8; i++) {
+                    const bool near = 8 * (i / 2) + 2 * j + i % 2 <= place[r] % PAGE;
+                    const float x = score[4 * part + i / 2][2 * r + i % 2];
+                    low += near ? x : 0, high += near ? 0 : x;
                 }
                 sum = quad_sum(sum), low = quad_sum(low) * BAND_PART, high = quad_sum(high) * BAND_PART;
                 const int page = begin / PAGE + part, u = tile * 16 + g + 8 * r;
