@@ -7,6 +7,7 @@ from cuda_prompts import LAST, SHAPES, Prompts, pairs_of
 from edgeattn.kernels_cuda.prefill_call import QUERIES
 from edgeattn.page_formats import PAGE, PageFormat
 from edgeattn.policies import load_policy
+from edgeattn.policies.prefill.dhsa import vertical_slash
 from edgeattn.policies.prefill.minference import A_SHAPE, BLOCK_SPARSE, SLASHES, VERTICAL_SLASH, VERTICALS
 from edgeattn.prefill_plan import PrefillPlan, best, by_distance, causal, ends, forced, pool, slash_pages, spread, true_weights
 
@@ -123,6 +124,36 @@ def test_lines_are_where_the_weight_is(kind, shape, lengths, new, listed, types,
         np.testing.assert_array_equal(plan.columns if plan.columns is not None else columns & False, columns)
         total += pairs_of(plan)
         assert prompts.close(s, out, plan, scale) < 4e-3
+    assert abs(read - total) < 0.5
+
+
+@pytest.mark.parametrize("whole", [False, True])
+@pytest.mark.parametrize("types", ["f16", "int4", "int8"])
+@pytest.mark.parametrize("shape, lengths, new, listed", SHAPES[:4])
+def test_pages_are_those_that_heavy_lines_cross(shape, lengths, new, listed, types, whole):
+    """Up to pages that differ from the least that counts by less than the least lines weigh: of these kernels may have others."""
+    (_, kv_heads, _), scale, policy = shape, shape[2] ** -0.5, load_policy("prefill", "dhsa", {"mode": "vs", "density": 0.2, "recent": 0})
+    prompts = Prompts(types, *shape, lengths, new, listed, whole)
+    found, out, (read, _) = prompts.run(policy)
+    total = 0
+    for s, plan in found.items():
+        n, m = plan.queries, plan.keys
+        allowed, rows = causal(n, m), np.arange(max(0, n - QUERIES), n)
+        count = max(1, int(policy.density * allowed.shape[1]))
+        must, may = (np.broadcast_to(forced(n, m, policy.sink, 0), plan.blocks.shape).copy() for _ in range(2))
+        for h, (q, k) in enumerate(zip(prompts.q[s].reshape(kv_heads, -1, *prompts.q[s].shape[1:]), prompts.keys(s)[0])):
+            weights = true_weights(q, k, rows, scale)
+            lines = sum(np.sort(x, 1)[:, -min(m, count * PAGE // 2)] for x in (weights.sum(1), by_distance(weights, m - n + rows)))
+            scores = np.where(allowed, vertical_slash(q[:, -QUERIES:], k, rows + m - n, scale, count * PAGE, n, m), -1)
+            limit, near = np.sort(scores, 2)[..., -count, None], 2 * lines[:, None, None]
+            must[h] |= (allowed & (scores > 1.01 * limit + near)).any(0)
+            may[h] |= (allowed & (scores >= 0.99 * limit - near)).any(0)
+        if whole:
+            must[:, -LAST:] = may[:, -LAST:] = causal(n, m)[-LAST:]
+        print(f"must {must.mean():.3f}, {plan.blocks.mean():.3f}, may {may.mean():.3f}")
+        assert not (must & ~plan.blocks).any() and not (plan.blocks & ~may).any()
+        assert prompts.close(s, out, plan, scale) < 4e-3
+        total += pairs_of(plan)
     assert abs(read - total) < 0.5
 
 
