@@ -35,12 +35,8 @@ KERNEL estimate_pages(CALL_PARAMETERS CHOICE_PARAMETERS SAMPLE_PARAMETERS i64 un
         for (int w = threadIdx.x; w < (call.max_pages + 31) / 32; w += CHOICE_THREADS) samples.words(call, head, here.place)[w] = 0;
     score_means(call, here, head, first, rows, pages, samples.means, mean, own, stride);
     for (int h = 0; h < call.group(); h++, own += stride) {
-        float top = LOWEST, total = 0;
-        for (int p = threadIdx.x; p < pages; p += CHOICE_THREADS) top = fmaxf(top, own[p]);
-        top = block_max(room, top);
-        for (int p = threadIdx.x; p < pages; p += CHOICE_THREADS) total += exp2f(own[p] - top);
-        const float factor = 1 / block_sums(room, total, 0).x;
-        for (int p = threadIdx.x; p < all; p += CHOICE_THREADS) own[p] = p < pages ? exp2f(own[p] - top) * factor : TAKEN;
+        scores_to_weights(room, own, pages);
+        for (int p = pages + threadIdx.x; p < all; p += CHOICE_THREADS) own[p] = TAKEN;
     }
 }
 

@@ -38,6 +38,17 @@ __device__ __forceinline__ void weigh_means(const Call& call, const QueryBlock& 
     __syncthreads();
 }
 
+// Scores in powers of 2 as their softmax, by a block of CHOICE_THREADS.
+__device__ __forceinline__ void scores_to_weights(Totals& room, float* scores, int pages)
+{
+    float top = LOWEST, total = 0;
+    for (int p = threadIdx.x; p < pages; p += CHOICE_THREADS) top = fmaxf(top, scores[p]);
+    top = block_max(room, top);
+    for (int p = threadIdx.x; p < pages; p += CHOICE_THREADS) total += exp2f(scores[p] - top);
+    const float factor = 1 / block_sums(room, total, 0).x;
+    for (int p = threadIdx.x; p < pages; p += CHOICE_THREADS) scores[p] = exp2f(scores[p] - top) * factor;
+}
+
 // By a block of CHOICE_THREADS: scores [group], `stride` apart, of `pages` pages with the mean of `rows` rows from `first` on, in powers of
 // 2. queries: room for the heads' channels, in shared memory. A barrier at the end.
 __device__ __forceinline__ void score_means(const Call& call, const QueryBlock& here, int head, int first, int rows, int pages, i64 means,

@@ -36,7 +36,7 @@ def test_a_call_tells_which_prompts_read_lists(monkeypatch):
 @pytest.mark.parametrize("name, options, works", [
     ("auto", {}, True), ("sale", {}, True), ("xattention", {}, True), ("xattention", {"stride": 4}, False), ("hip", {}, False),
     ("minference", {}, True), ("minference", {"rows": 65}, False), ("moa", {}, True), ("streaming", {}, True), ("dhsa", {}, True),
-    ("dhsa", {"mode": "vs"}, True), ("dhsa", {"mode": "vsb"}, False), ("flex_prefill", {}, True), ("sample_attention", {}, True),
+    ("dhsa", {"mode": "vs"}, True), ("dhsa", {"mode": "vsb"}, True), ("flex_prefill", {}, True), ("sample_attention", {}, True),
     ("sample_attention", {"segment": 32}, False), ("sample_attention", {"rows": 65}, False), ("sparge_attn", {}, True),
     ("sparge_attn", {"mode": "cdf", "similarity": 0.6}, True), ("sparge_attn", {"skip": 10.0}, False)])
 def test_prefill_policies(name, options, works):

@@ -9,7 +9,7 @@ from edgeattn.page_formats import PAGE, PageFormat
 from edgeattn.policies import load_policy
 from edgeattn.policies.prefill.dhsa import vertical_slash
 from edgeattn.policies.prefill.minference import A_SHAPE, BLOCK_SPARSE, SLASHES, VERTICAL_SLASH, VERTICALS
-from edgeattn.prefill_plan import PrefillPlan, best, by_distance, causal, ends, forced, pool, slash_pages, spread, true_weights
+from edgeattn.prefill_plan import PrefillPlan, best, by_distance, causal, ends, forced, pool, slash_pages, softmax, spread, true_weights
 
 pytestmark = needs_cuda
 RNG = np.random.default_rng()
@@ -130,9 +130,11 @@ def test_lines_are_where_the_weight_is(kind, shape, lengths, new, listed, types,
 @pytest.mark.parametrize("whole", [False, True])
 @pytest.mark.parametrize("types", ["f16", "int4", "int8"])
 @pytest.mark.parametrize("shape, lengths, new, listed", SHAPES[:4])
-def test_pages_are_those_that_heavy_lines_cross(shape, lengths, new, listed, types, whole):
-    """Up to pages that differ from the least that counts by less than the least lines weigh: of these kernels may have others."""
-    (_, kv_heads, _), scale, policy = shape, shape[2] ** -0.5, load_policy("prefill", "dhsa", {"mode": "vs", "density": 0.2, "recent": 0})
+@pytest.mark.parametrize("mode", ["vs", "vsb"])
+def test_pages_are_those_that_heavy_lines_cross(mode, shape, lengths, new, listed, types, whole):
+    """Where units are keys, up to pages that differ from the least that counts by less than the least lines weigh: products of halves may
+    have others of these."""
+    (_, kv_heads, _), scale, policy = shape, shape[2] ** -0.5, load_policy("prefill", "dhsa", {"mode": mode, "density": 0.25, "recent": 0})
     prompts = Prompts(types, *shape, lengths, new, listed, whole)
     found, out, (read, _) = prompts.run(policy)
     total = 0
@@ -142,10 +144,14 @@ def test_pages_are_those_that_heavy_lines_cross(shape, lengths, new, listed, typ
         count = max(1, int(policy.density * allowed.shape[1]))
         must, may = (np.broadcast_to(forced(n, m, policy.sink, 0), plan.blocks.shape).copy() for _ in range(2))
         for h, (q, k) in enumerate(zip(prompts.q[s].reshape(kv_heads, -1, *prompts.q[s].shape[1:]), prompts.keys(s)[0])):
-            weights = true_weights(q, k, rows, scale)
-            lines = sum(np.sort(x, 1)[:, -min(m, count * PAGE // 2)] for x in (weights.sum(1), by_distance(weights, m - n + rows)))
-            scores = np.where(allowed, vertical_slash(q[:, -QUERIES:], k, rows + m - n, scale, count * PAGE, n, m), -1)
-            limit, near = np.sort(scores, 2)[..., -count, None], 2 * lines[:, None, None]
+            asked, units, places, budget = q[:, rows], k, rows + m - n, count * PAGE
+            if mode == "vsb":
+                asked, units, budget = pool(asked, PAGE), pool(k, PAGE), count
+                places = np.minimum(places[0] + PAGE * np.arange(1, asked.shape[1] + 1), m) - 1 >> 5
+            weights = softmax(np.where(np.arange(len(units)) <= places[:, None], asked @ units.T * scale, -np.inf))
+            lines = sum(np.sort(x, 1)[:, -min(len(units), -(-budget // 2))] for x in (weights.sum(1), by_distance(weights, places)))
+            scores = np.where(allowed, vertical_slash(asked, units, places, scale, budget, n, m), -1)
+            limit, near = np.sort(scores, 2)[..., -count, None], 2 * lines[:, None, None] * (mode == "vs")
             must[h] |= (allowed & (scores > 1.01 * limit + near)).any(0)
             may[h] |= (allowed & (scores >= 0.99 * limit - near)).any(0)
         if whole:

@@ -33,9 +33,9 @@ class Dhsa(PrefillPolicy):
 
     def operators(self):
         about = {"sink": self.sink, "recent": self.recent, "density": double_bits(self.density)}
-        if self.mode == "vs":
-            return [("choose_by_crossings", about | {"sampled": QUERIES})]
-        return [("choose_by_ranks", about | {"ends": int(self.mode == "a")})] if self.mode in ("topk", "a") else []
+        if self.mode in ("topk", "a"):
+            return [("choose_by_ranks", about | {"ends": int(self.mode == "a")})]
+        return [("choose_by_crossings", about | {"sampled": QUERIES, "unit": 1 if self.mode == "vs" else PAGE})]
 
     def choose(self, q, k, scale, layer, head, assets):
         n, m = q.shape[1], len(k)
