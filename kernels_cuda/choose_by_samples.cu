@@ -40,7 +40,7 @@ KERNEL estimate_pages(CALL_PARAMETERS CHOICE_PARAMETERS SAMPLE_PARAMETERS i64 un
     }
 }
 
-// Half the sum of what two distributions have of their Jensen-Shannon divergence, in nats, at one place
+// What one place adds to the Jensen-Shannon divergence of two distributions, in nats.
 __device__ __forceinline__ float divergence(float a, float b)
 {
     const float middle = (a + b) / 2;
