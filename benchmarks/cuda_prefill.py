@@ -26,7 +26,9 @@ from edgeattn.prefill_lists import CORRECTIONS
 
 SETTINGS = [("auto", {"fraction": 0.19}), ("auto", {"fraction": 0.1}), ("xattention", {"tau": 0.05}),
             ("xattention", {"tau": 0.05, "stride": 16}), ("sale", {"threshold": 0.35}), ("minference", {"n_v": 500, "n_s": 112}),
-            ("dhsa", {"density": 0.03}), ("streaming", {}), ("streaming", {"correction": "delta"})]  # at most a fifth of 32,768 tokens
+            ("dhsa", {"density": 0.03}), ("flex_prefill", {"gamma": 0.03, "budget": 64}),
+            ("sample_attention", {"columns": 0.02, "slashes": 0.01}), ("sparge_attn", {"fraction": 0.03}),
+            ("streaming", {}), ("streaming", {"correction": "delta"})]  # at most a fifth of 32,768 tokens
 MOST_COLUMNS = 500 * HEADS // KV_HEADS  # of a list
 
 
@@ -55,7 +57,7 @@ class Prompt:
             return self.cache.launches(cached_attention, self.tensors, ABOUT, extra)
         extra |= {"batch.chunks": self.chunks.data.ptr, "batch.prefill_lists": self.place.data.ptr, "prefill.stats": self.stats.data.ptr,
                   "prefill.correction": CORRECTIONS[correction]}
-        own = {"pages": self.max_pages, "columns": policy.columns(None, HEADS // KV_HEADS)}
+        own = {"pages": self.max_pages, "columns": policy.single_keys(None, HEADS // KV_HEADS)}
         found, bucket = [], self.cache.bucket
         self.cache.bucket = lambda: bucket() | {"listed": True}
         for name, about in policy.operators():

@@ -121,7 +121,7 @@ class PrefillScheduler:
     def prepare(self, backend, batch, max_pages: int, group: int) -> None:
         """On a GPU (backend_cuda.py): memory for lists and counters there. group: query heads of a KV head."""
         self._backend, self._max_pages = backend, max_pages
-        self._columns = min(self.policy.columns(self.assets, group), max_pages * PAGE)
+        self._columns = min(self.policy.single_keys(self.assets, group), max_pages * PAGE)
         self._counters = backend.counters((len(self.pairs), 2))
         batch.hold_lists(self.kv_heads, self._columns)
 

@@ -6,8 +6,6 @@
 #include "page_values.cuh"
 #include "prefill_means.cuh"
 
-#define HEADS 8
-
 KERNEL mean_keys(CALL_PARAMETERS CHOICE_PARAMETERS i64 means)
 {
     wait_previous();
@@ -53,40 +51,15 @@ KERNEL choose_by_means(CALL_PARAMETERS CHOICE_PARAMETERS i64 means, i64 scores, 
     wait_previous();
     const Call call = MAKE_CALL;
     const Choice choice = MAKE_CHOICE;
-    const int s = blockIdx.z, head = blockIdx.y, depth = (int)call.head_dim, group = call.group();
+    const int s = blockIdx.z, head = blockIdx.y, group = call.group();
     const QueryBlock here(call, choice, s, head, blockIdx.x);
     if (!here.there) return;
-    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
     float* weights = memory;
     u8* marks = reinterpret_cast<u8*>(memory + here.pages);
 
-    const int first = call.first_row(s) + here.first;
-    for (int n = threadIdx.x; n < group * depth; n += CHOICE_THREADS) {
-        const int c = n % depth;
-        const float* x = at<float>(call.q) + first * call.q_stride + head * group * depth + n - c;
-        float sum = 0;
-#pragma unroll 4
-        for (int r = 0; r < here.rows; r++) sum += rotated(call, x + r * call.q_stride, at<i64>(call.positions)[first + r], c);
-        queries[n / depth][c] = sum / here.rows * call.scale() * LOG2E;
-    }
-    __syncthreads();
     const i64 stride = places * call.max_pages;  // of heads
     float* own = at<float>(scores) + (head * group * places + here.place) * call.max_pages;
-    for (int p = warp; p < here.pages; p += CHOICE_WARPS) {
-        const float* mean = at<float>(means) + ((here.page_place + p) * call.kv_heads + head) * depth;
-        float score[HEADS] = {};
-        for (int c = lane; c < depth; c += 32) {
-            const float x = mean[c];
-#pragma unroll
-            for (int h = 0; h < HEADS; h++) score[h] = h < group ? fmaf(queries[h][c], x, score[h]) : 0;
-        }
-#pragma unroll
-        for (int h = 0; h < HEADS; h++)
-            if (h < group) {
-                const float sum = warp_sum(score[h]);
-                if (lane == 0) own[h * stride + p] = sum;
-            }
-    }
+    score_means(call, here, head, call.first_row(s) + here.first, here.rows, here.pages, means, queries, own, stride);
     for (int p = threadIdx.x; p < here.pages; p += CHOICE_THREADS) weights[p] = 0;
     __syncthreads();
     for (int h = 0; h < group; h++) {

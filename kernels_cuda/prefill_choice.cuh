@@ -102,6 +102,30 @@ __device__ __forceinline__ int block_prefix(Totals& room, int mine, int& all)
     return before;
 }
 
+// Mark the pages above a limit, and of those that equal it, from the first on, as many as pick() needs.
+template <typename Mark>
+__device__ __forceinline__ void mark_heaviest(Totals& room, const float* weights, const Mark& mark, int pages, float limit, float before,
+                                              float target, int least, int most)
+{
+    float sum = 0, count = 0;
+    for (int p = threadIdx.x; p < pages; p += CHOICE_THREADS)
+        if (weights[p] > limit) sum += weights[p], count++, mark(p);
+    const float2 above = block_sums(room, sum, count);
+    const float missing = target - before - above.x;
+    float left = missing <= 0 ? 0 : limit > 0 ? fminf(ceilf(missing / limit), (float)pages) : (float)pages;
+    left = fminf(fmaxf(left, least - above.y), most - above.y);
+    int passed = 0;
+    for (int from = 0; from < pages && passed < left; from += CHOICE_THREADS) {
+        const int p = from + threadIdx.x;
+        const bool equal = p < pages && weights[p] == limit;
+        int all;
+        const int rank = passed + block_rank(room, equal, all);
+        if (equal && rank < left) mark(p);
+        passed += all;
+    }
+    __syncthreads();
+}
+
 // Mark as few pages as are needed, the heaviest first and of equals the earlier, until with `before` their weights reach `target`; not
 // fewer than `least`, nor, whatever else, more than `most`. Pages of weight TAKEN do not count. The limit that divides them is found bit by
 // bit: floats that are not negative are ordered as their bits are. mark(page) is called by some thread of the block.
@@ -119,24 +143,7 @@ __device__ __forceinline__ void pick(Totals& room, const float* weights, const M
         const float2 found = block_sums(room, sum, count);
         if ((before + found.x >= target && found.y >= least) || found.y >= most) bits |= 1u << bit;
     }
-    const float limit = __int_as_float((int)bits);
-    float sum = 0, count = 0;
-    for (int p = threadIdx.x; p < pages; p += CHOICE_THREADS)
-        if (weights[p] > limit) sum += weights[p], count++, mark(p);
-    const float2 above = block_sums(room, sum, count);
-    const float missing = target - before - above.x;
-    float left = missing <= 0 ? 0 : limit > 0 ? fminf(ceilf(missing / limit), (float)pages) : (float)pages;  // of those that equal it
-    left = fminf(fmaxf(left, least - above.y), most - above.y);
-    int passed = 0;
-    for (int from = 0; from < pages && passed < left; from += CHOICE_THREADS) {
-        const int p = from + threadIdx.x;
-        const bool equal = p < pages && weights[p] == limit;
-        int all;
-        const int rank = passed + block_rank(room, equal, all);
-        if (equal && rank < left) mark(p);
-        passed += all;
-    }
-    __syncthreads();
+    mark_heaviest(room, weights, mark, pages, __int_as_float((int)bits), before, target, least, most);
 }
 
 __device__ __forceinline__ void pick(Totals& room, const float* weights, u8* marks, int pages, float before, float target, int least,

@@ -189,7 +189,10 @@ def launches_of(monkeypatch, model):
 
 @pytest.mark.parametrize("cache, choosing, prefill", [
     ("f16", "means", ("auto", {"budget": 64})), ("int8", "antidiagonals", ("xattention", {})), ("int4", "excess", ("sale", {})),
-    ("int4", "lines", ("minference", {}, "delta")), ("f16", "spans", ("streaming", {})), ("int8", "ranks", ("dhsa", {}))])
+    ("int4", "lines", ("minference", {}, "delta")), ("f16", "spans", ("streaming", {})), ("int8", "ranks", ("dhsa", {})),
+    ("int8", "crossings", ("dhsa", {"mode": "vs"})), ("f16", "crossings", ("dhsa", {"mode": "vsb"})),
+    ("int4", "samples", ("flex_prefill", {})), ("int8", "likeness", ("sparge_attn", {"similarity": 0.3})),
+    ("f16", "samples", ("sample_attention", {}, "delta"))])
 def test_launches_of_every_bucket(monkeypatch, nano_int4, cache, choosing, prefill):
     kept = []
 

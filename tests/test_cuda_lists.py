@@ -41,7 +41,9 @@ def test_a_call_tells_which_prompts_read_lists(monkeypatch):
 @pytest.mark.parametrize("name, options, works", [
     ("auto", {}, True), ("sale", {}, True), ("xattention", {}, True), ("xattention", {"stride": 4}, False), ("hip", {}, False),
     ("minference", {}, True), ("minference", {"rows": 65}, False), ("moa", {}, True), ("streaming", {}, True), ("dhsa", {}, True),
-    ("dhsa", {"mode": "vs"}, False)])
+    ("dhsa", {"mode": "vs"}, True), ("dhsa", {"mode": "vsb"}, True), ("flex_prefill", {}, True), ("sample_attention", {}, True),
+    ("sample_attention", {"segment": 32}, False), ("sample_attention", {"rows": 65}, False), ("sparge_attn", {}, True),
+    ("sparge_attn", {"mode": "cdf", "similarity": 0.6}, True), ("sparge_attn", {"skip": 10.0}, False)])
 def test_prefill_policies(name, options, works):
     policy = load_policy("prefill", name, options)
     assert (not prefill_refusal(policy)) == (not prefill_refusal(policy, "delta")) == works
@@ -57,8 +59,8 @@ def test_a_list_has_room_for_single_keys(monkeypatch):
     backend = make_backend(monkeypatch)
     batch = backend.batch(256, 4, 4, cache)
     policy, fitted = load_policy("prefill", "minference"), np.int32([[1, 30, 0], [0, 40, 9], [2, 900, 0], [1, 60, 5]])
-    assert policy.columns(None, 4) == 4000 and policy.columns({"patterns": fitted[None]}, 2) == 70
-    assert load_policy("prefill", "auto").columns(None, 4) == 0
+    assert policy.single_keys(None, 4) == 4000 and policy.single_keys({"patterns": fitted[None]}, 2) == 70
+    assert load_policy("prefill", "auto").single_keys(None, 4) == 0
     scheduler = PrefillScheduler(PrefillOptions("minference", {}, 0), 2, 2)
     scheduler.prepare(backend, batch, 20, 4)
     assert scheduler.operators(0)[0][1]["columns"] == 640  # no more than there are tokens

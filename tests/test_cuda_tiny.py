@@ -93,6 +93,9 @@ def test_decode_that_selects(folder, cache):
 @pytest.mark.parametrize("method, options, correction", [
     ("auto", {"budget": 96, "least": 64, "fraction": 0.1, "recent": 1}, None), ("xattention", {"tau": 0.6}, None),
     ("sale", {"threshold": 10, "bits": 8}, None), ("minference", {"n_v": 40, "n_s": 60, "recent": 0}, None),
+    ("flex_prefill", {"gamma": 0.3, "tau": 1.0, "budget": 0, "recent": 0}, None),
+    ("sample_attention", {"columns": 0.4, "slashes": 0.2, "recent": 1}, None), ("sparge_attn", {"fraction": 0.3, "recent": 0}, None),
+    ("dhsa", {"density": 0.2, "mode": "vs", "recent": 0}, None), ("dhsa", {"density": 0.3, "mode": "vsb", "recent": 0}, None),
     ("streaming", {"sink": 1, "recent": 2}, "delta")])
 @pytest.mark.parametrize("cache", ["f16", "int4"])
 def test_a_prompt_that_reads_a_part(folder, cache, method, options, correction):

@@ -64,7 +64,7 @@ class PrefillPolicy:
         has it."""
         return []
 
-    def columns(self, assets, group: int) -> int:
+    def single_keys(self, assets, group: int) -> int:
         """Single keys that the query heads of a KV head, `group` of them, read at most. assets: what `load` gave."""
         return 0
 

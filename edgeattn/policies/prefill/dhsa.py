@@ -32,8 +32,10 @@ class Dhsa(PrefillPolicy):
             raise ValueError(f"mode must be topk, a, vs or vsb, got {self.mode!r}")
 
     def operators(self):
-        about = {"sink": self.sink, "recent": self.recent, "density": double_bits(self.density), "ends": int(self.mode == "a")}
-        return [("choose_by_ranks", about)] if self.mode in ("topk", "a") else []
+        about = {"sink": self.sink, "recent": self.recent, "density": double_bits(self.density)}
+        if self.mode in ("topk", "a"):
+            return [("choose_by_ranks", about | {"ends": int(self.mode == "a")})]
+        return [("choose_by_crossings", about | {"sampled": QUERIES, "unit": 1 if self.mode == "vs" else PAGE})]
 
     def choose(self, q, k, scale, layer, head, assets):
         n, m = q.shape[1], len(k)

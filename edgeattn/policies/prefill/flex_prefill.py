@@ -25,6 +25,11 @@ class FlexPrefill(PrefillPolicy):
     tau: float = 0.1
     budget: int = 512
 
+    def operators(self):
+        about = {"sink": self.sink, "recent": self.recent, "sampled": QUERIES, "segment": 0, "fewest": -(-self.budget // PAGE)}
+        parts = {"part_down": float(self.gamma), "part_across": float(self.gamma), "below": float(self.tau ** 2)}
+        return [("choose_by_samples", about | parts)]
+
     def choose(self, q, k, scale, layer, head, assets):
         n, m = q.shape[1], len(k)
         rows, starts = np.arange(max(0, n - QUERIES), n), np.arange(0, m, PAGE)

@@ -47,7 +47,7 @@ class Minference(PrefillPolicy):
         about = {"sink": self.sink, "recent": self.recent, "sampled": self.rows, "n_v": self.n_v, "n_s": self.n_s}
         return [("choose_by_lines", about)] if self.rows <= QUERIES else []
 
-    def columns(self, assets, group):
+    def single_keys(self, assets, group):
         if assets is None:
             return group * self.n_v
         kind, n_v, _ = assets["patterns"].reshape(-1, group, 3).transpose(2, 0, 1)

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from edgeattn.policies.prefill import PrefillPolicy
-from edgeattn.prefill_plan import PAGE, by_distance, cover, shape_of, slash_pages, spread, true_weights
+from edgeattn.prefill_plan import PAGE, QUERIES, by_distance, cover, shape_of, slash_pages, spread, true_weights
 
 
 @dataclass(frozen=True)
@@ -28,6 +28,12 @@ class SampleAttention(PrefillPolicy):
         super().__post_init__()
         if self.segment < 1 or self.rows < 1:
             raise ValueError(f"need a segment and rows of at least 1 query, got {self.segment=} {self.rows=}")
+
+    def operators(self):
+        if self.segment < QUERIES or self.rows > self.segment:
+            return []
+        return [("choose_by_samples", {"sink": self.sink, "recent": self.recent, "sampled": self.rows, "segment": self.segment,
+                                       "part_down": float(self.columns), "part_across": float(self.slashes), "fewest": 0, "below": 0.0})]
 
     def choose(self, q, k, scale, layer, head, assets):
         n, m = q.shape[1], len(k)

@@ -15,9 +15,10 @@ import numpy as np
 
 from edgeattn.calibration import load_heads
 from edgeattn.page_sums import PageSums
-from edgeattn.policies.prefill import PrefillPolicy
+from edgeattn.policies.prefill import PrefillPolicy, double_bits
 from edgeattn.prefill_plan import PAGE, QUERIES, best, causal, cover, pool, softmax
 
+ROUNDED = 30          # powers of 2 below a maximum: what is left out there no sum of 32 bits would show, so that a GPU need not
 NAME = "sparge_attn"  # [layers, heads, 2] float32 of calibration.safetensors: similarity, cdf
 
 
@@ -43,6 +44,13 @@ class SpargeAttn(PrefillPolicy):
         super().__post_init__()
         if self.mode not in ("topk", "cdf"):
             raise ValueError(f"mode must be topk or cdf, got {self.mode!r}")
+
+    def operators(self):
+        if self.skip < ROUNDED:
+            return []
+        fraction = double_bits(self.fraction if self.mode == "topk" else -1.0)
+        return [("choose_by_likeness", {"sink": self.sink, "recent": self.recent, "similarity": float(self.similarity),
+                                        "part": float(self.cdf), "fraction": fraction, "trusts": int(self.similarity < 0)})]
 
     def choose(self, q, k, scale, layer, head, assets):
         group, allowed, estimates = len(q), causal(q.shape[1], len(k)), estimate(q, k, scale)
