@@ -13,7 +13,6 @@ def cache_refusal(options: CacheOptions) -> str:
     asked = [flag for flag, found in (
         (f"--kv-storage {options.storage}", options.storage != "kivi"),
         (f"--kv-eviction {options.eviction}", options.releases),
-        (f"--kv-heads {options.heads}", options.heads != "none"),
         ("--kv-progressive", options.progressive > 0)) if found]
     return f"{' and '.join(asked)} cannot run on the GPU yet: leave out, or use --device cpu" if asked else ""
 
@@ -60,7 +59,8 @@ def matrix_lines() -> list[str]:
     """What runs on the GPU, for people."""
     works, reads = ([name for name in policy_names(kind) if not refusal(load_policy(kind, name))]
                     for kind, refusal in (("decode", decode_refusal), ("prefill", prefill_refusal)))
-    return [f"--device cuda: --kv-storage kivi --kv-heads none --kv-eviction none {' '.join(evictions())}, any -ctk and -ctv",
+    return [f"--device cuda: --kv-storage kivi --kv-heads none {' '.join(policy_names('heads'))} --kv-eviction none "
+            f"{' '.join(evictions())}, any -ctk and -ctv",
             f"--device cuda: --sparse-attention off {' '.join(works)}; --sparse-prefill off {' '.join(reads)}, each with "
             "--prefill-correction delta",
             "all other methods are refused there before a model is loaded"]

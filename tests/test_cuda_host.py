@@ -8,7 +8,7 @@ from edgeattn.cache import session
 from edgeattn.cache.options import CacheOptions
 from edgeattn.cuda_limits import cache_refusal, check, decode_refusal
 from edgeattn.generation import Generation, SamplerOptions
-from edgeattn.policies import load_policy
+from edgeattn.policies import load_policy, policy_names
 from edgeattn.prefill_scheduler import PrefillOptions
 from edgeattn.runtime import Model
 from edgeattn.scheduler import SparseOptions
@@ -26,11 +26,11 @@ def tokens(n):
 @pytest.fixture
 def load(monkeypatch, nano_int4):
     """load("cuda"), load("cpu"): the same model with the same options."""
-    def loaded(device, cache="f16", sparse=None, budget=None, eviction="auto", **more):
+    def loaded(device, cache="f16", sparse=None, budget=None, eviction="auto", heads="none", **more):
         if device == "cuda":
             monkeypatch.setattr(runtime, "make_backend", lambda name: make_backend(monkeypatch))
         k, _, v = cache.partition("/")
-        options = dict(cache=CacheOptions(k, v or k, budget=budget, eviction=eviction), ctx_size=1024, ubatch=128, threads=1,
+        options = dict(cache=CacheOptions(k, v or k, budget=budget, eviction=eviction, heads=heads), ctx_size=1024, ubatch=128, threads=1,
                        sparse=sparse or SparseOptions("off"), prefill=PrefillOptions("off"))
         model = Model.load(nano_int4, device=device, **options | more)
         monkeypatch.setattr(runtime, "make_backend", devices.make_backend)
@@ -141,6 +141,29 @@ def test_a_full_cache_drops_the_cpu_s_tokens(load, cache, eviction):
         np.testing.assert_array_equal(got, expected)
 
 
+@pytest.mark.parametrize("heads", policy_names("heads"))
+@pytest.mark.parametrize("cache", ["f16", "int4"])
+def test_heads_that_stream_hold_the_cpu_s_tokens(load, monkeypatch, tmp_path, cache, heads):
+    """And what stands for those they drop, through forks, truncation and sessions."""
+    monkeypatch.setattr(runtime, "head_classes", lambda folder, config, share: np.random.default_rng(0).random(
+        (config["model"]["num_layers"], config["model"]["kv_heads"])) < share)
+    ids, more, found = tokens(500), tokens(70), []
+    for device in ("cpu", "cuda"):
+        model = load(device, cache, heads=heads)
+        a = model.new_sequence()
+        got = [model.forward([(a, ids)], "all")]
+        b = model.fork(a)
+        got += [model.forward([(a, more[i:i + 1]), (b, more[i + 1:i + 2])]) for i in range(65)]
+        session.save(tmp_path / device, model.cache, b, np.r_[ids, more].tolist(), model.config, {})
+        c, _, _ = session.load(tmp_path / device, model.cache, model.config)
+        got.append(model.forward([(a, more[:3]), (b, more[:1]), (c, more[:1])]))
+        assert a.counts.min() < 330 < a.counts.max() == 568 and (heads == "duo") == (a.compensation is None)
+        model.truncate(a, 0)
+        found.append([*got, b.positions.copy(), model.forward([(a, more), (b, more[:50])])])
+    for expected, got in zip(*found, strict=True):
+        np.testing.assert_array_equal(got, expected)
+
+
 def test_sparse_steps_count_what_they_read(load):
     figures = []
     for device in ("cpu", "cuda"):
@@ -215,7 +238,7 @@ def test_launches_of_every_bucket(monkeypatch, nano_int4, cache, choosing, prefi
 @pytest.mark.parametrize("options, said", [
     (dict(storage="hadamard", k_type="int4", v_type="int4"), "--kv-storage hadamard"),
     (dict(eviction="adore", budget=1 << 24), "--kv-eviction adore"),
-    (dict(heads="duo"), "--kv-heads duo"), (dict(k_type="int8", v_type="int8", progressive=0.5), "--kv-progressive")])
+    (dict(k_type="int8", v_type="int8", progressive=0.5), "--kv-progressive")])
 def test_caches_that_only_the_cpu_keeps(options, said):
     why = cache_refusal(CacheOptions(**options))
     assert said in why and "--device cpu" in why and "\n" not in why
@@ -224,6 +247,7 @@ def test_caches_that_only_the_cpu_keeps(options, said):
 @pytest.mark.parametrize("kind", ["f32", "f16", "int8", "int4", "int3", "int2"])
 def test_caches_that_a_gpu_keeps(kind):
     assert not cache_refusal(CacheOptions(kind, kind)) and not cache_refusal(CacheOptions(kind, kind, budget=1 << 24))
+    assert not any(cache_refusal(CacheOptions(kind, kind, heads=heads)) for heads in policy_names("heads"))
 
 
 @pytest.mark.parametrize("name, works", [("auto", True), ("quest", True), ("tidal_decode", True), ("sink_window", True), ("oracle", True),
@@ -241,8 +265,8 @@ def test_what_gives_way_and_what_does_not():
     assert "8 query heads" in dense and "8 query heads" in whole
     with pytest.raises(ValueError, match="--device cpu"):
         check(CacheOptions(), SparseOptions(), PrefillOptions(), about | {"head_dim": 512})
-    with pytest.raises(ValueError, match="--kv-heads razor"):
-        check(CacheOptions(heads="razor"), SparseOptions(), PrefillOptions(), about)
+    with pytest.raises(ValueError, match="--kv-progressive"):
+        check(CacheOptions("int8", "int8", progressive=0.5), SparseOptions(), PrefillOptions(), about)
 
 
 @pytest.mark.parametrize("clock, bus, begins", [(3201, 6144, (100_000, 120_000)), (3199, 128, (3_000, 5_000))], ids=["H200", "Orin Nano"])
@@ -263,7 +287,7 @@ def test_devices_by_name(monkeypatch):
 
 
 @pytest.mark.parametrize("line, said", [
-    (["generate", "-p", "x", "--device", "cuda", "--kv-heads", "duo"], "--kv-heads duo cannot run on the GPU"),
+    (["generate", "-p", "x", "--device", "cuda", "--kv-storage", "hadamard"], "--kv-storage hadamard cannot run on the GPU"),
     (["calibrate", "--device", "cuda"], "on the CPU"), (["chat", "--device", "tpu"], "invalid choice"),
     (["generate", "-p", "x", "--device", "cuda"], "no NVIDIA driver"), (["verify", "FOLDER", "--device", "cuda"], "no NVIDIA driver")])
 def test_commands_say_it_in_one_line(edgeattn, monkeypatch, nano_int4, line, said):

@@ -11,6 +11,7 @@ from same_drops import SameDrops
 from edgeattn.cache.options import CacheOptions
 from edgeattn.exporters.export import export
 from edgeattn.prefill_scheduler import PrefillOptions
+from edgeattn import runtime
 from edgeattn.runtime import Model
 from edgeattn.scheduler import SparseOptions
 
@@ -88,6 +89,22 @@ def test_a_prompt_that_reads_a_part(folder, cache, method, options, correction):
     whole = run(both(folder, CacheOptions(cache, cache))[0], prompt, prompt[:2])[1]
     print(f"{cache} {method}: {error(found[1], found[0]):.4f}, of what reads everything {error(whole, found[0]):.4f}; read {read}")
     assert error(found[1], found[0]) < error(whole, found[0]) / 2 and abs(read[1] - read[0]) < 0.1 and read[1] < 0.95
+
+
+@pytest.mark.parametrize("heads", ["duo", "razor"])
+@pytest.mark.parametrize("cache", ["f16", "int4"])
+def test_heads_that_stream(folder, monkeypatch, cache, heads):
+    """One KV head of each layer drops what is neither its beginning nor recent; of razor a mean token stands for that."""
+    monkeypatch.setattr(runtime, "head_classes", lambda *given: np.array([[True, False], [False, True]]))
+    prompt, decoded, found = RNG.integers(3, 150, 500), RNG.integers(3, 150, 36), []
+    for model in both(folder, CacheOptions(cache, cache, heads=heads)):
+        a, *rows = run(model, prompt, decoded)
+        assert a.counts.min() < 400 < a.counts.max()
+        found.append(rows)
+    whole = run(both(folder, CacheOptions(cache, cache))[0], prompt, decoded)[2]
+    (prompted, stepped), (got, got_stepped) = found
+    print(f"{cache} {heads}: {error(got, prompted):.4f} {error(got_stepped, stepped):.4f}; dense {error(whole, stepped):.4f}")
+    assert error(got, prompted) < CLOSE[cache] and error(got_stepped, stepped) < min(CLOSE[cache], error(whole, stepped) / 2)
 
 
 @pytest.mark.parametrize("eviction", ["key_diff", "l2_norm", "random", "streaming_llm", "h2o", "snapkv", "caote", "zipvl"])
