@@ -5,8 +5,6 @@ from edgeattn.kernels_cuda.cached_attention import MOST_DEPTH
 from edgeattn.kernels_cuda.select_pages import SCORES
 from edgeattn.policies import load_policy, policy_names
 
-INDEXES = "", "bounds"
-
 
 def cache_refusal(options: CacheOptions) -> str:
     """Why a cache with these options cannot be kept there; "" where it can."""
@@ -21,7 +19,7 @@ def decode_refusal(policy, heads: int = 1, kv_heads: int = 1) -> str:
     """Why a decode policy's page selection cannot run there."""
     layer = next((i for i, source in enumerate(policy.sources(8)) if source == i), 7)
     scores = {about.get("score") for name, about in policy.operators(layer)}
-    if policy.thresholds or policy.means or policy.index not in INDEXES or not scores <= set(SCORES):
+    if policy.thresholds or policy.means or not scores <= set(SCORES):
         return "the GPU's kernels do not score pages in this way yet"
     return f"the GPU's kernels take {HEADS} query heads a KV head at most" if heads > HEADS * kv_heads else ""
 

@@ -2,11 +2,11 @@
 #pragma once
 #include "page_tiles.cuh"
 
-// Add it to one row's sums, the r-th of a thread's two. By all lanes of a warp, the four of a row together. queries: halves in shared
-// memory, times scale and log2 e; total: over the row.
+// One row's sums, the r-th of a thread's two, with it alone: by all lanes of a warp, the four of a row together, which add `total` up
+// later. queries: halves in shared memory, times scale and log2 e.
 template <int D>
-__device__ __forceinline__ void add_dropped(const float* held, const u8* queries, int row, int r, float (&out)[D / 8][4], float& top,
-                                            float& total)
+__device__ __forceinline__ void begin_with_dropped(const float* held, const u8* queries, int row, int r, float (&out)[D / 8][4], float& top,
+                                                   float& total)
 {
     const int j = threadIdx.x % 4;
     float score = 0;
@@ -20,12 +20,9 @@ __device__ __forceinline__ void add_dropped(const float* held, const u8* queries
             score = fmaf(q.x, held[1 + 8 * piece + 2 * k], fmaf(q.y, held[2 + 8 * piece + 2 * k], score));
         }
     }
-    score = quad_sum(score) + log2f(held[0]);
-    const float best = fmaxf(top, score), factor = exp2f(top - best), weight = exp2f(score - best);
-    total = total * factor + weight, top = best;
+    top = quad_sum(score) + log2f(held[0]), total = j == 0;
 #pragma unroll
     for (int n = 0; n < D / 8; n++)
 #pragma unroll
-        for (int i = 0; i < 2; i++)
-            out[n][2 * r + i] = out[n][2 * r + i] * factor + weight * held[1 + D + 8 * n + 2 * j + i];
+        for (int i = 0; i < 2; i++) out[n][2 * r + i] = held[1 + D + 8 * n + 2 * j + i];
 }

@@ -136,6 +136,14 @@ template <int D, int M, bool FIRSTS> __device__ __forceinline__ void prefill(con
     float out[M][D / 8][4] = {}, top[M][2], total[M][2] = {};
 #pragma unroll
     for (int m = 0; m < M; m++) top[m][0] = top[m][1] = LOWEST;
+    if (const float* held = range ? nullptr : call.dropped(s, head)) {
+        __syncthreads();
+#pragma unroll
+        for (int i = 0; i < 2 * M; i++) {
+            const int m = i / 2, r = i % 2;
+            begin_with_dropped<D>(held, shared.queries, 16 * M * warp + 8 * i + g, r, out[m], top[m][r], total[m][r]);
+        }
+    }
     const int all = (reads.parts() + 1) / 2, size = (all + ranges - 1) / ranges, first = range * size, steps = min(all, first + size);
     Part next[2];
     auto look = [&](int step) {
@@ -237,14 +245,11 @@ template <int D, int M, bool FIRSTS> __device__ __forceinline__ void prefill(con
         load_values(step + 1);
         look(step + 2);
     }
-    const float* held = range ? nullptr : call.dropped(s, head);
 #pragma unroll
     for (int i = 0; i < 2 * M; i++) {
         const int m = i / 2, r = i % 2, row = 16 * M * warp + 8 * i + g;
-        float sum = quad_sum(total[m][r]);
-        if (held) add_dropped<D>(held, shared.queries, row, r, out[m], top[m][r], sum);
+        const float sum = quad_sum(total[m][r]), inverse = 1 / sum;
         if (row >= tokens * group) continue;
-        const float inverse = 1 / sum;
         if (FIRSTS) {
             float* partial = firsts.of(call, s, begin + row / group, head * group + row % group, range);
 #pragma unroll

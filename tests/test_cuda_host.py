@@ -251,7 +251,8 @@ def test_caches_that_a_gpu_keeps(kind):
 
 
 @pytest.mark.parametrize("name, works", [("auto", True), ("quest", True), ("tidal_decode", True), ("sink_window", True), ("oracle", True),
-                                         ("loki", False), ("top_theta", False), ("less_is_more", False), ("magic_pig", False)])
+                                         ("less_is_more", True), ("delta", True), ("infllm", True), ("landmark", True), ("loki", True),
+                                         ("magic_pig", True), ("hisa", True), ("top_theta", False)])
 def test_decode_policies(name, works):
     assert (not decode_refusal(load_policy("decode", name), 32, 8)) == works
     assert decode_refusal(load_policy("decode", name), 72, 8)

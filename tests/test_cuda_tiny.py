@@ -8,10 +8,10 @@ import tiny
 from cuda_device import needs_cuda
 from same_drops import SameDrops
 
+from edgeattn import principal_components, runtime
 from edgeattn.cache.options import CacheOptions
 from edgeattn.exporters.export import export
 from edgeattn.prefill_scheduler import PrefillOptions
-from edgeattn import runtime
 from edgeattn.runtime import Model
 from edgeattn.scheduler import SparseOptions
 
@@ -74,6 +74,36 @@ def test_decode_that_selects(folder, cache):
     assert error(got[0], expected[0]) < CLOSE[cache] and error(got[1], expected[1]) < 0.2
     dense, = (run(model, prompt, decoded)[2] for model in both(folder, CacheOptions(cache, cache))[:1])
     assert error(got[1], expected[1]) < error(dense, expected[1]) / 2
+
+
+@pytest.fixture(scope="module")
+def deep(tmp_path_factory):
+    """Four layers, so that some read what others have chosen."""
+    made = tmp_path_factory.mktemp("deep")
+    tiny.save_tiny("llama", made / "checkpoint", **SIZES, num_hidden_layers=4)
+    export(made / "checkpoint", made / "out", "int4", 32)
+    return made / "out"
+
+
+@pytest.mark.parametrize("method, options", [
+    ("less_is_more", {"budget": 128}), ("delta", {"budget": 160}), ("infllm", {"budget": 288}), ("loki", {"budget": 160}),
+    ("magic_pig", {"budget": 160}), ("hisa", {"budget": 160, "blocks": 2})])
+@pytest.mark.parametrize("cache", ["f16", "int4"])
+def test_decode_by_other_scores(deep, monkeypatch, cache, method, options):
+    """By the keys themselves, and by an index that decode goes on to fill; of two sequences at once."""
+    turns = np.linalg.qr(RNG.standard_normal((4, 2, 64, 64)))[0].astype(np.float32)
+    monkeypatch.setattr(principal_components, "load_components", lambda folder, config: turns)
+    prompts, decoded, found, read = [RNG.integers(3, 150, n) for n in (300, 333)], RNG.integers(3, 150, (36, 2)), [], []
+    sparse = SparseOptions(method, {"dense_layers": 0} | options, 0)
+    for model in (*both(deep, CacheOptions(cache, cache), sparse), both(deep, CacheOptions(cache, cache))[0]):
+        sequences = [model.new_sequence() for _ in prompts]
+        for given in zip(sequences, prompts):
+            model.forward([given], "none")
+        found.append(np.stack([model.forward([(s, [token]) for s, token in zip(sequences, tokens)]) for tokens in decoded]))
+        read.append(model.scheduler.figures()["read"] if model.scheduler else 1)
+    apart, dense = error(found[1], found[0]), error(found[2], found[0])
+    print(f"{cache} {method}: {apart:.4f}, dense {dense:.4f}; read {read}")
+    assert apart < dense / 3 and abs(read[0] - read[1]) < 0.02 and read[1] < 0.9
 
 
 @pytest.mark.parametrize("method, options, correction", [
