@@ -1,5 +1,5 @@
 """What does not run on a GPU yet, in one line each, before anything is loaded. The CPU has all of it."""
-from edgeattn.cache.options import CacheOptions, evictions
+from edgeattn.cache.options import RELEASING, CacheOptions, evictions
 from edgeattn.kernels_cuda.attention_call import HEADS
 from edgeattn.kernels_cuda.cached_attention import MOST_DEPTH
 from edgeattn.kernels_cuda.select_pages import SCORES
@@ -10,7 +10,6 @@ def cache_refusal(options: CacheOptions) -> str:
     """Why a cache with these options cannot be kept there; "" where it can."""
     asked = [flag for flag, found in (
         (f"--kv-storage {options.storage}", options.storage != "kivi"),
-        (f"--kv-eviction {options.eviction}", options.releases),
         ("--kv-progressive", options.progressive > 0)) if found]
     return f"{' and '.join(asked)} cannot run on the GPU yet: leave out, or use --device cpu" if asked else ""
 
@@ -58,7 +57,7 @@ def matrix_lines() -> list[str]:
     works, reads = ([name for name in policy_names(kind) if not refusal(load_policy(kind, name))]
                     for kind, refusal in (("decode", decode_refusal), ("prefill", prefill_refusal)))
     return [f"--device cuda: --kv-storage kivi --kv-heads none {' '.join(policy_names('heads'))} --kv-eviction none "
-            f"{' '.join(evictions())}, any -ctk and -ctv",
+            f"{' '.join(evictions())} {RELEASING}, any -ctk and -ctv",
             f"--device cuda: --sparse-attention off {' '.join(works)}; --sparse-prefill off {' '.join(reads)}, each with "
             "--prefill-correction delta",
             "all other methods are refused there before a model is loaded"]

@@ -141,29 +141,6 @@ def test_a_full_cache_drops_the_cpu_s_tokens(load, cache, eviction):
         np.testing.assert_array_equal(got, expected)
 
 
-@pytest.mark.parametrize("heads", policy_names("heads"))
-@pytest.mark.parametrize("cache", ["f16", "int4"])
-def test_heads_that_stream_hold_the_cpu_s_tokens(load, monkeypatch, tmp_path, cache, heads):
-    """And what stands for those they drop, through forks, truncation and sessions."""
-    monkeypatch.setattr(runtime, "head_classes", lambda folder, config, share: np.random.default_rng(0).random(
-        (config["model"]["num_layers"], config["model"]["kv_heads"])) < share)
-    ids, more, found = tokens(500), tokens(70), []
-    for device in ("cpu", "cuda"):
-        model = load(device, cache, heads=heads)
-        a = model.new_sequence()
-        got = [model.forward([(a, ids)], "all")]
-        b = model.fork(a)
-        got += [model.forward([(a, more[i:i + 1]), (b, more[i + 1:i + 2])]) for i in range(65)]
-        session.save(tmp_path / device, model.cache, b, np.r_[ids, more].tolist(), model.config, {})
-        c, _, _ = session.load(tmp_path / device, model.cache, model.config)
-        got.append(model.forward([(a, more[:3]), (b, more[:1]), (c, more[:1])]))
-        assert a.counts.min() < 330 < a.counts.max() == 568 and (heads == "duo") == (a.compensation is None)
-        model.truncate(a, 0)
-        found.append([*got, b.positions.copy(), model.forward([(a, more), (b, more[:50])])])
-    for expected, got in zip(*found, strict=True):
-        np.testing.assert_array_equal(got, expected)
-
-
 def test_sparse_steps_count_what_they_read(load):
     figures = []
     for device in ("cpu", "cuda"):
@@ -237,7 +214,6 @@ def test_launches_of_every_bucket(monkeypatch, nano_int4, cache, choosing, prefi
 # ---- what is refused -------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize("options, said", [
     (dict(storage="hadamard", k_type="int4", v_type="int4"), "--kv-storage hadamard"),
-    (dict(eviction="adore", budget=1 << 24), "--kv-eviction adore"),
     (dict(k_type="int8", v_type="int8", progressive=0.5), "--kv-progressive")])
 def test_caches_that_only_the_cpu_keeps(options, said):
     why = cache_refusal(CacheOptions(**options))
@@ -248,6 +224,7 @@ def test_caches_that_only_the_cpu_keeps(options, said):
 def test_caches_that_a_gpu_keeps(kind):
     assert not cache_refusal(CacheOptions(kind, kind)) and not cache_refusal(CacheOptions(kind, kind, budget=1 << 24))
     assert not any(cache_refusal(CacheOptions(kind, kind, heads=heads)) for heads in policy_names("heads"))
+    assert not cache_refusal(CacheOptions(kind, kind, eviction="adore", budget=1 << 24))
 
 
 @pytest.mark.parametrize("name, works", [("auto", True), ("quest", True), ("tidal_decode", True), ("sink_window", True), ("oracle", True),
