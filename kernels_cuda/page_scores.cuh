@@ -9,18 +9,21 @@
 #define SCORING(name) SCORING_WITH(name, )
 #define MAKE_SELECTION Selection{MAKE_CALL, SELECTION_ARGS(AS_VALUE)}
 
-// Four channels of a token's key. Codes of 4 bits by channel are read together.
+// Four channels of a token's key in codes of 4 bits by channel, which lie together.
+__device__ __forceinline__ float4 four_codes(i64 from, i64 params, int depth, int quad, int t)
+{
+    const u32 codes = at<u32>(from)[16 * quad + t % 16] >> t / 16 * 4;
+    const uint2 lows = at<uint2>(params)[quad], steps = at<uint2>(params)[depth / 4 + quad];
+    const float2 low = halves_to_floats(lows.x), more = halves_to_floats(lows.y);
+    const float2 step = halves_to_floats(steps.x), next = halves_to_floats(steps.y);
+    return make_float4(fmaf((float)(codes & 15), step.x, low.x), fmaf((float)(codes >> 8 & 15), step.y, low.y),
+                       fmaf((float)(codes >> 16 & 15), next.x, more.x), fmaf((float)(codes >> 24 & 15), next.y, more.y));
+}
+
+// The same in a page of any format.
 __device__ __forceinline__ float4 four_keys(const Page& page, int depth, int quad, int t)
 {
-    if (page.kind(K_KIND) == INT4 && page.kind(K_AXIS) == BY_ROW) {
-        const u32 codes = at<u32>(page.place(K))[16 * quad + t % 16] >> t / 16 * 4;
-        const uint2* params = at<uint2>(page.place(K_PARAMS));
-        const uint2 lows = params[quad], steps = params[depth / 4 + quad];
-        const float2 low = halves_to_floats(lows.x), more = halves_to_floats(lows.y);
-        const float2 step = halves_to_floats(steps.x), next = halves_to_floats(steps.y);
-        return make_float4(fmaf((float)(codes & 15), step.x, low.x), fmaf((float)(codes >> 8 & 15), step.y, low.y),
-                           fmaf((float)(codes >> 16 & 15), next.x, more.x), fmaf((float)(codes >> 24 & 15), next.y, more.y));
-    }
+    if (page.kind(K_KIND) == INT4 && page.kind(K_AXIS) == BY_ROW) return four_codes(page.place(K), page.place(K_PARAMS), depth, quad, t);
     float x[4];
 #pragma unroll
     for (int i = 0; i < 4; i++) x[i] = key_at(page, depth, 4 * quad + i, t);

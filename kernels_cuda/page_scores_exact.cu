@@ -23,21 +23,38 @@ struct Kept {
     __device__ __forceinline__ float* whole(int h) const { return at<float>(a.softmax) + 2 * (all() + s * a.call.num_heads + h); }
 };
 
-// Of one token with the group's queries, q [group][head_dim].
+// Of one token with the group's queries, q [group][head_dim]. What a page is asked for but once stays out of the loops, whose turns are
+// under way together.
 __device__ __forceinline__ void score_token(const Call& call, const float* q, int entry, int t, float (&x)[HEADS])
 {
     const int depth = (int)call.head_dim, group = call.group();
     const Page page(call.pools, entry);
+    const int kind = page.kind(K_KIND);
+    const i64 from = page.place(K), params = page.place(K_PARAMS);
 #pragma unroll
     for (int h = 0; h < HEADS; h++) x[h] = 0;
-    for (int quad = 0; quad < depth / 4; quad++) {
-        const float4 k = four_keys(page, depth, quad, t);
+    auto add = [&](int quad, const float4& k) {
 #pragma unroll
         for (int h = 0; h < HEADS; h++) {
             if (h >= group) break;
             const float4 y = *reinterpret_cast<const float4*>(q + h * depth + 4 * quad);
             x[h] = fmaf(y.x, k.x, fmaf(y.y, k.y, fmaf(y.z, k.z, fmaf(y.w, k.w, x[h]))));
         }
+    };
+    if (kind == INT4 && page.kind(K_AXIS) == BY_ROW) {
+#pragma unroll 4
+        for (int quad = 0; quad < depth / 4; quad++) add(quad, four_codes(from, params, depth, quad, t));
+    } else if (kind == F16) {
+        const u16* keys = at<u16>(from) + t;
+#pragma unroll 4
+        for (int quad = 0; quad < depth / 4; quad++) {
+            const u16* four = keys + 4 * PAGE * quad;
+            add(quad, make_float4(half_to_float(four[0]), half_to_float(four[PAGE]), half_to_float(four[2 * PAGE]),
+                                  half_to_float(four[3 * PAGE])));
+        }
+    } else {
+#pragma unroll 1
+        for (int quad = 0; quad < depth / 4; quad++) add(quad, four_keys(page, depth, quad, t));
     }
 }
 

@@ -59,7 +59,7 @@ __device__ __forceinline__ float product_of_halves(const float* x, const u16* y,
     return warp_sum(sum);
 }
 
-// The sum of the group's queries in place of the first. A barrier before and after.
+// The sum of the group's queries in place of the first. A barrier after, which is also one for rows that are made before.
 __device__ __forceinline__ void sum_queries(const Call& call, float* q)
 {
     for (int c = threadIdx.x; c < call.head_dim; c += SELECT_THREADS)

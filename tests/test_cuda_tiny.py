@@ -97,7 +97,7 @@ def test_decode_by_other_scores(deep, monkeypatch, cache, method, options):
     longer = 160 if method == "hisa" else 0  # so that there are blocks to leave out
     prompts, decoded, found, read = [RNG.integers(3, 150, n + longer) for n in (300, 333)], RNG.integers(3, 150, (36, 2)), [], []
     sparse = SparseOptions(method, {"dense_layers": 0} | options, 0)
-    for model in (*both(deep, CacheOptions(cache, cache), sparse), both(deep, CacheOptions(cache, cache))[0]):
+    for model in (*both(deep, CacheOptions(cache, cache), sparse, ctx_size=1024), both(deep, CacheOptions(cache, cache), ctx_size=1024)[0]):
         sequences = [model.new_sequence() for _ in prompts]
         for given in zip(sequences, prompts):
             model.forward([given], "none")
@@ -142,7 +142,7 @@ def test_heads_that_stream(folder, monkeypatch, cache, heads):
 @pytest.mark.parametrize("cache", ["f16", "int4"])
 def test_pages_that_come_back(folder, cache):
     """Whole pages go by the attention they received, and are computed again for a prompt."""
-    budget = 420_000 if cache == "f16" else 300_000
+    budget = 420_000 if cache == "f16" else 330_000
     prompt, more, decoded, found, gone = RNG.integers(3, 150, 400), RNG.integers(3, 150, 40), RNG.integers(3, 150, 34), [], []
     for model in both(folder, CacheOptions(cache, cache, budget=budget, eviction="adore")):
         a, _, rows = run(model, prompt, decoded)
