@@ -3,7 +3,7 @@ import numpy as np
 import pytest
 import tiny
 
-from edgeattn.cache import release as releasing, session
+from edgeattn.cache import session
 from edgeattn.cache.options import CacheOptions, RELEASING
 from edgeattn.cache.release import candidates, release, released, resident
 from edgeattn.exporters import check
