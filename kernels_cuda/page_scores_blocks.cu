@@ -70,13 +70,13 @@ SCORING_WITH(keep_blocks, AS_PARAMETER(blocks))
         if (lane == 0) of_blocks[b] = best;
     }
     if (!last_to_arrive(place, (int)parts)) return;
-    const bool some = middle > blocks - 2;
+    const int wanted = (int)blocks - 2;  // besides the first and the last
     int unused;
-    if (some) top_pages(choosing, of_blocks, low + 1, high, (int)blocks - 2, order, nullptr, 0, unused);
+    if (wanted && middle > wanted) top_pages(choosing, of_blocks, low + 1, high, wanted, order, nullptr, 0, unused);
     __syncthreads();
     for (int page = range.x + threadIdx.x; page < range.y; page += SELECT_THREADS) {
         const int b = page / BLOCK, i = b - low - 1;
-        const bool stays = !some || b == low || b == high || choosing.words[i / 32] >> i % 32 & 1;
+        const bool stays = middle <= wanted || b == low || b == high || wanted && choosing.words[i / 32] >> i % 32 & 1;
         found[page] = stays && table[page] >= 0 ? 0 : -infinity();
     }
 }

@@ -88,13 +88,13 @@ def deep(tmp_path_factory):
 
 @pytest.mark.parametrize("method, options", [
     ("less_is_more", {"budget": 128}), ("delta", {"budget": 160}), ("infllm", {"budget": 288}), ("loki", {"budget": 160}),
-    ("magic_pig", {"budget": 160}), ("hisa", {"budget": 224, "blocks": 3})])
+    ("magic_pig", {"budget": 160}), ("hisa", {"budget": 160, "blocks": 2})])
 @pytest.mark.parametrize("cache", ["f16", "int4"])
 def test_decode_by_other_scores(deep, monkeypatch, cache, method, options):
     """By the keys themselves, and by an index that decode goes on to fill; of two sequences at once."""
     turns = np.linalg.qr(RNG.standard_normal((4, 2, 64, 64)))[0].astype(np.float32)
     monkeypatch.setattr(principal_components, "load_components", lambda folder, config: turns)
-    longer = 160 if method == "hisa" else 0  # so that there are blocks to leave out
+    longer = 128 if method == "hisa" else 0  # so that there is a block to leave out
     prompts, decoded, found, read = [RNG.integers(3, 150, n + longer) for n in (300, 333)], RNG.integers(3, 150, (36, 2)), [], []
     sparse = SparseOptions(method, {"dense_layers": 0} | options, 0)
     for model in (*both(deep, CacheOptions(cache, cache), sparse, ctx_size=1024), both(deep, CacheOptions(cache, cache), ctx_size=1024)[0]):
