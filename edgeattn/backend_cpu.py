@@ -115,6 +115,11 @@ class CpuBackend:
 
     floats = read  # where eviction policies compute
 
+    def page_means(self, table, head_dim: int, entries: np.ndarray) -> np.ndarray:
+        """[pages, 2 * head_dim] float32: mean key and mean value of each page."""
+        k, v = self.read(table, head_dim, entries)
+        return np.concatenate([k.mean(2), v.mean(1)], 1)
+
     def scored(self, scores, heads) -> np.ndarray:
         """What an eviction policy makes of floats()."""
         return scores(heads)

@@ -144,7 +144,7 @@ class CudaBackend:
 
     def batch(self, max_tokens: int, max_rows: int, max_sequences: int, cache) -> DeviceBatch:
         cells = int(np.prod(cache.shape))
-        self._batch = DeviceBatch(max_tokens, max_rows, max_sequences, cells, cache.plan.max_pages, self.stream)
+        self._batch = DeviceBatch(max_tokens, max_rows, max_sequences, cells, cache.plan.max_pages, self.stream, cache.options.compensated)
         return self._batch
 
     # ---- steps ------------------------------------------------------------------------------------------------------
@@ -246,6 +246,11 @@ class CudaBackend:
         """read(), left on the device: NumPy's functions, called with arrays of CuPy, compute there."""
         with self.stream:
             return read_pages.run(table, head_dim, entries)
+
+    def page_means(self, table, head_dim: int, entries: np.ndarray) -> np.ndarray:
+        with self.stream:
+            found = [x.mean(axis) for x, axis in zip(self.floats(table, head_dim, entries), (2, 1))]
+            return np.concatenate([x.get() if hasattr(x, "get") else x for x in found], 1)
 
     def scored(self, scores, heads) -> np.ndarray:
         with self.stream:

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from importlib import import_module
 
 from edgeattn.cache.budget import CachePlan
-from edgeattn.cache.options import CacheOptions, evictions
+from edgeattn.cache.options import RELEASING, CacheOptions, evictions
 from edgeattn.graph import attributes
 from edgeattn.kernels_cuda import matmul_ternary, prefill_call
 from edgeattn.kernels_cuda.attention_call import HEADS
@@ -16,7 +16,6 @@ from edgeattn.page_formats import PAGE
 from edgeattn.policies import load_policy, policy_names
 from edgeattn.views import VIEWS
 
-INDEXES = "", "bounds"
 STANDARD = {op.onnx for op in OPS.values() if op.onnx} | set(VIEWS)  # nodes of ONNX's own domain
 
 
@@ -36,8 +35,6 @@ def cache_refusal(options: CacheOptions) -> str:
     """Why a cache with these options cannot be kept there; "" where it can."""
     asked = [flag for flag, found in (
         (f"--kv-storage {options.storage}", options.storage != "kivi"),
-        (f"--kv-eviction {options.eviction}", options.releases),
-        (f"--kv-heads {options.heads}", options.heads != "none"),
         ("--kv-progressive", options.progressive > 0)) if found]
     return f"{' and '.join(asked)} cannot run on the GPU yet: leave out, or use --device cpu" if asked else ""
 
@@ -46,7 +43,7 @@ def decode_refusal(policy, heads: int = 1, kv_heads: int = 1, pages: Pages = Pag
     """Why a decode policy's page selection cannot run there."""
     layer = next((i for i, source in enumerate(policy.sources(8)) if source == i), 7)
     scores = {about.get("score") for name, about in policy.operators(layer)}
-    if policy.thresholds or policy.means or policy.index not in INDEXES or not scores <= set(SCORES):
+    if policy.thresholds or policy.means or not scores <= set(SCORES):
         return "the GPU's kernels do not score pages in this way yet"
     if pages.rotated and policy.index:
         return "the GPU's kernels have no bounds of rotated keys yet"
@@ -134,7 +131,8 @@ def matrix_lines() -> list[str]:
     """What runs on the GPU, for people."""
     works, reads = ([name for name in policy_names(kind) if not refusal(load_policy(kind, name))]
                     for kind, refusal in (("decode", decode_refusal), ("prefill", prefill_refusal)))
-    return [f"--device cuda: --kv-storage kivi --kv-heads none --kv-eviction none {' '.join(evictions())}, any -ctk and -ctv",
+    return [f"--device cuda: --kv-storage kivi --kv-heads none {' '.join(policy_names('heads'))} --kv-eviction none "
+            f"{' '.join(evictions())} {RELEASING}, any -ctk and -ctv",
             f"--device cuda: --sparse-attention off {' '.join(works)}; --sparse-prefill off {' '.join(reads)}, each with "
             "--prefill-correction delta",
             "all other methods are refused there before a model is loaded"]

@@ -43,8 +43,8 @@ class DeviceBatch(Batch):
     chunks   [sequences, CHUNK_FIELDS] int64, of those: where blocks and pages are numbered from, and how many last blocks read everything
     """
 
-    def __init__(self, max_tokens: int, max_rows: int, max_sequences: int, cells: int, columns: int, stream):
-        """cells: (layer, KV head) pairs; columns: pages of a page list."""
+    def __init__(self, max_tokens: int, max_rows: int, max_sequences: int, cells: int, columns: int, stream, compensated: bool = False):
+        """cells: (layer, KV head) pairs; columns: pages of a page list; compensated: whether caches keep means of what heads drop."""
         xp = device.cupy()
         fixed = 8 * (2 * max_tokens + max_rows + (len(HELD) + 2) * max_sequences + len(COUNTS)) + 4 * (max_sequences + 1)
         fixed += 8 * CHUNK_FIELDS * max_sequences
@@ -52,7 +52,7 @@ class DeviceBatch(Batch):
             self._memory = Pinned(fixed + 17 * ALIGNED + 2 * ALIGNED + 8 * max_sequences * cells)
         self._lists = Pinned(4 * cells * columns + ALIGNED, on_device=False)
         self._stream, self._sent = stream, xp.cuda.Event(disable_timing=True)
-        self._prompts, self._cells, self._columns = None, cells, columns
+        self._prompts, self._cells, self._columns, self._compensated = None, cells, columns, compensated
         self._mirrors, self.slots, self.sparse, self.listed, self._listed_pages = [], 0, False, 0, 0
         super().__init__(max_tokens, max_rows, max_sequences)
         self.chunks = self._memory.array((max_sequences, CHUNK_FIELDS), np.int64)
@@ -69,7 +69,8 @@ class DeviceBatch(Batch):
 
     def arguments(self) -> dict[str, int]:
         """What CUDA kernels do not read is 0, which some of them look at."""
-        none = ("compensation", "confidence", "value_sums", *(() if self.holds_lists else ("prefill_lists",)))
+        none = ("confidence", "value_sums", *(() if self._compensated else ("compensation",)),
+                *(() if self.holds_lists else ("prefill_lists",)))
         return super().arguments() | {f"batch.{name}": 0 for name in none} | {"batch.chunks": self.address(self.chunks)}
 
     @property

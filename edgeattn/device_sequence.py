@@ -12,22 +12,23 @@ class DeviceSequence:
     on the device alone; the host only says from which page on they are void. Counts travel with each call (device_batch.py).
 
     Attention mass is added up on the device and taken apart on the host, where tokens are dropped: fetch() brings it here, and the next
-    upload() takes it there again. Slots that no token is in are zero there."""
+    upload() takes it there again. Slots that no token is in are zero there. What stands for dropped tokens (`compensation`) changes here
+    alone, and goes there with the same upload."""
 
     def __init__(self, sequence, stream):
         """sequence: a cache/sequence.py Sequence; only its arrays are held, so that it can be dropped."""
         xp = device.cupy()
         self._host, self._stream = sequence.tables, stream
-        self._mass, self._counts = sequence.mass, sequence.counts
+        self._mass, self._counts, self._compensation = sequence.mass, sequence.counts, sequence.compensation
         with stream:
             self._held = {"tables": xp.full(sequence.tables.shape, -1, np.int32)}
-            for name in ("selection", "index", "indexed", "mass"):
+            for name in ("selection", "index", "indexed", "mass", "compensation"):
                 array = getattr(sequence, name)
                 if array is not None:
                     self._held[name] = xp.zeros(array.shape, array.dtype)
         self._good = np.full(sequence.counts.shape, NEVER, np.int32)  # pages whose index is not void
         self._changed, self._void = (0, 0), False
-        self._added, self._moved = False, sequence.length > 0  # whether mass was added to there, or changed here
+        self._added, self._moved = False, sequence.length > 0  # whether mass was added to there, or what is dropped changed here
         if sequence.length:  # a fork: what was selected for the other one is made anew
             self.relisted(0, sequence.tables.shape[-1])
 
@@ -73,10 +74,12 @@ class DeviceSequence:
                 if "indexed" in self._held:
                     xp.minimum(self._held["indexed"], xp.asarray(self._good), out=self._held["indexed"])
             self._good[:], self._void = NEVER, False
-        if "mass" in self._held:
-            if self._moved:
-                used = np.arange(self._mass.shape[-1]) < self._counts[..., None]
-                with self._stream:
+        if self._moved:
+            with self._stream:
+                if "mass" in self._held:
+                    used = np.arange(self._mass.shape[-1]) < self._counts[..., None]
                     self._held["mass"].set(np.where(used, self._mass, np.float32(0)))
+                if "compensation" in self._held:
+                    self._held["compensation"].set(self._compensation)
             self._moved = False
-            self._added |= probes
+        self._added |= probes and "mass" in self._held

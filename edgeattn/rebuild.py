@@ -6,7 +6,6 @@ to the last.
 import numpy as np
 
 from edgeattn.cache.release import candidates, make_room, part_before, released, resident, take_page
-from edgeattn.kernels_cpu import read_pages
 from edgeattn.page_formats import PAGE
 
 PROBED = 64  # newest tokens of a prompt whose keys stand for its queries
@@ -50,7 +49,7 @@ def _mean_key(model, sequence, ids):
     cache, length = model.cache, sequence.length
     model.compute(sequence, ids)
     first, last = length // PAGE, -(-sequence.length // PAGE)
-    k, _ = read_pages.run(cache.table, cache.head_dim, sequence.tables[:, :, first:last].ravel())
+    k, _ = cache.backend.read(cache.table, cache.head_dim, sequence.tables[:, :, first:last].ravel())
     model.truncate(sequence, length)
     k = k.reshape(*cache.shape, last - first, cache.head_dim, PAGE).transpose(0, 1, 3, 2, 4).reshape(*cache.shape, cache.head_dim, -1)
     return k[..., length - PAGE * first:length - PAGE * first + len(ids)].mean(-1)

@@ -113,8 +113,9 @@ class Scheduler:
         source = self.sources[layer]
         group = {"selection.group": -1 if source is None else self.groups.index(source)}
         if self._backend:
-            return group | {"selection.shares": self._backend.address(self.shares), "selection.components": 0, "selection.thresholds": 0,
-                            "selection.stats": self._backend.address(self._counters)}
+            vectors = 0 if self.components is None else self._backend.address(self.components)
+            return group | {"selection.shares": self._backend.address(self.shares), "selection.components": vectors,
+                            "selection.thresholds": 0, "selection.stats": self._backend.address(self._counters)}
         dense = self.thresholds is None or layer < self.policy.dense_layers
         return group | {"selection.shares": self.shares.ctypes.data,
                 "selection.components": 0 if self.components is None else self.components.ctypes.data,

@@ -41,6 +41,9 @@ def _copy_pages(call, task, sequence, head, first, high, keys, values, params):
         entry, index = entry_of(call, sequence, head, start // PAGE), start - first
         if entry < 0:
             released += 1
+            rows = at(float32, values + 4 * index * call[WIDTH])  # weights are 0 there, which do not make what lies there a number
+            for i in range(0, PAGE * call[WIDTH], 16):
+                store(rows, i, splat(F, np.float32(0)))
         else:
             found += 1
             expand_keys(call[POOLS], depth, task, entry, keys + 4 * index * depth, BLOCK, 16 if COLUMNS == 2 else 16 * depth, params)

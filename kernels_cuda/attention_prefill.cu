@@ -9,8 +9,8 @@
 //               results [ranges][query blocks of all sequences][num_heads][D + 4], weighted values, log2 of the reference, sum of weights
 //   grid        (tiles of 64 rows * ranges, kv_heads, sequences), block 128
 //   add_shifts  what that changes is added to all queries of the block. Grid (query blocks, num_heads, sequences), block D
+#include "attention_compensation.cuh"
 #include "attention_reads.cuh"
-#include "page_tiles.cuh"
 
 #define ROWS 128
 #define KEYS 64
@@ -23,16 +23,6 @@ template <int D> struct Tiles {
     u8 queries[ROWS * D * 2], keys[2][D * 64], values[2][D * 64];
     int rows[ROWS];       // slot of each row's token
     int slots[2][KEYS];   // what stands in each column, of this step and the next; HIDDEN: nothing that may be seen
-};
-
-// A part of what is read, 32 slots: a page, whose first slot and entry all threads have, or single tokens, a lane's own.
-struct Part {
-    int slot, entry;
-
-    __device__ __forceinline__ void look(const Reads& reads, const int* table, int part)
-    {
-        slot = reads.slot(part, part < reads.page_count ? 0 : threadIdx.x % 32), entry = slot < 0 ? -1 : table[slot / PAGE];
-    }
 };
 
 // By all threads; `half`: which half of a step's keys the part is, so that other threads expand the other half.
@@ -146,6 +136,14 @@ template <int D, int M, bool FIRSTS> __device__ __forceinline__ void prefill(con
     float out[M][D / 8][4] = {}, top[M][2], total[M][2] = {};
 #pragma unroll
     for (int m = 0; m < M; m++) top[m][0] = top[m][1] = LOWEST;
+    if (const float* held = range ? nullptr : call.dropped(s, head)) {
+        __syncthreads();
+#pragma unroll
+        for (int i = 0; i < 2 * M; i++) {
+            const int m = i / 2, r = i % 2;
+            begin_with_dropped<D>(held, shared.queries, 16 * M * warp + 8 * i + g, r, out[m], top[m][r], total[m][r]);
+        }
+    }
     const int all = (reads.parts() + 1) / 2, size = (all + ranges - 1) / ranges, first = range * size, steps = min(all, first + size);
     Part next[2];
     auto look = [&](int step) {

@@ -45,3 +45,13 @@ struct Reads {
         return i < column_count ? columns[i] : -1;
     }
 };
+
+// A part of what is read, 32 slots: a page, whose first slot and entry all threads have, or single tokens, a lane's own.
+struct Part {
+    int slot, entry;
+
+    __device__ __forceinline__ void look(const Reads& reads, const int* table, int part)
+    {
+        slot = reads.slot(part, part < reads.page_count ? 0 : threadIdx.x % 32), entry = slot < 0 ? -1 : table[slot / PAGE];
+    }
+};

@@ -65,12 +65,11 @@ def launches(a: dict[str, int], most: dict) -> list[Launch]:
                          "halves and of codes by channel; use --prefill-correction none")
     if fast:
         found.append(_decode(a, sequences, slots))
-    if tokens > 1 and fast and not a["batch.compensation"]:
+    if fast and tokens > 1:
         found += [*([] if listed else [write(a, tokens, MORE_ROWS)]), _prefill(a, tokens, sequences, listed),
                   *(_delta(a, tokens, sequences, slots) if correction else [])]
-    elif tokens > 1 or not fast:
-        which = MORE_ROWS if fast else ONE_ROW | MORE_ROWS
-        found += [write(a, tokens, which), _rows(a, tokens, slots, which)]
+    elif not fast:
+        found += [write(a, tokens, ONE_ROW | MORE_ROWS), _rows(a, tokens, slots)]
     return found + attention_mass.launches(a, most)
 
 
@@ -146,12 +145,12 @@ def _delta(a, tokens, sequences, slots) -> list[Launch]:
             Launch(compile.function("attention_prefill", "add_shifts"), (blocks, heads, sequences), depth, args, overlap=True)]
 
 
-def _rows(a, tokens, slots, which):
+def _rows(a, tokens, slots):
     """Float32, for pages of any format."""
     parts = -(-(a["num_heads"] // a["kv_heads"]) // HEADS)
     if tokens * a["kv_heads"] * parts > MOST_PLACES:
         raise ValueError(f"a chunk of {tokens} tokens is too long for {a['kv_heads']} KV heads; choose a smaller --ubatch-size")
     ranges = ranges_of(tokens * a["kv_heads"] * parts, slots)
     kernel = compile.function("attention_rows", "attend_rows", ROWS_SHARED)
-    args = (*call_args(a), np.int64(ranges), np.int64(which))
+    args = (*call_args(a), np.int64(ranges))
     return Launch(kernel, (a["kv_heads"] * parts * ranges, tokens, 1), 128, args, ROWS_SHARED, overlap=True)

@@ -8,7 +8,8 @@
 //   peak     the largest product of a token's key with the sum of the group's queries (TidalDecode, arXiv 2410.05076)
 //   mass     the softmax weight of the page's tokens, over the group
 //   recency  how new a page is;  random: any order
-#include "page_values.cuh"
+// Other scores are there before (page_scores.py).
+#include "page_bounds.cuh"
 #include "selection.cuh"
 
 #define MOST_DEPTH 256
@@ -18,24 +19,6 @@ struct Scoring {
     float q[HEADS][MOST_DEPTH];
     float tops[SELECT_THREADS / 32], sums[SELECT_THREADS / 32];
 };
-
-__device__ __noinline__ float key_of(const Page& page, int depth, int c, int t) { return key_at(page, depth, c, t); }
-
-// The row of an index: half_below(smallest), half_above(how far the largest lies above it), channel by channel.
-__device__ __forceinline__ void make_row(const Page& page, int depth, u16* row, int lane)
-{
-    for (int c = lane; c < depth; c += 32) {
-        float low = infinity(), high = -infinity();
-        for (int t = 0; t < PAGE; t++) {
-            const float x = key_of(page, depth, c, t);
-            low = fminf(low, x), high = fmaxf(high, x);
-        }
-        u16 bottom, step;
-        asm("cvt.rm.f16.f32 %0, %1;" : "=h"(bottom) : "f"(low));
-        asm("cvt.rp.f16.f32 %0, %1;" : "=h"(step) : "f"(high - half_to_float(bottom)));
-        row[c] = bottom, row[depth + c] = step;
-    }
-}
 
 // Lanes take eight neighbouring minima or steps each, CHUNKS times, SPAN lanes a page; a warp has AT_ONCE pages for each SPAN lanes
 // under way.
@@ -211,7 +194,7 @@ extern "C" __global__ void __launch_bounds__(SELECT_THREADS) select_pages(CALL_P
     const int size = (max(range.y - range.x, 0) + (int)parts - 1) / (int)parts;
     const int begin = range.x + part * size, end = min(range.y, begin + size);
     float* found = a.scores_of(s, head);
-    if (scored && begin < end) {
+    if (scored && begin < end && !a.scored_before()) {
         for (int n = threadIdx.x; n < group * depth; n += SELECT_THREADS)
             scoring.q[n / depth][n % depth] = rotated(call, at<float>(call.q) + row * call.q_stride + (head * group + n / depth) * depth,
                                                       position, n % depth) * call.scale();
@@ -254,8 +237,10 @@ extern "C" __global__ void __launch_bounds__(SELECT_THREADS) select_pages(CALL_P
         }
         __threadfence();
         __syncthreads();
-        if (a.score == BOUND && a.index_width >= 2 * depth && threadIdx.x < last - first)
-            *a.indexed_of(s, first + threadIdx.x) = max(*a.indexed_of(s, first + threadIdx.x), range.y);
+        if (a.indexes() && threadIdx.x < last - first) {
+            const int h = first + threadIdx.x, until = a.candidates(s, h, a.total(call.slots(s, h))).y;
+            *a.indexed_of(s, h) = max(*a.indexed_of(s, h), until);
+        }
     }
 #pragma unroll 1
     for (int h = first; h < last; h++) choose(a, choosing, s, h, again);

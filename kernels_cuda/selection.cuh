@@ -9,7 +9,7 @@
 #define BINS (1 << BIN_BITS)
 #define LISTED 64      // scores that are compared with each other
 #define LONGEST 16     // steps that a list serves at most
-enum Score { BOUND, MASS, RECENCY, RANDOM, PEAK = 20 };
+enum Score { BOUND, MASS, RECENCY, RANDOM, HIERARCHY = 10, REPRESENTATIVES, LANDMARKS, COMPONENTS, COLLISIONS, PEAK = 20, RANK, MAX_MASS };
 enum Combine { ALONE, LAYER, BEST };
 enum Stat { SPARSE, DENSE, READ, HELD, REUSED, STATS };
 
@@ -37,7 +37,9 @@ struct Selection {
     __device__ __forceinline__ int2 candidates(int s, int head, int pages) const {
         const int known = sealed_of(s, head), each = max(1, (int)block);
         int last = pages - (int)recent;
-        if (score == BOUND && (known > 1 || index_width < 2 * call.head_dim)) last = min(last, known);
+        // without rows of bounds quantised pages alone have them
+        const bool unknown = (score == BOUND || score == HIERARCHY) && index_width < 2 * call.head_dim;
+        if (unknown || indexes() && known > 1) last = min(last, known);
         last = max(1, last / each * each);
         return make_int2(min(each, last), last);
     }
@@ -62,6 +64,18 @@ struct Selection {
         for (int other = 0; other < call.kv_heads; other++)
             some = some || wanted(s, other, call.slots(s, other)) < total(call.slots(s, other));
         return some && !all_still_good(s);
+    }
+    // Whether a sequence chooses in this step, and its head's pages are to be scored.
+    __device__ __forceinline__ bool chooses(int s, int head) const {
+        return s < call.sequences() && at<i64>(call.selections)[s] != 0 && scoring(s, head);
+    }
+    // Whether kernels before select_pages have made the scores.
+    __device__ __forceinline__ bool scored_before() const {
+        return score == RANK || score == MAX_MASS || score >= HIERARCHY && score <= COLLISIONS;
+    }
+    // Whether scores are by rows of an index, which are good up to the last page that scores decide about.
+    __device__ __forceinline__ bool indexes() const {
+        return score == BOUND && index_width >= 2 * call.head_dim || score >= HIERARCHY && score <= COLLISIONS;
     }
 };
 

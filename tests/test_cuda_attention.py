@@ -3,6 +3,7 @@ import numpy as np
 import pytest
 from cuda_device import needs_cuda
 
+from edgeattn.kernels_cuda import select_pages
 from edgeattn.ops import load_kernel
 from edgeattn.page_formats import PAGE, PageFormat
 from edgeattn.reference.cached_attention import rotate
@@ -10,14 +11,13 @@ from edgeattn.verification.cases import CASES
 
 pytestmark = needs_cuda
 NAMES = "seal_pages", "read_pages", "cached_attention", "select_pages"
-SCORES = "bound", "mass", "recency", "peak"  # that a GPU computes
 
 
 @pytest.mark.parametrize("name, case", [pytest.param(n, c, id=f"{n}-{c[0]}") for n in NAMES for c in CASES[n]])
 def test_kernel_matches_reference(name, case):
     _, build, tolerance = case
     args, attributes = build(np.random.default_rng())
-    if attributes.get("score", "bound") not in SCORES:
+    if attributes.get("score", "bound") not in select_pages.SCORES:
         with pytest.raises(ValueError, match="run with --device cpu"):
             load_kernel(name, "cuda")(*args, **attributes)
         return
@@ -45,6 +45,7 @@ class Case:
         turns = np.arange(max(lengths) + max(new))[:, None] / 10000 ** (np.arange(head_dim // 2) / (head_dim // 2))
         self.cos, self.sin = np.cos(turns).astype(np.float32), np.sin(turns).astype(np.float32)
         self.positions = np.concatenate([np.arange(a, a + n) for a, n in zip(lengths, new)])
+        self.means = None  # [sequences, kv_heads, 1 + 2 * head_dim]: what stands for dropped tokens
         self.about = dict(num_heads=heads, kv_heads=kv_heads, head_dim=head_dim, rotary_dim=head_dim, scale=head_dim ** -0.5, window=window)
 
     def call(self, tolerance, reads=None, **options):
@@ -73,6 +74,11 @@ class Case:
                 scores[h][..., np.repeat(entries[h] < 0, PAGE)[:length + n]] = -np.inf
                 if reads:
                     scores[h][..., ~reads(s, h)] = -np.inf
+            if self.means is not None:
+                count, key, value = self.means[s, :, 0], self.means[s, :, 1:1 + depth], self.means[s, :, 1 + depth:]
+                own = np.einsum("thgd,hd->hgt", q.reshape(n, kv_heads, -1, depth), key) * about["scale"]
+                own += np.where(count > 0, np.log(np.maximum(count, 1)), -np.inf)[:, None, None]
+                scores, v = np.concatenate([scores, own[..., None]], 3), np.concatenate([v, value[:, None]], 1)
             weights = np.exp(scores - scores.max(-1, keepdims=True))
             yield weights / weights.sum(-1, keepdims=True), v
             row += n
@@ -150,6 +156,20 @@ def test_prefill_behind_pages(monkeypatch, processors, types, head_dim):
     group = int(rng.integers(1, 9))
     print(group)
     Case(types, head_dim, group, [0, 500, 37, 900], [300, 129, 1, 64]).call(3 * HALVES)
+
+
+@pytest.mark.parametrize("types, head_dim", [("f16", 64), ("int4", 128), ("int8/int2", 64), ("int4", 80), ("f32", 64)])
+@pytest.mark.parametrize("new", [(1, 1, 1), (300, 1, 70)], ids=["decode", "prompts"])
+def test_one_token_stands_for_what_was_dropped(types, head_dim, new):
+    """In both KV heads of the first sequence, where it hardly matters or decides, and in one of the last."""
+    from edgeattn.kernels_cuda import device
+    case = Case(types, head_dim, int(np.random.default_rng().integers(1, 9)), [400, 37, 900], list(new))
+    case.means = np.zeros((3, 2, 1 + 2 * head_dim), np.float32)
+    case.means[[0, 0, 2], [0, 1, 1]] = case.rng.standard_normal((3, 1 + 2 * head_dim))
+    case.means[[0, 0, 2], [0, 1, 1], 0] = 32, 70_000, 700
+    held = device.cupy().asarray(case.means)
+    rows = device.cupy().asarray([held.data.ptr, 0, held.data.ptr + 2 * case.means[0].nbytes], np.int64)
+    case.call(1e-4 if types == "f32" or head_dim == 80 else 3 * HALVES, extra={"batch.compensation": rows.data.ptr})
 
 
 SUM, LAST = 1, 2  # bits of mass_mode

@@ -11,7 +11,7 @@ from edgeattn.cache.options import CacheOptions
 from edgeattn.cuda_limits import cache_refusal, decode_refusal
 from edgeattn.exporters.export import export
 from edgeattn.generation import Generation, SamplerOptions
-from edgeattn.policies import load_policy
+from edgeattn.policies import load_policy, policy_names
 from edgeattn.prefill_scheduler import PrefillOptions
 from edgeattn.runtime import Model
 from edgeattn.scheduler import SparseOptions
@@ -29,11 +29,11 @@ def tokens(n):
 @pytest.fixture
 def load(monkeypatch, nano_int4):
     """load("cuda"), load("cpu"): the same model with the same options."""
-    def loaded(device, cache="f16", sparse=None, budget=None, eviction="auto", **more):
+    def loaded(device, cache="f16", sparse=None, budget=None, eviction="auto", heads="none", **more):
         if device == "cuda":
             monkeypatch.setattr(runtime, "make_backend", lambda name: make_backend(monkeypatch))
         k, _, v = cache.partition("/")
-        options = dict(cache=CacheOptions(k, v or k, budget=budget, eviction=eviction), ctx_size=1024, ubatch=128, threads=1,
+        options = dict(cache=CacheOptions(k, v or k, budget=budget, eviction=eviction, heads=heads), ctx_size=1024, ubatch=128, threads=1,
                        sparse=sparse or SparseOptions("off"), prefill=PrefillOptions("off"))
         model = Model.load(nano_int4, device=device, **options | more)
         monkeypatch.setattr(runtime, "make_backend", devices.make_backend)
@@ -234,8 +234,7 @@ def test_launches_of_every_bucket(monkeypatch, nano_int4, cache, choosing, prefi
 # ---- what is refused -------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize("options, said", [
     (dict(storage="hadamard", k_type="int4", v_type="int4"), "--kv-storage hadamard"),
-    (dict(eviction="adore", budget=1 << 24), "--kv-eviction adore"),
-    (dict(heads="duo"), "--kv-heads duo"), (dict(k_type="int8", v_type="int8", progressive=0.5), "--kv-progressive")])
+    (dict(k_type="int8", v_type="int8", progressive=0.5), "--kv-progressive")])
 def test_caches_that_only_the_cpu_keeps(options, said):
     why = cache_refusal(CacheOptions(**options))
     assert said in why and "--device cpu" in why and "\n" not in why
@@ -244,10 +243,13 @@ def test_caches_that_only_the_cpu_keeps(options, said):
 @pytest.mark.parametrize("kind", ["f32", "f16", "int8", "int4", "int3", "int2"])
 def test_caches_that_a_gpu_keeps(kind):
     assert not cache_refusal(CacheOptions(kind, kind)) and not cache_refusal(CacheOptions(kind, kind, budget=1 << 24))
+    assert not any(cache_refusal(CacheOptions(kind, kind, heads=heads)) for heads in policy_names("heads"))
+    assert not cache_refusal(CacheOptions(kind, kind, eviction="adore", budget=1 << 24))
 
 
 @pytest.mark.parametrize("name, works", [("auto", True), ("quest", True), ("tidal_decode", True), ("sink_window", True), ("oracle", True),
-                                         ("loki", False), ("top_theta", False), ("less_is_more", False), ("magic_pig", False)])
+                                         ("less_is_more", True), ("delta", True), ("infllm", True), ("landmark", True), ("loki", True),
+                                         ("magic_pig", True), ("hisa", True), ("top_theta", False)])
 def test_decode_policies(name, works):
     assert (not decode_refusal(load_policy("decode", name), 32, 8)) == works
     assert decode_refusal(load_policy("decode", name), 72, 8)
@@ -271,9 +273,9 @@ def test_devices_by_name(monkeypatch):
 
 
 @pytest.mark.parametrize("line, said", [
-    (["generate", "-p", "x", "--device", "cuda", "--kv-heads", "duo"], "--kv-heads duo cannot run on the GPU"),
+    (["generate", "-p", "x", "--device", "cuda", "--kv-storage", "hadamard"], "--kv-storage hadamard cannot run on the GPU"),
     (["generate", "-p", "x", "--device", "cuda", "--sparse-prefill", "hip"], "--sparse-prefill hip: the GPU has no kernels"),
-    (["generate", "-p", "x", "--device", "cuda", "--sparse-attention", "loki"], "--sparse-attention loki: the GPU's kernels"),
+    (["generate", "-p", "x", "--device", "cuda", "--sparse-attention", "top_theta"], "--sparse-attention top_theta: the GPU's kernels"),
     (["calibrate", "--device", "cuda"], "on the CPU"), (["chat", "--device", "tpu"], "invalid choice"),
     (["generate", "-p", "x", "--device", "cuda"], "no NVIDIA driver"), (["verify", "FOLDER", "--device", "cuda"], "no NVIDIA driver")])
 def test_commands_say_it_in_one_line(edgeattn, monkeypatch, nano_int4, line, said):

@@ -67,10 +67,11 @@ def test_bounds_of_rotated_keys():
 def test_what_is_asked_for_by_name_is_refused_without_a_model():
     off = SparseOptions("off"), PrefillOptions("off")
     assert not asked_refusal(CacheOptions(), *AUTO) and not asked_refusal(CacheOptions(), *off)
-    assert asked_refusal(CacheOptions(), SparseOptions("loki"), off[1]).startswith("--sparse-attention loki: ")
+    assert asked_refusal(CacheOptions(), SparseOptions("top_theta"), off[1]).startswith("--sparse-attention top_theta: ")
     assert asked_refusal(CacheOptions(), off[0], PrefillOptions("hip")).endswith("use --sparse-prefill off")
     assert "--prefill-correction" in asked_refusal(CacheOptions(), off[0], PrefillOptions("streaming", correction="tail"))
-    assert "--kv-heads duo" in asked_refusal(CacheOptions(heads="duo"), SparseOptions("loki"), off[1])
+    options = CacheOptions(storage="hadamard", k_type="int4", v_type="int4")
+    assert "--kv-storage hadamard" in asked_refusal(options, SparseOptions("top_theta"), off[1])
 
 
 @pytest.mark.parametrize("bits, input_major, said", [(2, 0, ""), (1, 0, "--ternary-layout panels"), (2, 1, "--ternary-layout panels")])

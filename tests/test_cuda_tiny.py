@@ -11,6 +11,8 @@ import tiny
 from cuda_device import needs_cuda
 from same_drops import SameDrops
 
+from edgeattn import principal_components, runtime
+from edgeattn.cache import release as releasing
 from edgeattn.cache.options import CacheOptions
 from edgeattn.exporters.export import export
 from edgeattn.prefill_scheduler import PrefillOptions
@@ -90,6 +92,37 @@ def test_decode_that_selects(folder, cache):
     assert error(got[1], expected[1]) < error(dense, expected[1]) / 2
 
 
+@pytest.fixture(scope="module")
+def deep(tmp_path_factory):
+    """Four layers, so that some read what others have chosen."""
+    made = tmp_path_factory.mktemp("deep")
+    tiny.save_tiny("llama", made / "checkpoint", **SIZES, num_hidden_layers=4)
+    export(made / "checkpoint", made / "out", "int4", 32)
+    return made / "out"
+
+
+@pytest.mark.parametrize("method, options", [
+    ("less_is_more", {"budget": 128}), ("delta", {"budget": 160}), ("infllm", {"budget": 288}), ("loki", {"budget": 160}),
+    ("magic_pig", {"budget": 160}), ("hisa", {"budget": 160, "blocks": 2})])
+@pytest.mark.parametrize("cache", ["f16", "int4"])
+def test_decode_by_other_scores(deep, monkeypatch, cache, method, options):
+    """By the keys themselves, and by an index that decode goes on to fill; of two sequences at once."""
+    turns = np.linalg.qr(RNG.standard_normal((4, 2, 64, 64)))[0].astype(np.float32)
+    monkeypatch.setattr(principal_components, "load_components", lambda folder, config: turns)
+    longer = 128 if method == "hisa" else 0  # so that there is a block to leave out
+    prompts, decoded, found, read = [RNG.integers(3, 150, n + longer) for n in (300, 333)], RNG.integers(3, 150, (36, 2)), [], []
+    sparse = SparseOptions(method, {"dense_layers": 0} | options, 0)
+    for model in (*both(deep, CacheOptions(cache, cache), sparse, ctx_size=1024), both(deep, CacheOptions(cache, cache), ctx_size=1024)[0]):
+        sequences = [model.new_sequence() for _ in prompts]
+        for given in zip(sequences, prompts):
+            model.forward([given], "none")
+        found.append(np.stack([model.forward([(s, [token]) for s, token in zip(sequences, tokens)]) for tokens in decoded]))
+        read.append(model.scheduler.figures()["read"] if model.scheduler else 1)
+    apart, dense = error(found[1], found[0]), error(found[2], found[0])
+    print(f"{cache} {method}: {apart:.4f}, dense {dense:.4f}; read {read}")
+    assert apart < dense / 3 and abs(read[0] - read[1]) < 0.02 and read[1] < 0.9
+
+
 @pytest.mark.parametrize("method, options, correction", [
     ("auto", {"budget": 96, "least": 64, "fraction": 0.1, "recent": 1}, None), ("xattention", {"tau": 0.6}, None),
     ("sale", {"threshold": 10, "bits": 8}, None), ("minference", {"n_v": 40, "n_s": 60, "recent": 0}, None),
@@ -118,6 +151,37 @@ def test_a_prompt_without_room_for_its_lists_reads_everything(folder):
         found.append(model.forward([(a, ends[0]), (model.fork(a), ends[1])], "all"))
     assert model.prefill.chunks == [2, 1]
     assert error(found[1][130:], found[0][130:]) < CLOSE["f16"] < 0.5 < error(found[1][:64], found[0][:64])
+
+
+@pytest.mark.parametrize("heads", ["duo", "razor"])
+@pytest.mark.parametrize("cache", ["f16", "int4"])
+def test_heads_that_stream(folder, monkeypatch, cache, heads):
+    """One KV head of each layer drops what is neither its beginning nor recent; of razor a mean token stands for that."""
+    monkeypatch.setattr(runtime, "head_classes", lambda *given: np.array([[True, False], [False, True]]))
+    prompt, decoded, found = RNG.integers(3, 150, 500), RNG.integers(3, 150, 36), []
+    for model in both(folder, CacheOptions(cache, cache, heads=heads)):
+        a, *rows = run(model, prompt, decoded)
+        assert a.counts.min() < 400 < a.counts.max()
+        found.append(rows)
+    whole = run(both(folder, CacheOptions(cache, cache))[0], prompt, decoded)[2]
+    (prompted, stepped), (got, got_stepped) = found
+    print(f"{cache} {heads}: {error(got, prompted):.4f} {error(got_stepped, stepped):.4f}; dense {error(whole, stepped):.4f}")
+    assert error(got, prompted) < CLOSE[cache] and error(got_stepped, stepped) < min(CLOSE[cache], error(whole, stepped) / 2)
+
+
+@pytest.mark.parametrize("cache", ["f16", "int4"])
+def test_pages_that_come_back(folder, cache):
+    """Whole pages go by the attention they received, and are computed again for a prompt."""
+    budget = 420_000 if cache == "f16" else 330_000
+    prompt, more, decoded, found, gone = RNG.integers(3, 150, 400), RNG.integers(3, 150, 40), RNG.integers(3, 150, 34), [], []
+    for model in both(folder, CacheOptions(cache, cache, budget=budget, eviction="adore")):
+        a, _, rows = run(model, prompt, decoded)
+        before = set(releasing.released(a))
+        rows = [rows, model.forward([(a, more)], "all"), model.forward([(a, [5])])]
+        assert before and before - set(releasing.released(a))
+        found.append(rows), gone.append(sorted(before))
+    print(gone, [error(b, a) for a, b in zip(*found)])
+    assert all(error(b, a) < CLOSE[cache] for a, b in zip(*found))
 
 
 @pytest.mark.parametrize("eviction", ["key_diff", "l2_norm", "random", "streaming_llm", "h2o", "snapkv", "caote", "zipvl"])

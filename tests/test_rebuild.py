@@ -3,7 +3,7 @@ import numpy as np
 import pytest
 import tiny
 
-from edgeattn.cache import release as releasing, session
+from edgeattn.cache import session
 from edgeattn.cache.options import CacheOptions, RELEASING
 from edgeattn.cache.release import candidates, release, released, resident
 from edgeattn.exporters import check
@@ -208,6 +208,17 @@ def test_a_budget_is_kept_and_pages_come_back(small, monkeypatch):
     assert not any(pool.used for pool in cache.pools)
 
 
+@pytest.mark.parametrize("kind", ["f32", "int4"])
+def test_a_prompt_behind_released_pages_takes_nothing_of_what_lay_in_memory(tiny_export, kind):
+    model = load(tiny_export, kind)
+    sequence = model.new_sequence()
+    model.forward([(sequence, tokens(model, 160))], "none")
+    for page in (1, 2):
+        release(model.cache, sequence, page)
+    model.plan.workspace.fill(0xff)  # floats that are no numbers
+    assert np.isfinite(model.forward([(sequence, tokens(model, 30, seed=4))], "all")).all()
+
+
 def test_a_rebuilt_page_is_what_a_full_cache_holds(nano_int4):
     model = load(nano_int4, "f16", ubatch=64, budget=5 << 19, eviction=RELEASING)
     full = load(nano_int4, "f16", budget=64 << 20, eviction="none")
@@ -218,8 +229,8 @@ def test_a_rebuilt_page_is_what_a_full_cache_holds(nano_int4):
     model.cache.truncate(a, len(ids) - 40)
     rebuild(model, a, page, ids[PAGE * page:PAGE * (page + 1)])
     for layer, head in np.ndindex(model.cache.shape):
-        got = releasing.read_pages.run(model.cache.table, model.cache.head_dim, a.tables[layer, head, page:page + 1])
-        expected = releasing.read_pages.run(full.cache.table, full.cache.head_dim, b.tables[layer, head, page:page + 1])
+        got = model.cache.backend.read(model.cache.table, model.cache.head_dim, a.tables[layer, head, page:page + 1])
+        expected = full.cache.backend.read(full.cache.table, full.cache.head_dim, b.tables[layer, head, page:page + 1])
         for x, y in zip(got, expected):
             np.testing.assert_allclose(x, y, rtol=0, atol=0.02 * np.abs(y).max())
 

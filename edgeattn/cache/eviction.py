@@ -72,10 +72,10 @@ def evict(cache, sequence) -> None:
 
 def drop_oldest(cache, sequence, pages) -> None:
     """Drop the oldest full pages behind the first, pages[layer, kv_head] of each head. No token moves, so forks go on sharing the rest."""
+    if sequence.compensation is not None:
+        _compensate(cache, sequence, pages)
     for layer, head in np.argwhere(pages):
         n, table = int(pages[layer, head]), sequence.tables[layer, head]
-        if sequence.compensation is not None:
-            _compensate(cache, sequence.compensation[layer, head], table[1:1 + n])
         cache.release(table[1:1 + n])
         sequence.moved((layer, head), 1)
         table[1:-n], table[-n:] = table[1 + n:], RELEASED
@@ -87,12 +87,17 @@ def drop_oldest(cache, sequence, pages) -> None:
     sequence.sealed[:] = np.maximum(1, sequence.sealed - pages)
 
 
-def _compensate(cache, held, entries):
-    """Add the tokens of pages that go to the mean key and value that stand for them (RazorAttention)."""
-    k, v = cache.backend.read(cache.table, cache.head_dim, entries)
-    count = len(entries) * PAGE
-    held[0] += count
-    held[1:] += (np.r_[k.mean((0, 2)), v.mean((0, 1))] - held[1:]) * (count / held[0])
+def _compensate(cache, sequence, pages):
+    """Add the tokens of pages that go to the mean key and value that stand for them (RazorAttention). A layer's at once: a GPU is asked
+    once, and what it reads stays small."""
+    for layer in np.flatnonzero(pages.any(1)):
+        heads = np.flatnonzero(pages[layer])
+        means = cache.backend.page_means(cache.table, cache.head_dim, np.concatenate([
+            sequence.tables[layer, head, 1:1 + pages[layer, head]] for head in heads]))
+        for head, own in zip(heads, np.split(means, np.cumsum(pages[layer, heads])[:-1])):
+            held, count = sequence.compensation[layer, head], len(own) * PAGE
+            held[0] += count
+            held[1:] += (own.mean(0) - held[1:]) * (count / held[0])
 
 
 def _drop(cache, sequence, view, head, i, scores):

@@ -7,7 +7,6 @@ import numpy as np
 from edgeattn.cache.pages import CacheFull
 from edgeattn.cache.sealing import quantise
 from edgeattn.cache.sequence import Sequence
-from edgeattn.kernels_cpu import read_pages
 from edgeattn.kernels_cpu.page_pool import POOLS, RELEASED
 from edgeattn.page_formats import PAGE
 
@@ -34,12 +33,13 @@ def release(cache, sequence, page: int) -> np.ndarray:
             (sequence.positions[..., slots] != np.arange(slots.start, slots.stop)).any():
         raise ValueError(f"page {page} cannot be released: tokens were evicted or sorted, so its slots are not positions any more")
     entries = sequence.tables[:, :, page].ravel()
-    k, _ = read_pages.run(cache.table, cache.head_dim, entries)
-    mean = k.mean(-1).reshape(*cache.shape, cache.head_dim).astype(np.float16)
+    means = cache.backend.page_means(cache.table, cache.head_dim, entries)[:, :cache.head_dim]
+    mean = means.reshape(*cache.shape, cache.head_dim).astype(np.float16)
     if sequence.means is not None:
         sequence.means[page] = mean
     cache.release(entries)
     sequence.tables[:, :, page] = RELEASED
+    sequence.relisted(page, page + 1)
     return mean
 
 
@@ -54,6 +54,7 @@ def make_room(cache, sequence, tokens: int = 0) -> None:
     excess = resident(sequence) + tokens - int(cache.plan.limits.min())
     if excess <= 0:
         return
+    sequence.fetch()
     pages = candidates(cache, sequence)
     mass = sequence.mass[0][..., :sequence.length // PAGE * PAGE].sum((0, 1), dtype=np.float64).reshape(-1, PAGE).sum(1)[pages]
     order = np.lexsort((mass, sequence.pinned[pages]))
@@ -72,8 +73,10 @@ def part_before(cache, sequence, page: int) -> Sequence:
     for i, pool in enumerate(cache.pools):
         pool.share(entries[entries % POOLS == i] // POOLS)
     confidence = None if sequence.confidence is None else sequence.confidence.copy()
-    return Sequence(tables, np.full_like(sequence.counts, PAGE * page), np.minimum(sequence.sealed, max(page, 1)), confidence=confidence,
+    part = Sequence(tables, np.full_like(sequence.counts, PAGE * page), np.minimum(sequence.sealed, max(page, 1)), confidence=confidence,
                     length=PAGE * page)
+    part.mirror = cache.backend.mirror(part)
+    return part
 
 
 def take_page(cache, sequence, page: int, part: Sequence) -> None:
@@ -86,3 +89,4 @@ def take_page(cache, sequence, page: int, part: Sequence) -> None:
     part.tables[:, :, page] = RELEASED
     sequence.moved(page=page)
     sequence.tables[:, :, page] = entries.reshape(cache.shape)
+    sequence.relisted(page, page + 1)

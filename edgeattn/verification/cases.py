@@ -206,7 +206,7 @@ CASES = {
         *((past, score, combine, budget, 1.0, *shape) for score, combine in (("peak", "head"), ("rank", "best"), ("max_mass", "layer"))
           for past, budget, *shape in ((2000, 500), (1279, 300, 128, 12, 2), (640, 200, 16, 10, 2), (1500, 300, 80, 4, 4), (40, 32))))]
     + [("-".join(map(str, c)), lambda rng, c=c: index_case(rng, *c), 0) for c in (
-        (2000, "hierarchy", 500, dict(blocks=7)), (2000, "hierarchy", 900, dict(blocks=4)),
+        (2000, "hierarchy", 500, dict(blocks=7)), (2000, "hierarchy", 900, dict(blocks=4)), (700, "hierarchy", 300, dict(blocks=2)),
         (1333, "hierarchy", 300, dict(blocks=99), "layer", 80),
         (2047, "representatives", 700, dict(block=4), "layer"), (1999, "representatives", 300, dict(block=4), "head", 16, 6, 3),
         (2000, "landmarks", 500, dict(block=2)), (1500, "landmarks", 400, dict(block=3), "layer", 128, 4, 4),

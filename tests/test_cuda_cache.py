@@ -1,0 +1,51 @@
+"""Caches of a GPU that lose tokens by head or by page: the host's part, on an imitated GPU (imitated_gpu.py)."""
+import numpy as np
+import pytest
+from test_cuda_host import load, tokens  # noqa: F401  load is a fixture
+
+from edgeattn import runtime
+from edgeattn.cache import session
+from edgeattn.cache.release import released
+from edgeattn.policies import policy_names
+
+
+@pytest.mark.parametrize("heads", policy_names("heads"))
+@pytest.mark.parametrize("cache", ["f16", "int4"])
+def test_heads_that_stream_hold_the_cpu_s_tokens(load, monkeypatch, tmp_path, cache, heads):  # noqa: F811
+    """And what stands for those they drop, through forks, truncation and sessions."""
+    monkeypatch.setattr(runtime, "head_classes", lambda folder, config, share: np.random.default_rng(0).random(
+        (config["model"]["num_layers"], config["model"]["kv_heads"])) < share)
+    ids, more, found = tokens(500), tokens(70), []
+    for device in ("cpu", "cuda"):
+        model = load(device, cache, heads=heads)
+        a = model.new_sequence()
+        got = [model.forward([(a, ids)], "all")]
+        b = model.fork(a)
+        got += [model.forward([(a, more[i:i + 1]), (b, more[i + 1:i + 2])]) for i in range(65)]
+        session.save(tmp_path / device, model.cache, b, np.r_[ids, more].tolist(), model.config, {})
+        c, _, _ = session.load(tmp_path / device, model.cache, model.config)
+        got.append(model.forward([(a, more[:3]), (b, more[:1]), (c, more[:1])]))
+        assert a.counts.min() < 330 < a.counts.max() == 568 and (heads == "duo") == (a.compensation is None)
+        model.truncate(a, 0)
+        found.append([*got, b.positions.copy(), model.forward([(a, more), (b, more[:50])])])
+    for expected, got in zip(*found, strict=True):
+        np.testing.assert_array_equal(got, expected)
+
+
+@pytest.mark.parametrize("cache", ["f16", "int4"])
+def test_pages_are_released_and_rebuilt_as_on_the_cpu(load, cache):  # noqa: F811
+    """A prompt of several times the budget, answers, and prompts that ask for what is gone."""
+    ids, more, found = tokens(700), tokens(70), []
+    for device in ("cpu", "cuda"):
+        model = load(device, cache, budget=2_600_000 if cache == "f16" else 1_200_000, eviction="adore")
+        a = model.new_sequence()
+        got = [model.forward([(a, ids)], "all")]
+        assert 3 < len(released(a)) < 20
+        got += [model.forward([(a, more[i:i + 1])]) for i in range(40)]
+        gone = released(a)
+        got += [model.forward([(a, ids[40:100])]), model.forward([(a, more[:1])])]
+        assert set(gone) - set(released(a))
+        a.fetch()
+        found.append([*got, gone, released(a), a.means, a.mass * (np.arange(a.mass.shape[-1]) < a.length)])
+    for expected, got in zip(*found, strict=True):
+        np.testing.assert_array_equal(got, expected)
