@@ -33,8 +33,8 @@ def test_what_gives_way_and_what_does_not():
     assert "8 query heads" in dense and "8 query heads" in whole
     with pytest.raises(ValueError, match="--device cpu"):
         check(CacheOptions(), ABOUT | {"head_dim": 512})
-    with pytest.raises(ValueError, match="--kv-heads razor"):
-        check(CacheOptions(heads="razor"), ABOUT)
+    with pytest.raises(ValueError, match="--kv-progressive"):
+        check(CacheOptions("int8", "int8", progressive=0.5), ABOUT)
 
 
 def test_contexts_and_chunks_of_a_length():
