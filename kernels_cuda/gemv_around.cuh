@@ -24,21 +24,23 @@ __device__ __forceinline__ int next_place(int place, int half, int stride)
     return place + (half ? place & 1 ? 2 * stride - 1 : 1 : stride);
 }
 
-// A row of activations to shared memory, by all warps of the block. The way to x is long: FAST, for aligned rows whose blocks are units,
-// loads BATCH rounds at once and works on them without branches, so that they overlap. then() is called once the first loads are under way.
+// A row of activations, its units from ... units - 1, to shared memory, by all warps of the block. The way to x is long: FAST, for aligned
+// rows whose blocks are units, loads BATCH rounds at once and works on them without branches, so that they overlap. then() is called once
+// the first loads are under way.
 template <int BITS, int UNIT, bool FAST, int BATCH, class Then>
-__device__ __forceinline__ void quantise_row(const float* x, int k, int units, int block_shift, u32* codes, UnitInfo* info, Then then)
+__device__ __forceinline__ void quantise_row(const float* x, int k, int from, int units, int block_shift, u32* codes, UnitInfo* info,
+                                             Then then)
 {
     constexpr int PARTS = UNIT / 8, PER_WARP = 32 / PARTS;
-    const int round = blockDim.x / PARTS, lane = threadIdx.x & 31, part = lane % PARTS;
-    if (threadIdx.x / 32 * PER_WARP >= units) then();
+    const int round = blockDim.x / PARTS, lane = threadIdx.x & 31, part = lane % PARTS, begin = from + threadIdx.x / 32 * PER_WARP;
+    if (begin >= units) then();
 #pragma unroll 1
-    for (int first = threadIdx.x / 32 * PER_WARP; first < units; first += BATCH * round) {
+    for (int first = begin; first < units; first += BATCH * round) {
         float v[BATCH][8];
         UnitInfo made[BATCH];
 #pragma unroll
         for (int i = 0; i < BATCH; i++) load8<FAST>(v[i], x, (first + i * round + lane / PARTS) * UNIT + part * 8, k);
-        if (first == threadIdx.x / 32 * PER_WARP) then();
+        if (first == begin) then();
 #pragma unroll
         for (int i = 0; i < BATCH; i++) {
             const int unit = first + i * round + lane / PARTS;
