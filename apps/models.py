@@ -98,9 +98,9 @@ def load(args: argparse.Namespace, ctx_size: int | None = None, chat: bool = Fal
     # a mistake there should not wait for an export
     cache, sparse, prefill = cache_options(args), sparse_options(args), prefill_options(args)
     if args.device == "cuda":
-        from edgeattn.cuda_limits import cache_refusal
+        from edgeattn.cuda_limits import asked_refusal
         from edgeattn.devices import cuda_missing
-        if why := cache_refusal(cache) or cuda_missing():
+        if why := asked_refusal(cache, sparse, prefill) or cuda_missing():
             raise ValueError(why)
     folder = exported(args.model, args.precision)
     from edgeattn.runtime import Model

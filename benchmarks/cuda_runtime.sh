@@ -26,8 +26,8 @@ export.export('models/nano', '$made/nano-$precision', '$precision')" & pids="$pi
 }
 
 compile_cpu_kernels() {  # what tests compare with
-  for kernel in matmul_nbits embedding_nbits rms_normalization add gather_rows gated_activation sample cached_attention select_pages \
-                seal_pages page_int8 page_int4 rotate_heads key_means attention_prefill_int8 attention_prefill; do
+  for kernel in matmul_nbits embedding_nbits rms_normalization add gather_rows gather_columns gated_activation sample cached_attention \
+                select_pages seal_pages page_int8 page_int4 rotate_heads key_means attention_prefill_int8 attention_prefill; do
     timeout 180 $g python3 -c "import edgeattn.kernels_cpu.$kernel" >/dev/null 2>&1 &
   done
   wait; say compiled for the CPU too

@@ -31,8 +31,11 @@ class CpuBackend:
     outlives = 0          # steps that a value keeps its place in the arena after the last one that reads it
     open_sequences = 64  # that may be open at once where memory is not limited: it is touched only when used
 
-    def limits(self, options, sparse, prefill, about: dict) -> tuple:
-        """Why sparse decode steps and sparse prompts give way; everything runs here."""
+    def check(self, options, about: dict, nodes) -> None:
+        """ValueError: a cache (CacheOptions) or a model (edgeattn.json's sizes, its graph's nodes) that this device does not run."""
+
+    def gives_way(self, options, sparse, prefill, about: dict, *cache) -> tuple[str, str]:
+        """Why sparse decode steps and sparse prompts give way to reading everything; cache: what plan_cache() wants besides options."""
         return "", ""
 
     def tuned(self, config: dict, limited: bool) -> dict[str, int]:

@@ -14,6 +14,7 @@ import numpy as np
 from edgeattn import cuda_limits
 from edgeattn.arguments import Tensor, resolve_one
 from edgeattn.batch import COUNTS
+from edgeattn.cache.budget import plan_cache
 from edgeattn.device_batch import TO_DEVICE, DeviceBatch
 from edgeattn.device_launches import Bucket, Step, Table
 from edgeattn.device_pages import DevicePages
@@ -44,8 +45,11 @@ class CudaBackend:
         self.stream, self.weight_bytes = xp.cuda.Stream(non_blocking=True), 0
         self._held, self._maps, self._batch = {}, {}, None
 
-    def limits(self, options, sparse, prefill, about: dict) -> tuple:
-        return cuda_limits.check(options, sparse, prefill, about)
+    def check(self, options, about: dict, nodes) -> None:
+        cuda_limits.check(options, about, nodes)
+
+    def gives_way(self, options, sparse, prefill, about: dict, *cache) -> tuple[str, str]:
+        return cuda_limits.gives_way(options, sparse, prefill, about, plan_cache(options, *cache, sequences=self.open_sequences))
 
     def tuned(self, config: dict, limited: bool) -> dict[str, int]:
         """`edgeattn tune` measures CPUs."""

@@ -1,7 +1,8 @@
 """What a node of a file's graph must be before it runs on kernels: they take addresses, and believe every shape and attribute.
 
 A dimension of WANTED is an int, None for any, or the name of a run-time count. What is not one of a node's rows must be an initializer, and
-what rows are looked up by must be the call's own input, whose numbers are known to be in range.
+what rows are looked up by must be the call's own input, whose numbers are known to be in range; those that columns are looked up by are
+looked at.
 """
 import math
 
@@ -55,6 +56,7 @@ WANTED = {
     "rms_normalization": lambda s, a: {"x": (("rows", *s["x"][1:]), F32), "weight": (s["x"][-1:], F32)},
     "add": lambda s, a: {"x": (("rows", *s["x"][1:]), F32), "y": (s["x"], F32)},
     "gather_rows": lambda s, a: {"x": (("tokens", None), F32), "indices": (("rows",), I64)},
+    "gather_columns": lambda s, a: {"x": (("rows", None), F32), "order": ((None,), I64)},
     "linear": lambda s, a: {"x": (("rows", None), F32), "weight": ((None, *s["x"][1:]), F32 + F16), "bias": (s["weight"][:1], F32)},
     "matmul_nbits": lambda s, a: _panels(s, a, bias=True),
     "matmul_ternary": _ternary,
@@ -72,6 +74,8 @@ def check_node(graph, node, operator: str, values: dict, counts: tuple[str, ...]
             tensors[name.rstrip("?")] = source, tuple(found.shape), str(found.dtype)
     try:
         check(operator, tensors, graph.initializers, attributes(node), counts)
+        if operator == "gather_columns":
+            _check_order(graph.initializers[tensors["order"][0]], tensors["x"][1][-1])
     except ValueError as error:
         raise ValueError(f"{graph.folder}: node {node.name[:80]!r} ({operator}) {error}; export the model again") from None
 
@@ -111,6 +115,11 @@ def _check_attribute(name, value):
     kind = allowed if isinstance(allowed, type) else type(allowed[0])
     if type(value) is not kind or not (math.isfinite(value) if kind is float else value in allowed):
         raise ValueError(f"has no valid attribute {name}, got {str(value)[:80]!r}")
+
+
+def _check_order(order, width):
+    if not order.size or order.min() < 0 or order.max() >= width:
+        raise ValueError(f"needs columns from 0 to {width - 1} as order")
 
 
 def _fits(found, wanted, rows):

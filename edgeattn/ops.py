@@ -54,6 +54,7 @@ OPS = {op.name: op for op in (
     Op("rms_normalization", ("x", "weight"), ("out",), ("epsilon",), _same("x"), onnx="RMSNormalization"),
     Op("add", ("x", "y"), ("out",), (), _same("x"), onnx="Add"),
     Op("gather_rows", ("x", "indices"), ("out",), (), lambda s, a: {"out": (*s["indices"], *s["x"][1:])}, onnx="Gather"),
+    Op("gather_columns", ("x", "order"), ("out",), (), lambda s, a: {"out": (*s["x"][:-1], *s["order"])}, onnx="Gather"),
     Op("linear", ("x", "weight", "bias?"), ("out",), (), lambda s, a: {"out": (*s["x"][:-1], s["weight"][0])}),
     Op("matmul_nbits", ("x", "codes", "scales", "zero_points?", "bias?"), ("out",), ("bits", "block_size", "K", "N"),
        lambda s, a: {"out": (*s["x"][:-1], a["N"])}),

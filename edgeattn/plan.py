@@ -107,12 +107,13 @@ class Plan:
             return None
         if op.name == "rms_normalization":
             return op if attributes(node).get("axis", -1) == -1 else None
-        if len(sources[0].shape) != 2 or sources[1] is None:
+        if len(sources[0].shape) != 2:
             return None
-        if op.name == "gather_rows":
-            rows = sources[1]
-            return op if attributes(node).get("axis", 0) == 0 and len(rows.shape) == 1 and rows.dtype == np.int64 else None
-        return op if sources[1].shape == sources[0].shape and sources[1].dtype == np.float32 else None
+        if node.op_type == "Gather":
+            axis = attributes(node).get("axis", 0)
+            name, at = ("gather_rows", sources[1]) if axis == 0 else ("gather_columns", self.graph.initializers.get(node.input[1]))
+            return OPS[name] if axis in (0, 1, -1) and at is not None and len(at.shape) == 1 and at.dtype == np.int64 else None
+        return op if sources[1] is not None and sources[1].shape == sources[0].shape and sources[1].dtype == np.float32 else None
 
     def _is_view(self, node):
         source = self.values.get(node.input[0]) if node.input else None

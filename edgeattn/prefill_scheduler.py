@@ -143,7 +143,8 @@ class PrefillScheduler:
         if not self._backend:
             return partial(choose, sparse) if sparse else None
         for place, sequence, _, count, last in sparse:
-            batch.list_prompt(place, int(sequence.counts.max()), count, LAST * last)
+            if not batch.list_prompt(place, int(sequence.counts.max()), count, LAST * last):
+                self.chunks = [self.chunks[0] + 1, self.chunks[1] - 1]  # no room for its list: wants() has counted it as sparse
         return None
 
     def reads_all(self, tokens: int) -> bool:

@@ -60,13 +60,14 @@ class Model:
         shape = about["num_layers"], about["kv_heads"], about["head_dim"], self.ctx_size
         sparse, prefill = sparse or SparseOptions(), prefill or PrefillOptions()
         self.device = self.backend.device
-        dense_because, whole_because = self.backend.limits(options := cache or CacheOptions(), sparse, prefill, about)
+        self.backend.check(options := cache or CacheOptions(), about, graph.proto.graph.node)
         classes = None if options.heads == "none" else head_classes(self.folder, self.config, options.retrieval)
         selection, self.scheduler = None, None if sparse.method == "off" else Scheduler(sparse, *shape[:2])
         if self.scheduler:
             self.scheduler.load(self.folder, self.config)
             selection = self.scheduler.selection_plan(self.ctx_size)
         options = choose_types(options, defaults["kv_type"], *shape, self.ubatch, classes, selection)
+        dense_because, whole_because = self.backend.gives_way(options, sparse, prefill, about, *shape, self.ubatch, classes)
         why = self.scheduler and (dense_because or refusal(self.scheduler.policy, options, about["window"]))
         if why and sparse.method != "auto":
             raise ValueError(f"--sparse-attention {sparse.method}: {why}: use --sparse-attention off")

@@ -19,7 +19,8 @@ WARPS = {HALVES: 4, INT4: 8, MIXED: 8}          # of a block of decode
 SIDE_BYTES = {HALVES: 64, INT4: 20, MIXED: 36}  # of a page's keys or values in shared memory, for each channel
 SIDES = 32  # whose places a warp of decode keeps in shared memory
 ROWS_SHARED = 4 * (5 * HEADS * 256 + 4 * HEADS * 34)  # attention_rows.cu, Rows
-MOST_DEPTH = 256
+MOST_DEPTH, DEPTHS = 256, (64, 128)  # channels of a head: of attention_rows.cu, on tensor cores
+MOST_GRID = (1 << 16) - 1  # blocks of a grid's second dimension: tokens
 QUERY_ROWS, SHORT_ROWS, QUERY_BLOCK, KEYS, PREFILL_THREADS = 128, 64, 64, 64, 128  # attention_prefill.cu
 NONE, TAIL, DELTA = range(3)  # what makes good what a prompt does not read (prefill_lists.py)
 MOST_FIRST_RANGES = 32        # with which partial results of a prompt's first rows fit where decode's do
@@ -56,7 +57,7 @@ def launches(a: dict[str, int], most: dict) -> list[Launch]:
         raise ValueError(f"CUDA kernels take heads of at most {MOST_DEPTH} channels, got {a['head_dim']}; run on the CPU with --device cpu")
     sequences, tokens, slots = most[a["batch.sequences"]], most[a["q.rows"]], most["slots"]
     group = a["num_heads"] // a["kv_heads"]
-    fast = a["cache.kinds"] != ANY and a["head_dim"] in (64, 128) and group <= HEADS and not a["cache.keys_rotated"]
+    fast = takes_heads(a["head_dim"], group) and takes_fragments(a["cache.kinds"], a["cache.keys_rotated"])
     found, listed = [], most.get("listed", False)  # then who chose has written the new tokens of prompts
     correction = a["prefill.correction"] if listed else NONE
     if correction == TAIL or correction and not fast:
@@ -71,6 +72,23 @@ def launches(a: dict[str, int], most: dict) -> list[Launch]:
         which = MORE_ROWS if fast else ONE_ROW | MORE_ROWS
         found += [write(a, tokens, which), _rows(a, tokens, slots, which)]
     return found + attention_mass.launches(a, most)
+
+
+def takes_fragments(kinds: int, rotated: bool) -> bool:
+    """Whether tensor cores read such pages (page_fragments.cuh)."""
+    return kinds != ANY and not rotated
+
+
+def takes_heads(head_dim: int, group: int) -> bool:
+    return head_dim in DEPTHS and group <= HEADS
+
+
+def most_rows(heads: int, kv_heads: int, head_dim: int, kinds: int, rotated: bool) -> int:
+    """Tokens of a call at most."""
+    group = heads // kv_heads
+    if takes_heads(head_dim, group) and takes_fragments(kinds, rotated):
+        return MOST_GRID
+    return min(MOST_GRID, MOST_PLACES // (kv_heads * -(-group // HEADS)))
 
 
 def decode_shared(kinds: int, head_dim: int, stages: int) -> int:

@@ -2,6 +2,7 @@
 import numpy as np
 
 from edgeattn.kernels_cuda import compile, prefill_call
+from edgeattn.kernels_cuda.cached_attention import takes_fragments
 from edgeattn.kernels_cuda.steps import Launch
 from edgeattn.page_formats import PAGE
 
@@ -9,7 +10,7 @@ ARGS = (*prefill_call.ARGS, "stride", "tau", "cache.kinds")
 FOR_PROMPTS = True        # launched where some sequence has lists
 WORKSPACE_ROWS = "tokens"
 STRIDES = 8, 16, 32
-HEAD_DIMS = 64, 128       # what tensor cores take
+HEAD_DIMS, FRAGMENTS = (64, 128), True  # what tensor cores take; whether they read pages as they are
 ROWS, COLUMNS, SLICES = 128, 64, 16
 
 
@@ -27,7 +28,7 @@ def workspace_bytes(tensors, attributes, rows, threads) -> int:
 
 def launches(a: dict[str, int], most: dict) -> list[Launch]:
     prefill_call.check(a)
-    if not a["cache.kinds"] or a["head_dim"] not in HEAD_DIMS or a["stride"] not in STRIDES or a["cache.keys_rotated"]:
+    if a["head_dim"] not in HEAD_DIMS or a["stride"] not in STRIDES or not takes_fragments(a["cache.kinds"], a["cache.keys_rotated"]):
         raise ValueError(f"CUDA kernels score strides of {', '.join(map(str, STRIDES))} tokens and heads of {HEAD_DIMS} channels, over "
                          "pages of halves and of codes by channel; choose another --sparse-prefill")
     (blocks, kv_heads, sequences), pages, stride = prefill_call.blocks_grid(a, most), prefill_call.pages_of(a, most), a["stride"]

@@ -8,7 +8,7 @@ from edgeattn.page_formats import PAGE
 ARGS = (*prefill_call.ARGS, "pages", "prefill.sale_thresholds", "threshold")
 FOR_PROMPTS = True        # launched where some sequence has lists
 WORKSPACE_ROWS = "tokens"
-HEAD_DIMS = 64, 128       # what the scan takes
+HEAD_DIMS, FRAGMENTS = (64, 128), False  # what the scan takes; pages of any kind, which are rounded first
 BESIDE = 4                # heads of a block of the scan
 
 
@@ -22,7 +22,8 @@ def _parts(heads: int, kv_heads: int, head_dim: int, places: int, page_places: i
 def workspace_bytes(tensors, attributes, rows, threads) -> int:
     """attributes["pages"]: of all sequences that have lists, and of a page list, at most."""
     heads, kv_heads, head_dim, pages = (int(attributes[name]) for name in ("num_heads", "kv_heads", "head_dim", "pages"))
-    return sum(_parts(heads, kv_heads, head_dim, prefill_call.most_blocks(rows), pages, pages, max(64, rows)))
+    return sum(_parts(heads, kv_heads, head_dim, prefill_call.most_blocks(rows), pages, pages,
+                      prefill_call.SEQUENCES))
 
 
 def launches(a: dict[str, int], most: dict) -> list[Launch]:

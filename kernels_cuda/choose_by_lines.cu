@@ -1,11 +1,12 @@
 // Which pages and single keys a prompt's queries read, by lines through the softmax weights of its last queries: down, a key that all read,
 // and across, a distance (MInference, arXiv 2407.02490; the reference is policies/prefill/minference.py). The weights are computed twice,
 // once for each row's sum and once to be added up, and never kept. Sums are made in one order, so that runs are alike.
-//   arrange_sampled  queries [num_heads][query blocks of all sequences][64][head_dim] halves, at a sequence's first block; lines, zeros.
+//   arrange_sampled  queries [num_heads][sequences that have lists][64][head_dim] halves; lines, zeros.
 //                    Grid (num_heads, sequences), block 256
 //   line_tops        partials [num_heads][pages of all sequences][64] float2: of a row and page the largest score and the sum of the
 //                    exponentials less that one.  Grid (pairs of pages, kv_heads, sequences), block 128: a warp has 16 rows
-//   line_totals      totals [num_heads][query blocks][64] float32, log2 of a row's sum. Grid (8, num_heads, sequences), block 256
+//   line_totals      totals [num_heads][sequences that have lists][64] float32, log2 of a row's sum.
+//                    Grid (8, num_heads, sequences), block 256
 //   line_sums        by_key, near, far [num_heads][slots of all sequences] float32: weights by key and by distance, of which two tiles of
 //                    keys have a part each. They lie where the partials were. Grid and block of line_tops
 //   pick_lines       verticals, slashes [kv_heads][pages of all sequences] words: bit t of page p is key, or distance, 32 * p + t.
@@ -35,11 +36,21 @@ struct Lines {
         const int* own = at<int>(patterns) + 3 * (call.layer * call.num_heads + head);
         return {own[0], own[1], own[2]};
     }
+    // Of a query head, the first of its rows of queries and totals; number: of the sequence.
+    __device__ __forceinline__ i64 row(int number, int head) const { return (head * places + number) * SAMPLED; }
     __device__ __forceinline__ i64 slot(const QueryBlock& start, int head) const
     {
         return (head * page_places + start.page_place) * PAGE;
     }
 };
+
+// Where sequence s is among those that have lists.
+__device__ __forceinline__ int number_of(const Call& call, int s)
+{
+    int number = 0;
+    for (int i = 0; i < s; i++) number += at<i64>(call.prefill_lists)[i] != 0;
+    return number;
+}
 
 KERNEL arrange_sampled(CALL_PARAMETERS CHOICE_PARAMETERS LINE_PARAMETERS i64 unused)
 {
@@ -51,7 +62,7 @@ KERNEL arrange_sampled(CALL_PARAMETERS CHOICE_PARAMETERS LINE_PARAMETERS i64 unu
     const QueryBlock start(call, choice, s, kv_head, 0);
     if (!start.there) return;
     const int rows = min((int)lines.sampled, call.rows(s)), first = call.first_row(s) + call.rows(s) - rows;
-    u16* to = at<u16>(lines.queries) + (head * lines.places + start.place) * SAMPLED * depth;
+    u16* to = at<u16>(lines.queries) + lines.row(number_of(call, s), head) * depth;
     for (int n = threadIdx.x; n < SAMPLED * depth; n += blockDim.x) {
         const int row = first + min(n / depth, rows - 1);
         const float* query = at<float>(call.q) + row * call.q_stride + head * depth;
@@ -88,10 +99,11 @@ template <int D, bool SUMS> __device__ __forceinline__ void sample_lines(const C
     cp_async_wait<0>();
     __syncthreads();
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, j = lane % 4;
+    const int number = number_of(call, s);
     for (int h = 0; h < group; h++) {
         const int own = head * group + h;
         if (lines.of(call, own).kind != VERTICAL_SLASH) continue;
-        const i64 place = (own * lines.places + start.place) * SAMPLED + 16 * warp;
+        const i64 place = lines.row(number, own) + 16 * warp;
         const u16* query = at<u16>(lines.queries) + place * D;
         float score[TILE / 8][4] = {};
 #pragma unroll
@@ -189,7 +201,7 @@ KERNEL line_totals(CALL_PARAMETERS CHOICE_PARAMETERS LINE_PARAMETERS i64 unused)
     __syncthreads();
     if (threadIdx.x >= 8) return;
     for (int i = 1; i < 32; i++) add(found[i][threadIdx.x]);
-    at<float>(lines.totals)[(head * lines.places + start.place) * SAMPLED + row] = top + log2f(fmaxf(sum, 1e-30f));
+    at<float>(lines.totals)[lines.row(number_of(call, s), head) + row] = top + log2f(fmaxf(sum, 1e-30f));
 }
 
 KERNEL pick_lines(CALL_PARAMETERS CHOICE_PARAMETERS LINE_PARAMETERS i64 unused)

@@ -2,6 +2,7 @@
 import numpy as np
 
 from edgeattn.kernels_cuda import compile, prefill_call
+from edgeattn.kernels_cuda.cached_attention import takes_fragments
 from edgeattn.kernels_cuda.steps import Launch
 from edgeattn.page_formats import PAGE
 
@@ -9,7 +10,7 @@ OWN = "sampled", "prefill.patterns", "n_v", "n_s"
 ARGS = (*prefill_call.ARGS, *OWN, "pages", "cache.kinds")
 FOR_PROMPTS = True        # launched where some sequence has lists
 WORKSPACE_ROWS = "tokens"
-HEAD_DIMS = 64, 128       # what tensor cores take
+HEAD_DIMS, FRAGMENTS = (64, 128), True  # what tensor cores take; whether they read pages as they are
 SAMPLED, TILE = 64, 64    # rows at most; keys of a block
 
 
@@ -24,16 +25,16 @@ def offsets(heads: int, kv_heads: int, head_dim: int, places: int, pages: int) -
 def workspace_bytes(tensors, attributes, rows, threads) -> int:
     """attributes["pages"]: of all sequences that have lists, and of a page list, at most."""
     sizes = (int(attributes[name]) for name in ("num_heads", "kv_heads", "head_dim"))
-    return offsets(*sizes, prefill_call.most_blocks(rows), int(attributes["pages"]))[-1]
+    return offsets(*sizes, prefill_call.most_lists(rows), int(attributes["pages"]))[-1]
 
 
 def launches(a: dict[str, int], most: dict) -> list[Launch]:
     prefill_call.check(a)
-    if not a["cache.kinds"] or a["head_dim"] not in HEAD_DIMS or a["cache.keys_rotated"]:
+    if a["head_dim"] not in HEAD_DIMS or not takes_fragments(a["cache.kinds"], a["cache.keys_rotated"]):
         raise ValueError(f"CUDA kernels look for lines with heads of {HEAD_DIMS} channels, over pages of halves and of codes by channel; "
                          "choose another --sparse-prefill")
     (blocks, kv_heads, sequences), pages, heads = prefill_call.blocks_grid(a, most), prefill_call.pages_of(a, most), a["num_heads"]
-    places = prefill_call.most_blocks(most[a["q.rows"]])
+    places = prefill_call.most_lists(most[a["q.rows"]])
     queries, partials, totals, verticals, slashes, means, _ = (
         a["workspace"] + x for x in offsets(heads, kv_heads, a["head_dim"], places, a["pages"]))
     by_key, near, far = (partials + 4 * heads * a["pages"] * PAGE * i for i in range(3))

@@ -44,6 +44,7 @@ KERNEL mean_keys(CALL_PARAMETERS CHOICE_PARAMETERS i64 means)
     }
 }
 
+// fraction: bits of a double, so that a limit is what Python's floats say
 KERNEL choose_by_means(CALL_PARAMETERS CHOICE_PARAMETERS i64 means, i64 scores, i64 places, i64 part, i64 least, i64 budget, i64 fraction)
 {
     DYNAMIC_SHARED(float, memory);
@@ -104,7 +105,7 @@ KERNEL choose_by_means(CALL_PARAMETERS CHOICE_PARAMETERS i64 means, i64 scores, 
     }
     const float2 known = block_sums(room, before, kept);
     const float wanted = __int_as_float((int)part);
-    const int most = max((int)ceilf(__int_as_float((int)fraction) * here.pages), (int)budget) - (int)known.y;
+    const int most = max((int)ceil(__longlong_as_double(fraction) * here.pages), (int)budget) - (int)known.y;
     pick(room, weights, marks, here.pages, known.x, wanted < 1 ? wanted : infinity(), (int)least, most);
     write_list(call, choice, here, room, s, head, marks);
 }

@@ -32,9 +32,15 @@ def workspace_bytes(tensors, attributes, rows, threads) -> int:
     return -(-rows // COLUMNS) * COLUMNS * (tensors["codes"].shape[1] * 16 + 8)
 
 
+def refusal(about: dict) -> str:
+    """Why weights with these attributes cannot be multiplied there."""
+    panels = about["bits"] == 2 and not about.get("input_major")
+    return "" if panels else "this layout of ternary weights is for the CPU: export with --ternary-layout panels for --device cuda"
+
+
 def _check(about):
-    if about["bits"] != 2 or about.get("input_major"):
-        raise ValueError("this layout of ternary weights is for the CPU: export with --ternary-layout panels for --device cuda")
+    if why := refusal(about):
+        raise ValueError(why)
 
 
 def launches(a: dict[str, int], most: dict) -> list[Launch]:

@@ -10,14 +10,20 @@ CHOICE = "batch.chunks", "prefill.stats", "columns", "sink", "recent"  # in the 
 ARGS = (*CALL, *CHOICE)
 BLOCK_PLACE, PAGE_PLACE, WHOLE, CHUNK_FIELDS = range(4)     # of a sequence in batch.chunks
 QUERIES, FEWEST, THREADS = 64, 32, 256
+SEQUENCES = 64      # of a call at most (runtime.py)
 LIST_ROW = 4        # int32 of a list's row (attention_reads.cuh)
 STATIC = 9 << 10    # bytes of shared memory that kernels have besides, at most
 MOST_PAGES = 16384  # a weight and a mark each in shared memory
 
 
+def most_lists(tokens: int) -> int:
+    """Prompts with lists that a call of so many tokens may have, and one more: each has FEWEST tokens."""
+    return min(SEQUENCES, tokens // FEWEST + 1)
+
+
 def most_blocks(tokens: int) -> int:
-    """Blocks of queries that a call of so many tokens may have: every prompt has one that is not full, and FEWEST tokens."""
-    return tokens // FEWEST + 1
+    """Blocks of queries that they may have: of each prompt one is not full."""
+    return min(tokens // QUERIES + SEQUENCES, tokens // FEWEST + 1)
 
 
 def list_ints(kv_heads: int, max_pages: int, columns: int = 0) -> int:

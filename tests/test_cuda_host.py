@@ -1,12 +1,15 @@
 """What the runtime does on the host for a GPU: copies, page lists, sessions, refusals. No GPU needed: imitated_gpu.py."""
 import numpy as np
 import pytest
+import quantised
+import tiny
 from imitated_gpu import make_backend
 
 from edgeattn import backend_cuda, devices, runtime
 from edgeattn.cache import session
 from edgeattn.cache.options import CacheOptions
-from edgeattn.cuda_limits import cache_refusal, check, decode_refusal
+from edgeattn.cuda_limits import cache_refusal, decode_refusal
+from edgeattn.exporters.export import export
 from edgeattn.generation import Generation, SamplerOptions
 from edgeattn.policies import load_policy
 from edgeattn.prefill_scheduler import PrefillOptions
@@ -57,6 +60,20 @@ def test_prompt_and_decode_are_the_cpu_s(load, cache, sparse):
         model.free(c), model.free(b)
         got.append(model.forward([(a, more[:70])]))
         found.append(got)
+    for expected, got in zip(*found, strict=True):
+        np.testing.assert_array_equal(got, expected)
+
+
+def test_weights_in_act_order(monkeypatch, tmp_path):
+    tiny.save_tiny("llama", tmp_path / "checkpoint")
+    quantised.quantise_folder(tmp_path / "checkpoint", quantised.gptq, act_order=True)
+    export(tmp_path / "checkpoint", tmp_path / "out", "int4")
+    ids, found = RNG.integers(3, 150, 90), []
+    for make in (devices.make_backend, lambda name: make_backend(monkeypatch)):
+        monkeypatch.setattr(runtime, "make_backend", make)
+        model = Model.load(tmp_path / "out", threads=1, sparse=SparseOptions("off"), prefill=PrefillOptions("off"))
+        a = model.new_sequence()
+        found.append([model.forward([(a, ids[:80])], "all"), *(model.forward([(a, ids[i:i + 1])]) for i in range(80, 90))])
     for expected, got in zip(*found, strict=True):
         np.testing.assert_array_equal(got, expected)
 
@@ -233,18 +250,6 @@ def test_decode_policies(name, works):
     assert decode_refusal(load_policy("decode", name), 72, 8)
 
 
-def test_what_gives_way_and_what_does_not():
-    about = {"head_dim": 64, "num_heads": 32, "kv_heads": 8}
-    assert check(CacheOptions(budget=1 << 24), SparseOptions(), PrefillOptions(), about) == ("", "")
-    assert check(CacheOptions(), SparseOptions("off"), PrefillOptions("off"), about) == ("", "")
-    dense, whole = check(CacheOptions(), SparseOptions(), PrefillOptions(), about | {"kv_heads": 2})
-    assert "8 query heads" in dense and "8 query heads" in whole
-    with pytest.raises(ValueError, match="--device cpu"):
-        check(CacheOptions(), SparseOptions(), PrefillOptions(), about | {"head_dim": 512})
-    with pytest.raises(ValueError, match="--kv-heads razor"):
-        check(CacheOptions(heads="razor"), SparseOptions(), PrefillOptions(), about)
-
-
 @pytest.mark.parametrize("clock, bus, begins", [(3201, 6144, (100_000, 120_000)), (3199, 128, (3_000, 5_000))], ids=["H200", "Orin Nano"])
 def test_where_sparse_decode_begins(monkeypatch, clock, bus, begins):
     """int4 pages of 8 heads of 128: as measured on an H200, and where a slow memory makes it pay early."""
@@ -264,6 +269,8 @@ def test_devices_by_name(monkeypatch):
 
 @pytest.mark.parametrize("line, said", [
     (["generate", "-p", "x", "--device", "cuda", "--kv-heads", "duo"], "--kv-heads duo cannot run on the GPU"),
+    (["generate", "-p", "x", "--device", "cuda", "--sparse-prefill", "hip"], "--sparse-prefill hip: the GPU has no kernels"),
+    (["generate", "-p", "x", "--device", "cuda", "--sparse-attention", "loki"], "--sparse-attention loki: the GPU's kernels"),
     (["calibrate", "--device", "cuda"], "on the CPU"), (["chat", "--device", "tpu"], "invalid choice"),
     (["generate", "-p", "x", "--device", "cuda"], "no NVIDIA driver"), (["verify", "FOLDER", "--device", "cuda"], "no NVIDIA driver")])
 def test_commands_say_it_in_one_line(edgeattn, monkeypatch, nano_int4, line, said):

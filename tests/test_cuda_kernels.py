@@ -11,8 +11,8 @@ from edgeattn.reference.matmul_nbits import quantise_activations
 from edgeattn.verification.cases import CASES, logits, matmul_ternary_case, quantised
 
 pytestmark = needs_cuda
-DENSE = ("add", "embedding", "embedding_nbits", "gather_rows", "gated_activation", "linear", "matmul_nbits", "matmul_ternary",
-         "rms_normalization", "sample")
+DENSE = ("add", "embedding", "embedding_nbits", "gather_rows", "gather_columns", "gated_activation", "linear", "matmul_nbits",
+         "matmul_ternary", "rms_normalization", "sample")
 
 
 @pytest.mark.parametrize("name, case", [pytest.param(n, c, id=f"{n}-{c[0]}") for n in DENSE for c in CASES[n]])

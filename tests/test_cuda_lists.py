@@ -3,9 +3,14 @@ import numpy as np
 import pytest
 from imitated_gpu import make_backend
 
+from edgeattn import runtime
 from edgeattn.cuda_limits import matrix_lines, prefill_refusal
+from edgeattn.kernels_cuda import choose_by_lines
+from edgeattn.kernels_cuda.prefill_call import FEWEST, QUERIES, SEQUENCES, most_blocks, most_lists
 from edgeattn.policies import load_policy
 from edgeattn.prefill_scheduler import PrefillOptions, PrefillScheduler
+
+RNG = np.random.default_rng()
 
 
 def test_where_prompts_begin_to_read_a_part(monkeypatch):
@@ -59,3 +64,26 @@ def test_a_list_has_room_for_single_keys(monkeypatch):
     assert scheduler.operators(0)[0][1]["columns"] == 640  # no more than there are tokens
     assert batch.list_prompt(0, 320, 70, 0) and batch.list_prompt(1, 300, 64, 2)
     assert batch.prefill_lists[1] - batch.prefill_lists[0] == 4 * 2 * 2 * (4 + 20 + 640)
+
+
+def test_a_prompt_without_room_for_its_list_counts_as_dense(monkeypatch):
+    from types import SimpleNamespace
+    backend, scheduler = make_backend(monkeypatch), PrefillScheduler(PrefillOptions("streaming", {}, 0), 2, 2)
+    batch = backend.batch(512, 4, 4, SimpleNamespace(shape=(2, 2), plan=SimpleNamespace(max_pages=20)))
+    scheduler.prepare(backend, batch, 20, 4)
+    calls = [(place, SimpleNamespace(length=n, counts=np.array([n])), 150 * place, 150, True) for place, n in enumerate((320, 352, 300))]
+    assert all(scheduler.wants(sequence, count, last) for _, sequence, _, count, last in calls) and scheduler.chunks == [0, 3]
+    assert scheduler.between(batch, calls, None) is None
+    assert scheduler.chunks == [1, 2] and batch.prefill_lists[:3].astype(bool).tolist() == [True, False, True]
+
+
+def test_scratch_is_for_as_many_prompts_as_a_call_may_have():
+    assert SEQUENCES == runtime.MAX_SEQUENCES
+    for tokens in (FEWEST, 100, 512, 5000, 32768):
+        for count in (1, 5, min(SEQUENCES, tokens // FEWEST)):
+            each = np.full(count, FEWEST)
+            each += RNG.multinomial(max(0, tokens - each.sum()), np.ones(count) / count)
+            if each.sum() <= tokens:
+                assert (-(-each // QUERIES)).sum() <= most_blocks(tokens) and count <= most_lists(tokens)
+    about = dict(num_heads=32, kv_heads=8, head_dim=128, pages=1024)
+    assert choose_by_lines.workspace_bytes({}, about, 32768, 1) < 60 << 20  # sampled queries are of each prompt, not of each block

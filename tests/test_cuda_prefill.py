@@ -172,6 +172,19 @@ def test_everything_is_read_where_the_policy_says_so():
     assert read == pairs
 
 
+LEAST = {"part": 1.0, "budget": 0, "least": 0, "recent": 0}  # of auto: as many as `fraction` says
+
+
+@pytest.mark.parametrize("name, options, tokens", [("dhsa", {"density": 0.58, "recent": 0}, 1600), ("auto", LEAST | {"fraction": 0.6}, 800),
+                                                   ("auto", LEAST | {"fraction": 0.56}, 800)])
+def test_as_many_pages_as_python_s_floats_say(name, options, tokens):
+    """Of 50 and 25 pages, where products of float32 are a page more or less."""
+    prompts, policy = Prompts("f16", 1, 1, 64, [tokens - 64], [64], [0], False, even=True), load_policy("prefill", name, options)
+    found = prompts.run(policy)[0][0].blocks[0, 0]
+    expected = policy.select(prompts.q[0], list(prompts.keys(0)[0]), 0.125).blocks[0, 0]
+    assert found.sum() == expected.sum() and (found != expected).sum() <= 2
+
+
 def test_spans_are_each_head_s_own():
     policy, lengths, new = load_policy("prefill", "moa"), [640, 96], [64, 70]
     prompts = Prompts("f16", 8, 4, 64, lengths, new, [0, 1], False)

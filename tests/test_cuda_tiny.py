@@ -2,8 +2,11 @@
 
 tests/test_cuda_runtime.py is the same of a real model, which an emulation would take hours for. Random weights disturb: limits are wider.
 """
+import shutil
+
 import numpy as np
 import pytest
+import quantised
 import tiny
 from cuda_device import needs_cuda
 from same_drops import SameDrops
@@ -65,6 +68,18 @@ def test_weights_of_few_bits(folder, tmp_path, precision, group):
         assert error(a, b) < CLOSE["f16"]
 
 
+def test_weights_in_act_order(folder, tmp_path):
+    """Of GPTQ: activations are put in the order of the groups before each product."""
+    shutil.copytree(folder.parent / "checkpoint", tmp_path / "checkpoint")
+    quantised.quantise_folder(tmp_path / "checkpoint", quantised.gptq, act_order=True)
+    export(tmp_path / "checkpoint", tmp_path / "out", "int4", 32)
+    prompt, decoded, models = RNG.integers(3, 150, 70), RNG.integers(3, 150, 5), both(tmp_path / "out", CacheOptions("f16", "f16"))
+    assert [step.operator for step in models[1].plan.steps].count("gather_columns") == 4 * 2  # of each layer
+    (_, *expected), (_, *got) = (run(model, prompt, decoded) for model in models)
+    for a, b in zip(got, expected):
+        assert error(a, b) < CLOSE["f16"]
+
+
 @pytest.mark.parametrize("cache", ["f16", "int4"])
 def test_decode_that_selects(folder, cache):
     prompt, decoded = RNG.integers(3, 150, 300), RNG.integers(3, 150, 12)
@@ -88,6 +103,18 @@ def test_a_prompt_that_reads_a_part(folder, cache, method, options, correction):
     whole = run(both(folder, CacheOptions(cache, cache))[0], prompt, prompt[:2])[1]
     print(f"{cache} {method}: {error(found[1], found[0]):.4f}, of what reads everything {error(whole, found[0]):.4f}; read {read}")
     assert error(found[1], found[0]) < error(whole, found[0]) / 2 and abs(read[1] - read[0]) < 0.1 and read[1] < 0.95
+
+
+def test_a_prompt_without_room_for_its_lists_reads_everything(folder):
+    """Two that share their beginning have more pages between them than scratch memory is for; each counts as what it was."""
+    prompt, ends, found = RNG.integers(3, 150, 330), RNG.integers(3, 150, (2, 130)), []
+    for prefill in (WHOLE, PrefillOptions("streaming", {"sink": 1, "recent": 0}, 410)):
+        model = both(folder, CacheOptions("f16", "f16"), prefill=prefill, ubatch=512)[1]
+        a = model.new_sequence()
+        model.forward([(a, prompt)], "none")
+        found.append(model.forward([(a, ends[0]), (model.fork(a), ends[1])], "all"))
+    assert model.prefill.chunks == [2, 1]
+    assert error(found[1][130:], found[0][130:]) < CLOSE["f16"] < 0.5 < error(found[1][:64], found[0][:64])
 
 
 @pytest.mark.parametrize("eviction", ["key_diff", "l2_norm", "random", "streaming_llm", "h2o", "snapkv", "caote", "zipvl"])

@@ -55,6 +55,24 @@ def test_segment_reading_an_initializer(tmp_path):
     np.testing.assert_allclose(run(plan, memory, {"x": x}, "out"), 2 * x @ weight, atol=1e-5)
 
 
+@pytest.mark.parametrize("order, axis, native", [([7, 0, 0, 3], 1, True), (np.arange(8)[::-1], -1, True), ([[1, 0]], 1, False)])
+def test_columns_in_another_order(tmp_path, order, axis, native):
+    order = np.array(order, np.int64)
+    nodes = [helper.make_node("Gather", ["x", "order"], ["out"], axis=axis)]
+    plan, memory = planned(tmp_path, nodes, "out", initializers=[("order", order)])
+    assert [step.operator for step in plan.steps] == ["gather_columns"] * native
+    for tokens in (1, 9):
+        x = np.random.default_rng().standard_normal((tokens, 8), np.float32)
+        np.testing.assert_array_equal(run(plan, memory, {"x": x}, "out"), x[:, order])
+
+
+@pytest.mark.parametrize("order", [[0, 8], [-1, 3], []])
+def test_columns_that_there_are_not_are_refused(tmp_path, order):
+    with pytest.raises(ValueError, match="columns from 0 to 7"):
+        planned(tmp_path, [helper.make_node("Gather", ["x", "order"], ["out"], axis=1)], "out",
+                initializers=[("order", np.array(order, np.int64))])
+
+
 def test_split_and_reshape_are_views(tmp_path):
     parts, shape = np.array([6, 2], np.int64), np.array([0, 3, 2], np.int64)
     nodes = [helper.make_node("Add", ["x", "x"], ["twice"]), helper.make_node("Split", ["twice", "parts"], ["a", "b"], axis=1),

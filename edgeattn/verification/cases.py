@@ -140,6 +140,11 @@ CASES = {
         ("one", lambda rng: ((normal(rng, 3, 1), np.array([2])), {}), 0),
         ("ragged", lambda rng: ((normal(rng, 9, 77), rng.integers(0, 9, 5)), {}), 0),
     ],
+    "gather_columns": [
+        ("one", lambda rng: ((normal(rng, 3, 1), np.array([0])), {}), 0),
+        ("all", lambda rng: ((normal(rng, 5, 577), rng.permutation(577)), {}), 0),
+        ("some-many", lambda rng: ((normal(rng, 130, 700), rng.integers(0, 700, 900)), {}), 0),
+    ],
     "rms_normalization": [  # values up to 4 or so, where float32 steps are 2.4e-7 to 4.8e-7
         ("one", lambda rng: ((normal(rng, 1, 1), normal(rng, 1)), dict(epsilon=1e-6)), 1e-6),
         ("ragged", lambda rng: ((normal(rng, 5, 77), normal(rng, 77)), dict(epsilon=1e-5)), 2e-6),

@@ -43,7 +43,8 @@ def write(corpus: Path) -> None:
 
 
 # ---- what the runtime loads ----------------------------------------------------------------------------------------
-EXPORTS = [("llama", "int4"), ("qwen3", "fp32"), ("llama_bias", "int3"), ("bitnet", "fp16")]
+EXPORTS = [("llama", "int4", False), ("qwen3", "fp32", False), ("llama_bias", "int3", False), ("bitnet", "fp16", False),
+           ("llama", "int4", True)]  # the last: weights of GPTQ in act-order
 TEMPLATE = "{% for m in messages %}{{ bos_token }}{{ m['role'] | upper }}: {{ m.content | trim }}{% if loop.last %}\n{% endif %}" \
     "{% endfor %}"
 
@@ -57,10 +58,12 @@ def write_loaded(corpus: Path) -> None:
     from loading import CACHES, DENSE, PARTS, join
     for kind in ("export", "session", "tokenizer"):
         (corpus / kind).mkdir(parents=True, exist_ok=True)
-    for i, (case, precision) in enumerate(EXPORTS):
+    for i, (case, precision, act_order) in enumerate(EXPORTS):
         with tempfile.TemporaryDirectory() as folder:
             folder = Path(folder)
             tiny.save_tiny(case, folder / "checkpoint", **SMALL)
+            if act_order:
+                quantised.quantise_folder(folder / "checkpoint", quantised.gptq, group=16, act_order=True)
             export(folder / "checkpoint", folder / "export", precision=precision)
             (corpus / "export" / f"valid{i}").write_bytes(join((folder / "export" / name).read_bytes() for name in PARTS["export"]))
             for j, cache in enumerate(CACHES if i == 0 else ()):

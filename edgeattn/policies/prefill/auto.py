@@ -10,7 +10,7 @@ from typing import ClassVar
 
 import numpy as np
 
-from edgeattn.policies.prefill import PrefillPolicy
+from edgeattn.policies.prefill import PrefillPolicy, double_bits
 from edgeattn.prefill_plan import PAGE, QUERIES, LayerKeys, causal, forced, pool, softmax
 
 
@@ -40,8 +40,9 @@ class Auto(PrefillPolicy):
         return min(seen, max(self.budget, int(self.fraction * seen)))
 
     def operators(self):
-        return [("choose_by_means", {"sink": self.sink, "recent": self.recent, "part": float(self.part), "fraction": float(self.fraction),
-                                     "least": -(-self.least // PAGE), "budget": -(-self.budget // PAGE)})]
+        about = {"sink": self.sink, "recent": self.recent, "part": float(self.part), "fraction": double_bits(self.fraction),
+                 "least": -(-self.least // PAGE), "budget": -(-self.budget // PAGE)}
+        return [("choose_by_means", about)]
 
     def select(self, q, k, scale, layer=0, assets=None):
         k, n = LayerKeys.of(k), q.shape[1]

@@ -1,0 +1,121 @@
+"""What a GPU does not run is said before a model is loaded, by its sizes, its graph and the plan of its cache. No GPU needed."""
+import numpy as np
+import pytest
+import tiny
+from imitated_gpu import make_backend
+from onnx import helper
+
+from edgeattn import runtime
+from edgeattn.cache.budget import plan_cache
+from edgeattn.cache.options import CacheOptions
+from edgeattn.cuda_limits import Pages, asked_refusal, check, decode_refusal, gives_way, prefill_refusal
+from edgeattn.exporters.export import export
+from edgeattn.kernels_cuda.page_pool import ANY, INT4
+from edgeattn.policies import load_policy
+from edgeattn.prefill_scheduler import PrefillOptions
+from edgeattn.runtime import Model
+from edgeattn.scheduler import SparseOptions
+
+ABOUT = {"head_dim": 64, "num_heads": 32, "kv_heads": 8}
+AUTO = SparseOptions(), PrefillOptions()
+
+
+def settled(kind="f16", v_type=None, about=ABOUT, tokens=8192, ubatch=512, choices=AUTO, **more):
+    """What gives_way() says of a cache of these types."""
+    options = CacheOptions(kind, v_type or kind, **more)
+    return gives_way(options, *choices, about, plan_cache(options, 16, about["kv_heads"], about["head_dim"], tokens, ubatch))
+
+
+def test_what_gives_way_and_what_does_not():
+    check(CacheOptions(budget=1 << 24), ABOUT)
+    assert settled() == settled("int4") == settled("f32") == settled(choices=(SparseOptions("off"), PrefillOptions("off"))) == ("", "")
+    dense, whole = settled(about=ABOUT | {"kv_heads": 2})
+    assert "8 query heads" in dense and "8 query heads" in whole
+    with pytest.raises(ValueError, match="--device cpu"):
+        check(CacheOptions(), ABOUT | {"head_dim": 512})
+    with pytest.raises(ValueError, match="--kv-heads razor"):
+        check(CacheOptions(heads="razor"), ABOUT)
+
+
+def test_contexts_and_chunks_of_a_length():
+    """Of what is chosen from; in calls of tensor cores and of the others, where a token of each KV head is a place."""
+    assert settled(tokens=1 << 19) == ("", "") != settled(tokens=1 << 20) and not settled(tokens=1 << 20)[0]
+    assert "524,288 tokens" in settled(tokens=1 << 20)[1] and "1,048,576 tokens" in settled(tokens=1 << 21)[0]
+    assert settled(tokens=1 << 20, budget=1 << 30) == ("", "")  # of which a head holds fewer
+    assert settled(ubatch=65535, tokens=65536) == settled("f32", ubatch=8192) == ("", "")
+    with pytest.raises(ValueError, match="--ubatch-size 8193 .* 8192 at most"):
+        settled("f32", tokens=65536, ubatch=8193)
+
+
+@pytest.mark.parametrize("method, correction, pages, said", [
+    ("minference", None, Pages(80), "64 or 128 channels, this model's have 80"), ("xattention", None, Pages(96), "have 96"),
+    ("sale", None, Pages(256), "have 256"), ("streaming", "delta", Pages(80), "--prefill-correction delta take heads of 64 or 128"),
+    ("minference", None, Pages(64, ANY), "caches of f16"), ("xattention", None, Pages(64, INT4, rotated=True), "caches of f16"),
+    ("auto", "delta", Pages(128, ANY), "--prefill-correction delta read"), ("minference", "delta", Pages(80), "choose in this way"),
+    ("auto", None, Pages(80, ANY), ""), ("moa", None, Pages(256, ANY), ""), ("dhsa", None, Pages(96, INT4, rotated=True), ""),
+    ("sale", None, Pages(128, ANY), ""), ("minference", "delta", Pages(128, INT4), "")])
+def test_prompts_of_some_heads_and_caches(method, correction, pages, said):
+    why = prefill_refusal(load_policy("prefill", method), correction, pages=pages)
+    assert said in why and bool(why) == bool(said) and "\n" not in why
+
+
+def test_bounds_of_rotated_keys():
+    assert "rotated" in decode_refusal(load_policy("decode", "quest"), pages=Pages(rotated=True))
+    assert not decode_refusal(load_policy("decode", "sink_window"), pages=Pages(rotated=True))
+
+
+def test_what_is_asked_for_by_name_is_refused_without_a_model():
+    off = SparseOptions("off"), PrefillOptions("off")
+    assert not asked_refusal(CacheOptions(), *AUTO) and not asked_refusal(CacheOptions(), *off)
+    assert asked_refusal(CacheOptions(), SparseOptions("loki"), off[1]).startswith("--sparse-attention loki: ")
+    assert asked_refusal(CacheOptions(), off[0], PrefillOptions("hip")).endswith("use --sparse-prefill off")
+    assert "--prefill-correction" in asked_refusal(CacheOptions(), off[0], PrefillOptions("streaming", correction="tail"))
+    assert "--kv-heads duo" in asked_refusal(CacheOptions(heads="duo"), SparseOptions("loki"), off[1])
+
+
+@pytest.mark.parametrize("bits, input_major, said", [(2, 0, ""), (1, 0, "--ternary-layout panels"), (2, 1, "--ternary-layout panels")])
+def test_layouts_of_ternary_weights(bits, input_major, said):
+    node = helper.make_node("matmul_ternary", [], [], domain="edgeattn", bits=bits, input_major=input_major)
+    if said:
+        with pytest.raises(ValueError, match=said):
+            check(CacheOptions(), ABOUT, [node])
+    else:
+        check(CacheOptions(), ABOUT, [node])
+
+
+@pytest.mark.parametrize("op_type, domain, said", [("Add", "", ""), ("Split", "", ""), ("Gather", "", ""), ("Tanh", "", "Tanh"),
+                                                   ("MatMulNBits", "com.microsoft", "MatMulNBits"), ("linear", "edgeattn", "")])
+def test_nodes_without_a_kernel(op_type, domain, said):
+    node = helper.make_node(op_type, ["x"], ["out"], domain=domain)
+    if said:
+        with pytest.raises(ValueError, match=f"no kernel for this model's {said}: use --device cpu"):
+            check(CacheOptions(), ABOUT, [node])
+    else:
+        check(CacheOptions(), ABOUT, [node])
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A model with heads of 80 channels."""
+    made = tmp_path_factory.mktemp("tiny")
+    tiny.save_tiny("llama", made / "checkpoint", hidden_size=320, head_dim=80, max_position_embeddings=1024)
+    export(made / "checkpoint", made / "out", "int4", 32)
+    return made / "out"
+
+
+@pytest.mark.parametrize("prefill, said", [
+    (PrefillOptions("minference"), "--sparse-prefill minference: .* have 80: use --sparse-prefill off"),
+    (PrefillOptions("streaming", correction="delta"), "--sparse-prefill streaming: .*--prefill-correction delta .* have 80")])
+def test_nothing_is_loaded_before(monkeypatch, folder, prefill, said):
+    monkeypatch.setattr(runtime, "make_backend", lambda name: make_backend(monkeypatch))
+    monkeypatch.setattr(runtime, "KVCache", None)
+    with pytest.raises(ValueError, match=said):
+        Model.load(folder, device="cuda", prefill=prefill)
+
+
+def test_auto_reads_everything_where_a_correction_does_not_go(monkeypatch, folder):
+    backend = make_backend(monkeypatch)
+    monkeypatch.setattr(runtime, "make_backend", lambda name: backend)
+    model = Model.load(folder, device="cuda", prefill=PrefillOptions("auto", {"budget": 64}, 0, "delta"), sparse=SparseOptions("off"))
+    assert "have 80" in model.whole_because and model.prefill is None
+    assert np.isfinite(model.forward([(model.new_sequence(), np.arange(3, 43))])).all()
