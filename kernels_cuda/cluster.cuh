@@ -21,6 +21,14 @@ __device__ __forceinline__ int cluster_rank()
     return (int)rank;
 }
 
+// Instead of arrive_at_cluster(), without its fence, where only that a block has begun is to be known.
+__device__ __forceinline__ void begin_in_cluster()
+{
+#if __CUDA_ARCH__ >= 900
+    asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory");
+#endif
+}
+
 // All threads of a cluster, one after the other: what was written before the first is visible after the second.
 __device__ __forceinline__ void arrive_at_cluster()
 {
@@ -36,7 +44,7 @@ __device__ __forceinline__ void wait_for_cluster()
 #endif
 }
 
-// `count` times 16 bytes of this block's shared memory to the same place in that of the others, by all threads of the block.
+// `count` times 16 bytes of this block's shared memory to the same place in that of the others, a power of two with it, by all threads.
 __device__ __forceinline__ void copy_to_peers(const void* from, int count, int blocks)
 {
 #if __CUDA_ARCH__ >= 900
@@ -45,7 +53,7 @@ __device__ __forceinline__ void copy_to_peers(const void* from, int count, int b
         const uint4 x = ((const uint4*)from)[i];
         for (int peer = 1; peer < blocks; peer++) {
             u32 to;
-            asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(to) : "r"(own + 16 * i), "r"((rank + peer) % blocks));
+            asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(to) : "r"(own + 16 * i), "r"(rank ^ peer));
             asm volatile("st.shared::cluster.v4.u32 [%0], {%1, %2, %3, %4};" ::"r"(to), "r"(x.x), "r"(x.y), "r"(x.z), "r"(x.w) : "memory");
         }
     }

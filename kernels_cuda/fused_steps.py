@@ -33,7 +33,7 @@ def _normalises(last, a, most) -> bool:
     """Whether the step `last` makes a product's row by normalising one that the product writes nowhere near."""
     n = last.arguments
     return (last.operator == "rms_normalization" and _one(a, most) and n["x.rows"] == a["x.rows"] and n["out"] == a["x"]
-            and n["x.groups"] == 1 and n["x.width"] == a["K"] and a["block_size"] == 32 and a["K"] <= ROW and a["K"] % 8 == 0
+            and n["x.groups"] == 1 and n["x.width"] == a["K"] and a["K"] <= ROW and a["K"] % 8 == 0
             and not (n["x"] | n["out"] | n["weight"]) % 16 and _apart(n["x"], a["K"], a["out"], a["N"]))
 
 

@@ -101,8 +101,8 @@ def team_of(panels: int, units: int, processors: int) -> int:
 
 def cluster_of(a, units: int) -> int:
     """Blocks that quantise a long row together: alone, each would read and round all of it."""
-    whole = a["K"] % 32 == 0 and a["block_size"] == 32 and a["x"] % 16 == 0 and units % (2 * CLUSTER) == 0
-    return CLUSTER if device.capability() >= 90 and whole and units >= SHARED_ROW else 1
+    shared = not a["K"] % 8 and not a["x"] % 16 and not units % 2  # aligned, and parts of an even number of units
+    return CLUSTER if device.capability() >= 90 and shared and units >= SHARED_ROW else 1
 
 
 def _gemv(a, tokens, weights, unit, group) -> Launch:

@@ -53,7 +53,7 @@ def test_a_layer_has_four_products():
 @pytest.mark.parametrize("why, steps", {
     "another row": [norm(1 << 10, 16, 2 << 10, 64), product(3 << 10, 4 << 10, 64, 64)],
     "groups of a row": [norm(1 << 10, 16, 2 << 10, 64, **{"x.groups": 2, "x.width": 32}), product(2 << 10, 4 << 10, 64, 64)],
-    "larger blocks": [norm(1 << 10, 16, 2 << 10, 64), product(2 << 10, 4 << 10, 64, 64, block_size=64)],
+    "blocks of 16": [norm(1 << 10, 16, 2 << 10, 64), product(2 << 10, 4 << 10, 64, 64, block_size=16)],
     "too long": [norm(1 << 20, 16, 2 << 20, 16384), product(2 << 20, 4 << 20, 16384, 64)],
     "over its own row": [norm(1 << 10, 16, 2 << 10, 64), product(2 << 10, (1 << 10) + 128, 64, 64)],
     "the sum over what is read": [product(1 << 10, 2 << 10, 64, 64), plus(2 << 10, 3 << 10, (1 << 10) + 252, 64)],
@@ -67,11 +67,12 @@ def test_what_stays_apart(why, steps):
 
 
 @needs_cuda
-@pytest.mark.parametrize("hidden, half, bits, zeros", [(2048, 8192, 4, False), (64, 48, 4, True), (4096, 528, 8, False), (32, 16, 8, True),
-                                                       (3584, 1040, 4, True), (1056, 8000, 4, False), (1024, 528, 3, "half"),
-                                                       (512, 1040, 2, False)])
+@pytest.mark.parametrize("hidden, half, bits, zeros, size", [
+    (2048, 8192, 4, False, 32), (64, 48, 4, True, 32), (4096, 528, 8, False, 32), (32, 16, 8, True, 32), (3584, 1040, 4, True, 32),
+    (1056, 8000, 4, False, 32), (1024, 528, 3, "half", 32), (512, 1040, 2, False, 32), (2048, 1040, 4, True, 128), (4000, 528, 4, False, 256),
+    (520, 272, 8, True, 64), (64, 48, 4, True, 128), (1024, 528, 3, "half", 128)])
 @pytest.mark.parametrize("activation", [0, 1])
-def test_all_values_are_as_if_each_step_had_run(hidden, half, bits, zeros, activation):
+def test_all_values_are_as_if_each_step_had_run(hidden, half, bits, zeros, size, activation):
     rng, arrays = np.random.default_rng(), steps.Arrays()
     held = {name: np.full((1, n), np.nan, np.float32) for name, n in dict(
         normal=hidden, product=hidden, sum=hidden, normal_2=hidden, wide=2 * half, gated=half, down=hidden, out=hidden).items()}
@@ -79,10 +80,10 @@ def test_all_values_are_as_if_each_step_had_run(hidden, half, bits, zeros, activ
     bias, state = rng.standard_normal(2 * half, np.float32), np.ones(1, np.int64)
     at = {name: arrays.address(a) for name, a in (held | {"x": x}).items()}
 
-    kind = {"zero_points.type": TYPES["float16" if zeros == "half" else "uint8"]}
+    kind = {"zero_points.type": TYPES["float16" if zeros == "half" else "uint8"], "block_size": size}
 
     def weights(n, k):
-        return [arrays.address(w) if w is not None else 0 for w in (*quantised(rng, n, k, bits, 32, zeros), None)[:3]]
+        return [arrays.address(w) if w is not None else 0 for w in (*quantised(rng, n, k, bits, size, zeros), None)[:3]]
     layer = [norm(at["x"], arrays.address(gains), at["normal"], hidden),
              product(at["normal"], at["product"], hidden, hidden, weights(hidden, hidden), bits, **kind),
              plus(at["product"], at["x"], at["sum"], hidden),
