@@ -66,7 +66,7 @@ def normal(*shape):
 class Weights:
     """Random block-quantised weights on the device."""
 
-    def __init__(self, n, k, bits, block=32):
+    def __init__(self, n, k, bits, block):
         self.n, self.k, self.bits, self.block = n, k, bits, block
         panels, blocks = -(-n // 16), -(-k // block)
         self.codes = random_bytes(panels * blocks * block * bits * 2).reshape(panels, blocks, block * bits // 32, 16, 4)
@@ -103,15 +103,15 @@ def check(weights, x, out):
         raise SystemExit(f"matmul_nbits {weights.n}x{weights.k} of {weights.bits} bits, {tokens} tokens: relative error {error}")
 
 
-def matmul(n, k, bits, tokens, repeat):
+def matmul(n, k, bits, block, tokens, repeat):
     """(us alone, us in a chain, bytes of weights) of one shape."""
     cp, l2 = device.cupy(), device.about()["l2_bytes"]
-    first = Weights(n, k, bits)
+    first = Weights(n, k, bits, block)
     count = max(2, -(-2 * l2 // first.nbytes))
-    sets = [first] + [Weights(n, k, bits) for _ in range(count - 1)]
+    sets = [first] + [Weights(n, k, bits, block) for _ in range(count - 1)]
     x = normal(tokens, k)
     out, state = cp.full((tokens, n), np.nan, np.float32), cp.array([tokens], np.int64)
-    scratch = cp.empty(matmul_nbits.workspace_bytes({}, dict(bits=bits, K=k, block_size=32), tokens, 1), np.uint8)
+    scratch = cp.empty(matmul_nbits.workspace_bytes({}, dict(bits=bits, K=k, block_size=block), tokens, 1), np.uint8)
     each = [w.launches(x, out, state, scratch, tokens) for w in sets]
     steps.run(each[0])
     check(first, x, out)
@@ -154,12 +154,12 @@ def sample_us(vocab, repeat, **options):
 class DecodeStep:
     """All dense operators of one token through `layers` layers of the 1B shape and the head; attention is not among them."""
 
-    def __init__(self, layers, width=2048, q=2048, kv=512, hidden=8192, vocab=128256):
+    def __init__(self, layers, block, width=2048, q=2048, kv=512, hidden=8192, vocab=128256):
         cp = device.cupy()
         self.state, self.scratch = cp.array([1], np.int64), cp.empty(1 << 20, np.uint8)
         self.x, self.normal, self.product, self.sum, self.qkv, self.wide, self.half, self.logits = (
             normal(1, n) for n in (width, width, width, width, q + 2 * kv, 2 * hidden, hidden, vocab))
-        self.gain, self.weights, self.steps = cp.ones(width, np.float32), [], []
+        self.gain, self.block, self.weights, self.steps = cp.ones(width, np.float32), block, [], []
         for _ in range(layers):
             self._norm()
             self._matmul(q + 2 * kv, width, 4, self.normal, self.qkv)
@@ -192,7 +192,7 @@ class DecodeStep:
         self._step("add", add, self._row(x) | {"y": y.data.ptr, "y.stride": y.shape[1], "out": out.data.ptr, "out.stride": out.shape[1]})
 
     def _matmul(self, n, k, bits, x, out):
-        self.weights.append(Weights(n, k, bits))
+        self.weights.append(Weights(n, k, bits, self.block))
         self._step("matmul_nbits", matmul_nbits, self.weights[-1].arguments(x, out, self.state, self.scratch))
 
     def measure(self, repeat):
@@ -238,6 +238,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("-r", "--repeat", type=int, default=50)
     parser.add_argument("--layers", type=int, default=16)
+    parser.add_argument("--block", type=int, default=32, help="K of a block of weights: 32, or 128 as most GPTQ and AWQ have it")
     parser.add_argument("--json", help="also write the figures there")
     options = parser.parse_args()
     about, copied, figures = device.about(), copy_bandwidth(20), []
@@ -247,7 +248,7 @@ def main():
     for tokens in (1, 4, 8, *GEMM_TOKENS):
         shapes = SHAPES if tokens == 1 else [SHAPES[i] for i in ((0, 8, 9, 10) if tokens <= 8 else (0, 6, 7, 9, 10))]
         for n, k, bits in shapes:
-            alone, chained, size = matmul(n, k, bits, tokens, options.repeat)
+            alone, chained, size = matmul(n, k, bits, options.block, tokens, options.repeat)
             line = f"{tokens:6} {n:7} {k:6} {bits:4} {alone:9.2f} {chained:9.2f} "
             if tokens > 8:
                 print(line + f"{2 * n * k * tokens / chained / 1e6:6.1f} TOP/s")
@@ -263,7 +264,7 @@ def main():
         us = sample_us(128256, options.repeat, **chosen)
         print(f"sample of 128,256 with {chosen or 'no filter'}: {us:.1f} us")
         figures.append(dict(sample=chosen, us=us))
-    made = DecodeStep(options.layers)
+    made = DecodeStep(options.layers, options.block)
     step, empty, each, serial, profiled = made.measure(options.repeat)
     rate = made.bytes / step / 1e3
     print(f"step of {options.layers} layers and the head, {len(made.fused)} kernels, {made.bytes / 1e6:.0f} MB: {step:.1f} us, "

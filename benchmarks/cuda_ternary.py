@@ -53,7 +53,7 @@ def main():
     for n, k in SHAPES:
         for tokens in TOKENS:
             us, size = ternary(n, k, tokens, repeat)
-            four = matmul(n, k, 4, tokens, repeat)[1]
+            four = matmul(n, k, 4, 32, tokens, repeat)[1]
             read = size / us / 1e3
             rate = f"{read:.0f} GB/s, {read / copy:.0%} of the copy" if tokens < 16 else f"{2e-6 * tokens * n * k / us:.0f} TOP/s"
             print(f"{tokens} x {n} x {k}: {us:.1f} us, {rate}; 4 bits {four:.1f} us", flush=True)

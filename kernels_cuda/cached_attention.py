@@ -91,7 +91,7 @@ def most_rows(heads: int, kv_heads: int, head_dim: int, kinds: int, rotated: boo
 
 
 def decode_shared(kinds: int, head_dim: int, stages: int) -> int:
-    """Bytes of shared memory: cached_attention.cu, Shared, and the rings of sides or what becomes of them."""
+    """Bytes of shared memory: decode_block.cuh, Shared, and the rings of sides or what becomes of them."""
     warps = WARPS[kinds]
     fixed = 4 * HEADS * head_dim + 16 * head_dim + 4 * HEADS * (1 + 2 * warps) + 4 * warps * HEADS * head_dim // 32 + 8 * head_dim
     fixed += 4 * HEADS

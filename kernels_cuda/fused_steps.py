@@ -1,12 +1,13 @@
 """Decode steps of one token with fewer kernels: a product takes in the normalisation before it and the sum or gate behind it
-(gemv_around.cuh). All values are written as if every step had run by itself."""
+(gemv_around.cuh), a normalisation the other order of its columns that a product wants (rms_normalization.cu). All values are written as
+if every step had run by itself."""
 from dataclasses import replace
 
 import numpy as np
 
 AROUND = np.dtype([(name, "i8") for name in ("gain", "normal", "other", "sum", "gated")]
                   + [(name, "i4") for name in ("epsilon", "activation", "half", "spare")])  # the kernel's struct of that name
-BEFORE, AFTER = "before", "after"  # in a product's arguments: those of the steps that it takes in
+BEFORE, AFTER = "before", "after"  # in a step's arguments: those of the steps that it takes in
 ROW = 4096       # the longest that a product normalises: what registers of the smallest block hold
 
 
@@ -18,6 +19,8 @@ def fuse(steps: list, most: dict) -> list:
         if last and step.operator == "matmul_nbits" and _normalises(last, step.arguments, most):
             found[-1] = replace(step, arguments=step.arguments | {BEFORE: last.arguments})
         elif last and last.operator == "matmul_nbits" and AFTER not in last.arguments and _follows(step, last.arguments, most):
+            found[-1] = replace(last, arguments=last.arguments | {AFTER: step.arguments})
+        elif last and step.operator == "gather_columns" and _orders(last, step.arguments, most):
             found[-1] = replace(last, arguments=last.arguments | {AFTER: step.arguments})
         else:
             found.append(step)
@@ -32,8 +35,8 @@ def _one(a, most) -> bool:
 def _normalises(last, a, most) -> bool:
     """Whether the step `last` makes a product's row by normalising one that the product writes nowhere near."""
     n = last.arguments
-    return (last.operator == "rms_normalization" and _one(a, most) and n["x.rows"] == a["x.rows"] and n["out"] == a["x"]
-            and n["x.groups"] == 1 and n["x.width"] == a["K"] and a["block_size"] == 32 and a["K"] <= ROW and a["K"] % 8 == 0
+    return (last.operator == "rms_normalization" and AFTER not in n and _one(a, most) and n["x.rows"] == a["x.rows"] and n["out"] == a["x"]
+            and n["x.groups"] == 1 and n["x.width"] == a["K"] and a["K"] <= ROW and a["K"] % 8 == 0
             and not (n["x"] | n["out"] | n["weight"]) % 16 and _apart(n["x"], a["K"], a["out"], a["N"]))
 
 
@@ -48,6 +51,14 @@ def _follows(step, a, most) -> bool:
     if step.operator == "gated_activation" and (b["x"] != a["out"] or a["N"] % 32):
         return False
     return b["x.width"] == a["N"] and _apart(read, a["K"], b["out"], width) and _apart(a["out"], a["N"], b["out"], width)
+
+
+def _orders(last, b, most) -> bool:
+    """Whether a step puts the columns of the row that `last` normalises in another order, nowhere near what that reads or writes."""
+    n = last.arguments
+    return (last.operator == "rms_normalization" and AFTER not in n and n["x.groups"] == 1 and most[n["x.rows"]] == 1
+            and b["x.rows"] == n["x.rows"] and b["x"] == n["out"] and b["order.0"] == n["x.width"]
+            and all(_apart(n[read], n["x.width"], b["out"], b["order.0"]) for read in ("x", "out")))
 
 
 def _apart(x: int, n: int, y: int, m: int) -> bool:

@@ -3,6 +3,7 @@
 // whoever reads it finds it. Pointers are null where nothing is to be done.
 #pragma once
 #include "activation.cuh"
+#include "cluster.cuh"
 #include "normalization.cuh"
 #include "quantise.cuh"
 
@@ -24,25 +25,28 @@ __device__ __forceinline__ int next_place(int place, int half, int stride)
     return place + (half ? place & 1 ? 2 * stride - 1 : 1 : stride);
 }
 
-// A row of activations to shared memory, by all warps of the block. The way to x is long: FAST, for aligned rows whose blocks are units,
-// loads BATCH rounds at once and works on them without branches, so that they overlap. then() is called once the first loads are under way.
+// A row of activations, its units from ... units - 1, whole blocks of it, to shared memory, by all warps of the block. The way to x is
+// long: FAST, for aligned rows, loads BATCH rounds at once and works on them without branches, so that they overlap. then() is called
+// once the first loads are under way.
 template <int BITS, int UNIT, bool FAST, int BATCH, class Then>
-__device__ __forceinline__ void quantise_row(const float* x, int k, int units, int block_shift, u32* codes, UnitInfo* info, Then then)
+__device__ __forceinline__ void quantise_row(const float* x, int k, int from, int units, int block_shift, u32* codes, UnitInfo* info,
+                                             Then then)
 {
     constexpr int PARTS = UNIT / 8, PER_WARP = 32 / PARTS;
-    const int round = blockDim.x / PARTS, lane = threadIdx.x & 31, part = lane % PARTS;
-    if (threadIdx.x / 32 * PER_WARP >= units) then();
+    const int round = blockDim.x / PARTS, lane = threadIdx.x & 31, part = lane % PARTS, begin = from + threadIdx.x / 32 * PER_WARP;
+    if (begin >= units) then();
 #pragma unroll 1
-    for (int first = threadIdx.x / 32 * PER_WARP; first < units; first += BATCH * round) {
-        float v[BATCH][8];
+    for (int first = begin; first < units; first += BATCH * round) {
+        float v[BATCH][8], top[BATCH];
         UnitInfo made[BATCH];
 #pragma unroll
         for (int i = 0; i < BATCH; i++) load8<FAST>(v[i], x, (first + i * round + lane / PARTS) * UNIT + part * 8, k);
-        if (first == threadIdx.x / 32 * PER_WARP) then();
+        if (first == begin) then();
+        tops_of<UNIT>(top, v, block_shift);
 #pragma unroll
         for (int i = 0; i < BATCH; i++) {
             const int unit = first + i * round + lane / PARTS;
-            made[i] = quantise_unit<BITS, UNIT, FAST || UNIT == 16>(v[i], part, block_shift, codes + unit * (UNIT / 4), unit < units);
+            made[i] = quantise_unit<BITS, UNIT>(v[i], top[i], part, codes + unit * (UNIT / 4), unit < units);
         }
 #pragma unroll
         for (int i = 0; i < BATCH; i++) {
@@ -53,14 +57,14 @@ __device__ __forceinline__ void quantise_row(const float* x, int k, int units, i
 }
 
 // quantise_row() for a row that is normalised on the way, by all threads of a block, each of which has 8 * BATCH values at
-// most. sums: shared, a float for each warp. Aligned rows whose blocks are units.
+// most. sums: shared, a float for each warp. Aligned rows.
 template <int BITS, int UNIT, int BATCH, class Then>
-__device__ __forceinline__ void quantise_normal(const float* x, const Around& around, int k, int units, u32* codes, UnitInfo* info,
-                                                float* sums, Then then)
+__device__ __forceinline__ void quantise_normal(const float* x, const Around& around, int k, int units, int block_shift, u32* codes,
+                                                UnitInfo* info, float* sums, Then then)
 {
     constexpr int PARTS = UNIT / 8;
     const int round = blockDim.x / PARTS, lane = threadIdx.x & 31, part = lane % PARTS, first = threadIdx.x / PARTS;
-    float v[BATCH][8], gain[BATCH][8], total = 0;
+    float v[BATCH][8], gain[BATCH][8], top[BATCH], total = 0;
 #pragma unroll
     for (int i = 0; i < BATCH; i++) {
         const int at = (first + i * round) * UNIT + part * 8;
@@ -77,14 +81,53 @@ __device__ __forceinline__ void quantise_normal(const float* x, const Around& ar
     const float factor = factor_of(warp_sum(lane < blockDim.x / 32 ? sums[lane] : 0.0f), k, around.epsilon);
 #pragma unroll
     for (int i = 0; i < BATCH; i++) {
-        const int unit = first + i * round, at = unit * UNIT + part * 8;
+        const int at = (first + i * round) * UNIT + part * 8;
 #pragma unroll
         for (int e = 0; e < 8; e++) v[i][e] = v[i][e] * factor * gain[i][e];
         if (blockIdx.x == 0 && at < k) {
             *(float4*)(around.normal + at) = make_float4(v[i][0], v[i][1], v[i][2], v[i][3]);
             *(float4*)(around.normal + at + 4) = make_float4(v[i][4], v[i][5], v[i][6], v[i][7]);
         }
-        const UnitInfo made = quantise_unit<BITS, UNIT, true>(v[i], part, 0, codes + unit * (UNIT / 4), unit < units);
+    }
+    tops_of<UNIT>(top, v, block_shift);
+#pragma unroll
+    for (int i = 0; i < BATCH; i++) {
+        const int unit = first + i * round;
+        const UnitInfo made = quantise_unit<BITS, UNIT>(v[i], top[i], part, codes + unit * (UNIT / 4), unit < units);
         if (unit < units && part == 0) info[unit] = made;
     }
+}
+
+// The row of a product with one token, to shared memory, by all threads of the block. Of a cluster, whose `blocks` blocks (a power of two)
+// have arrived once, each quantises a part for all of them: whole blocks of K, and an even number of units, whose info is whole 16 bytes.
+// Such rows are not normalised. sums: shared, a float for each warp.
+template <int BITS, int UNIT, class Then>
+__device__ __forceinline__ void quantise_own(const float* x, const Around& around, int k, int units, int block_shift, int blocks,
+                                             u32* codes, UnitInfo* info, float* sums, Then then)
+{
+    constexpr int PARTS = UNIT / 8;
+    const int shift = max(block_shift, 1), all = shift + __popc(blocks - 1);  // log2 of the units that a part is a multiple of, and all are
+    const int share = units + (1 << all) - 1 >> all << shift, first = cluster_rank() * share, end = min(first + share, units);
+    const bool fast = ((u64)x & 15) == 0 && k % 8 == 0;
+    if (around.gain && units * PARTS <= blockDim.x)
+        quantise_normal<BITS, UNIT, 1>(x, around, k, units, block_shift, codes, info, sums, then);
+    else if (around.gain)
+        quantise_normal<BITS, UNIT, 4>(x, around, k, units, block_shift, codes, info, sums, then);
+    else if (!fast)
+        quantise_row<BITS, UNIT, false, 1>(x, k, first, end, block_shift, codes, info, then);
+    else if (share * PARTS <= 2 * blockDim.x)
+        quantise_row<BITS, UNIT, true, 2>(x, k, first, end, block_shift, codes, info, then);
+    else if (share * PARTS <= 4 * blockDim.x)
+        quantise_row<BITS, UNIT, true, 4>(x, k, first, end, block_shift, codes, info, then);
+    else
+        quantise_row<BITS, UNIT, true, 7>(x, k, first, end, block_shift, codes, info, then);
+    if (blocks > 1) {
+        wait_for_cluster();
+        __syncthreads();
+        copy_to_peers(codes + first * (UNIT / 4), (end - first) * UNIT / 16, blocks);
+        copy_to_peers(info + first, (end - first) / 2, blocks);
+        arrive_at_cluster();
+        wait_for_cluster();
+    }
+    __syncthreads();
 }

@@ -14,13 +14,17 @@ __device__ __forceinline__ void quantise(const float* x, i64 x_stride, u32* code
     constexpr int PARTS = UNIT / 8;
     const int token = blockIdx.x, lane = threadIdx.x % 32;
     if (token >= count) return;
+    x += token * x_stride;
+    const bool fast = ((u64)x & 15) == 0 && k % 8 == 0;
     const int thread = (blockIdx.y * blockDim.x + threadIdx.x) / 32 * 32, whole = (padded * PARTS + 31) / 32 * 32;
     for (int first = thread; first < whole; first += gridDim.y * blockDim.x) {
         const int unit = (first + lane) / PARTS;
-        float v[8];
-        load8<false>(v, x + token * x_stride, unit * UNIT + lane % PARTS * 8, unit < units ? k : 0);
+        float v[1][8], top[1];
+        if (fast) load8<true>(v[0], x, unit * UNIT + lane % PARTS * 8, unit < units ? k : 0);
+        else load8<false>(v[0], x, unit * UNIT + lane % PARTS * 8, unit < units ? k : 0);
+        tops_of<UNIT>(top, v, block_shift);
         u32* to = codes + token * pitch_words + unit * (UNIT / 4);
-        const UnitInfo made = quantise_unit<BITS, UNIT, UNIT == 16>(v, lane % PARTS, block_shift, to, unit < padded);
+        const UnitInfo made = quantise_unit<BITS, UNIT>(v[0], top[0], lane % PARTS, to, unit < padded);
         if (unit < padded && lane % PARTS == 0) info[(i64)unit * info_pitch + token] = made;
     }
 }

@@ -46,18 +46,33 @@ __device__ __forceinline__ void scale_of(float top, float& scale, float& inverse
     inverse = __fmaf_rn(__fmaf_rn(-scale, inverse, 1.0f), inverse, inverse);
 }
 
-// Eight neighbours of a lane, one of PARTS << block_shift that share a block, to codes: `low` the first four or the even ones, `high` the
-// others. SINGLE: block_shift is 0, and then there is no branch.
-template <int BITS, int PARTS, bool SINGLE>
-__device__ __forceinline__ void quantise8(const float (&v)[8], int block_shift, u32& low, u32& high, float& scale, i32& sum)
+// The largest of each of the BATCH blocks that this lane has eight values of, in a warp that is here as a whole: UNIT / 8 << block_shift
+// neighbouring lanes share a block. All of them before any is used, so that larger blocks than units are one branch, which no lane takes
+// alone, and work on several units stays free to overlap.
+template <int UNIT, int BATCH>
+__device__ __forceinline__ void tops_of(float (&top)[BATCH], const float (&v)[BATCH][8], int block_shift)
 {
-    float top = 0, inverse;
+    constexpr int PARTS = UNIT / 8;
 #pragma unroll
-    for (int i = 0; i < 8; i++) top = fmaxf(top, fabsf(v[i]));
+    for (int b = 0; b < BATCH; b++) {
+        top[b] = 0;
 #pragma unroll
-    for (int step = 1; step < PARTS; step <<= 1) top = fmaxf(top, __shfl_xor_sync(FULL_WARP, top, step));
-    if (!SINGLE)
-        for (int step = PARTS; step < PARTS << block_shift; step <<= 1) top = fmaxf(top, __shfl_xor_sync(FULL_WARP, top, step));
+        for (int i = 0; i < 8; i++) top[b] = fmaxf(top[b], fabsf(v[b][i]));
+#pragma unroll
+        for (int step = 1; step < PARTS; step <<= 1) top[b] = fmaxf(top[b], __shfl_xor_sync(FULL_WARP, top[b], step));
+    }
+    if (UNIT == 16 || block_shift == 0) return;
+#pragma unroll 1
+    for (int step = PARTS; step < PARTS << block_shift; step <<= 1)
+#pragma unroll
+        for (int b = 0; b < BATCH; b++) top[b] = fmaxf(top[b], __shfl_xor_sync(FULL_WARP, top[b], step));
+}
+
+// Eight values of a block whose largest is `top` to codes: `low` the first four or the even ones, `high` the others.
+template <int BITS>
+__device__ __forceinline__ void quantise8(const float (&v)[8], float top, u32& low, u32& high, float& scale, i32& sum)
+{
+    float inverse;
     scale_of(top, scale, inverse);
     u32 code[8];
 #pragma unroll
@@ -73,16 +88,16 @@ __device__ __forceinline__ void quantise8(const float (&v)[8], int block_shift, 
     sum = dot_signed(low, 0x01010101, dot_signed(high, 0x01010101, 0));
 }
 
-// A unit, whose values UNIT / 8 neighbouring lanes hold (this one part `part`), of a warp that is here as a whole. Writes its codes if
-// asked to, and returns its info in each of these lanes.
-template <int BITS, int UNIT, bool SINGLE>
-__device__ __forceinline__ UnitInfo quantise_unit(const float (&v)[8], int part, int block_shift, u32* codes, bool write)
+// A unit, whose values UNIT / 8 neighbouring lanes hold (this one part `part`), of a block whose largest is `top`, by a warp that is here
+// as a whole. Writes its codes if asked to, and returns its info in each of these lanes.
+template <int BITS, int UNIT>
+__device__ __forceinline__ UnitInfo quantise_unit(const float (&v)[8], float top, int part, u32* codes, bool write)
 {
     constexpr int PARTS = UNIT / 8;
     u32 low, high;
     i32 sum;
     UnitInfo info;
-    quantise8<BITS, PARTS, SINGLE>(v, block_shift, low, high, info.scale, sum);
+    quantise8<BITS>(v, top, low, high, info.scale, sum);
     if (BITS < 4) {  // of two lanes' eight each, the even one keeps phases 0 and 1, the odd one 2 and 3
         const bool odd = part & 1;
         const u32 first = __byte_perm(low, high, 0x5140), second = __byte_perm(low, high, 0x7362);

@@ -48,6 +48,31 @@ try:
 except AssertionError:
     print("wrong")
 """
+PASS_ON = r"""
+extern "C" __global__ void pass_on(i64 from, i64 size)
+{
+    DYNAMIC_SHARED(u32, own);
+    const int gang = (int)(blockIdx.y * (gridDim.x / size) + blockIdx.x / size), next = (int)(blockIdx.x / size * size + (blockIdx.x + 1) % size);
+    u32* x = reinterpret_cast<u32*>(from) + blockIdx.y * gridDim.x;
+    for (int turn = 0; turn < 5; turn++) {
+        if (threadIdx.x == 0) own[0] = x[next] + 1;
+        gang_barrier(gang, (int)size);
+        if (threadIdx.x == 33) x[blockIdx.x] = own[0];
+        gang_barrier(gang, (int)size);
+    }
+}
+"""
+GANG_FAULT = """
+import re, sys
+import emulated_gpu, numpy as np
+emulated_gpu.install()
+from edgeattn.kernels_cuda import compile, steps
+headers = "".join((compile.HERE / name).read_text() for name in ("common.cuh", "gang.cuh"))
+compile.source = lambda name: (re.sub("#(include|pragma).*", "", headers) + PASS_ON).replace(*sys.argv[1:])
+x = np.arange(24, dtype=np.uint32).reshape(2, 12)
+steps.run([steps.Launch(compile.function("pass_on", "pass_on"), (12, 2, 1), 64, (np.int64(x.ctypes.data), np.int64(4)), 64, gang=4)])
+print("right" if np.array_equal(x, np.roll(np.arange(24).reshape(2, 3, 4), -5, axis=2).reshape(2, 12) + 5) else "wrong")
+""".replace("PASS_ON", repr(PASS_ON))
 SECONDS = 1200  # about two minutes on two quiet cores
 
 
@@ -94,6 +119,12 @@ def test_faults_show(whole, part, said):
 def test_faults_in_what_prompts_read_show(whole, part, said):
     """Of lines a missing wait, half of what a distance is asked for, and the newest keys; of Delta what is seen, and sums of ranges."""
     assert output_with(PROMPT_FAULT, whole, part) == f"{said}\n"
+
+
+@pytest.mark.skipif(bool(emulated_gpu.missing()), reason=emulated_gpu.missing())
+@pytest.mark.parametrize("whole, part, said", [("", "", "right"), ("while (!(", "while (false && !(", "wrong")])
+def test_gangs_wait_for_each_other(whole, part, said):
+    assert output_with(GANG_FAULT, whole, part) == f"{said}\n"
 
 
 def output_with(script, whole, part):

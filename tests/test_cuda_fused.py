@@ -5,7 +5,7 @@ from cuda_device import needs_cuda
 
 from edgeattn.arguments import TYPES
 from edgeattn.backend_cuda import Step
-from edgeattn.kernels_cuda import add, fused_steps, gated_activation, matmul_nbits, rms_normalization, steps
+from edgeattn.kernels_cuda import add, fused_steps, gated_activation, gather_columns, matmul_nbits, rms_normalization, steps
 from edgeattn.verification.cases import quantised
 
 EPSILON = int(np.float32(1e-5).view(np.int32))
@@ -34,6 +34,10 @@ def gate(x, out, width, activation=0):
     return step("gated_activation", gated_activation, **{"x": x, "x.width": width, "out": out, "activation": activation})
 
 
+def ordered(x, order, out, width):
+    return step("gather_columns", gather_columns, **{"x": x, "order": order, "order.0": width, "out": out})
+
+
 def operators(made):
     return [("norm " if fused_steps.BEFORE in s.arguments else "") + s.operator + (" and" if fused_steps.AFTER in s.arguments else "")
             for s in made]
@@ -50,16 +54,29 @@ def test_a_layer_has_four_products():
     assert fused_steps.fuse(layer, {0: 2}) == layer
 
 
+def test_of_act_order_a_normalisation_orders_its_row():
+    """Which the product behind it reads, whatever it could normalise by itself."""
+    steps = [norm(1 << 10, 16, 2 << 10, 64), ordered(2 << 10, 32, 3 << 10, 64), product(2 << 10, 4 << 10, 64, 64),
+             product(3 << 10, 5 << 10, 64, 64), plus(1 << 10, 5 << 10, 6 << 10, 64)]
+    made = fused_steps.fuse(steps, {0: 1})
+    assert operators(made) == ["rms_normalization and", "matmul_nbits", "matmul_nbits and"]
+    assert fused_steps.fuse(steps, {0: 2}) == steps
+
+
 @pytest.mark.parametrize("why, steps", {
     "another row": [norm(1 << 10, 16, 2 << 10, 64), product(3 << 10, 4 << 10, 64, 64)],
     "groups of a row": [norm(1 << 10, 16, 2 << 10, 64, **{"x.groups": 2, "x.width": 32}), product(2 << 10, 4 << 10, 64, 64)],
-    "larger blocks": [norm(1 << 10, 16, 2 << 10, 64), product(2 << 10, 4 << 10, 64, 64, block_size=64)],
+    "blocks of 16": [norm(1 << 10, 16, 2 << 10, 64), product(2 << 10, 4 << 10, 64, 64, block_size=16)],
     "too long": [norm(1 << 20, 16, 2 << 20, 16384), product(2 << 20, 4 << 20, 16384, 64)],
     "over its own row": [norm(1 << 10, 16, 2 << 10, 64), product(2 << 10, (1 << 10) + 128, 64, 64)],
     "the sum over what is read": [product(1 << 10, 2 << 10, 64, 64), plus(2 << 10, 3 << 10, (1 << 10) + 252, 64)],
     "the sum of others": [product(1 << 10, 2 << 10, 64, 64), plus(3 << 10, 4 << 10, 5 << 10, 64)],
     "twice the same": [product(1 << 10, 2 << 10, 64, 64), plus(2 << 10, 2 << 10, 5 << 10, 64)],
     "a part of the product": [product(1 << 10, 2 << 10, 64, 64), plus(2 << 10, 3 << 10, 4 << 10, 32)],
+    "columns of another row": [norm(1 << 10, 16, 2 << 10, 64), ordered(3 << 10, 32, 4 << 10, 64)],
+    "columns over what is normalised": [norm(1 << 10, 16, 2 << 10, 64), ordered(2 << 10, 32, (1 << 10) + 252, 64)],
+    "a part of the columns": [norm(1 << 10, 16, 2 << 10, 64), ordered(2 << 10, 32, 3 << 10, 32)],
+    "columns of groups": [norm(1 << 10, 16, 2 << 10, 64, **{"x.groups": 2, "x.width": 32}), ordered(2 << 10, 32, 3 << 10, 32)],
     "gates that share a panel": [product(1 << 10, 2 << 10, 64, 80), gate(2 << 10, 4 << 10, 80)],
 }.items())
 def test_what_stays_apart(why, steps):
@@ -67,11 +84,12 @@ def test_what_stays_apart(why, steps):
 
 
 @needs_cuda
-@pytest.mark.parametrize("hidden, half, bits, zeros", [(2048, 8192, 4, False), (64, 48, 4, True), (4096, 528, 8, False), (32, 16, 8, True),
-                                                       (3584, 1040, 4, True), (1056, 8000, 4, False), (1024, 528, 3, "half"),
-                                                       (512, 1040, 2, False)])
+@pytest.mark.parametrize("hidden, half, bits, zeros, size", [
+    (2048, 8192, 4, False, 32), (64, 48, 4, True, 32), (4096, 528, 8, False, 32), (32, 16, 8, True, 32), (3584, 1040, 4, True, 32),
+    (1056, 8000, 4, False, 32), (1024, 528, 3, "half", 32), (512, 1040, 2, False, 32), (2048, 1040, 4, True, 128),
+    (4000, 528, 4, False, 256), (520, 272, 8, True, 64), (64, 48, 4, True, 128), (1024, 528, 3, "half", 128)])
 @pytest.mark.parametrize("activation", [0, 1])
-def test_all_values_are_as_if_each_step_had_run(hidden, half, bits, zeros, activation):
+def test_all_values_are_as_if_each_step_had_run(hidden, half, bits, zeros, size, activation):
     rng, arrays = np.random.default_rng(), steps.Arrays()
     held = {name: np.full((1, n), np.nan, np.float32) for name, n in dict(
         normal=hidden, product=hidden, sum=hidden, normal_2=hidden, wide=2 * half, gated=half, down=hidden, out=hidden).items()}
@@ -79,10 +97,10 @@ def test_all_values_are_as_if_each_step_had_run(hidden, half, bits, zeros, activ
     bias, state = rng.standard_normal(2 * half, np.float32), np.ones(1, np.int64)
     at = {name: arrays.address(a) for name, a in (held | {"x": x}).items()}
 
-    kind = {"zero_points.type": TYPES["float16" if zeros == "half" else "uint8"]}
+    kind = {"zero_points.type": TYPES["float16" if zeros == "half" else "uint8"], "block_size": size}
 
     def weights(n, k):
-        return [arrays.address(w) if w is not None else 0 for w in (*quantised(rng, n, k, bits, 32, zeros), None)[:3]]
+        return [arrays.address(w) if w is not None else 0 for w in (*quantised(rng, n, k, bits, size, zeros), None)[:3]]
     layer = [norm(at["x"], arrays.address(gains), at["normal"], hidden),
              product(at["normal"], at["product"], hidden, hidden, weights(hidden, hidden), bits, **kind),
              plus(at["product"], at["x"], at["sum"], hidden),
@@ -110,3 +128,20 @@ def test_all_values_are_as_if_each_step_had_run(hidden, half, bits, zeros, activ
             assert np.isfinite(array).all() and np.isfinite(got[name]).all(), name
             error = np.abs(got[name] - array).max() / np.abs(array).max()
             assert error < (1e-6 if name == "normal" else 1e-2), (name, error)
+
+
+@needs_cuda
+@pytest.mark.parametrize("width", [32, 256, 1000, 4096, 5003])
+def test_a_row_is_normalised_and_ordered(width):
+    rng, arrays, out = np.random.default_rng(), steps.Arrays(), np.full((3, width), np.nan, np.float32)
+    x, weight, order = rng.standard_normal(width, np.float32), rng.standard_normal(width, np.float32), rng.integers(0, width, width)
+    state, at = np.ones(1, np.int64), arrays.address(out)
+    one = [norm(arrays.address(x), arrays.address(weight), at, width), ordered(at, arrays.address(order), at + 4 * width, width)]
+    for each in one:
+        each.arguments["state"] = arrays.address(state)
+    fused, = fused_steps.fuse(one, {0: 1})
+    steps.run(fused.kernel.launches(fused.arguments, {0: 1}))
+    arrays.fetch(out)
+    np.testing.assert_allclose(out[0], rms_normalization.rms_normalization(x[None], weight, epsilon=1e-5)[0], rtol=1e-6)
+    np.testing.assert_array_equal(out[1], out[0][order])
+    assert np.isnan(out[2]).all()

@@ -43,13 +43,14 @@ def test_matmul_nbits_of_any_shape(seed):
     close(load_kernel("matmul_nbits", "cuda")(x, *weights, bias, **about), reference(x, *weights, bias, **about), k)
 
 
-@pytest.mark.parametrize("n, k, bits", [(4096, 4096, 4), (1000, 14336, 4), (2048, 2048, 8), (20000, 256, 4), (4100, 512, 8),
-                                        (4096, 2048, 2), (1000, 4096, 3)])
+@pytest.mark.parametrize("n, k, bits, size", [
+    (4096, 4096, 4, 32), (1000, 14336, 4, 32), (2048, 2048, 8, 32), (20000, 256, 4, 32), (4100, 512, 8, 32), (4096, 2048, 2, 32),
+    (1000, 4096, 3, 32), (1000, 4096, 4, 128), (100, 14336, 4, 128), (300, 8008, 8, 256), (300, 2080, 3, 64), (64, 200, 2, 128)])
 @pytest.mark.parametrize("tokens", [1, 4, 40])
-def test_matmul_nbits_of_a_model_s_size(n, k, bits, tokens):
+def test_matmul_nbits_of_a_model_s_size(n, k, bits, size, tokens):
     rng = np.random.default_rng()
-    x, weights, about = quantise_activations(rng.standard_normal((tokens, k), np.float32), 32), quantised(rng, n, k, bits, 32), \
-        dict(bits=bits, block_size=32, K=k, N=n)
+    x, weights, about = quantise_activations(rng.standard_normal((tokens, k), np.float32), size), quantised(rng, n, k, bits, size), \
+        dict(bits=bits, block_size=size, K=k, N=n)
     close(load_kernel("matmul_nbits", "cuda")(x, *weights, **about), reference(x, *weights, **about), k)
 
 
@@ -86,12 +87,13 @@ def test_matmul_nbits_inside_larger_arrays(tokens, n, k, bits, size):
 
 
 @pytest.mark.parametrize("tokens", [1, 5, 9])
-def test_matmul_nbits_rounds_activations_like_the_reference(tokens):
+@pytest.mark.parametrize("size", [32, 128])
+def test_matmul_nbits_rounds_activations_like_the_reference(tokens, size):
     rng = np.random.default_rng()
-    weights, about = quantised(rng, 64, 512, 4, 32, True), dict(bits=4, block_size=32, K=512, N=64)
+    weights, about = quantised(rng, 64, 512, 4, size, True), dict(bits=4, block_size=size, K=512, N=64)
     x = rng.standard_normal((tokens, 512), np.float32) * rng.lognormal(size=(tokens, 1)).astype(np.float32)
-    x[tokens // 2, :100] = 0
-    expected = reference(quantise_activations(x, 32), *weights, **about)
+    x[tokens // 2, :140] = 0
+    expected = reference(quantise_activations(x, size), *weights, **about)
     np.testing.assert_allclose(load_kernel("matmul_nbits", "cuda")(x, *weights, **about), expected, rtol=0, atol=5e-5 * np.abs(x).max())
 
 

@@ -70,13 +70,14 @@ def test_weights_of_few_bits(folder, tmp_path, precision, group):
         assert error(a, b) < CLOSE["f16"]
 
 
-def test_weights_in_act_order(folder, tmp_path):
-    """Of GPTQ: activations are put in the order of the groups before each product."""
+@pytest.mark.parametrize("group, act_order", [(32, True), (64, True), (128, False)])
+def test_weights_of_gptq(folder, tmp_path, group, act_order):
+    """Act-order: activations are put in the order of the groups before each product."""
     shutil.copytree(folder.parent / "checkpoint", tmp_path / "checkpoint")
-    quantised.quantise_folder(tmp_path / "checkpoint", quantised.gptq, act_order=True)
+    quantised.quantise_folder(tmp_path / "checkpoint", quantised.gptq, group=group, act_order=act_order)
     export(tmp_path / "checkpoint", tmp_path / "out", "int4", 32)
     prompt, decoded, models = RNG.integers(3, 150, 70), RNG.integers(3, 150, 5), both(tmp_path / "out", CacheOptions("f16", "f16"))
-    assert [step.operator for step in models[1].plan.steps].count("gather_columns") == 4 * 2  # of each layer
+    assert [step.operator for step in models[1].plan.steps].count("gather_columns") == 4 * 2 * act_order  # of each layer
     (_, *expected), (_, *got) = (run(model, prompt, decoded) for model in models)
     for a, b in zip(got, expected):
         assert error(a, b) < CLOSE["f16"]

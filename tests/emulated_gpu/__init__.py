@@ -40,12 +40,13 @@ def _library(name):
     made = compile._cache_folder() / "cuda" / f"{name}-emulated-{key}.so"
     if not made.is_file():
         made.parent.mkdir(parents=True, exist_ok=True)
-        plain = _run(["-E", "-P", f"-I{HERE}", "-"], text)
+        gangs = ["-DEMULATED_GANGS"] if "gang_barrier" in text else []
+        plain = _run(["-E", "-P", *gangs, f"-I{HERE}", "-"], text)
         kernels = re.findall(r'extern\s*"C"\s*void\s+(\w+)\s*\(', plain)
         entries = "".join(f'extern "C" void entry_{k}(void** arguments) {{ emulated::call({k}, arguments); }}\n' for k in kernels
-                          if not k.startswith("emulated_"))
+                          if not k.startswith(("emulated_", "__")))
         with tempfile.TemporaryDirectory(dir=made.parent) as folder:
-            _run(["-shared", "-fPIC", "-o", f"{folder}/made.so", "-"], plain + entries)
+            _run(["-shared", "-fPIC", "-pthread", "-mtls-dialect=gnu2", "-o", f"{folder}/made.so", "-"], plain + entries)
             Path(folder, "made.so").rename(made)
     return ctypes.CDLL(str(made))
 
@@ -66,7 +67,8 @@ def _launch(launch, stream):
     held = [np.asarray(x) for x in launch.args]
     arguments = (ctypes.c_void_p * len(held))(*(x.ctypes.data for x in held))
     function = launch.function
-    if function.library.emulated_launch(function.entry, *map(int, launch.grid), int(launch.block), int(launch.shared), arguments):
+    sizes = map(int, (*launch.grid, launch.block, launch.shared, launch.gang))
+    if function.library.emulated_launch(function.entry, *sizes, arguments):
         raise RuntimeError(f"a block that no GPU takes: {launch}")
 
 

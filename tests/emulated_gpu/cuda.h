@@ -1,5 +1,6 @@
 // CUDA C++ on an x86-64 CPU, as much of it as kernels_cuda uses: a block's threads are fibers of one CPU thread, which take turns at
-// barriers; blocks run one after another. It shows whether a kernel computes what it should, not how fast it would be.
+// barriers; blocks run one after another, but those of a gang, each on a CPU thread of its own, of whose state there is one for each
+// (EMULATED_GANGS). It shows whether a kernel computes what it should, not how fast it would be.
 #pragma once
 #include <algorithm>
 #include <cmath>
@@ -7,9 +8,17 @@
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
+#include <mutex>
+#include <thread>
 #include <type_traits>
 #include <utility>
 #include <vector>
+
+#ifdef EMULATED_GANGS
+#define OF_BLOCK static thread_local
+#else
+#define OF_BLOCK static
+#endif
 
 #define __CUDA_ARCH__ 870
 #define __device__
@@ -17,7 +26,7 @@
 #define __forceinline__ inline
 #define __noinline__
 #define __restrict__
-#define __shared__ static
+#define __shared__ OF_BLOCK
 #define __launch_bounds__(...)
 
 #define __expf expf  // the C library has functions of these names
@@ -59,15 +68,16 @@ struct Barrier {
     int votes = 0, counted = 0;
 };
 
-static Thread threads[MOST];
-static Barrier block_barrier, warp_barriers[MOST / WARP], named_barriers[BARRIERS];
-static unsigned now, living, warp_living[MOST / WARP];
-static dim3 block, grid, block_size;
-alignas(128) static char shared[SHARED];      // dynamic shared memory
-static char* stacks;
-static void* main_stack;
-static void (*entry)(void**);
-static void** entry_arguments;
+OF_BLOCK Thread* threads;
+OF_BLOCK Barrier block_barrier, warp_barriers[MOST / WARP], named_barriers[BARRIERS];
+OF_BLOCK unsigned now, living, warp_living[MOST / WARP];
+OF_BLOCK dim3 block, grid, block_size;
+alignas(128) OF_BLOCK char shared[SHARED];      // dynamic shared memory
+OF_BLOCK char* stacks;
+OF_BLOCK void* main_stack;
+OF_BLOCK void (*entry)(void**);
+OF_BLOCK void** entry_arguments;
+static std::mutex atomic;
 
 extern "C" void emulated_switch(void** from, void* to);
 asm(".text\n.globl emulated_switch\nemulated_switch:\n push %rbp\n push %rbx\n push %r12\n push %r13\n push %r14\n push %r15\n"
@@ -190,17 +200,31 @@ template <class... A> void call(void (*kernel)(A...), void** arguments)
 }
 }  // namespace emulated
 
-// A kernel's whole grid; kernel: its entry, which takes addresses of arguments as cuLaunchKernel does. Not 0: what it asks for is too much
-extern "C" int emulated_launch(void (*kernel)(void**), unsigned x, unsigned y, unsigned z, unsigned threads, unsigned shared,
+// A kernel's whole grid; kernel: its entry, which takes addresses of arguments as cuLaunchKernel does. gang: how many neighbours wait for
+// each other. Not 0: what it asks for is too much
+extern "C" int emulated_launch(void (*kernel)(void**), unsigned x, unsigned y, unsigned z, unsigned threads, unsigned shared, unsigned gang,
                                void** arguments)
 {
     using namespace emulated;
-    if (threads > MOST || shared > SHARED || !threads) return 1;
-    if (!stacks) stacks = (char*)malloc(STACK * MOST);
-    entry = kernel, entry_arguments = arguments, grid = {x, y, z}, block_size = {threads, 1, 1};
-    for (unsigned k = 0; k < z; k++)
-        for (unsigned j = 0; j < y; j++)
-            for (unsigned i = 0; i < x; i++) run_block({i, j, k});
+    if (threads > MOST || shared > SHARED || !threads || x % gang) return 1;
+    auto run = [&](unsigned first, unsigned step) {
+        if (!stacks) stacks = (char*)malloc(STACK * MOST), emulated::threads = new Thread[MOST];
+        entry = kernel, entry_arguments = arguments, grid = {x, y, z}, block_size = {threads, 1, 1};
+        for (unsigned k = 0; k < z; k++)
+            for (unsigned j = 0; j < y; j++)
+                for (unsigned i = first; i < x; i += step) run_block({i, j, k});
+    };
+#ifdef EMULATED_GANGS
+    std::vector<std::thread> blocks;  // one of each gang: gangs come one after another as far as they wait for each other
+    for (unsigned b = 0; b < gang; b++) blocks.emplace_back([&, b] {
+        run(b, gang);
+        free(stacks), delete[] emulated::threads;
+    });
+    for (auto& block : blocks) block.join();
+#else
+    if (gang > 1) return 1;
+    run(0, 1);
+#endif
     return 0;
 }
 
@@ -251,11 +275,18 @@ inline unsigned __reduce_add_sync(unsigned, unsigned x) { return emulated_reduce
 inline unsigned __reduce_min_sync(unsigned, unsigned x) { return emulated_reduce(x, [](unsigned a, unsigned b) { return min(a, b); }); }
 inline unsigned __reduce_max_sync(unsigned, unsigned x) { return emulated_reduce(x, [](unsigned a, unsigned b) { return max(a, b); }); }
 
-template <class T> T emulated_swap(T* p, T x) { return std::swap(*p, x), x; }
-template <class T, class U> T atomicAdd(T* p, U x) { return emulated_swap(p, T(*p + T(x))); }
-template <class T, class U> T atomicMin(T* p, U x) { return emulated_swap(p, min(*p, T(x))); }
-template <class T, class U> T atomicMax(T* p, U x) { return emulated_swap(p, max(*p, T(x))); }
-template <class T, class U> T atomicOr(T* p, U x) { return emulated_swap(p, T(*p | T(x))); }
+template <class T, class F> T emulated_update(T* p, F f)
+{
+#ifdef EMULATED_GANGS
+    const std::lock_guard<std::mutex> alone(emulated::atomic);
+#endif
+    const T before = *p;
+    return *p = f(before), before;
+}
+template <class T, class U> T atomicAdd(T* p, U x) { return emulated_update(p, [x](T y) { return T(y + T(x)); }); }
+template <class T, class U> T atomicMin(T* p, U x) { return emulated_update(p, [x](T y) { return min(y, T(x)); }); }
+template <class T, class U> T atomicMax(T* p, U x) { return emulated_update(p, [x](T y) { return max(y, T(x)); }); }
+template <class T, class U> T atomicOr(T* p, U x) { return emulated_update(p, [x](T y) { return T(y | T(x)); }); }
 
 // ---- numbers ------------------------------------------------------------------------------------------------------
 template <class To, class From> To emulated_bits(From x)

@@ -1,5 +1,6 @@
 // The PTX instructions that kernels_cuda uses, as functions of their operands; the names are theirs, with _ for what a name cannot hold.
 #pragma once
+#include <chrono>
 #include "cuda.h"
 
 namespace ptx {
@@ -61,6 +62,16 @@ inline void ld_global_cg_v4_f32(float& x, float& y, float& z, float& w, const vo
 {
     const float* from = (const float*)p;
     x = from[0], y = from[1], z = from[2], w = from[3];
+}
+inline void ld_acquire_gpu_u32(u32& x, const u32* p)  // what waits for another block asks again and again
+{
+    using clock = std::chrono::steady_clock;
+    static thread_local clock::time_point since;
+    static thread_local u32 last;
+    x = __atomic_load_n(p, __ATOMIC_ACQUIRE);
+    if (x != last || since == clock::time_point()) since = clock::now(), last = x;
+    if (clock::now() - since > std::chrono::minutes(5)) emulated::fail("a block waits for one that does not come");
+    std::this_thread::yield();
 }
 inline void prefetch_global_L2(const void*) {}
 

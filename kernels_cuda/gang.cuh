@@ -1,0 +1,37 @@
+// Blocks that wait for each other: a gang is `size` neighbours of a row of the grid (Launch.gang), all of them on the device at once.
+#pragma once
+#include "common.cuh"
+
+#define MOST_GANGS (1 << 16)
+
+__device__ u32 gathered[MOST_GANGS];  // of each gang: how many of its blocks are at a barrier; the top bit changes when all are
+
+__device__ __forceinline__ u32 load_acquire(const u32* p)
+{
+    u32 x;
+    asm volatile("ld.acquire.gpu.u32 %0, [%1];" : "=r"(x) : "l"(p) : "memory");
+    return x;
+}
+
+// All threads of all blocks of a gang; what they wrote to device memory before is then visible to the others (load_shared_by_all). The
+// blocks are a cluster where the launch made them one, whose barrier needs no memory. gang: the same for no two gangs of a launch.
+__device__ __forceinline__ void gang_barrier(int gang, int size)
+{
+#if __CUDA_ARCH__ >= 900
+    u32 blocks;
+    asm volatile("mov.u32 %0, %%cluster_nctaid.x;" : "=r"(blocks));
+    if (blocks > 1) {
+        asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");
+        asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
+        return;
+    }
+#endif
+    __syncthreads();
+    if (threadIdx.x == 0) {
+        __threadfence();  // for the whole block: what it wrote comes before the barrier
+        const u32 own = blockIdx.x % size ? 1 : 0x80000000u - (size - 1);  // together 2^31: the count is 0 again, and the top bit another
+        const u32 before = atomicAdd(&gathered[gang], own);
+        while (!((before ^ load_acquire(&gathered[gang])) & 0x80000000u)) {}
+    }
+    __syncthreads();
+}
