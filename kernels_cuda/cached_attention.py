@@ -75,11 +75,19 @@ def launches(a: dict[str, int], most: dict) -> list[Launch]:
 
 def decode_shared(kinds: int, head_dim: int, stages: int) -> int:
     """Bytes of shared memory: decode_block.cuh, Shared, and the rings of sides or what becomes of them."""
-    warps = WARPS[kinds]
+    return block_bytes(head_dim, WARPS[kinds]) + WARPS[kinds] * ring_bytes(kinds, head_dim, stages)
+
+
+def block_bytes(head_dim: int, warps: int) -> int:
+    """Of Shared."""
     fixed = 4 * HEADS * head_dim + 16 * head_dim + 4 * HEADS * (1 + 2 * warps) + 4 * warps * HEADS * head_dim // 32 + 8 * head_dim
     fixed += 4 * HEADS
-    fixed = -(-(fixed + 80 + 8 * POOLS * FIELDS + 4 * warps * HEADS * 36) // 128) * 128
-    return fixed + warps * max(16 * SIDES + stages * SIDE_BYTES[kinds] * head_dim, 4 * HEADS * head_dim)
+    return -(-(fixed + 80 + 8 * POOLS * FIELDS + 4 * warps * HEADS * 36) // 128) * 128
+
+
+def ring_bytes(kinds: int, head_dim: int, stages: int) -> int:
+    """Of a warp."""
+    return max(16 * SIDES + stages * SIDE_BYTES[kinds] * head_dim, 4 * HEADS * head_dim)
 
 
 def _decode(a, sequences, slots):

@@ -101,8 +101,8 @@ __device__ __forceinline__ void finish(const Call& call, Shared<D, WARPS>& share
 }
 
 // The newest token as if it were a range of its own; with it those pages at both ends of what is read that are still halves, a page for
-// each warp: where a cache has codes the other blocks would read them slowly, from where they are.
-template <int KIND, int D, int WARPS>
+// each warp: where a cache has codes the other blocks would read them slowly, from where they are. PREPARED: q is in shared memory.
+template <int KIND, int D, int WARPS, bool PREPARED = false>
 __device__ __forceinline__ void attend_newest(const Call& call, Shared<D, WARPS>& shared, i64 position)
 {
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, j = lane % 4;
@@ -116,11 +116,11 @@ __device__ __forceinline__ void attend_newest(const Call& call, Shared<D, WARPS>
     {
         Prepared<D, WARPS> prepared;
         Newest<D, WARPS> newest;
-        wait_previous();
-        prepared.load(call, shared.head, shared.row, position);
+        if (!PREPARED) wait_previous(), prepared.load(call, shared.head, shared.row, position);
         newest.load(call, shared.head, shared.row, position);
         newest.store(shared);
-        prepared.store(call, shared);
+        if (PREPARED) __syncthreads();
+        else prepared.store(call, shared);
         for (int h = warp; h < call.group(); h += WARPS) {
             const float x = Newest<D, WARPS>::score(shared, h);
             if (lane == 0) shared.newest[h] = x;
@@ -143,8 +143,9 @@ __device__ __forceinline__ void attend_newest(const Call& call, Shared<D, WARPS>
     finish<F16, D, WARPS>(call, shared, sums, true);
 }
 
-// Pages shared.begin ... shared.end of what is read -> the range's partial result.
-template <int KIND, int D, int WARPS>
+// Pages shared.begin ... shared.end of what is read -> the range's partial result. PREPARED: q is in shared memory, and the range is not
+// the only one.
+template <int KIND, int D, int WARPS, bool PREPARED = false>
 __device__ __forceinline__ void attend_range(const Call& call, Shared<D, WARPS>& shared, i64 position)
 {
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, j = lane % 4;
@@ -180,10 +181,10 @@ __device__ __forceinline__ void attend_range(const Call& call, Shared<D, WARPS>&
         else cp_async_wait<1>();
         __syncwarp();
     };
-    {
+    for (int i = 0; i + 1 < shared.stages; i++) send();  // older pages are not written within a step
+    if (!PREPARED) {
         Prepared<D, WARPS> prepared;
         Newest<D, WARPS> newest;
-        for (int i = 0; i + 1 < shared.stages; i++) send();  // older pages are not written within a step
         wait_previous();
         prepared.load(call, shared.head, shared.row, position);
         if (shared.alone) newest.load(call, shared.head, shared.row, position), newest.store(shared);

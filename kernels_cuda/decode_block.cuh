@@ -26,14 +26,15 @@ template <int D, int WARPS> struct alignas(128) Shared {  // what lies behind it
 
 // q of the group: rotated, times scale * log2 e, to shared memory: as floats, and for each lane as halves of q over its head's largest.
 template <int D, int WARPS> struct Prepared {
-    Turn turns[HEADS / WARPS][D / 32];
+    static constexpr int TURNS = (HEADS + WARPS - 1) / WARPS;  // heads of a warp
+    Turn turns[TURNS][D / 32];
 
     __device__ __forceinline__ void load(const Call& call, int head, int row, i64 position)
     {
         const int group = call.group(), warp = threadIdx.x / 32, lane = threadIdx.x % 32;
         const float* x = at<float>(call.q) + row * call.q_stride + head * group * D;
 #pragma unroll
-        for (int n = 0; n < HEADS / WARPS; n++)
+        for (int n = 0; n < TURNS; n++)
 #pragma unroll
             for (int i = 0; i < D / 32; i++) turns[n][i].load(call, x + min(warp + n * WARPS, group - 1) * D, position, lane + 32 * i);
     }
@@ -41,8 +42,9 @@ template <int D, int WARPS> struct Prepared {
     {
         const int group = call.group(), warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, j = lane % 4;
 #pragma unroll
-        for (int n = 0; n < HEADS / WARPS; n++) {
+        for (int n = 0; n < TURNS; n++) {
             const int h = warp + n * WARPS;
+            if (WARPS > HEADS && h >= HEADS) break;
             float top = 0;
 #pragma unroll
             for (int i = 0; i < D / 32; i++) {

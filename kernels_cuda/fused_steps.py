@@ -1,8 +1,10 @@
-"""Decode steps of one token with fewer kernels: a product takes in the normalisation before it and the sum or gate behind it
-(gemv_around.cuh). All values are written as if every step had run by itself."""
+"""Decode steps with fewer kernels: a product of one token takes in the normalisation before it and the sum or gate behind it
+(gemv_around.cuh), attention the choice of its pages (chosen_attention.py). All values are written as if every step had run by itself."""
 from dataclasses import replace
 
 import numpy as np
+
+from edgeattn.kernels_cuda import chosen_attention
 
 AROUND = np.dtype([(name, "i8") for name in ("gain", "normal", "other", "sum", "gated")]
                   + [(name, "i4") for name in ("epsilon", "activation", "half", "spare")])  # the kernel's struct of that name
@@ -19,6 +21,9 @@ def fuse(steps: list, most: dict) -> list:
             found[-1] = replace(step, arguments=step.arguments | {BEFORE: last.arguments})
         elif last and last.operator == "matmul_nbits" and AFTER not in last.arguments and _follows(step, last.arguments, most):
             found[-1] = replace(last, arguments=last.arguments | {AFTER: step.arguments})
+        elif last and last.operator == "select_pages" and step.operator == "cached_attention" and chosen_attention.takes(
+                last.arguments, step.arguments, most):
+            found[-1] = replace(step, kernel=chosen_attention, arguments=step.arguments | {chosen_attention.CHOICE: last.arguments})
         else:
             found.append(step)
     return found
