@@ -26,7 +26,7 @@ NON_PORTABLE = 14  # CU_FUNC_ATTRIBUTE_NON_PORTABLE_CLUSTER_SIZE_ALLOWED
 
 @dataclass(frozen=True)
 class Plan:
-    """blocks: of a KV head; room: bytes that choosing and attention use one after the other; pages: of a page table; shared: bytes in all"""
+    """blocks: of a KV head; room: bytes for choosing, then for attention; pages: of a page table; shared: bytes in all"""
     blocks: int
     warps: int
     cluster: bool

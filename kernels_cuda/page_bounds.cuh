@@ -48,10 +48,11 @@ template <int D> struct PageTile {
     {
         const int entry = entry_of(table, first, end);
         const Page page(pools, max(entry, 0));
-        const u8* from = at<u8>(page.place(K_PARAMS)) + 16 * (threadIdx.x % 4);
+        const i64 from = entry < 0 ? 0 : page.place(K_PARAMS);  // halves have none
         levels = entry < 0 ? -1 : (float)page.pool[K_LEVELS];
 #pragma unroll
-        for (int i = 0; i < D / 16; i++) x[i] = entry < 0 ? make_uint4(0, 0, 0, 0) : load_stream(from + 64 * i);
+        for (int i = 0; i < D / 16; i++)
+            x[i] = from ? load_stream(at<u8>(from) + 16 * (threadIdx.x % 4) + 64 * i) : make_uint4(0, 0, 0, 0);
     }
     // On their way to the second-level cache.
     static __device__ __forceinline__ void prefetch(const i64* pools, const int* table, int first, int end)

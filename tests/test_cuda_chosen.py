@@ -1,4 +1,4 @@
-"""Choosing pages and attending to them as one launch, against the two launches on the same inputs: lists and their headers, counters, results."""
+"""Choosing pages and attending to them as one launch, against the two launches on the same inputs: lists, headers, counters, results."""
 import numpy as np
 import pytest
 from cuda_device import needs_cuda
@@ -24,8 +24,8 @@ class Both:
         self.stats = xp.zeros(5, np.int64)
         rows = [0 if s in dense else self.cache.selection[s].data.ptr for s in range(len(lengths))]
         self.held = xp.asarray(rows, np.int64)
-        extra = {"batch.positions": self.positions.data.ptr, "selection.shares": self.shares.data.ptr, "batch.selections": self.held.data.ptr,
-                 "selection.stats": self.stats.data.ptr, "selection.components": 0}
+        extra = {"batch.positions": self.positions.data.ptr, "selection.shares": self.shares.data.ptr, "selection.components": 0,
+                 "batch.selections": self.held.data.ptr, "selection.stats": self.stats.data.ptr}
         inputs = {n: self.tensors[n] for n in ("q", "cos", "sin")}
         self.steps = [Step(kernel.__name__, kernel.__name__.rsplit(".", 1)[1], kernel, self.cache.arguments(kernel, given, about, extra), 0)
                       for kernel, given, about in ((select_pages, inputs, case.about | QUEST | options),
