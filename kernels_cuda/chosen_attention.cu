@@ -99,7 +99,7 @@ __device__ __forceinline__ void choose_and_attend(const Selection& a, int blocks
         PageTile<D> tile;
         __syncthreads();
         if (first < end) tile.load(shared.pools, entries, first, end);  // parameters are there before q is
-#pragma unroll 1
+#pragma unroll 4
         for (int later = first + step; later < end; later += step) PageTile<D>::prefetch(shared.pools, entries, later, end);
         {
             Prepared<D, WARPS> prepared;

@@ -16,13 +16,14 @@ def fuse(steps: list, most: dict) -> list:
     """Steps (backend_cuda.Step) of a bucket, `most` -> as many or fewer."""
     found = []
     for step in steps:
+        if getattr(step.kernel, "FOR_PROMPTS", False) and not most.get("listed"):  # launches nothing, and stands between neighbours
+            continue
         last = found[-1] if found else None
         if last and step.operator == "matmul_nbits" and _normalises(last, step.arguments, most):
             found[-1] = replace(step, arguments=step.arguments | {BEFORE: last.arguments})
         elif last and last.operator == "matmul_nbits" and AFTER not in last.arguments and _follows(step, last.arguments, most):
             found[-1] = replace(last, arguments=last.arguments | {AFTER: step.arguments})
-        elif last and last.operator == "select_pages" and step.operator == "cached_attention" and chosen_attention.takes(
-                last.arguments, step.arguments, most):
+        elif last and _chooses(last, step, most):
             found[-1] = replace(step, kernel=chosen_attention, arguments=step.arguments | {chosen_attention.CHOICE: last.arguments})
         else:
             found.append(step)
@@ -53,6 +54,12 @@ def _follows(step, a, most) -> bool:
     if step.operator == "gated_activation" and (b["x"] != a["out"] or a["N"] % 32):
         return False
     return b["x.width"] == a["N"] and _apart(read, a["K"], b["out"], width) and _apart(a["out"], a["N"], b["out"], width)
+
+
+def _chooses(last, step, most) -> bool:
+    """Whether attention takes in the choice of its pages."""
+    both = last.operator == "select_pages" and step.operator == "cached_attention"
+    return both and chosen_attention.takes(last.arguments, step.arguments, most)
 
 
 def _apart(x: int, n: int, y: int, m: int) -> bool:

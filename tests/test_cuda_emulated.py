@@ -12,7 +12,7 @@ from emulated_gpu.translate import translate
 
 TESTS = Path(__file__).parent
 PARTS = {  # run side by side, for two cores; a GPU runs all of them
-    "products and models": "test_cuda_kernels.py test_cuda_fused.py test_cuda_tiny.py "
+    "products and models": "test_cuda_kernels.py test_cuda_fused.py test_cuda_tiny.py test_cuda_chosen.py "
                            "-k 'not (caote or zipvl or h2o and int4 or snapkv and f16 or int2)'",
     "attention": "test_cuda_attention.py test_cuda_prefill.py "
                  "-k '(not behind or 64 and f16) and (shape4 or not (lists_are or lines_are or delta_adds) or shape3 and int4) "
