@@ -51,7 +51,8 @@ PASS_ON = r"""
 extern "C" __global__ void pass_on(i64 from, i64 size)
 {
     DYNAMIC_SHARED(u32, own);
-    const int gang = (int)(blockIdx.y * (gridDim.x / size) + blockIdx.x / size), next = (int)(blockIdx.x / size * size + (blockIdx.x + 1) % size);
+    const int gang = (int)(blockIdx.y * (gridDim.x / size) + blockIdx.x / size);
+    const int next = (int)(blockIdx.x / size * size + (blockIdx.x + 1) % size);
     u32* x = reinterpret_cast<u32*>(from) + blockIdx.y * gridDim.x;
     for (int turn = 0; turn < 5; turn++) {
         if (threadIdx.x == 0) own[0] = x[next] + 1;
