@@ -18,7 +18,7 @@ enum Header { COUNT, SLOTS, AGE, INTERVAL, HEADER };  // of a list (selections.p
 struct Call {
     CALL_ARGS(AS_FIELD)
 
-    __device__ __forceinline__ int group() const { return (int)(num_heads / kv_heads); }
+    __device__ __forceinline__ int group() const { return (int)((u32)num_heads / (u32)kv_heads); }  // of 64 bits it would be a call
     __device__ __forceinline__ float scale() const { return __int_as_float((int)scale_bits); }
     __device__ __forceinline__ int sequences() const { return (int)at<i64>(state)[sequences_index]; }
     __device__ __forceinline__ int tokens() const { return (int)at<i64>(state)[tokens_index]; }

@@ -2,6 +2,10 @@
 #pragma once
 #include "common.cuh"
 
+#if __CUDA_ARCH__ >= 900
+#define CLUSTERS  // blocks that the hardware starts together and that reach each other's shared memory
+#endif
+
 #define MOST_GANGS (1 << 16)
 
 __device__ u32 gathered[MOST_GANGS];  // of each gang: how many of its blocks are at a barrier; the top bit changes when all are
@@ -34,4 +38,38 @@ __device__ __forceinline__ void gang_barrier(int gang, int size)
         while (!((before ^ load_acquire(&gathered[gang])) & 0x80000000u)) {}
     }
     __syncthreads();
+}
+
+// ---- of a cluster alone; nothing where there are none. Threads that have ended count as arrived. ---------------------------------------
+__device__ __forceinline__ void cluster_arrive()  // what was written before, to shared memory of any block too, is there after all waited
+{
+#ifdef CLUSTERS
+    asm volatile("barrier.cluster.arrive.release;" ::: "memory");
+#endif
+}
+
+__device__ __forceinline__ void cluster_wait()
+{
+#ifdef CLUSTERS
+    asm volatile("barrier.cluster.wait.acquire;" ::: "memory");
+#endif
+}
+
+// To the place in block `rank` of the cluster that `own` is in this one. Once all have begun: a barrier before.
+__device__ __forceinline__ void store_to_block(float4* own, int rank, float4 x)
+{
+#ifdef CLUSTERS
+    u32 there;
+    asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(there) : "r"(shared_address(own)), "r"(rank));
+    asm volatile("st.shared::cluster.v4.f32 [%0], {%1, %2, %3, %4};" ::"r"(there), "f"(x.x), "f"(x.y), "f"(x.z), "f"(x.w) : "memory");
+#endif
+}
+
+__device__ __forceinline__ void store_to_block(float2* own, int rank, float2 x)
+{
+#ifdef CLUSTERS
+    u32 there;
+    asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(there) : "r"(shared_address(own)), "r"(rank));
+    asm volatile("st.shared::cluster.v2.f32 [%0], {%1, %2};" ::"r"(there), "f"(x.x), "f"(x.y) : "memory");
+#endif
 }

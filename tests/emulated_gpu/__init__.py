@@ -40,7 +40,7 @@ def _library(name):
     made = compile._cache_folder() / "cuda" / f"{name}-emulated-{key}.so"
     if not made.is_file():
         made.parent.mkdir(parents=True, exist_ok=True)
-        gangs = ["-DEMULATED_GANGS"] if "gang_barrier" in text else []
+        gangs = ["-DEMULATED_GANGS", "-DCLUSTERS"] if "gang_barrier" in text else []
         plain = _run(["-E", "-P", *gangs, f"-I{HERE}", "-"], text)
         kernels = re.findall(r'extern\s*"C"\s*void\s+(\w+)\s*\(', plain)
         entries = "".join(f'extern "C" void entry_{k}(void** arguments) {{ emulated::call({k}, arguments); }}\n' for k in kernels
@@ -91,3 +91,4 @@ def install() -> None:
     compile.function, steps._launch, steps.Graph = _function, _launch, _Graph
     for asking in (attention_call, cached_attention):
         asking.attribute = ATTRIBUTES.__getitem__
+    cached_attention.overlaps, cached_attention.clusters_at_once = lambda: True, lambda launch: 1 << 16
