@@ -1,8 +1,8 @@
 // Decode attention: a block is one KV head of a sequence and one range of its pages, with all query heads of the group. Its warps take
 // pages in turn, which come through rings in shared memory, keys and values in turn, while others are computed on. The newest token is in
-// no page yet: a block of its own rotates it, attends to it and writes it, and takes the pages at both ends that are no codes. A step is one
-// launch: who puts the ranges together, Merge tells. Of few pages there is one range, whose block has the newest token as well and nothing
-// to merge with.
+// no page yet: a block of its own rotates it, attends to it and writes it, and takes the pages at both ends that are no codes. A step is
+// one launch; who puts the ranges together, Merge tells. Of few pages there is one range, whose block has the newest token as well and
+// nothing to merge with.
 //   grid    (ranges + 1, kv_heads, sequences); sequences with more than one row are left to the kernels of prefill
 //   block   32 * WARPS threads
 //   shared  Shared<D, WARPS>, then for each warp the places of sides and `stages` sides, 2 or 3 (warp_bytes); in a cluster Received
@@ -40,8 +40,9 @@ __device__ __forceinline__ void attend_newest(const Call& call, Shared<D, WARPS>
     {
         Prepared<D, WARPS> prepared;
         Newest<D, WARPS> newest;
+        prepared.load_angles(call, position);
         wait_previous();
-        prepared.load(call, shared.head, shared.row, position);
+        prepared.load(call, shared.head, shared.row);
         newest.load(call, shared.head, shared.row, position);
         newest.store(shared);
         prepared.store(call, shared);
@@ -125,8 +126,9 @@ __device__ __forceinline__ void attend_range(const Call& call, Shared<D, WARPS>&
         for (u32 i = 0; i + 1 < stages; i++) send(false);
         if (lane >= 2) place(others, begin);
         __syncwarp();
+        prepared.load_angles(call, position);
         wait_previous();
-        prepared.load(call, shared.head, shared.row, position);
+        prepared.load(call, shared.head, shared.row);
         if (shared.alone) newest.load(call, shared.head, shared.row, position), newest.store(shared);
         prepared.store(call, shared);
         for (int h = warp; shared.alone && h < call.group(); h += WARPS) {
@@ -198,7 +200,7 @@ __device__ __forceinline__ void decode(const Call& call, int stages, int merge)
     Received<D>* received = nullptr;
     if (IN_CLUSTER) {
         received = reinterpret_cast<Received<D>*>(reinterpret_cast<u8*>(&shared + 1) + WARPS * warp_bytes<KIND, D>(stages));
-        if (!alone) cluster_arrive();
+        if (!alone) cluster_arrive_first();
     }
     if (range == used) {
         attend_newest<KIND, D, WARPS>(call, shared, position, received);

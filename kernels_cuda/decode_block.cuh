@@ -29,15 +29,25 @@ template <int D, int WARPS> struct Prepared {
     static constexpr int EACH = WARPS < HEADS ? HEADS / WARPS : 1;  // heads of a warp, of the first ones
     Turn turns[EACH][D / 32];
 
-    __device__ __forceinline__ void load(const Call& call, int head, int row, i64 position)
+    __device__ __forceinline__ void load_angles(const Call& call, i64 position)
+    {
+        if ((int)threadIdx.x / 32 >= min(HEADS, call.group())) return;
+#pragma unroll
+        for (int i = 0; i < D / 32; i++) {
+            turns[0][i].load_angle(call, position, threadIdx.x % 32 + 32 * i);
+            for (int n = 1; n < EACH; n++) turns[n][i] = turns[0][i];
+        }
+    }
+    __device__ __forceinline__ void load(const Call& call, int head, int row)  // when the kernel that writes q has ended
     {
         const int group = call.group(), warp = threadIdx.x / 32, lane = threadIdx.x % 32;
         const float* x = at<float>(call.q) + row * call.q_stride + head * group * D;
-        if (warp >= HEADS) return;
 #pragma unroll
-        for (int n = 0; n < EACH; n++)
+        for (int n = 0; n < EACH; n++) {
+            if (warp + n * WARPS >= group) break;
 #pragma unroll
-            for (int i = 0; i < D / 32; i++) turns[n][i].load(call, x + min(warp + n * WARPS, group - 1) * D, position, lane + 32 * i);
+            for (int i = 0; i < D / 32; i++) turns[n][i].load_channel(call, x + (warp + n * WARPS) * D, lane + 32 * i);
+        }
     }
     __device__ __forceinline__ void store(const Call& call, Shared<D, WARPS>& shared) const
     {
@@ -47,10 +57,14 @@ template <int D, int WARPS> struct Prepared {
             const int h = warp + n * WARPS;
             if (h >= HEADS) break;
             float top = 0;
+            if (h >= group) {
+                for (int i = 0; i < D / 32; i++) shared.q[h][lane + 32 * i] = 0;
+            } else {
 #pragma unroll
-            for (int i = 0; i < D / 32; i++) {
-                const float y = h < group ? turns[n][i].value() * call.scale() * LOG2E : 0;
-                shared.q[h][lane + 32 * i] = y, top = fmaxf(top, fabsf(y));
+                for (int i = 0; i < D / 32; i++) {
+                    const float y = turns[n][i].value() * call.scale() * LOG2E;
+                    shared.q[h][lane + 32 * i] = y, top = fmaxf(top, fabsf(y));
+                }
             }
             top = fmaxf(warp_max(top), 1e-30f);
             if (lane == 0) shared.norms[h] = top;

@@ -47,19 +47,19 @@ template <int D> struct Sums {
     }
 };
 
-// Where a block's partial result goes: to memory, or in a cluster to those of its blocks that put the channels together, each a share of the
-// pieces of four channels. There a piece of range r has place r * share + its number in the share.
-#define MOST_CLUSTER 16
-#define SENT_BYTES 24  // of a piece: four channels, the reference of weights and their sum
-
+// Each block of a KV head puts a share of the output together, counted in pieces of four channels.
 __device__ __forceinline__ int share_of(int pieces, int blocks) { return (pieces + blocks - 1) / blocks; }
 
-template <int D> struct Received {  // behind all other shared memory
+// What the blocks of a cluster have sent to one of them of its share, behind all other shared memory: of piece n of the share, from range
+// r, at r * share + n the weighted values and about these the reference of weights and their sum.
+#define MOST_CLUSTER 16
+template <int D> struct Received {
     float4 values[HEADS * D / 4 + MOST_CLUSTER];
     float2 about[HEADS * D / 4 + MOST_CLUSTER];
 };
 
-// Sums of the warps, and with `newest` the newest token -> the range's partial result, or of the only range the output.
+// Sums of the warps, and with `newest` the newest token -> the range's partial result, in memory or in a cluster `received` by those whose
+// share it is; of the only range the output.
 template <int KIND, int D, int WARPS>
 __device__ __forceinline__ void finish(const Call& call, Shared<D, WARPS>& shared, const Sums<D>& sums, bool newest, Received<D>* received)
 {

@@ -17,6 +17,13 @@ __device__ __forceinline__ u32 load_acquire(const u32* p)
     return x;
 }
 
+__device__ __forceinline__ u32 add_release(u32* p, u32 x)  // a fence of all of this GPU, which costs less than __threadfence()
+{
+    u32 before;
+    asm volatile("atom.add.release.gpu.u32 %0, [%1], %2;" : "=r"(before) : "l"(p), "r"(x) : "memory");
+    return before;
+}
+
 // All threads of all blocks of a gang; what they wrote to device memory before is then visible to the others (load_shared_by_all). The
 // blocks are a cluster where the launch made them one, whose barrier needs no memory. gang: the same for no two gangs of a launch.
 __device__ __forceinline__ void gang_barrier(int gang, int size)
@@ -32,15 +39,21 @@ __device__ __forceinline__ void gang_barrier(int gang, int size)
 #endif
     __syncthreads();
     if (threadIdx.x == 0) {
-        __threadfence();  // for the whole block: what it wrote comes before the barrier
         const u32 own = blockIdx.x % size ? 1 : 0x80000000u - (size - 1);  // together 2^31: the count is 0 again, and the top bit another
-        const u32 before = atomicAdd(&gathered[gang], own);
+        const u32 before = add_release(&gathered[gang], own);  // for the whole block: what it wrote comes before the barrier
         while (!((before ^ load_acquire(&gathered[gang])) & 0x80000000u)) {}
     }
     __syncthreads();
 }
 
 // ---- of a cluster alone; nothing where there are none. Threads that have ended count as arrived. ---------------------------------------
+__device__ __forceinline__ void cluster_arrive_first()  // nothing was written before: that a block has begun is all there is to tell
+{
+#ifdef CLUSTERS
+    asm volatile("barrier.cluster.arrive.relaxed;" ::: "memory");
+#endif
+}
+
 __device__ __forceinline__ void cluster_arrive()  // what was written before, to shared memory of any block too, is there after all waited
 {
 #ifdef CLUSTERS

@@ -18,7 +18,8 @@ import numpy as np
 from emulated_gpu.translate import translate
 
 HERE = Path(__file__).parent
-COMPILER = "g++", "-std=c++17", "-O1", "-w", "-x", "c++", "-fno-strict-aliasing", "-ffp-contract=off"
+COMPILER = "g++", "-std=c++17", "-O1", "-w", "-x", "c++", "-fno-strict-aliasing", "-ffp-contract=off", \
+    "-fno-gnu-unique"  # each library has variables of its own
 ABOUT = dict(name="emulation", capability=87, processors=8, shared_bytes=163 << 10, integrated=False, memory_clock_mhz=1, memory_bus_bits=1,
              clock_mhz=1, l2_bytes=1 << 20, memory_bytes=1 << 30, driver_cuda="none", cupy="none")  # an Orin's limits
 ATTRIBUTES = {"MultiProcessorCount": ABOUT["processors"], "MaxSharedMemoryPerMultiprocessor": 164 << 10}

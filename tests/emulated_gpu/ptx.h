@@ -63,6 +63,7 @@ inline void ld_global_cg_v4_f32(float& x, float& y, float& z, float& w, const vo
     const float* from = (const float*)p;
     x = from[0], y = from[1], z = from[2], w = from[3];
 }
+inline void atom_add_release_gpu_u32(u32& before, u32* p, u32 x) { before = __atomic_fetch_add(p, x, __ATOMIC_ACQ_REL); }
 inline void ld_acquire_gpu_u32(u32& x, const u32* p)  // what waits for another block asks again and again
 {
     using clock = std::chrono::steady_clock;
@@ -75,6 +76,7 @@ inline void ld_acquire_gpu_u32(u32& x, const u32* p)  // what waits for another 
 }
 
 // Of a cluster: a block's shared memory, told from others by the address' upper bits.
+inline void barrier_cluster_arrive_relaxed() { emulated::arrive_cluster(); }
 inline void barrier_cluster_arrive_release() { emulated::arrive_cluster(); }
 inline void barrier_cluster_wait_acquire() { emulated::wait_cluster(); }
 inline void mapa_shared__cluster_u32(u32& to, u32 own, int rank) { to = own | rank << 24; }
