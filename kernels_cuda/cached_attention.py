@@ -8,7 +8,7 @@ from edgeattn.kernels_cuda.attention_call import (BLOCKS, CALL, HEADS, MOST_PLAC
                                                   ranges_of)
 from edgeattn.kernels_cuda.page_pool import ANY, FIELDS, HALVES, INT4, MIXED, POOLS
 from edgeattn.kernels_cuda.paged_cache import PagedCache
-from edgeattn.kernels_cuda.steps import Launch, clusters_at_once, overlaps
+from edgeattn.kernels_cuda.steps import Launch, gangs_at_once, overlaps
 from edgeattn.page_formats import PageFormat
 
 LATER = "selection.thresholds", "cache.progressive"  # what only the CPU does
@@ -98,19 +98,20 @@ def decode_launch(merge: int, a: dict[str, int], sequences: int, slots: int) -> 
     blocks = min(MOST_CLUSTER, processors() // places) if clusters else ranges_of(places, slots) + 1
     if clusters and (not overlaps() or kinds == MIXED or 4 * blocks * places < 3 * processors()):
         return None
+    if merge != LAST and blocks < FEWEST_BLOCKS:
+        return None
     each = 1 if clusters else BLOCKS  # blocks of a processor
     warps, room = WARPS[kinds] * BLOCKS // each, attribute("MaxSharedMemoryPerMultiprocessor") // each - 1024
     received = 24 * (HEADS * depth // 4 + MOST_CLUSTER) if clusters else 0
     sizes = {stages: decode_shared(kinds, depth, stages, warps) + received for stages in (3, 2)}
     stages = next((stages for stages, size in sizes.items() if size <= room), 2)
-    together = blocks >= FEWEST_BLOCKS and sizes[stages] <= room
-    if merge == GANG and not (together and blocks * places <= BLOCKS * processors()) or clusters and not together:
+    if clusters and sizes[stages] > room:
         return None
     kernel = compile.function("cached_attention", f"{'cluster' if clusters else 'decode'}_{DECODE[kinds]}_{depth}", sizes[stages])
     args = (*call_args(a), np.int64(stages), np.int64(merge))
     launch = Launch(kernel, (blocks, a["kv_heads"], sequences), 32 * warps, args, sizes[stages], overlap=True,
                     gang=1 if merge == LAST else blocks, cluster=clusters)
-    return None if clusters and clusters_at_once(launch) < places else launch
+    return launch if merge == LAST or gangs_at_once(launch) >= places else None
 
 
 def write(a: dict[str, int], tokens: int, which: int) -> Launch:

@@ -77,13 +77,13 @@ __device__ __forceinline__ void attend_range(const Call& call, Shared<D, WARPS>&
     const u32 stages = shared.stages, ring_bytes = stages * SIDE;
     Place* places = reinterpret_cast<Place*>(reinterpret_cast<u8*>(&shared + 1) + warp * warp_bytes<KIND, D>(stages));
     u8* ring = reinterpret_cast<u8*>(places + SIDES);
-    const int stride = shared.used * WARPS, begin = shared.begin + shared.range * WARPS + warp, end = shared.end;
+    const int stride = shared.used * WARPS, begin = shared.begin + shared.range * WARPS + warp;
 
     int logical = 0;  // of the page whose side is places[lane]
     auto find = [&](int from) {  // of the next SIDES sides, a lane each: the table's entry
         const int mine = from + stride * (lane / 2);
-        logical = mine < end ? shared.list ? shared.list[HEADER + mine] : shared.first + mine : 0;
-        return mine < end ? shared.table[logical] : -1;
+        logical = mine < shared.end ? shared.list ? shared.list[HEADER + mine] : shared.first + mine : 0;
+        return mine < shared.end ? shared.table[logical] : -1;
     };
     auto place = [&](int found, int from) {  // what is computed of addresses is computed here
         if (found >= 0 && KIND != F16 && shared.apart && shared.at_an_end(from + stride * (lane / 2)) && of_halves(shared.pools, found))
@@ -93,7 +93,7 @@ __device__ __forceinline__ void attend_range(const Call& call, Shared<D, WARPS>&
     u32 sent = 0, into = 0, out_of = 0;
     int ahead = begin;  // the page whose side is sent next
     auto send = [&](bool looks_up) {  // that side, if there is one
-        if (ahead < end) {
+        if (ahead < shared.end) {
             if (looks_up && sent % SIDES == 0) {
                 const int found = find(ahead);
                 __syncwarp();
@@ -117,7 +117,7 @@ __device__ __forceinline__ void attend_range(const Call& call, Shared<D, WARPS>&
         Prepared<D, WARPS> prepared;
         Newest<D, WARPS> newest;
         // The first page's sides leave before other places are known. Older pages are not written within a step.
-        if (begin >= end) entry = -1;
+        if (begin >= shared.end) entry = -1;
         else if (shared.list) entry = shared.table[shared.list[HEADER + begin]];
         else if (shared.first || (KIND == F16 && shared.alone)) entry = shared.table[shared.first + begin];
         const int others = find(begin);
@@ -140,7 +140,7 @@ __device__ __forceinline__ void attend_range(const Call& call, Shared<D, WARPS>&
     Sums<D> sums;
     float* scores = shared.scores[warp];
     u32 side = 0;
-    for (int page = begin; page < end; page += stride, side += 2) {
+    for (int page = begin; page < shared.end; page += stride, side += 2) {
         const i64 keys = places[side % SIDES].codes, values = places[side % SIDES + 1].codes;  // send() may look up the next ones
         const int start = __shfl_sync(FULL_WARP, logical, side % SIDES) * PAGE;
         arrive();

@@ -72,12 +72,16 @@ def _launch(launch: Launch, stream: int) -> None:
         raise RuntimeError(f"CUDA error {status} at launching {launch}")
 
 
-def clusters_at_once(launch: Launch) -> int:
-    """How many of a launch's clusters the device holds at once; 0: it cannot make them so large."""
-    found, (config, function, *_) = ctypes.c_int(), _arguments(replace(launch, overlap=False), 0)
-    if not overlaps() or device.driver().cuFuncSetAttribute(function, ANY_CLUSTER, 1):
-        return 0
-    return 0 if device.driver().cuOccupancyMaxActiveClusters(ctypes.byref(found), function, ctypes.byref(config)) else found.value
+def gangs_at_once(launch: Launch) -> int:
+    """How many of a launch's gangs the device holds at once; 0: it cannot make such clusters."""
+    found, driver, (config, function, *_) = ctypes.c_int(), device.driver(), _arguments(replace(launch, overlap=False), 0)
+    to = ctypes.byref(found)
+    if not launch.cluster:
+        driver.cuOccupancyMaxActiveBlocksPerMultiprocessor(to, function, launch.block, ctypes.c_size_t(launch.shared))
+        return found.value * device.about()["processors"] // launch.gang
+    if overlaps() and not driver.cuFuncSetAttribute(function, ANY_CLUSTER, 1):
+        driver.cuOccupancyMaxActiveClusters(to, function, ctypes.byref(config))
+    return found.value
 
 
 def run(launches: list[Launch], stream=None) -> None:

@@ -149,7 +149,7 @@ def test_the_way_to_merge_is_one_that_the_device_can_do(monkeypatch, sequences, 
     from edgeattn.kernels_cuda import attention_call, cached_attention, device
     for asking in (attention_call, cached_attention):
         monkeypatch.setattr(asking, "attribute", {"MultiProcessorCount": 132, "MaxSharedMemoryPerMultiprocessor": 228 << 10}.__getitem__)
-    monkeypatch.setattr(cached_attention, "clusters_at_once", lambda launch: at_once)
+    monkeypatch.setattr(cached_attention, "gangs_at_once", lambda launch: at_once if launch.cluster else 264 // launch.gang)
     case = Case(types, 128, 4, [1500] * sequences, [1] * sequences, kv_heads=8)
     tensors = {name: device.cupy().asarray(x) for name, x in dict(q=case.q, k=case.k, v=case.v, cos=case.cos, sin=case.sin,
                                                                   out=case.q).items()}

@@ -73,6 +73,12 @@ def _launch(launch, stream):
         raise RuntimeError(f"a block that no GPU takes: {launch}")
 
 
+def _gangs_at_once(launch):
+    from edgeattn.kernels_cuda import attention_call
+    processor = ATTRIBUTES["MaxSharedMemoryPerMultiprocessor"]
+    return attention_call.processors() * (processor // (launch.shared + 1024)) // launch.gang
+
+
 class _Graph:
     """steps.Graph: the same launches again."""
 
@@ -92,4 +98,4 @@ def install() -> None:
     compile.function, steps._launch, steps.Graph = _function, _launch, _Graph
     for asking in (attention_call, cached_attention):
         asking.attribute = ATTRIBUTES.__getitem__
-    cached_attention.overlaps, cached_attention.clusters_at_once = lambda: True, lambda launch: 1 << 16
+    cached_attention.overlaps, cached_attention.gangs_at_once = lambda: True, _gangs_at_once

@@ -59,7 +59,7 @@ struct Copy { void* to; const void* from; int bytes, size; };  // size: how many
 struct Thread {
     void* stack;
     bool done;
-    unsigned cluster_turn;                   // of the cluster's barrier, when the thread arrived
+    unsigned cluster_turn;                   // of the cluster's barrier, at which the thread arrived last
     uint64_t slot[4];                        // what other threads of the warp may read
     std::vector<std::vector<Copy>> copies;   // asynchronous ones, by group; the last group is open
 };
@@ -195,7 +195,7 @@ inline void start()
     living--, warp_living[warp]--;
     {
         const std::lock_guard<std::mutex> alone(atomic);
-        cluster->living--;
+        cluster->living--, cluster->arrived -= threads[now].cluster_turn == cluster->turn;
         pass_cluster();
     }
     if (living && block_barrier.arrived == living) pass(block_barrier);
@@ -218,7 +218,7 @@ inline void run_block(dim3 place)
         void** top = (void**)(stacks + STACK * (t + 1)) - 2;
         top[0] = (void*)start, top[1] = nullptr;
         memset(top - 6, 0, 6 * sizeof(void*));  // the registers that a switch takes from the stack
-        threads[t].stack = top - 6, threads[t].done = false;
+        threads[t].stack = top - 6, threads[t].done = false, threads[t].cluster_turn = -1;
         threads[t].copies.assign(1, {});
     }
     now = 0;
