@@ -64,8 +64,7 @@ __device__ __forceinline__ void merge_ranges(const Call& call, int place, int s,
         total = warp_sum(lane < used ? total : 0) + dropped;
         if (lane == 0) own[MOST_RANGES] = dropped, own[MOST_RANGES + 1] = total > 0 ? 1 / total : 0;
     }
-    const int shares = max(1, min(min((int)blockDim.x, 256) / items, 4));  // threads of one item; `parts` below has room for 256
-    const int share = shares > 1 ? threadIdx.x / items : 0;
+    const int shares = max(1, min((int)blockDim.x / items, 4)), share = shares > 1 ? threadIdx.x / items : 0;  // threads of one item
     const int one = shares > 1 ? threadIdx.x % items : threadIdx.x;
     float4 x[MOST_ITEMS] = {};
     for (int r0 = 0; r0 < used; r0 += together) {

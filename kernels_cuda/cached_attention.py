@@ -8,14 +8,16 @@ from edgeattn.kernels_cuda.attention_call import (BLOCKS, CALL, HEADS, MOST_PLAC
                                                   ranges_of)
 from edgeattn.kernels_cuda.page_pool import ANY, FIELDS, HALVES, INT4, MIXED, POOLS
 from edgeattn.kernels_cuda.paged_cache import PagedCache
-from edgeattn.kernels_cuda.steps import Launch
+from edgeattn.kernels_cuda.steps import Launch, gangs_at_once, overlaps
 from edgeattn.page_formats import PageFormat
 
 LATER = "selection.thresholds", "cache.progressive"  # what only the CPU does
 ARGS = (*CALL, "cache.kinds", "batch.chunks", "prefill.correction", *attention_mass.MASS, *LATER)
-DECODE = {HALVES: "decode_f16", INT4: "decode_int4", MIXED: "decode_mixed"}
+DECODE = {HALVES: "f16", INT4: "int4", MIXED: "mixed"}
 ONE_ROW, MORE_ROWS = 1, 2
-WARPS = {HALVES: 4, INT4: 8, MIXED: 8}          # of a block of decode
+LAST, GANG, CLUSTER = range(3)  # which blocks put the ranges of a KV head together (decode.cuh, Merge)
+FEWEST_BLOCKS, MOST_CLUSTER = 8, 16  # of a KV head, where they merge together
+WARPS = {HALVES: 4, INT4: 8, MIXED: 8}          # of a block of decode, where two share a processor; twice as many where one has it
 SIDE_BYTES = {HALVES: 64, INT4: 20, MIXED: 36}  # of a page's keys or values in shared memory, for each channel
 SIDES = 32  # whose places a warp of decode keeps in shared memory
 ROWS_SHARED = 4 * (5 * HEADS * 256 + 4 * HEADS * 34)  # attention_rows.cu, Rows
@@ -73,9 +75,9 @@ def launches(a: dict[str, int], most: dict) -> list[Launch]:
     return found + attention_mass.launches(a, most)
 
 
-def decode_shared(kinds: int, head_dim: int, stages: int) -> int:
+def decode_shared(kinds: int, head_dim: int, stages: int, warps: int) -> int:
     """Bytes of shared memory: decode_block.cuh, Shared, and the rings of sides or what becomes of them."""
-    return block_bytes(head_dim, WARPS[kinds]) + WARPS[kinds] * ring_bytes(kinds, head_dim, stages)
+    return block_bytes(head_dim, warps) + warps * ring_bytes(kinds, head_dim, stages)
 
 
 def block_bytes(head_dim: int, warps: int) -> int:
@@ -87,18 +89,38 @@ def block_bytes(head_dim: int, warps: int) -> int:
 
 def ring_bytes(kinds: int, head_dim: int, stages: int) -> int:
     """Of a warp."""
-    return max(16 * SIDES + stages * SIDE_BYTES[kinds] * head_dim, 4 * HEADS * head_dim)
+    return max(16 * SIDES + stages * SIDE_BYTES[kinds] * head_dim, 4 * HEADS * (head_dim + 4))
+
+
+def merges() -> tuple[int, ...]:
+    """Ways to merge, the ones to be preferred first: of those that the device can do the first one is taken."""
+    return CLUSTER, GANG, LAST
 
 
 def _decode(a, sequences, slots):
-    kinds, depth = a["cache.kinds"], a["head_dim"]
-    ranges = ranges_of(sequences * a["kv_heads"], slots)
-    room = attribute("MaxSharedMemoryPerMultiprocessor") // BLOCKS - 1024
-    sizes = {stages: decode_shared(kinds, depth, stages) for stages in (3, 2)}
+    return next(launch for launch in (decode_launch(merge, a, sequences, slots) for merge in merges()) if launch)
+
+
+def decode_launch(merge: int, a: dict[str, int], sequences: int, slots: int) -> Launch | None:
+    """None: the device cannot merge that way, or it would leave it half idle."""
+    kinds, depth, places, clusters = a["cache.kinds"], a["head_dim"], sequences * a["kv_heads"], merge == CLUSTER
+    blocks = min(MOST_CLUSTER, processors() // places) if clusters else ranges_of(places, slots) + 1
+    if clusters and (not overlaps() or kinds == MIXED or 4 * blocks * places < 3 * processors()):
+        return None
+    if merge != LAST and blocks < FEWEST_BLOCKS:
+        return None
+    each = 1 if clusters else BLOCKS  # blocks of a processor
+    warps, room = WARPS[kinds] * BLOCKS // each, attribute("MaxSharedMemoryPerMultiprocessor") // each - 1024
+    received = 24 * (HEADS * depth // 4 + MOST_CLUSTER) if clusters else 0
+    sizes = {stages: decode_shared(kinds, depth, stages, warps) + received for stages in (3, 2)}
     stages = next((stages for stages, size in sizes.items() if size <= room), 2)
-    kernel = compile.function("cached_attention", f"{DECODE[kinds]}_{depth}", sizes[stages])
-    args = (*call_args(a), np.int64(ranges + 1), np.int64(stages))
-    return Launch(kernel, (a["kv_heads"] * (ranges + 1), sequences, 1), 32 * WARPS[kinds], args, sizes[stages], overlap=True)
+    if clusters and sizes[stages] > room:
+        return None
+    kernel = compile.function("cached_attention", f"{'cluster' if clusters else 'decode'}_{DECODE[kinds]}_{depth}", sizes[stages])
+    args = (*call_args(a), np.int64(stages), np.int64(merge))
+    launch = Launch(kernel, (blocks, a["kv_heads"], sequences), 32 * warps, args, sizes[stages], overlap=True,
+                    gang=1 if merge == LAST else blocks, cluster=clusters)
+    return launch if merge == LAST or gangs_at_once(launch) >= places else None
 
 
 def write(a: dict[str, int], tokens: int, which: int) -> Launch:

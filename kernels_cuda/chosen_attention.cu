@@ -1,8 +1,8 @@
 // A decode step's choice of pages and its attention to them as one launch: what select_pages does by bounds out of the parameters of
 // quantised keys, each KV head by itself, and the decode kernels behind it. The blocks of a KV head are a gang. Each scores its part of
-// the pages; once all scores are there, every block finds the best pages by itself and takes its share of them. The last one, which has
-// the newest token as in decode.cuh, writes the list for later steps.
-//   grid    (kv_heads * blocks, sequences), a KV head's blocks side by side
+// the pages; once all scores are there, every block finds the best pages by itself and takes its share of them. The one that has the
+// newest token, as in decode.cuh, writes the list for later steps.
+//   grid    (blocks, kv_heads, sequences)
 //   shared  Shared<D, WARPS>; `room` bytes: weights, Best and scores, then what decode keeps there; `pages` ints, the page table; the list
 #include "best_pages.cuh"
 #include "decode.cuh"
@@ -59,7 +59,7 @@ __device__ __forceinline__ void keep_list(const Selection& a, const Choice& c, B
 }
 
 template <int KIND, int D, int WARPS>
-__device__ __forceinline__ void choose_and_attend(const Selection& a, int blocks, int stages, int room, int pages)
+__device__ __forceinline__ void choose_and_attend(const Selection& a, int stages, int room, int pages)
 {
     DYNAMIC_SHARED(uint4, memory);
     Shared<D, WARPS>& shared = *reinterpret_cast<Shared<D, WARPS>*>(memory);
@@ -72,7 +72,7 @@ __device__ __forceinline__ void choose_and_attend(const Selection& a, int blocks
     int* const list = table + pages;
     const Call& call = a.call;
     // Nothing of this changes within a step but by this kernel. Loads that do not depend on each other go together.
-    const int s = blockIdx.y, head = blockIdx.x / blocks, own = blockIdx.x % blocks;
+    const int s = blockIdx.z, head = blockIdx.y, own = blockIdx.x, blocks = gridDim.x;
     const int sequences = call.sequences(), row = call.first_row(s), next_row = call.first_row(s + 1);
     const bool selects = at<i64>(call.selections)[s] != 0;
 #pragma unroll 1
@@ -103,9 +103,9 @@ __device__ __forceinline__ void choose_and_attend(const Selection& a, int blocks
         for (int later = first + step; later < end; later += step) PageTile<D>::prefetch(shared.pools, entries, later, end);
         {
             Prepared<D, WARPS> prepared;
-            const i64 position = at<i64>(call.positions)[row];
+            prepared.load_angles(call, at<i64>(call.positions)[row]);
             wait_previous();
-            prepared.load(call, head, row, position);
+            prepared.load(call, head, row);
             prepared.store(call, shared);
         }
         if (selects && c.scored) {
@@ -119,12 +119,13 @@ __device__ __forceinline__ void choose_and_attend(const Selection& a, int blocks
             }
         }
     }
-    int count = shared.slots / PAGE + 1;  // pages that are read
+    int count = shared.slots / PAGE + 1, found = 0;  // pages that are read, those of them that scores have found
+    const int gang = s * (int)call.kv_heads + head;
     if (selects) {
-        gang_barrier(s * (int)call.kv_heads + head, blocks);  // scores are there, and every block knows the list as it was
+        gang_barrier(gang, blocks);  // scores are there, and every block knows the list as it was
         const int begin = c.range.x, end = c.range.y;
-        const int found = !c.scored ? 0 : best_pages<WARPS>(best, values, a.scores_of(s, head) + begin, end - begin, c.free, begin,
-                                                            list + HEADER + begin);
+        if (c.scored)
+            found = best_pages<WARPS>(best, values, a.scores_of(s, head) + begin, end - begin, c.free, begin, list + HEADER + begin);
         if (c.again) {
             count = c.count + (list[HEADER + c.count - 1] < c.total - 1);
             if (threadIdx.x == 0 && count > c.count) list[HEADER + c.count] = c.total - 1;
@@ -135,40 +136,37 @@ __device__ __forceinline__ void choose_and_attend(const Selection& a, int blocks
             for (int page = end + threadIdx.x; page < c.total; page += 32 * WARPS) list[HEADER + begin + found + page - end] = page;
             count = begin + found + c.total - end;
         }
-        if (own == blocks - 1) {
-            __syncthreads();
-            keep_list(a, c, best, s, head, list, count, found);
-        }
     }
-    const bool listed = selects && !c.dense, newest = own == blocks - 1;
+    const bool listed = selects && !c.dense;
     const int low = call.first_visible(shared.slots), first = listed ? 0 : low / PAGE;
     count -= first;
-    // a page for each of a processor's four parts, before another block is worth being merged
-    const int size = max((count + blocks - 2) / (blocks - 1), 4), used = (count + size - 1) / size;
+    const int used = min(blocks - 1, (count + 3) / 4);  // a page for each of a processor's four parts, before there is another block
+    if (selects && own == used) {
+        __syncthreads();
+        keep_list(a, c, best, s, head, list, count, found);
+    }
     cp_async_wait<0>();
     __syncthreads();  // rings take the place of what was needed for choosing
-    if (own >= used && !newest) return;
+    if (own > used) return;
     if (threadIdx.x == 0) {
-        shared.table = table, shared.list = listed ? list : nullptr, shared.first = first, shared.used = used;
-        shared.range = newest ? used : own, shared.ranges = blocks, shared.low = low, shared.stages = stages;
-        shared.alone = 0, shared.count = count;
+        shared.table = table, shared.list = listed ? list : nullptr, shared.first = first, shared.used = used, shared.range = own;
+        shared.low = low, shared.stages = stages, shared.alone = 0, shared.count = count;
         shared.apart = warp_bytes<KIND, D>(stages) >= side_bytes<F16, D>();  // else there is no room for halves
-        shared.begin = own * size, shared.end = min(count, own * size + size);
+        shared.begin = 0, shared.end = count;
     }
     __syncthreads();
-    if (newest) attend_newest<KIND, D, WARPS, true>(call, shared, at<i64>(call.positions)[shared.row]);
-    else attend_range<KIND, D, WARPS, true>(call, shared, 0);
-    if (last_to_arrive(blockIdx.y * (int)call.kv_heads + shared.head, shared.used + 1))
-        merge_ranges(call, blockIdx.y, blockIdx.y, shared.head, 0, call.group(), shared.row, shared.ranges, shared.used + 1,
-                     &shared.q[0][0], D, reinterpret_cast<float*>(rings), room / 4);
+    if (own == used) attend_newest<KIND, D, WARPS, true>(call, shared, at<i64>(call.positions)[shared.row], nullptr);
+    else attend_range<KIND, D, WARPS, true>(call, shared, 0, 0, nullptr);
+    gang_barrier(gang + gridDim.y * gridDim.z, used + 1);  // another count: blocks that have no range may still be at the first one
+    merge_share<D, WARPS>(call, shared, nullptr);
 }
 
 #define CHOSEN(name, kind, depth, warps) \
     extern "C" __global__ void __launch_bounds__(32 * warps, 16 / warps) name( \
-        CALL_PARAMETERS SELECTION_ARGS(AS_PARAMETER) i64 blocks, i64 stages, i64 room, i64 pages) \
+        CALL_PARAMETERS SELECTION_ARGS(AS_PARAMETER) i64 stages, i64 room, i64 pages) \
     { \
         const Selection a{MAKE_CALL, SELECTION_ARGS(AS_VALUE)}; \
-        choose_and_attend<kind, depth, warps>(a, (int)blocks, (int)stages, (int)room, (int)pages); \
+        choose_and_attend<kind, depth, warps>(a, (int)stages, (int)room, (int)pages); \
     }
 CHOSEN(chosen_int4_64, INT4, 64, 8)
 CHOSEN(chosen_int4_128, INT4, 128, 8)

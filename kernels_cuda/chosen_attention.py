@@ -12,7 +12,7 @@ from edgeattn.kernels_cuda.cached_attention import LATER, block_bytes, ring_byte
 from edgeattn.kernels_cuda.page_pool import INT4, MIXED
 from edgeattn.kernels_cuda.paged_cache import HEADER
 from edgeattn.kernels_cuda.select_pages import SELECTION, score_bytes
-from edgeattn.kernels_cuda.steps import Launch, as_f32
+from edgeattn.kernels_cuda.steps import ANY_CLUSTER, Launch, as_f32
 from edgeattn.page_formats import PAGE
 
 ARGS = cached_attention.ARGS
@@ -21,7 +21,6 @@ KERNELS = {(INT4, 8): "chosen_int4", (MIXED, 8): "chosen_mixed", (INT4, 16): "ch
 MOST_BLOCKS, MOST_PAGES, MOST_REACH = 16, 8192, 8.0
 BEST_BYTES = 3648  # best_pages.cuh, Best, and what a list is to become
 SAME = "q", "q.stride", "layer", "selection.group", "selection.capacity", "batch.selections", "batch.positions", "state"
-NON_PORTABLE = 14  # CU_FUNC_ATTRIBUTE_NON_PORTABLE_CLUSTER_SIZE_ALLOWED
 
 
 @dataclass(frozen=True)
@@ -77,9 +76,9 @@ def _launch(a, most):
     scores = choice["workspace"]
     call = call_args(a | {"workspace": scores + score_bytes(sequences * kv_heads, a["cache.max_pages"])})  # partial results behind them
     made = choice | {"workspace.scores": scores, "workspace.softmax": 0}
-    args = *call, *(np.int64(made[name]) for name in SELECTION), *(np.int64(x) for x in (p.blocks, p.stages, p.room, p.pages))
+    args = *call, *(np.int64(made[name]) for name in SELECTION), *(np.int64(x) for x in (p.stages, p.room, p.pages))
     function = compile.function("chosen_attention", f"{KERNELS[a['cache.kinds'], p.warps]}_{a['head_dim']}", p.shared)
     if p.cluster and p.blocks > 8:
-        device.driver().cuFuncSetAttribute(ctypes.c_void_p(function.ptr), NON_PORTABLE, 1)
-    return Launch(function, (kv_heads * p.blocks, sequences, 1), 32 * p.warps, args, p.shared, overlap=True, gang=p.blocks,
+        device.driver().cuFuncSetAttribute(ctypes.c_void_p(function.ptr), ANY_CLUSTER, 1)
+    return Launch(function, (p.blocks, kv_heads, sequences), 32 * p.warps, args, p.shared, overlap=True, gang=p.blocks,
                   cluster=p.cluster)
