@@ -51,7 +51,8 @@ def workspace_bytes(tensors, attributes, rows, threads) -> int:
     return max(partial_bytes(*sizes), attention_mass.workspace_bytes(*sizes))
 
 
-def launches(a: dict[str, int], most: dict) -> list[Launch]:
+def launches(a: dict[str, int], most: dict, decode: Launch | None = None) -> list[Launch]:
+    """decode: what takes the place of the kernel that serves sequences with one token (chosen_attention.py)."""
     if asked := [name for name in LATER if a[name]]:
         raise ValueError(f"CUDA attention does not do this yet: {', '.join(asked)}; run with --device cpu")
     if a["head_dim"] > MOST_DEPTH:
@@ -65,7 +66,7 @@ def launches(a: dict[str, int], most: dict) -> list[Launch]:
         raise ValueError("CUDA kernels correct what a prompt does not read by delta alone, of heads of 64 or 128 channels in pages of "
                          "halves and of codes by channel; use --prefill-correction none")
     if fast:
-        found.append(_decode(a, sequences, slots))
+        found.append(decode or _decode(a, sequences, slots))
     if tokens > 1 and fast and not a["batch.compensation"]:
         found += [*([] if listed else [write(a, tokens, MORE_ROWS)]), _prefill(a, tokens, sequences, listed),
                   *(_delta(a, tokens, sequences, slots) if correction else [])]

@@ -68,7 +68,7 @@ def plan(a: dict, most: dict) -> Plan | None:
 
 
 def launches(a: dict[str, int], most: dict) -> list[Launch]:
-    return [_launch(a, most), *cached_attention.launches(a, most)[1:]]  # instead of decode's
+    return cached_attention.launches(a, most, _launch(a, most))
 
 
 def _launch(a, most):
