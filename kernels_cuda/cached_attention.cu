@@ -13,8 +13,8 @@ DECODE(decode_int4_128, INT4, 128, 8, 2, false)
 DECODE(decode_mixed_64, MIXED, 64, 8, 2, false)
 DECODE(decode_mixed_128, MIXED, 128, 8, 2, false)
 #ifdef CLUSTERS  // one block a processor: a cluster has as many processors as it has blocks
-DECODE(cluster_f16_64, F16, 64, 8, 1, true)
-DECODE(cluster_f16_128, F16, 128, 8, 1, true)
-DECODE(cluster_int4_64, INT4, 64, 16, 1, true)
-DECODE(cluster_int4_128, INT4, 128, 16, 1, true)
+DECODE(decode_cluster_f16_64, F16, 64, 8, 1, true)
+DECODE(decode_cluster_f16_128, F16, 128, 8, 1, true)
+DECODE(decode_cluster_int4_64, INT4, 64, 16, 1, true)
+DECODE(decode_cluster_int4_128, INT4, 128, 16, 1, true)
 #endif

@@ -117,7 +117,7 @@ def decode_launch(merge: int, a: dict[str, int], sequences: int, slots: int) -> 
     stages = next((stages for stages, size in sizes.items() if size <= room), 2)
     if clusters and sizes[stages] > room:
         return None
-    kernel = compile.function("cached_attention", f"{'cluster' if clusters else 'decode'}_{DECODE[kinds]}_{depth}", sizes[stages])
+    kernel = compile.function("cached_attention", f"decode_{'cluster_' * clusters}{DECODE[kinds]}_{depth}", sizes[stages])
     args = (*call_args(a), np.int64(stages), np.int64(merge))
     launch = Launch(kernel, (blocks, a["kv_heads"], sequences), 32 * warps, args, sizes[stages], overlap=True,
                     gang=1 if merge == LAST else blocks, cluster=clusters)
