@@ -18,7 +18,9 @@ import torch
 from cuda_kernels import median_us
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from edgeattn.backend_cuda import Step
 from edgeattn.kernels_cuda import cached_attention, device, read_pages, select_pages, steps
+from edgeattn.kernels_cuda.fused_steps import fuse
 from edgeattn.kernels_cuda.page_pool import POOLS
 from edgeattn.kernels_cuda.paged_cache import COUNT, HEADER, PagedCache
 from edgeattn.page_formats import PAGE, PageFormat
@@ -61,11 +63,15 @@ class Decode:
                         "cos": of.cos, "sin": of.sin}
         extra = {"batch.positions": of.positions.data.ptr, "selection.shares": of.shares.data.ptr, "selection.stats": 0, "batch.index": 0,
                  "layer": layer, "selection.group": layer if budget else -1}
-        self.launches = []
-        if budget:
-            inputs = {n: self.tensors[n] for n in ("q", "cos", "sin")}
-            self.launches += self.cache.launches(select_pages, inputs, ABOUT | SELECT | {"budget": budget}, extra)
-        self.launches += self.cache.launches(cached_attention, self.tensors, ABOUT, extra)
+        chosen = {n: self.tensors[n] for n in ("q", "cos", "sin")}, ABOUT | SELECT | {"budget": budget}
+        kinds = [(select_pages, *chosen)] * bool(budget) + [(cached_attention, self.tensors, ABOUT)]
+        self.steps = [Step("", kernel.__name__.rsplit(".", 1)[1], kernel, self.cache.arguments(kernel, given, about, extra), 0)
+                      for kernel, given, about in kinds]
+        self.most = self.cache.bucket() | {"sparse": bool(budget)}
+        self.launches = self.made(fuse(self.steps, self.most))
+
+    def made(self, some):
+        return [launch for step in some for launch in step.kernel.launches(step.arguments, self.most)]
 
 
 class Layers:

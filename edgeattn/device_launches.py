@@ -23,8 +23,8 @@ class Bucket:
 
     def most(self) -> dict:
         """As kernels' launches() want it."""
-        found = {"tokens": self.tokens, "rows": self.rows, "sequences": self.sequences, "slots": self.slots, "listed": self.listed,
-                 "probes": self.probes}
+        found = {"tokens": self.tokens, "rows": self.rows, "sequences": self.sequences, "slots": self.slots, "sparse": self.sparse,
+                 "listed": self.listed, "probes": self.probes}
         return found | {i: found.get(name, 0) for i, name in enumerate(COUNTS)}
 
 

@@ -18,7 +18,7 @@ enum Header { COUNT, SLOTS, AGE, INTERVAL, HEADER };  // of a list (selections.p
 struct Call {
     CALL_ARGS(AS_FIELD)
 
-    __device__ __forceinline__ int group() const { return (int)(num_heads / kv_heads); }
+    __device__ __forceinline__ int group() const { return (int)((u32)num_heads / (u32)kv_heads); }  // of 64 bits it would be a call
     __device__ __forceinline__ float scale() const { return __int_as_float((int)scale_bits); }
     __device__ __forceinline__ int sequences() const { return (int)at<i64>(state)[sequences_index]; }
     __device__ __forceinline__ int tokens() const { return (int)at<i64>(state)[tokens_index]; }
@@ -49,19 +49,27 @@ struct Call {
 };
 
 // A channel of a head on its way through rotary embedding (arXiv 2104.09864) at table row `position`: what is loaded, and what becomes of
-// it. Apart, so that the loads of several channels are under way together.
+// it. Apart, so that the loads of several channels are under way together; the angle is nothing that another kernel of a step writes.
 struct Turn {
     float a, b, cosine, sine;
 
-    __device__ __forceinline__ void load(const Call& call, const float* x, i64 position, int c)
+    __device__ __forceinline__ void load_angle(const Call& call, i64 position, int c)
     {
         const int half = (int)call.rotary_dim / 2, i = call.interleaved ? c / 2 : c < half ? c : c - half;
-        const bool turns = c < 2 * half, second = call.interleaved ? c & 1 : c >= half;
-        const i64 from = turns ? position * call.cos_stride + i : 0;
-        a = x[turns ? call.interleaved ? c ^ 1 : second ? i : i + half : c];
-        b = x[c];
-        cosine = turns ? at<float>(call.cos)[from] : 1, sine = turns ? at<float>(call.sin)[from] : 0;
-        sine = second ? sine : -sine;
+        const i64 row = position * call.cos_stride;
+        cosine = 1, sine = 0;
+        if (c < 2 * half) cosine = (at<float>(call.cos) + row)[i], sine = (at<float>(call.sin) + row)[i];
+        sine = (call.interleaved ? c & 1 : c >= half) ? sine : -sine;
+    }
+    __device__ __forceinline__ void load_channel(const Call& call, const float* x, int c)
+    {
+        const int half = (int)call.rotary_dim / 2, other = call.interleaved ? c ^ 1 : c < half ? c + half : c - half;
+        b = x[c], a = x[c < 2 * half ? other : c];
+    }
+    __device__ __forceinline__ void load(const Call& call, const float* x, i64 position, int c)
+    {
+        load_angle(call, position, c);
+        load_channel(call, x, c);
     }
     __device__ __forceinline__ float value() const { return b * cosine + a * sine; }
 };

@@ -16,7 +16,7 @@ typedef u32 Queries[2][2];  // of one lane and 32 rows: [step][rows 0 and 2, row
 template <int KIND, int D, bool FAR = false>
 __device__ __forceinline__ void score_page(const u8* side, const uint4 (&queries)[D / 32][32], float* scores, int g, int j, int bits = KIND)
 {
-    float c[2][4] = {}, base[4] = {};
+    float c[2][4] = {}, base[2][4] = {};
     const u8* params = side + 4 * D * bits;
 #pragma unroll(FAR ? 2 : D / 32)  // as many loads at once as there are registers
     for (int block = 0; block < D / 32; block++) {
@@ -29,9 +29,10 @@ __device__ __forceinline__ void score_page(const u8* side, const uint4 (&queries
             u32 low[2][2], step[2][2];
             paired(piece(params + 64 * block + 16 * j), low);
             paired(piece(params + 2 * D + 64 * block + 16 * j), step);
+            const u32 lows[4] = {low[0][0], low[1][0], low[0][1], low[1][1]};  // rows g are the first step's, rows g + 8 the second's
 #pragma unroll
             for (int u = 0; u < 2; u++) {
-                mma_f16(base, {low[u][0], low[u][0], low[u][1], low[u][1]}, q[u][0], q[u][1]);
+                mma_f16(base[u], lows, q[u][0], q[u][1]);
                 w[u][0] = mul_halves(q[u][0], step[u][0]), w[u][1] = mul_halves(q[u][1], step[u][1]);
             }
         }
@@ -50,9 +51,10 @@ __device__ __forceinline__ void score_page(const u8* side, const uint4 (&queries
 #pragma unroll
         for (int h = 0; h < 2; h++) {
             constexpr float unit = 1 / TINY, further = KIND == INT4 ? unit / 16 : unit;
+            const float low = base[0][h] + base[1][h + 2];
             float* to = of_head + h * SCORE_STRIDE + 2 * g;
-            *reinterpret_cast<float2*>(to) = make_float2(fmaf(c[0][h], unit, base[h]), fmaf(c[1][h], unit, base[h]));
-            *reinterpret_cast<float2*>(to + 16) = make_float2(fmaf(c[0][h + 2], further, base[h]), fmaf(c[1][h + 2], further, base[h]));
+            *reinterpret_cast<float2*>(to) = make_float2(fmaf(c[0][h], unit, low), fmaf(c[1][h], unit, low));
+            *reinterpret_cast<float2*>(to + 16) = make_float2(fmaf(c[0][h + 2], further, low), fmaf(c[1][h + 2], further, low));
         }
     }
 }
@@ -122,16 +124,14 @@ __device__ __forceinline__ void weigh_far_halves(const u8* values, const Queries
 template <int D>
 __device__ __forceinline__ void weigh_halves(const u8* side, const Queries& p, float (&sum)[D / 16][4], int g, int j)
 {
+    side += swizzled<value_shift<F16, D>()>(16 * D * j + 16 * g);
 #pragma unroll
     for (int f = 0; f < D / 64; f++)
 #pragma unroll
         for (int u = 0; u < 2; u++) {
             uint4 x[4];
 #pragma unroll
-            for (int i = 0; i < 4; i++) {
-                const int t = 8 * j + 4 * u + i;
-                x[i] = piece(side + swizzled<value_shift<F16, D>()>(2 * (t * D + 64 * f + 8 * g)));
-            }
+            for (int i = 0; i < 4; i++) x[i] = piece(side + 2 * D * (4 * u + i) + 128 * f);
 #pragma unroll
             for (int m = 0; m < 4; m++) {
                 const u32 a = (&x[0].x)[m], b = (&x[1].x)[m], c = (&x[2].x)[m], d = (&x[3].x)[m];
@@ -202,9 +202,10 @@ template <int KIND, int D> __device__ __forceinline__ void fetch_side(const Plac
     if (KIND == F16) {
 #pragma unroll
         for (int i = 0; i < D / 8; i++) {
-            const int offset = 16 * lane + 512 * i;
-            if (side == K) cp_async16(to + swizzled<key_shift<F16, D>()>(offset), from + 512 * i);
-            else cp_async16_or_zeros(to + swizzled<value_shift<F16, D>()>(offset), from + 512 * i, offset / (2 * D) < written);
+            const int shift = side == K ? key_shift<F16, D>() : value_shift<F16, D>();
+            u8* own = to + 512 * i + (16 * lane ^ (512 * i >> shift & 3) << 5);  // as swizzled() has it
+            if (side == K) cp_async16(own, from + 512 * i);
+            else cp_async16_or_zeros(own, from + 512 * i, (16 * lane + 512 * i) / (2 * D) < written);
         }
         return;
     }

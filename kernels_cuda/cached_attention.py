@@ -8,14 +8,16 @@ from edgeattn.kernels_cuda.attention_call import (BLOCKS, CALL, HEADS, MOST_PLAC
                                                   ranges_of)
 from edgeattn.kernels_cuda.page_pool import ANY, FIELDS, HALVES, INT4, MIXED, POOLS
 from edgeattn.kernels_cuda.paged_cache import PagedCache
-from edgeattn.kernels_cuda.steps import Launch
+from edgeattn.kernels_cuda.steps import Launch, gangs_at_once, overlaps
 from edgeattn.page_formats import PageFormat
 
 LATER = "selection.thresholds", "cache.progressive"  # what only the CPU does
 ARGS = (*CALL, "cache.kinds", "batch.chunks", "prefill.correction", *attention_mass.MASS, *LATER)
-DECODE = {HALVES: "decode_f16", INT4: "decode_int4", MIXED: "decode_mixed"}
+DECODE = {HALVES: "f16", INT4: "int4", MIXED: "mixed"}
 ONE_ROW, MORE_ROWS = 1, 2
-WARPS = {HALVES: 4, INT4: 8, MIXED: 8}          # of a block of decode
+LAST, GANG, CLUSTER = range(3)  # which blocks put the ranges of a KV head together (decode.cuh, Merge)
+FEWEST_BLOCKS, MOST_CLUSTER = 8, 16  # of a KV head, where they merge together
+WARPS = {HALVES: 4, INT4: 8, MIXED: 8}          # of a block of decode, where two share a processor; twice as many where one has it
 SIDE_BYTES = {HALVES: 64, INT4: 20, MIXED: 36}  # of a page's keys or values in shared memory, for each channel
 SIDES = 32  # whose places a warp of decode keeps in shared memory
 ROWS_SHARED = 4 * (5 * HEADS * 256 + 4 * HEADS * 34)  # attention_rows.cu, Rows
@@ -50,7 +52,8 @@ def workspace_bytes(tensors, attributes, rows, threads) -> int:
     return max(partial_bytes(*sizes), attention_mass.workspace_bytes(*sizes))
 
 
-def launches(a: dict[str, int], most: dict) -> list[Launch]:
+def launches(a: dict[str, int], most: dict, decode: Launch | None = None) -> list[Launch]:
+    """decode: what takes the place of the kernel that serves sequences with one token (chosen_attention.py)."""
     if asked := [name for name in LATER if a[name]]:
         raise ValueError(f"CUDA attention does not do this yet: {', '.join(asked)}; run with --device cpu")
     if a["head_dim"] > MOST_DEPTH:
@@ -64,7 +67,7 @@ def launches(a: dict[str, int], most: dict) -> list[Launch]:
         raise ValueError("CUDA kernels correct what a prompt does not read by delta alone, of heads of 64 or 128 channels in pages of "
                          "halves and of codes by channel; use --prefill-correction none")
     if fast:
-        found.append(_decode(a, sequences, slots))
+        found.append(decode or _decode(a, sequences, slots))
     if fast and tokens > 1:
         found += [*([] if listed else [write(a, tokens, MORE_ROWS)]), _prefill(a, tokens, sequences, listed),
                   *(_delta(a, tokens, sequences, slots) if correction else [])]
@@ -90,24 +93,52 @@ def most_rows(heads: int, kv_heads: int, head_dim: int, kinds: int, rotated: boo
     return min(MOST_GRID, MOST_PLACES // (kv_heads * -(-group // HEADS)))
 
 
-def decode_shared(kinds: int, head_dim: int, stages: int) -> int:
+def decode_shared(kinds: int, head_dim: int, stages: int, warps: int) -> int:
     """Bytes of shared memory: decode_block.cuh, Shared, and the rings of sides or what becomes of them."""
-    warps = WARPS[kinds]
+    return block_bytes(head_dim, warps) + warps * ring_bytes(kinds, head_dim, stages)
+
+
+def block_bytes(head_dim: int, warps: int) -> int:
+    """Of Shared."""
     fixed = 4 * HEADS * head_dim + 16 * head_dim + 4 * HEADS * (1 + 2 * warps) + 4 * warps * HEADS * head_dim // 32 + 8 * head_dim
     fixed += 4 * HEADS
-    fixed = -(-(fixed + 80 + 8 * POOLS * FIELDS + 4 * warps * HEADS * 36) // 128) * 128
-    return fixed + warps * max(16 * SIDES + stages * SIDE_BYTES[kinds] * head_dim, 4 * HEADS * head_dim)
+    return -(-(fixed + 80 + 8 * POOLS * FIELDS + 4 * warps * HEADS * 36) // 128) * 128
+
+
+def ring_bytes(kinds: int, head_dim: int, stages: int) -> int:
+    """Of a warp."""
+    return max(16 * SIDES + stages * SIDE_BYTES[kinds] * head_dim, 4 * HEADS * (head_dim + 4))
+
+
+def merges() -> tuple[int, ...]:
+    """Ways to merge, the ones to be preferred first: of those that the device can do the first one is taken."""
+    return CLUSTER, GANG, LAST
 
 
 def _decode(a, sequences, slots):
-    kinds, depth = a["cache.kinds"], a["head_dim"]
-    ranges = ranges_of(sequences * a["kv_heads"], slots)
-    room = attribute("MaxSharedMemoryPerMultiprocessor") // BLOCKS - 1024
-    sizes = {stages: decode_shared(kinds, depth, stages) for stages in (3, 2)}
+    return next(launch for launch in (decode_launch(merge, a, sequences, slots) for merge in merges()) if launch)
+
+
+def decode_launch(merge: int, a: dict[str, int], sequences: int, slots: int) -> Launch | None:
+    """None: the device cannot merge that way, or it would leave it half idle."""
+    kinds, depth, places, clusters = a["cache.kinds"], a["head_dim"], sequences * a["kv_heads"], merge == CLUSTER
+    blocks = min(MOST_CLUSTER, processors() // places) if clusters else ranges_of(places, slots) + 1
+    if clusters and (not overlaps() or kinds == MIXED or 4 * blocks * places < 3 * processors()):
+        return None
+    if merge != LAST and blocks < FEWEST_BLOCKS:
+        return None
+    each = 1 if clusters else BLOCKS  # blocks of a processor
+    warps, room = WARPS[kinds] * BLOCKS // each, attribute("MaxSharedMemoryPerMultiprocessor") // each - 1024
+    received = 24 * (HEADS * depth // 4 + MOST_CLUSTER) if clusters else 0
+    sizes = {stages: decode_shared(kinds, depth, stages, warps) + received for stages in (3, 2)}
     stages = next((stages for stages, size in sizes.items() if size <= room), 2)
-    kernel = compile.function("cached_attention", f"{DECODE[kinds]}_{depth}", sizes[stages])
-    args = (*call_args(a), np.int64(ranges + 1), np.int64(stages))
-    return Launch(kernel, (a["kv_heads"] * (ranges + 1), sequences, 1), 32 * WARPS[kinds], args, sizes[stages], overlap=True)
+    if clusters and sizes[stages] > room:
+        return None
+    kernel = compile.function("cached_attention", f"decode_{'cluster_' * clusters}{DECODE[kinds]}_{depth}", sizes[stages])
+    args = (*call_args(a), np.int64(stages), np.int64(merge))
+    launch = Launch(kernel, (blocks, a["kv_heads"], sequences), 32 * warps, args, sizes[stages], overlap=True,
+                    gang=1 if merge == LAST else blocks, cluster=clusters)
+    return launch if merge == LAST or gangs_at_once(launch) >= places else None
 
 
 def write(a: dict[str, int], tokens: int, which: int) -> Launch:

@@ -2,7 +2,6 @@
 #pragma once
 #include "attention_decode.cuh"
 
-#define ENDS 8    // pages at the ends of what is read: the first one and the last ones
 #define SIDES 32  // of pages, whose places a warp knows in advance
 // Of a warp, behind Shared.
 template <int KIND, int D> __device__ __forceinline__ int warp_bytes(int stages)
@@ -11,13 +10,14 @@ template <int KIND, int D> __device__ __forceinline__ int warp_bytes(int stages)
 }
 
 template <int D, int WARPS> struct alignas(128) Shared {  // what lies behind it begins at a row of the banks
+    static constexpr int ENDS = WARPS < 8 ? WARPS : 8;  // pages at the ends of what is read: the first one and the last ones
     float q[HEADS][D];
     uint4 queries[D / 32][32];  // what each lane multiplies with 32 channels, the same for all warps
     float norms[HEADS], tops[WARPS][HEADS], sums[WARPS][HEADS], base[WARPS][HEADS][D / 32];
     float key[D], value[D], newest[HEADS];  // of the newest token; its scores
     i64 pools[POOLS * FIELDS];
     const int *table, *list;  // of pages, and of those that are read: null where all from `first` on are
-    int first, end, head, row, used, range, ranges, low, slots, begin, stages, alone;  // what registers need not hold all the time
+    int first, end, head, row, used, range, low, slots, begin, stages, alone;  // what registers need not hold all the time
     int count, apart;  // pages that are read; whether those at both ends have another block if they are halves
     alignas(16) float scores[WARPS][HEADS * SCORE_STRIDE];
 
@@ -26,28 +26,45 @@ template <int D, int WARPS> struct alignas(128) Shared {  // what lies behind it
 
 // q of the group: rotated, times scale * log2 e, to shared memory: as floats, and for each lane as halves of q over its head's largest.
 template <int D, int WARPS> struct Prepared {
-    Turn turns[HEADS / WARPS][D / 32];
+    static constexpr int EACH = WARPS < HEADS ? HEADS / WARPS : 1;  // heads of a warp, of the first ones
+    Turn turns[EACH][D / 32];
 
-    __device__ __forceinline__ void load(const Call& call, int head, int row, i64 position)
+    __device__ __forceinline__ void load_angles(const Call& call, i64 position)
+    {
+        if ((int)threadIdx.x / 32 >= min(HEADS, call.group())) return;
+#pragma unroll
+        for (int i = 0; i < D / 32; i++) {
+            turns[0][i].load_angle(call, position, threadIdx.x % 32 + 32 * i);
+            for (int n = 1; n < EACH; n++) turns[n][i] = turns[0][i];
+        }
+    }
+    __device__ __forceinline__ void load(const Call& call, int head, int row)  // when the kernel that writes q has ended
     {
         const int group = call.group(), warp = threadIdx.x / 32, lane = threadIdx.x % 32;
         const float* x = at<float>(call.q) + row * call.q_stride + head * group * D;
 #pragma unroll
-        for (int n = 0; n < HEADS / WARPS; n++)
+        for (int n = 0; n < EACH; n++) {
+            if (warp + n * WARPS >= group) break;
 #pragma unroll
-            for (int i = 0; i < D / 32; i++) turns[n][i].load(call, x + min(warp + n * WARPS, group - 1) * D, position, lane + 32 * i);
+            for (int i = 0; i < D / 32; i++) turns[n][i].load_channel(call, x + (warp + n * WARPS) * D, lane + 32 * i);
+        }
     }
     __device__ __forceinline__ void store(const Call& call, Shared<D, WARPS>& shared) const
     {
         const int group = call.group(), warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, j = lane % 4;
 #pragma unroll
-        for (int n = 0; n < HEADS / WARPS; n++) {
+        for (int n = 0; n < EACH; n++) {
             const int h = warp + n * WARPS;
+            if (h >= HEADS) break;
             float top = 0;
+            if (h >= group) {
+                for (int i = 0; i < D / 32; i++) shared.q[h][lane + 32 * i] = 0;
+            } else {
 #pragma unroll
-            for (int i = 0; i < D / 32; i++) {
-                const float y = h < group ? turns[n][i].value() * call.scale() * LOG2E : 0;
-                shared.q[h][lane + 32 * i] = y, top = fmaxf(top, fabsf(y));
+                for (int i = 0; i < D / 32; i++) {
+                    const float y = turns[n][i].value() * call.scale() * LOG2E;
+                    shared.q[h][lane + 32 * i] = y, top = fmaxf(top, fabsf(y));
+                }
             }
             top = fmaxf(warp_max(top), 1e-30f);
             if (lane == 0) shared.norms[h] = top;

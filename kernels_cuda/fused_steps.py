@@ -1,9 +1,11 @@
-"""Decode steps of one token with fewer kernels: a product takes in the normalisation before it and the sum or gate behind it
-(gemv_around.cuh), a normalisation the other order of its columns that a product wants (rms_normalization.cu). All values are written as
-if every step had run by itself."""
+"""Decode steps with fewer kernels: a product of one token takes in the normalisation before it and the sum or gate behind it
+(gemv_around.cuh), a normalisation the other order of its columns that a product wants (rms_normalization.cu), attention the choice of its
+pages (chosen_attention.py). All values are written as if every step had run by itself."""
 from dataclasses import replace
 
 import numpy as np
+
+from edgeattn.kernels_cuda import chosen_attention
 
 AROUND = np.dtype([(name, "i8") for name in ("gain", "normal", "other", "sum", "gated")]
                   + [(name, "i4") for name in ("epsilon", "activation", "half", "spare")])  # the kernel's struct of that name
@@ -15,6 +17,8 @@ def fuse(steps: list, most: dict) -> list:
     """Steps (backend_cuda.Step) of a bucket, `most` -> as many or fewer."""
     found = []
     for step in steps:
+        if getattr(step.kernel, "FOR_PROMPTS", False) and not most.get("listed"):  # launches nothing, and stands between neighbours
+            continue
         last = found[-1] if found else None
         if last and step.operator == "matmul_nbits" and _normalises(last, step.arguments, most):
             found[-1] = replace(step, arguments=step.arguments | {BEFORE: last.arguments})
@@ -22,6 +26,8 @@ def fuse(steps: list, most: dict) -> list:
             found[-1] = replace(last, arguments=last.arguments | {AFTER: step.arguments})
         elif last and step.operator == "gather_columns" and _orders(last, step.arguments, most):
             found[-1] = replace(last, arguments=last.arguments | {AFTER: step.arguments})
+        elif last and _chooses(last, step, most):
+            found[-1] = replace(step, kernel=chosen_attention, arguments=step.arguments | {chosen_attention.CHOICE: last.arguments})
         else:
             found.append(step)
     return found
@@ -59,6 +65,12 @@ def _orders(last, b, most) -> bool:
     return (last.operator == "rms_normalization" and AFTER not in n and n["x.groups"] == 1 and most[n["x.rows"]] == 1
             and b["x.rows"] == n["x.rows"] and b["x"] == n["out"] and b["order.0"] == n["x.width"]
             and all(_apart(n[read], n["x.width"], b["out"], b["order.0"]) for read in ("x", "out")))
+
+
+def _chooses(last, step, most) -> bool:
+    """Whether attention takes in the choice of its pages."""
+    both = last.operator == "select_pages" and step.operator == "cached_attention"
+    return both and chosen_attention.takes(last.arguments, step.arguments, most)
 
 
 def _apart(x: int, n: int, y: int, m: int) -> bool:

@@ -11,6 +11,7 @@ struct Operand { u32 a[4]; };
 
 // Where byte `offset` of a side stands. SHIFT: from which bit on offsets tell j.
 template <int SHIFT> __device__ __forceinline__ int swizzled(int offset) { return offset ^ (offset >> SHIFT & 3) << 5; }
+// Sums of its constant parts are written apart: the compiler does not see that they are.
 // Of codes j changes every 128 bytes, of keys in halves every 8 rows of 64, of values in halves every 8 rows of 2 D.
 template <int KIND, int D> __device__ __forceinline__ constexpr int key_shift() { return KIND == F16 ? 9 : 7; }
 template <int KIND, int D> __device__ __forceinline__ constexpr int value_shift() { return KIND == F16 ? D == 128 ? 11 : 10 : 7; }
@@ -39,8 +40,8 @@ template <int KIND, bool FAR> struct Codes;
 template <> struct Codes<INT4, false> {
     uint2 step[2];
     __device__ __forceinline__ void load(const u8* side, int from, int block, int rows, int g, int j, int bits) {
-        for (int u = 0; u < 2; u++)
-            step[u] = *reinterpret_cast<const uint2*>(side + swizzled<7>(from + (8 * block + 2 * j + u) * 64 + 8 * g));
+        const int own = swizzled<7>(128 * j + 8 * g);
+        for (int u = 0; u < 2; u++) step[u] = *reinterpret_cast<const uint2*>(side + (own ^ 64 * u) + from + 512 * block);
     }
     template <bool ALIKE> __device__ __forceinline__ Operand operand(int u, int second) const {
         const u32 x = second ? step[u].y : step[u].x, y = x >> 8;
@@ -52,9 +53,10 @@ template <> struct Codes<INT4, false> {
 template <> struct Codes<INT8, false> {
     uint2 high[2], low[2];
     __device__ __forceinline__ void load(const u8* side, int from, int block, int rows, int g, int j, int bits) {
+        const int own = swizzled<7>(128 * j + 8 * g);
         for (int u = 0; u < 2; u++) {
-            high[u] = *reinterpret_cast<const uint2*>(side + swizzled<7>(from + (8 * block + 2 * j + u) * 64 + 8 * g));
-            low[u] = *reinterpret_cast<const uint2*>(side + swizzled<7>(from + rows * 16 + (8 * block + 2 * j + u) * 64 + 8 * g));
+            high[u] = *reinterpret_cast<const uint2*>(side + (own ^ 64 * u) + from + 512 * block);
+            low[u] = *reinterpret_cast<const uint2*>(side + (own ^ 64 * u) + from + rows * 16 + 512 * block);
         }
     }
     template <bool ALIKE> __device__ __forceinline__ Operand operand(int u, int second) const {
@@ -84,11 +86,10 @@ template <> struct Codes<INT3, false> {
 template <bool FAR> struct Codes<F16, FAR> {
     uint2 row[2][4];
     __device__ __forceinline__ void load(const u8* side, int from, int block, int rows, int g, int j, int bits) {
+        const int own = swizzled<FAR ? 31 : 9>(512 * j + 8 * g);
         for (int u = 0; u < 2; u++)
-            for (int i = 0; i < 4; i++) {
-                const int place = from + (32 * block + 8 * j + 4 * u + i) * 64 + 8 * g;
-                row[u][i] = *reinterpret_cast<const uint2*>(side + swizzled<FAR ? 31 : 9>(place));
-            }
+            for (int i = 0; i < 4; i++)
+                row[u][i] = *reinterpret_cast<const uint2*>(side + (own ^ 64 * (i % 2)) + from + 2048 * block + 256 * u + 128 * (i / 2));
     }
     template <bool ALIKE> __device__ __forceinline__ Operand operand(int u, int second) const {
         const u32 x0 = second ? row[u][0].y : row[u][0].x, x1 = second ? row[u][1].y : row[u][1].x;

@@ -99,8 +99,9 @@ class PagedCache:
         most = {"tokens": sum(self.new), "rows": 0, "sequences": len(self.new), "slots": max(self.lengths), "probes": self.probes}
         return most | {i: most.get(name, 0) for i, name in enumerate(COUNTS)}
 
-    def launches(self, kernel, tensors: dict, attributes: dict, extra: dict | None = None) -> list:
-        """A step of a kernel module over CuPy arrays [tokens, ...], and arrays that must stay alive, under their names."""
+    def arguments(self, kernel, tensors: dict, attributes: dict, extra: dict | None = None) -> dict:
+        """What a kernel module's launches() gets for a step over CuPy arrays [tokens, ...] and arrays that must stay alive, under their
+        names."""
         shapes = {name: x.shape if name in ("cos", "sin") else ("tokens", *x.shape[1:]) for name, x in tensors.items()}
         given = {name: Tensor(x.data.ptr, shapes[name], x.strides[0] // x.itemsize, str(x.dtype)) for name, x in tensors.items()}
         extra, attributes = self.extra() | (extra or {}), {"interleaved": 0, "window": 0} | attributes
@@ -108,8 +109,10 @@ class PagedCache:
         size = scratch_of(given, attributes, max(self.bucket()["tokens"], 1), 1)
         scratch = self._held.setdefault(f"{size} bytes", device.cupy().full(size, 0xff, np.uint8))  # nothing may rely on zeros
         extra["workspace"] = scratch.data.ptr
-        a = {name: resolve_one(name, given, attributes, COUNTS, extra) for name in kernel.ARGS}
-        return kernel.launches(a, self.bucket())
+        return {name: resolve_one(name, given, attributes, COUNTS, extra) for name in kernel.ARGS}
+
+    def launches(self, kernel, tensors: dict, attributes: dict, extra: dict | None = None) -> list:
+        return kernel.launches(self.arguments(kernel, tensors, attributes, extra), self.bucket())
 
     def run(self, kernel, tensors: dict, attributes: dict, extra: dict | None = None) -> None:
         run(self.launches(kernel, tensors, attributes, extra))

@@ -20,6 +20,7 @@ from edgeattn.arguments import Tensor, resolve_one
 from edgeattn.kernels_cuda import compile, device
 
 CLUSTER, SERIALIZATION = 4, 6  # CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION, _PROGRAMMATIC_STREAM_SERIALIZATION
+ANY_CLUSTER = 14  # CU_FUNC_ATTRIBUTE_NON_PORTABLE_CLUSTER_SIZE_ALLOWED
 
 
 @dataclass(frozen=True)
@@ -48,21 +49,39 @@ class _Config(ctypes.Structure):
 
 
 @cache
-def _overlaps() -> bool:
+def overlaps() -> bool:
     """Whether kernels of this device may start early and blocks be clusters: elsewhere wait_previous() does nothing."""
     return device.capability() >= 90 and not compile.forced_target()
 
 
-def _launch(launch: Launch, stream: int) -> None:
-    """By the driver itself: CuPy's launcher has no launch attributes."""
+def _arguments(launch: Launch, stream: int) -> tuple:
+    """What the driver's own launcher takes (CuPy's has no launch attributes): its configuration, the function, the arguments' addresses;
+    and what must stay alive until it has read them."""
     held = [np.asarray(x) for x in launch.args]  # 0-dimensional arrays: somewhere for the driver to read them
     args = (ctypes.c_void_p * len(held))(*(x.ctypes.data for x in held))
-    asked = [(SERIALIZATION, (1,))] * launch.overlap + [(CLUSTER, (launch.gang, 1, 1))] * launch.cluster if _overlaps() else []
+    asked = [(SERIALIZATION, (1,))] * launch.overlap + [(CLUSTER, (launch.gang, 1, 1))] * launch.cluster if overlaps() else []
     attributes = (_Attribute * 2)(*(_Attribute(name, 0, (ctypes.c_uint * 16)(*value)) for name, value in asked))
     config = _Config(launch.grid, (launch.block, 1, 1), launch.shared, stream, attributes, len(asked))
-    status = device.driver().cuLaunchKernelEx(ctypes.byref(config), ctypes.c_void_p(launch.function.ptr), args, None)
+    return config, ctypes.c_void_p(launch.function.ptr), args, held
+
+
+def _launch(launch: Launch, stream: int) -> None:
+    config, function, args, _ = _arguments(launch, stream)
+    status = device.driver().cuLaunchKernelEx(ctypes.byref(config), function, args, None)
     if status:
         raise RuntimeError(f"CUDA error {status} at launching {launch}")
+
+
+def gangs_at_once(launch: Launch) -> int:
+    """How many of a launch's gangs the device holds at once; 0: it cannot make such clusters."""
+    found, driver, (config, function, *_) = ctypes.c_int(), device.driver(), _arguments(replace(launch, overlap=False), 0)
+    to = ctypes.byref(found)
+    if not launch.cluster:
+        driver.cuOccupancyMaxActiveBlocksPerMultiprocessor(to, function, launch.block, ctypes.c_size_t(launch.shared))
+        return found.value * device.about()["processors"] // launch.gang
+    if overlaps() and not driver.cuFuncSetAttribute(function, ANY_CLUSTER, 1):
+        driver.cuOccupancyMaxActiveClusters(to, function, ctypes.byref(config))
+    return found.value
 
 
 def run(launches: list[Launch], stream=None) -> None:

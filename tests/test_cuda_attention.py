@@ -1,4 +1,6 @@
 """CUDA kernels of the cache, of attention and of page selection against their references, on fresh random inputs."""
+import os
+
 import numpy as np
 import pytest
 from cuda_device import needs_cuda
@@ -10,6 +12,7 @@ from edgeattn.reference.cached_attention import rotate
 from edgeattn.verification.cases import CASES
 
 pytestmark = needs_cuda
+EMULATED = bool(os.environ.get("EDGEATTN_EMULATE_CUDA"))
 NAMES = "seal_pages", "read_pages", "cached_attention", "select_pages"
 
 
@@ -58,7 +61,8 @@ class Case:
         return np.linalg.norm(got - expected) / np.linalg.norm(expected)
 
     def weights(self, reads=None):
-        """Of each sequence the softmax weights [kv_heads, group, new, slots], and the values."""
+        """Of each sequence the softmax weights [kv_heads, group, new, slots], and the values. What stands for dropped tokens is one
+        more slot."""
         about, row = self.about, 0
         heads, kv_heads, depth = about["num_heads"], about["kv_heads"], about["head_dim"]
         for s, (length, n) in enumerate(zip(self.lengths, self.new)):
@@ -83,8 +87,9 @@ class Case:
             yield weights / weights.sum(-1, keepdims=True), v
             row += n
 
-    def expected(self, reads):
-        return np.concatenate([np.einsum("hgts,hsd->thgd", *found).reshape(found[0].shape[2], -1) for found in self.weights(reads)])
+    def expected(self, reads=None):
+        found = self.weights(reads)
+        return np.concatenate([np.einsum("hgts,hsd->thgd", *each).reshape(each[0].shape[2], -1) for each in found])
 
 
 HALVES = 2e-3  # q, weights and their products with steps are rounded to halves; values are of size 1, sums of many of them smaller
@@ -105,6 +110,53 @@ def test_decode_reads_pages_as_they_are(types, head_dim):
 def test_decode_takes_any_group(group):
     Case("int4", 128, group, [700], [1], kv_heads=3).call(2 * HALVES)
     Case("f16", 128, group, [1000], [1], kv_heads=3).call(HALVES)
+
+
+@pytest.mark.parametrize("merge", ["LAST", "GANG", "CLUSTER"])
+@pytest.mark.parametrize("types, head_dim", [("f16", 128), ("f16", 64), ("int4", 128), ("int4", 64)])
+def test_every_way_to_merge(monkeypatch, merge, types, head_dim):
+    """Sequences of one range, of a few and of many, with tokens that were dropped and without; twice the same, to the bit."""
+    from edgeattn.kernels_cuda import attention_call, cached_attention, device
+    rng, merging, made = np.random.default_rng(), getattr(cached_attention, merge), []
+    case = Case(types, head_dim, int(rng.integers(1, 9)), [0, 40, 700, int(rng.integers(1500, 3000))], [1] * 4)
+    if EMULATED:  # with few processors there would be few ranges
+        monkeypatch.setattr(attention_call, "attribute", lambda name: 64)
+    monkeypatch.setattr(cached_attention, "merges", lambda: (merging,))
+    decode_launch = cached_attention.decode_launch
+    monkeypatch.setattr(cached_attention, "decode_launch", lambda *given: made.append(decode_launch(*given)) or made[-1])
+    try:
+        case.call(2 * HALVES)
+    except StopIteration:
+        pytest.skip("this device does not merge that way")
+    assert (made[0].gang > 1, made[0].cluster) == (merge != "LAST", merge == "CLUSTER")
+    xp = device.cupy()
+    dropped = xp.asarray(rng.standard_normal((4, 2, 1 + 2 * head_dim), np.float32))
+    dropped[:, :, 0] = [[0, 30]] + [[30, 5]] * 3  # tokens; none of one head
+    case.means = dropped.get()
+    extra = {"batch.compensation": (held := xp.asarray([dropped[s].data.ptr for s in range(4)], np.int64)).data.ptr}
+    found = [cached_attention.attend(case.cache, case.q, case.k, case.v, case.cos, case.sin, case.positions, **case.about, extra=extra)
+             for _ in range(2)]
+    assert np.array_equal(*found) and held.size
+    np.testing.assert_allclose(found[0], case.expected(), rtol=0, atol=2 * HALVES)
+
+
+@pytest.mark.skipif(not EMULATED, reason="imitates another GPU's size")
+@pytest.mark.parametrize("sequences, types, at_once, grid, block, way", [
+    (1, "f16", 8, (16, 8, 1), 256, "CLUSTER"), (1, "int4", 8, (16, 8, 1), 512, "CLUSTER"), (1, "int4", 7, (32, 8, 1), 256, "GANG"),
+    (1, "int8", 8, (32, 8, 1), 256, "GANG"), (2, "int4", 16, (8, 8, 2), 512, "CLUSTER"), (4, "int4", 32, (8, 8, 4), 256, "GANG"),
+    (5, "int4", 40, (6, 8, 5), 256, "LAST")])
+def test_the_way_to_merge_is_one_that_the_device_can_do(monkeypatch, sequences, types, at_once, grid, block, way):
+    """Of an H200's size: clusters where they fill it, gangs where all blocks are on it at once."""
+    from edgeattn.kernels_cuda import attention_call, cached_attention, device
+    for asking in (attention_call, cached_attention):
+        monkeypatch.setattr(asking, "attribute", {"MultiProcessorCount": 132, "MaxSharedMemoryPerMultiprocessor": 228 << 10}.__getitem__)
+    monkeypatch.setattr(cached_attention, "gangs_at_once", lambda launch: at_once if launch.cluster else 264 // launch.gang)
+    case = Case(types, 128, 4, [1500] * sequences, [1] * sequences, kv_heads=8)
+    tensors = {name: device.cupy().asarray(x) for name, x in dict(q=case.q, k=case.k, v=case.v, cos=case.cos, sin=case.sin,
+                                                                  out=case.q).items()}
+    decode = case.cache.launches(cached_attention, tensors, case.about, {"batch.positions": 0})[0]
+    assert (decode.grid, decode.block, decode.args[-1]) == (grid, block, getattr(cached_attention, way))
+    assert (decode.gang, decode.cluster) == (1 if way == "LAST" else grid[0], way == "CLUSTER")
 
 
 @pytest.mark.parametrize("types", ["f16", "int4", "f32"])

@@ -12,8 +12,8 @@ from emulated_gpu.translate import translate
 
 TESTS = Path(__file__).parent
 PARTS = {  # run side by side, for two cores; a GPU runs all of them
-    "products and models": "test_cuda_kernels.py test_cuda_fused.py test_cuda_tiny.py -k 'not (caote or zipvl or h2o and int4 or "
-                           "snapkv and f16 or int2 or f16 and (flex or sample_attention or sparge or dhsa) or come_back and f16 or duo "
+    "products and models": "test_cuda_kernels.py test_cuda_fused.py test_cuda_tiny.py test_cuda_chosen.py -k 'not (caote or zipvl or "
+                           "h2o and int4 or snapkv and f16 or int2 or f16 and (flex or sample_attention or sparge or dhsa) or come_back and f16 or duo "
                            "or other_scores and not (less_is_more and f16 or hisa and int4))'",
     "attention": "test_cuda_attention.py test_cuda_prefill.py test_cuda_parts.py -k '(not behind or 64 and f16) and "
                  "(shape4 or not (lists_are or lines_are or heavy or delta_adds or samples_say or alike) or shape3 and int4) and "
@@ -52,7 +52,8 @@ PASS_ON = r"""
 extern "C" __global__ void pass_on(i64 from, i64 size)
 {
     DYNAMIC_SHARED(u32, own);
-    const int gang = (int)(blockIdx.y * (gridDim.x / size) + blockIdx.x / size), next = (int)(blockIdx.x / size * size + (blockIdx.x + 1) % size);
+    const int gang = (int)(blockIdx.y * (gridDim.x / size) + blockIdx.x / size);
+    const int next = (int)(blockIdx.x / size * size + (blockIdx.x + 1) % size);
     u32* x = reinterpret_cast<u32*>(from) + blockIdx.y * gridDim.x;
     for (int turn = 0; turn < 5; turn++) {
         if (threadIdx.x == 0) own[0] = x[next] + 1;
@@ -60,6 +61,25 @@ extern "C" __global__ void pass_on(i64 from, i64 size)
         if (threadIdx.x == 33) x[blockIdx.x] = own[0];
         gang_barrier(gang, (int)size);
     }
+}
+extern "C" __global__ void send_on(i64 from, i64 size)
+{
+    DYNAMIC_SHARED(float4, got);
+    const int before = (int)((blockIdx.x + size - 1) % size);
+    u32* x = reinterpret_cast<u32*>(from) + blockIdx.y * gridDim.x + blockIdx.x;
+    float held = *x;
+    cluster_arrive_first();
+    cluster_wait();
+    for (int turn = 0; turn < 5; turn++) {
+        if (threadIdx.x == 33) store_to_block(got, before, make_float4(held + 1, 0, 0, 0));
+        cluster_arrive();
+        cluster_wait();
+        held = got[0].x;
+        cluster_arrive();
+        if (threadIdx.x > 40) return;  // who has ended need not come
+        cluster_wait();
+    }
+    if (threadIdx.x == 0) *x = held;
 }
 """
 GANG_FAULT = """
@@ -70,7 +90,7 @@ from edgeattn.kernels_cuda import compile, steps
 headers = "".join((compile.HERE / name).read_text() for name in ("common.cuh", "gang.cuh"))
 compile.source = lambda name: (re.sub("#(include|pragma).*", "", headers) + PASS_ON).replace(*sys.argv[1:])
 x = np.arange(24, dtype=np.uint32).reshape(2, 12)
-steps.run([steps.Launch(compile.function("pass_on", "pass_on"), (12, 2, 1), 64, (np.int64(x.ctypes.data), np.int64(4)), 64, gang=4)])
+steps.run([steps.Launch(compile.function("pass_on", KERNEL), (12, 2, 1), 64, (np.int64(x.ctypes.data), np.int64(4)), 64, gang=4)])
 print("right" if np.array_equal(x, np.roll(np.arange(24).reshape(2, 3, 4), -5, axis=2).reshape(2, 12) + 5) else "wrong")
 """.replace("PASS_ON", repr(PASS_ON))
 SECONDS = 1200  # about two minutes on two quiet cores
@@ -122,9 +142,11 @@ def test_faults_in_what_prompts_read_show(whole, part, said):
 
 
 @pytest.mark.skipif(bool(emulated_gpu.missing()), reason=emulated_gpu.missing())
-@pytest.mark.parametrize("whole, part, said", [("", "", "right"), ("while (!(", "while (false && !(", "wrong")])
-def test_gangs_wait_for_each_other(whole, part, said):
-    assert output_with(GANG_FAULT, whole, part) == f"{said}\n"
+@pytest.mark.parametrize("kernel, whole, part, said", [
+    ("pass_on", "", "", "right"), ("pass_on", "while (!(", "while (false && !(", "wrong"),
+    ("send_on", "", "", "right"), ("send_on", "cluster_wait();\n        held", "held", "wrong")])
+def test_gangs_wait_for_each_other(kernel, whole, part, said):
+    assert output_with(GANG_FAULT.replace("KERNEL", repr(kernel)), whole, part) == f"{said}\n"
 
 
 def output_with(script, whole, part):

@@ -11,6 +11,7 @@ from edgeattn.cache.options import CacheOptions
 from edgeattn.cuda_limits import cache_refusal, decode_refusal
 from edgeattn.exporters.export import export
 from edgeattn.generation import Generation, SamplerOptions
+from edgeattn.kernels_cuda.fused_steps import fuse
 from edgeattn.policies import load_policy, policy_names
 from edgeattn.prefill_scheduler import PrefillOptions
 from edgeattn.runtime import Model
@@ -184,7 +185,7 @@ def launches_of(monkeypatch, model):
     buckets = [backend_cuda.Bucket(*numbers) for numbers in (
         (1, 1, 1, 256, False), (1, 1, 1, 1024, True), (4, 4, 4, 512, True), (128, 1, 1, 1024, False), (128, 0, 2, 1024, False),
         (64, 64, 1, 256, False), (128, 1, 1, 1024, False, True), (128, 0, 2, 512, False, True))]
-    return {bucket: [launch for step in model for launch in step.launches(bucket)] for bucket in buckets}
+    return {bucket: [launch for step in fuse(model, bucket.most()) for launch in step.launches(bucket)] for bucket in buckets}
 
 
 @pytest.mark.parametrize("cache, choosing, prefill", [
@@ -220,7 +221,8 @@ def test_launches_of_every_bucket(monkeypatch, nano_int4, cache, choosing, prefi
         assert names.count("write_tokens") == sum(name.endswith("prefill_64") for name in names)
         names = {launch.function.name for launch in launches}
         assert all(min(launch.grid) > 0 for launch in launches)
-        assert ("select_pages" in names) == bucket.sparse
+        one = {f"chosen_{'int4' if cache == 'int4' else 'mixed'}_64"} & names  # pages chosen and attended to by one launch
+        assert bool({"select_pages"} & names | one) == bucket.sparse and bool(one) == (bucket.sparse and cache != "f16")
         kinds = {part for name in names for part in name.split("_")}
         assert "decode" in kinds and ("prefill" in kinds) == (bucket.tokens > 1)
     first = {step.operator: step for step in kept}["cached_attention"]

@@ -18,7 +18,8 @@ import numpy as np
 from emulated_gpu.translate import translate
 
 HERE = Path(__file__).parent
-COMPILER = "g++", "-std=c++17", "-O1", "-w", "-x", "c++", "-fno-strict-aliasing", "-ffp-contract=off"
+COMPILER = "g++", "-std=c++17", "-O1", "-w", "-x", "c++", "-fno-strict-aliasing", "-ffp-contract=off", \
+    "-fno-gnu-unique"  # each library has variables of its own
 ABOUT = dict(name="emulation", capability=87, processors=8, shared_bytes=163 << 10, integrated=False, memory_clock_mhz=1, memory_bus_bits=1,
              clock_mhz=1, l2_bytes=1 << 20, memory_bytes=1 << 30, driver_cuda="none", cupy="none")  # an Orin's limits
 ATTRIBUTES = {"MultiProcessorCount": ABOUT["processors"], "MaxSharedMemoryPerMultiprocessor": 164 << 10}
@@ -40,7 +41,7 @@ def _library(name):
     made = compile._cache_folder() / "cuda" / f"{name}-emulated-{key}.so"
     if not made.is_file():
         made.parent.mkdir(parents=True, exist_ok=True)
-        gangs = ["-DEMULATED_GANGS"] if "gang_barrier" in text else []
+        gangs = ["-DEMULATED_GANGS", "-DCLUSTERS"] if "gang_barrier" in text else []
         plain = _run(["-E", "-P", *gangs, f"-I{HERE}", "-"], text)
         kernels = re.findall(r'extern\s*"C"\s*void\s+(\w+)\s*\(', plain)
         entries = "".join(f'extern "C" void entry_{k}(void** arguments) {{ emulated::call({k}, arguments); }}\n' for k in kernels
@@ -72,6 +73,12 @@ def _launch(launch, stream):
         raise RuntimeError(f"a block that no GPU takes: {launch}")
 
 
+def _gangs_at_once(launch):
+    from edgeattn.kernels_cuda import attention_call
+    processor = ATTRIBUTES["MaxSharedMemoryPerMultiprocessor"]
+    return attention_call.processors() * (processor // (launch.shared + 1024)) // launch.gang
+
+
 class _Graph:
     """steps.Graph: the same launches again."""
 
@@ -91,3 +98,4 @@ def install() -> None:
     compile.function, steps._launch, steps.Graph = _function, _launch, _Graph
     for asking in (attention_call, cached_attention):
         asking.attribute = ATTRIBUTES.__getitem__
+    cached_attention.overlaps, cached_attention.gangs_at_once = lambda: True, _gangs_at_once

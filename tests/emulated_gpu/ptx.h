@@ -63,6 +63,7 @@ inline void ld_global_cg_v4_f32(float& x, float& y, float& z, float& w, const vo
     const float* from = (const float*)p;
     x = from[0], y = from[1], z = from[2], w = from[3];
 }
+inline void atom_add_release_gpu_u32(u32& before, u32* p, u32 x) { before = __atomic_fetch_add(p, x, __ATOMIC_ACQ_REL); }
 inline void ld_acquire_gpu_u32(u32& x, const u32* p)  // what waits for another block asks again and again
 {
     using clock = std::chrono::steady_clock;
@@ -73,6 +74,19 @@ inline void ld_acquire_gpu_u32(u32& x, const u32* p)  // what waits for another 
     if (clock::now() - since > std::chrono::minutes(5)) emulated::fail("a block waits for one that does not come");
     std::this_thread::yield();
 }
+
+// Of a cluster: a block's shared memory, told from others by the address' upper bits.
+inline void barrier_cluster_arrive_relaxed() { emulated::arrive_cluster(); }
+inline void barrier_cluster_arrive_release() { emulated::arrive_cluster(); }
+inline void barrier_cluster_wait_acquire() { emulated::wait_cluster(); }
+inline void mapa_shared__cluster_u32(u32& to, u32 own, int rank) { to = own | rank << 24; }
+inline float* of_cluster(u32 address) { return (float*)(emulated::shared_of[address >> 24] + (address & 0xffffff)); }
+inline void st_shared__cluster_v4_f32(u32 to, float x, float y, float z, float w)
+{
+    of_cluster(to)[0] = x, of_cluster(to)[1] = y, of_cluster(to)[2] = z, of_cluster(to)[3] = w;
+}
+inline void st_shared__cluster_v2_f32(u32 to, float x, float y) { of_cluster(to)[0] = x, of_cluster(to)[1] = y; }
+
 inline void prefetch_global_L2(const void*) {}
 
 // Copies arrive when the thread waits for their group, not before, so that a wait that is missing shows.

@@ -1,0 +1,82 @@
+// The most that a page's keys could score, by the range of each channel (select_pages.cu, `bound`), of eight pages at once on tensor
+// cores: a page's minima and steps are a row of halves as they are, the queries' weights two halves each, which together hold 22 bits.
+#pragma once
+#include "decode_block.cuh"
+
+#define TILE_PAGES 8
+
+// What minima and steps are multiplied with, all times one power of two, which changes no order.
+template <int D> struct Weights {
+    uint4 of[2][D / 16][32];  // [the larger part, the rest][32 minima or steps][lane 4 g + j]: of query head g, from 8 j on
+
+    // By all threads, once q is in shared memory. A barrier is to follow.
+    template <int WARPS> __device__ __forceinline__ void make(const Shared<D, WARPS>& shared, int group, float reach)
+    {
+        float top = shared.norms[0];
+        for (int h = 1; h < group; h++) top = fmaxf(top, shared.norms[h]);
+        const float factor = __uint_as_float(264 - (__float_as_uint(top) >> 23) << 23);  // the largest to 2^10 or a little more
+        for (int n = threadIdx.x; n < D / 16 * 32; n += 32 * WARPS) {
+            const int chunk = n / 32, g = n % 32 / 4, j = n % 4;
+            const float* q = shared.q[min(g, group - 1)] + (32 * chunk + 8 * j) % D;
+            u32 high[4], rest[4];
+#pragma unroll
+            for (int i = 0; i < 4; i++) {
+                float2 x = make_float2(q[2 * i] * factor, q[2 * i + 1] * factor);
+                if (chunk >= D / 32) x.x = 0.5f * fmaf(fabsf(x.x), reach, x.x), x.y = 0.5f * fmaf(fabsf(x.y), reach, x.y);
+                high[i] = floats_to_halves(x.x, x.y);
+                const float2 y = halves_to_floats(high[i]);
+                rest[i] = floats_to_halves(x.x - y.x, x.y - y.y);
+            }
+            of[0][chunk][n % 32] = make_uint4(high[0], high[1], high[2], high[3]);
+            of[1][chunk][n % 32] = make_uint4(rest[0], rest[1], rest[2], rest[3]);
+        }
+    }
+};
+
+// The pages first ... first + 7 of a warp: lane 4 g + j has a fourth of page g. They are half of the rows that a matrix has: with all of
+// them what is under way would not fit in registers beside q.
+template <int D> struct PageTile {
+    uint4 x[D / 16];
+    float levels;  // of codes; -1: no page
+
+    static __device__ __forceinline__ int entry_of(const int* table, int first, int end)
+    {
+        const int page = first + (int)threadIdx.x % 32 / 4;
+        return page < end ? table[page] : -1;
+    }
+    __device__ __forceinline__ void load(const i64* pools, const int* table, int first, int end)
+    {
+        const int entry = entry_of(table, first, end);
+        const Page page(pools, max(entry, 0));
+        const i64 from = entry < 0 ? 0 : page.place(K_PARAMS);  // halves have none
+        levels = entry < 0 ? -1 : (float)page.pool[K_LEVELS];
+#pragma unroll
+        for (int i = 0; i < D / 16; i++)
+            x[i] = from ? load_stream(at<u8>(from) + 16 * (threadIdx.x % 4) + 64 * i) : make_uint4(0, 0, 0, 0);
+    }
+    // On their way to the second-level cache.
+    static __device__ __forceinline__ void prefetch(const i64* pools, const int* table, int first, int end)
+    {
+        const int entry = entry_of(table, first, end), offset = 128 * (threadIdx.x % 4);
+        if (entry >= 0 && offset < 4 * D) prefetch_l2(at<u8>(Page(pools, entry).place(K_PARAMS)) + offset);
+    }
+    // Scores of the best query head to scores[first ...]; -infinity where there is no page.
+    __device__ __forceinline__ void score(const Weights<D>& weights, float* scores, int first, int end) const
+    {
+        const int lane = threadIdx.x % 32;
+        float sums[2][2][4] = {};  // of minima and of steps, by both parts of weights: chains of products that do not wait for each other
+#pragma unroll
+        for (int i = 0; i < D / 16; i++)
+#pragma unroll
+            for (int part = 0; part < 2; part++) {
+                const uint4 w = weights.of[part][i][lane];
+                float (&sum)[4] = sums[i / (D / 32)][part];
+                mma_f16(sum, {x[i].x, 0, x[i].y, 0}, w.x, w.y);
+                mma_f16(sum, {x[i].z, 0, x[i].w, 0}, w.z, w.w);
+            }
+        const float even = fmaf(levels, sums[1][0][0] + sums[1][1][0], sums[0][0][0] + sums[0][1][0]);
+        const float odd = fmaf(levels, sums[1][0][1] + sums[1][1][1], sums[0][0][1] + sums[0][1][1]);
+        const float best = quad_max(fmaxf(even, odd));
+        if (lane % 4 == 0 && first + lane / 4 < end) scores[first + lane / 4] = levels < 0 ? -infinity() : best;
+    }
+};

@@ -1,0 +1,176 @@
+// A decode step's choice of pages and its attention to them as one launch: what select_pages does by bounds out of the parameters of
+// quantised keys, each KV head by itself, and the decode kernels behind it. The blocks of a KV head are a gang. Each scores its part of
+// the pages; once all scores are there, every block finds the best pages by itself and takes its share of them. The one that has the
+// newest token, as in decode.cuh, writes the list for later steps.
+//   grid    (blocks, kv_heads, sequences)
+//   shared  Shared<D, WARPS>; `room` bytes: weights, Best and scores, then what decode keeps there; `pages` ints, the page table; the list
+#include "best_pages.cuh"
+#include "decode.cuh"
+#include "gang.cuh"
+#include "bound_tiles.cuh"
+
+// What a KV head's list is to become.
+struct Choice {
+    int count, age, interval, slots, total, free;  // of the list as it is: its header; pages held; pages to be found by scores
+    int2 range;                                    // of pages that scores decide about
+    bool again, follows, dense, scored;
+
+    __device__ __forceinline__ Choice(const Selection& a, int s, int head, int slots) : slots(slots), total(a.total(slots))
+    {
+        const int* row = a.call.list_row(s, head);
+        count = row[COUNT], age = row[AGE], interval = row[INTERVAL];
+        follows = count >= 0 && row[SLOTS] + age + 1 == slots, again = follows && count >= 1 && age + 1 < interval;
+        const int wanted = a.wanted(s, head, slots), each = max(1, (int)a.block);
+        range = a.candidates(s, head, total);
+        const int always = total - range.y + range.x;
+        free = max(wanted - always, 0) / each * each;
+        dense = !again && (wanted >= total || free >= range.y - range.x || always + free > a.call.selection_capacity - 2);
+        scored = !again && !dense && free > 0;
+    }
+};
+
+// The list and its header as later steps find them, and the counters: by all threads of the block that does this for a KV head. list: in
+// shared memory, `reads` pages; best: which of the pages that scores decide about are in it.
+__device__ __forceinline__ void keep_list(const Selection& a, const Choice& c, Best& best, int s, int head, const int* list, int reads,
+                                          int found)
+{
+    int* row = a.call.list_row(s, head);
+    const float reuse = __int_as_float((int)a.reuse);
+    const bool compares = reuse > 0 && c.follows && !c.again && !c.dense;
+    if (compares && c.scored) {
+#pragma unroll 1
+        for (int i = threadIdx.x; i < c.count; i += blockDim.x) {
+            const int place = row[HEADER + i] - c.range.x;
+            if (place >= 0 && place < c.range.y - c.range.x && best.has(place)) atomicAdd(&best.kept, 1u);
+        }
+        __syncthreads();
+    }
+#pragma unroll 1
+    for (int i = (c.again ? c.count : 0) + threadIdx.x; i < reads && !c.dense; i += blockDim.x) row[HEADER + i] = list[HEADER + i];
+    if (threadIdx.x) return;
+    int next = c.again ? c.interval : 1;
+    if (compares) next = (float)best.kept / (float)max(found, 1) >= reuse ? min(2 * c.interval, LONGEST) : max(c.interval / 2, 1);
+    row[COUNT] = c.dense ? ALL : reads, row[AGE] = c.again ? c.age + 1 : 0, row[INTERVAL] = next;
+    if (!c.again) row[SLOTS] = c.slots;
+    if (!a.stats) return;
+    u64* stats = at<u64>(a.stats) + STATS * a.call.layer;
+    atomicAdd(stats + (c.dense ? DENSE : SPARSE), 1ull), atomicAdd(stats + READ, (u64)(c.dense ? c.total : reads));
+    atomicAdd(stats + HELD, (u64)c.total), atomicAdd(stats + REUSED, (u64)c.again);
+}
+
+template <int KIND, int D, int WARPS>
+__device__ __forceinline__ void choose_and_attend(const Selection& a, int stages, int room, int pages)
+{
+    DYNAMIC_SHARED(uint4, memory);
+    Shared<D, WARPS>& shared = *reinterpret_cast<Shared<D, WARPS>*>(memory);
+    u8* const rings = reinterpret_cast<u8*>(&shared + 1);
+    Weights<D>& weights = *reinterpret_cast<Weights<D>*>(rings);
+    Best& best = *reinterpret_cast<Best*>(&weights + 1);
+    Choice& c = *reinterpret_cast<Choice*>(&best + 1);
+    float* const values = reinterpret_cast<float*>(&c + 1);
+    int* const table = reinterpret_cast<int*>(rings + room);
+    int* const list = table + pages;
+    const Call& call = a.call;
+    // Nothing of this changes within a step but by this kernel. Loads that do not depend on each other go together.
+    const int s = blockIdx.z, head = blockIdx.y, own = blockIdx.x, blocks = gridDim.x;
+    const int sequences = call.sequences(), row = call.first_row(s), next_row = call.first_row(s + 1);
+    const bool selects = at<i64>(call.selections)[s] != 0;
+#pragma unroll 1
+    for (int i = threadIdx.x; i < POOLS * FIELDS; i += 32 * WARPS) shared.pools[i] = at<i64>(call.pools)[i];
+    release_next();
+    if (s >= sequences || next_row - row != 1) return wait_previous();
+    {
+        const int* const entries = call.table(s, head);
+#pragma unroll 1
+        for (int i = threadIdx.x; i < min(pages, (int)call.max_pages); i += 32 * WARPS) cp_async_or_zeros<4>(table + i, entries + i, true);
+        cp_async_commit();
+        const int slots = call.slots(s, head);
+        int first = 0, end = 0;
+        if (selects) {
+            const Choice now(a, s, head, slots);
+            if (threadIdx.x == 0) c = now;
+#pragma unroll 1
+            for (int i = threadIdx.x; now.again && i < now.count; i += 32 * WARPS) list[HEADER + i] = call.list_row(s, head)[HEADER + i];
+            if (now.scored) first = now.range.x + TILE_PAGES * (own + blocks * (threadIdx.x / 32)), end = now.range.y;
+        }
+        if (threadIdx.x == 0) shared.head = head, shared.row = row, shared.slots = slots - 1;
+        best.clear();
+        const int step = TILE_PAGES * blocks * WARPS;
+        PageTile<D> tile;
+        __syncthreads();
+        if (first < end) tile.load(shared.pools, entries, first, end);  // parameters are there before q is
+#pragma unroll 4
+        for (int later = first + step; later < end; later += step) PageTile<D>::prefetch(shared.pools, entries, later, end);
+        {
+            Prepared<D, WARPS> prepared;
+            prepared.load_angles(call, at<i64>(call.positions)[row]);
+            wait_previous();
+            prepared.load(call, head, row);
+            prepared.store(call, shared);
+        }
+        if (selects && c.scored) {
+            weights.make(shared, call.group(), __int_as_float((int)a.reach));
+            __syncthreads();
+#pragma unroll 1
+            while (first < end) {
+                tile.score(weights, a.scores_of(s, head), first, end);
+                first += step;
+                if (first < end) tile.load(shared.pools, call.table(s, head), first, end);
+            }
+        }
+    }
+    int count = shared.slots / PAGE + 1, found = 0;  // pages that are read, those of them that scores have found
+    const int gang = s * (int)call.kv_heads + head;
+    if (selects) {
+        gang_barrier(gang, blocks);  // scores are there, and every block knows the list as it was
+        const int begin = c.range.x, end = c.range.y;
+        if (c.scored)
+            found = best_pages<WARPS>(best, values, a.scores_of(s, head) + begin, end - begin, c.free, begin, list + HEADER + begin);
+        if (c.again) {
+            count = c.count + (list[HEADER + c.count - 1] < c.total - 1);
+            if (threadIdx.x == 0 && count > c.count) list[HEADER + c.count] = c.total - 1;
+        } else if (!c.dense) {
+#pragma unroll 1
+            for (int page = threadIdx.x; page < begin; page += 32 * WARPS) list[HEADER + page] = page;
+#pragma unroll 1
+            for (int page = end + threadIdx.x; page < c.total; page += 32 * WARPS) list[HEADER + begin + found + page - end] = page;
+            count = begin + found + c.total - end;
+        }
+    }
+    const bool listed = selects && !c.dense;
+    const int low = call.first_visible(shared.slots), first = listed ? 0 : low / PAGE;
+    count -= first;
+    const int used = min(blocks - 1, (count + 3) / 4);  // a page for each of a processor's four parts, before there is another block
+    if (selects && own == used) {
+        __syncthreads();
+        keep_list(a, c, best, s, head, list, count, found);
+    }
+    cp_async_wait<0>();
+    __syncthreads();  // rings take the place of what was needed for choosing
+    if (own > used) return;
+    if (threadIdx.x == 0) {
+        shared.table = table, shared.list = listed ? list : nullptr, shared.first = first, shared.used = used, shared.range = own;
+        shared.low = low, shared.stages = stages, shared.alone = 0, shared.count = count;
+        shared.apart = warp_bytes<KIND, D>(stages) >= side_bytes<F16, D>();  // else there is no room for halves
+        shared.begin = 0, shared.end = count;
+    }
+    __syncthreads();
+    if (own == used) attend_newest<KIND, D, WARPS, true>(call, shared, at<i64>(call.positions)[shared.row], nullptr);
+    else attend_range<KIND, D, WARPS, true>(call, shared, 0, 0, nullptr);
+    gang_barrier(gang + gridDim.y * gridDim.z, used + 1);  // another count: blocks that have no range may still be at the first one
+    merge_share<D, WARPS>(call, shared, nullptr);
+}
+
+#define CHOSEN(name, kind, depth, warps) \
+    extern "C" __global__ void __launch_bounds__(32 * warps, 16 / warps) name( \
+        CALL_PARAMETERS SELECTION_ARGS(AS_PARAMETER) i64 stages, i64 room, i64 pages) \
+    { \
+        const Selection a{MAKE_CALL, SELECTION_ARGS(AS_VALUE)}; \
+        choose_and_attend<kind, depth, warps>(a, (int)stages, (int)room, (int)pages); \
+    }
+CHOSEN(chosen_int4_64, INT4, 64, 8)
+CHOSEN(chosen_int4_128, INT4, 128, 8)
+CHOSEN(chosen_mixed_64, MIXED, 64, 8)
+CHOSEN(chosen_mixed_128, MIXED, 128, 8)
+CHOSEN(chosen_wide_int4_64, INT4, 64, 16)
+CHOSEN(chosen_wide_int4_128, INT4, 128, 16)
