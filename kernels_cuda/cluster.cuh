@@ -1,7 +1,11 @@
-// Blocks that share their shared memory, from sm_90 on, where a launch makes neighbours a cluster (Launch.cluster). Elsewhere each block is
-// alone.
+// Blocks that the hardware starts together and that reach each other's shared memory, from sm_90 on, where a launch makes neighbours a
+// cluster (Launch.cluster). Elsewhere each block is alone, and waiting and storing do nothing.
 #pragma once
 #include "common.cuh"
+
+#if __CUDA_ARCH__ >= 900
+#define CLUSTERS
+#endif
 
 __device__ __forceinline__ int cluster_blocks()
 {
@@ -21,41 +25,53 @@ __device__ __forceinline__ int cluster_rank()
     return (int)rank;
 }
 
-// Instead of arrive_at_cluster(), without its fence, where only that a block has begun is to be known.
-__device__ __forceinline__ void begin_in_cluster()
+// Threads that have ended count as arrived.
+__device__ __forceinline__ void cluster_arrive_first()  // nothing was written before: that a block has begun is all there is to tell
 {
-#if __CUDA_ARCH__ >= 900
-    asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory");
+#ifdef CLUSTERS
+    asm volatile("barrier.cluster.arrive.relaxed;" ::: "memory");
 #endif
 }
 
-// All threads of a cluster, one after the other: what was written before the first is visible after the second.
-__device__ __forceinline__ void arrive_at_cluster()
+__device__ __forceinline__ void cluster_arrive()  // what was written before, to shared memory of any block too, is there after all waited
 {
-#if __CUDA_ARCH__ >= 900
-    asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");
+#ifdef CLUSTERS
+    asm volatile("barrier.cluster.arrive.release;" ::: "memory");
 #endif
 }
 
-__device__ __forceinline__ void wait_for_cluster()
+__device__ __forceinline__ void cluster_wait()
 {
-#if __CUDA_ARCH__ >= 900
-    asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
+#ifdef CLUSTERS
+    asm volatile("barrier.cluster.wait.acquire;" ::: "memory");
+#endif
+}
+
+// To the place in block `rank` of the cluster that `own` is in this one. Once all have begun: a barrier before.
+__device__ __forceinline__ void store_to_block(float4* own, int rank, float4 x)
+{
+#ifdef CLUSTERS
+    u32 there;
+    asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(there) : "r"(shared_address(own)), "r"(rank));
+    asm volatile("st.shared::cluster.v4.f32 [%0], {%1, %2, %3, %4};" ::"r"(there), "f"(x.x), "f"(x.y), "f"(x.z), "f"(x.w) : "memory");
+#endif
+}
+
+__device__ __forceinline__ void store_to_block(float2* own, int rank, float2 x)
+{
+#ifdef CLUSTERS
+    u32 there;
+    asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(there) : "r"(shared_address(own)), "r"(rank));
+    asm volatile("st.shared::cluster.v2.f32 [%0], {%1, %2};" ::"r"(there), "f"(x.x), "f"(x.y) : "memory");
 #endif
 }
 
 // `count` times 16 bytes of this block's shared memory to the same place in that of the others, a power of two with it, by all threads.
-__device__ __forceinline__ void copy_to_peers(const void* from, int count, int blocks)
+__device__ __forceinline__ void copy_to_peers(void* from, int count, int blocks)
 {
-#if __CUDA_ARCH__ >= 900
-    const u32 own = shared_address(from), rank = cluster_rank();
     for (int i = threadIdx.x; i < count; i += blockDim.x) {
-        const uint4 x = ((const uint4*)from)[i];
-        for (int peer = 1; peer < blocks; peer++) {
-            u32 to;
-            asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(to) : "r"(own + 16 * i), "r"(rank ^ peer));
-            asm volatile("st.shared::cluster.v4.u32 [%0], {%1, %2, %3, %4};" ::"r"(to), "r"(x.x), "r"(x.y), "r"(x.z), "r"(x.w) : "memory");
-        }
+        float4* own = (float4*)from + i;
+        const float4 x = *own;
+        for (int peer = 1; peer < blocks; peer++) store_to_block(own, cluster_rank() ^ peer, x);
     }
-#endif
 }

@@ -122,12 +122,12 @@ __device__ __forceinline__ void quantise_own(const float* x, const Around& aroun
     else
         quantise_row<BITS, UNIT, true, 7>(x, k, first, end, block_shift, codes, info, then);
     if (blocks > 1) {
-        wait_for_cluster();
+        cluster_wait();
         __syncthreads();
         copy_to_peers(codes + first * (UNIT / 4), (end - first) * UNIT / 16, blocks);
         copy_to_peers(info + first, (end - first) / 2, blocks);
-        arrive_at_cluster();
-        wait_for_cluster();
+        cluster_arrive();
+        cluster_wait();
     }
     __syncthreads();
 }

@@ -225,7 +225,7 @@ __device__ __forceinline__ void gemv(const float* x, const u32* x_codes, const U
     const int first_token = blockIdx.y * TOKENS;
     to.tokens = (int)state[tokens_at] - first_token;
     const int blocks = TOKENS == 1 ? cluster_blocks() : 1;
-    if (blocks > 1) begin_in_cluster();  // before it, a block's shared memory is not there for others
+    if (blocks > 1) cluster_arrive_first();  // before it, a block's shared memory is not there for others
     if (TOKENS == 1 && around.gain && 32 * threadIdx.x < k) prefetch_l2(around.gain + 32 * threadIdx.x);
     release_next();
     wait_previous();
