@@ -79,9 +79,11 @@ class Model:
         if options.moves_slots and about["window"]:
             raise ValueError("this model has sliding windows, whose positions eviction, head classes and sorted pages would lose: use "
                              "--kv-eviction none, --kv-heads none and --kv-storage kivi")
-        if options.moves_slots and self.scheduler and self.scheduler.policy.shared:
-            raise ValueError(f"{sparse.method} selects pages for several layers and heads at once, which eviction, head classes and sorted "
-                             "pages would tell apart: use --kv-eviction none, --kv-heads none and --kv-storage kivi")
+        policy = self.scheduler and self.scheduler.policy
+        if options.moves_slots and policy and (policy.shared or policy.combine != "head"):
+            several = "layers and heads" if policy.shared else "heads"
+            raise ValueError(f"{sparse.method} selects pages for several {several} at once, which eviction, head classes and sorted pages "
+                             "would tell apart: use --kv-eviction none, --kv-heads none and --kv-storage kivi")
         self.prefill = self._prefill(prefill, whole_because or prefill_refusal(options, about["window"]), about)
         self.cache = KVCache(*shape, options, self.ubatch, classes, selection, self.backend)
         self.ubatch, self.ctx_size = self.cache.plan.chunk, self.cache.capacity

@@ -34,7 +34,7 @@ def workspace_bytes(tensors, attributes, rows, threads) -> int:
 
 def refusal(about: dict) -> str:
     """Why weights with these attributes cannot be multiplied there."""
-    panels = about["bits"] == 2 and not about.get("input_major")
+    panels = about.get("bits", 2) == 2 and not about.get("input_major")
     return "" if panels else "this layout of ternary weights is for the CPU: export with --ternary-layout panels for --device cuda"
 
 

@@ -48,7 +48,7 @@ template <int D> __device__ __forceinline__ void score_samples(const Call& call,
     const QueryBlock start(call, choice, s, head, 0);
     if (!start.there) return;
     const int slots = call.slots(s, head), pages = (slots + PAGE - 1) / PAGE;
-    if (begin >= slots) return;
+    if (begin >= slots || from >= call.group() * samples.count(call.rows(s))) return;  // no keys, or no rows of this piece
     bool there[2];
 #pragma unroll
     for (int part = 0; part < 2; part++) {

@@ -4,6 +4,7 @@ import pytest
 from imitated_gpu import make_backend
 
 from edgeattn import runtime
+from edgeattn.cache.options import CacheOptions
 from edgeattn.cuda_limits import matrix_lines, prefill_refusal
 from edgeattn.kernels_cuda import choose_by_lines
 from edgeattn.kernels_cuda.prefill_call import FEWEST, QUERIES, SEQUENCES, most_blocks, most_lists
@@ -26,7 +27,7 @@ def test_where_prompts_begin_to_read_a_part(monkeypatch):
 def test_a_call_tells_which_prompts_read_lists(monkeypatch):
     """Blocks and pages are numbered on over the sequences that have lists, as far as kernels' scratch goes."""
     from types import SimpleNamespace
-    cache = SimpleNamespace(shape=(2, 2), plan=SimpleNamespace(max_pages=20))
+    cache = SimpleNamespace(shape=(2, 2), plan=SimpleNamespace(max_pages=20), options=CacheOptions())
     batch = make_backend(monkeypatch).batch(256, 4, 4, cache)
     assert batch.arguments()["batch.prefill_lists"] == 0
     batch.hold_lists(2)
@@ -55,7 +56,7 @@ def test_prefill_policies(name, options, works):
 def test_a_list_has_room_for_single_keys(monkeypatch):
     """Those of the KV head whose query heads have most; a head that goes by pages has none."""
     from types import SimpleNamespace
-    cache = SimpleNamespace(shape=(2, 2), plan=SimpleNamespace(max_pages=20))
+    cache = SimpleNamespace(shape=(2, 2), plan=SimpleNamespace(max_pages=20), options=CacheOptions())
     backend = make_backend(monkeypatch)
     batch = backend.batch(256, 4, 4, cache)
     policy, fitted = load_policy("prefill", "minference"), np.int32([[1, 30, 0], [0, 40, 9], [2, 900, 0], [1, 60, 5]])
@@ -71,7 +72,7 @@ def test_a_list_has_room_for_single_keys(monkeypatch):
 def test_a_prompt_without_room_for_its_list_counts_as_dense(monkeypatch):
     from types import SimpleNamespace
     backend, scheduler = make_backend(monkeypatch), PrefillScheduler(PrefillOptions("streaming", {}, 0), 2, 2)
-    batch = backend.batch(512, 4, 4, SimpleNamespace(shape=(2, 2), plan=SimpleNamespace(max_pages=20)))
+    batch = backend.batch(512, 4, 4, SimpleNamespace(shape=(2, 2), plan=SimpleNamespace(max_pages=20), options=CacheOptions()))
     scheduler.prepare(backend, batch, 20, 4)
     calls = [(place, SimpleNamespace(length=n, counts=np.array([n])), 150 * place, 150, True) for place, n in enumerate((320, 352, 300))]
     assert all(scheduler.wants(sequence, count, last) for _, sequence, _, count, last in calls) and scheduler.chunks == [0, 3]

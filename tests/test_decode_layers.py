@@ -118,9 +118,9 @@ def test_lists_serve_more_steps_where_that_is_asked_for(runs, name):
 
 
 @pytest.mark.parametrize("options", [dict(budget=4 << 20), dict(storage="zipcache")], ids=["eviction", "sorted"])
-@pytest.mark.parametrize("name", SHARED)
-def test_what_tells_layers_apart_is_refused(nano_fp32, name, options):
-    with pytest.raises(ValueError, match=f"{name} selects pages for several layers"):
+@pytest.mark.parametrize("name", [*SHARED, "infllm"])
+def test_what_tells_layers_or_heads_apart_is_refused(nano_fp32, name, options):
+    with pytest.raises(ValueError, match=f"{name} selects pages for several {'heads' if name == 'infllm' else 'layers'}"):
         Model.load(nano_fp32, cache=CacheOptions("int4", "int4", **({"eviction": "key_diff"} if "budget" in options else {}), **options),
                    sparse=SparseOptions(name, min_len=0))
 
