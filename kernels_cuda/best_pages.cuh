@@ -8,7 +8,7 @@
 #define BEST_BINS (1 << BEST_BITS)
 #define MOST_CHOSEN_FROM 8192  // pages
 
-struct Best {
+struct alignas(16) Best {
     u32 bins[BEST_BINS], words[MOST_CHOSEN_FROM / 32];  // words: a bit a page, whether it is chosen
     float values[LISTED];
     int places[LISTED];

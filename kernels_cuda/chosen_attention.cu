@@ -9,6 +9,8 @@
 #include "gang.cuh"
 #include "bound_tiles.cuh"
 
+#define BEST_BYTES 3664  // for Best and Choice: chosen_attention.py
+
 // What a KV head's list is to become.
 struct Choice {
     int count, age, interval, slots, total, free;  // of the list as it is: its header; pages held; pages to be found by scores
@@ -28,6 +30,8 @@ struct Choice {
         scored = !again && !dense && free > 0;
     }
 };
+
+static_assert(sizeof(Best) + sizeof(Choice) <= BEST_BYTES, "the launcher counts as many");
 
 // The list and its header as later steps find them, and the counters: by all threads of the block that does this for a KV head. list: in
 // shared memory, `reads` pages; best: which of the pages that scores decide about are in it.

@@ -19,7 +19,7 @@ ARGS = cached_attention.ARGS
 CHOICE = "choice"  # among the arguments: those of select_pages
 KERNELS = {(INT4, 8): "chosen_int4", (MIXED, 8): "chosen_mixed", (INT4, 16): "chosen_wide_int4"}  # by pages and warps of a block
 MOST_BLOCKS, MOST_PAGES, MOST_REACH = 16, 8192, 8.0
-BEST_BYTES = 3648  # best_pages.cuh, Best, and what a list is to become
+BEST_BYTES = 3664  # best_pages.cuh, Best, and what a list is to become
 SAME = "q", "q.stride", "layer", "selection.group", "selection.capacity", "batch.selections", "batch.positions", "state"
 
 

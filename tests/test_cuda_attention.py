@@ -131,7 +131,7 @@ def test_every_way_to_merge(monkeypatch, merge, types, head_dim):
     assert (made[0].gang > 1, made[0].cluster) == (merge != "LAST", merge == "CLUSTER")
     xp = device.cupy()
     dropped = xp.asarray(rng.standard_normal((4, 2, 1 + 2 * head_dim), np.float32))
-    dropped[:, :, 0] = [[0, 30]] + [[30, 5]] * 3  # tokens; none of one head
+    dropped[:, :, 0] = xp.asarray([[0, 30]] + [[30, 5]] * 3)  # tokens; none of one head
     case.means = dropped.get()
     extra = {"batch.compensation": (held := xp.asarray([dropped[s].data.ptr for s in range(4)], np.int64)).data.ptr}
     found = [cached_attention.attend(case.cache, case.q, case.k, case.v, case.cos, case.sin, case.positions, **case.about, extra=extra)
