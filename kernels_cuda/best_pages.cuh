@@ -1,6 +1,7 @@
-// The best of a KV head's pages, found by one block from scores that other blocks have written. Scores are copied to shared memory; one
-// histogram of them, linear between the least and the largest, nearly always leaves few in the bin that decides, which are compared with
-// each other. Loops are not unrolled: code that runs once is fetched more slowly than it runs.
+// The best of a KV head's pages, found by one block from scores that other blocks have written. Of few pages the best ones are those that
+// reach the last of as many groups' largest scores: usually not many more than are wanted, which are compared with each other. Of others
+// scores are copied to shared memory; one histogram of them, linear between the least and the largest, nearly always leaves few in the bin
+// that decides. Loops are not unrolled: code that runs once is fetched more slowly than it runs.
 #pragma once
 #include "selection.cuh"
 
@@ -8,17 +9,25 @@
 #define BEST_BINS (1 << BEST_BITS)
 #define MOST_CHOSEN_FROM 8192  // pages
 
+#define MOST_COMPARED 320       // scores, with each other: a multiple of 4
+#define AT_ONCE 16             // scores of a thread
+
 struct alignas(16) Best {
     u32 bins[BEST_BINS], words[MOST_CHOSEN_FROM / 32];  // words: a bit a page, whether it is chosen
-    float values[LISTED];
-    int places[LISTED];
+    float values[MOST_COMPARED];
+    int places[MOST_COMPARED];
     u32 low, high, possible, listed, kept;
+    float bound;
 
     // By all threads; a barrier is to follow.
     __device__ __forceinline__ void clear()
     {
 #pragma unroll 1
         for (int b = threadIdx.x; b < BEST_BINS; b += blockDim.x) bins[b] = 0;
+#pragma unroll 1
+        for (int w = threadIdx.x; w < MOST_CHOSEN_FROM / 32; w += blockDim.x) words[w] = 0;
+#pragma unroll 1
+        for (int i = threadIdx.x; i < MOST_COMPARED; i += blockDim.x) values[i] = -infinity();
         if (threadIdx.x == 0) low = ~0u, high = possible = listed = kept = 0;
     }
     __device__ __forceinline__ bool has(int place) const { return words[place / 32] >> place % 32 & 1; }
@@ -78,6 +87,81 @@ __device__ __forceinline__ int deciding_bin(const u32* bins, u32 left, u32& abov
     return __shfl_sync(FULL_WARP, bin, owner);
 }
 
+// best_pages() by comparing those that may be among the best: -1 where they are too many.
+template <int WARPS>
+__device__ __forceinline__ int few_best_pages(Best& best, const float* scores, int count, int wanted, int first, int* pages)
+{
+    constexpr int THREADS = 32 * WARPS;
+    if (count > AT_ONCE * THREADS || wanted > THREADS) return -1;
+    float own[AT_ONCE], top = -infinity();
+#pragma unroll
+    for (int k = 0; k < AT_ONCE; k++) {
+        const int i = k * THREADS + (int)threadIdx.x;
+        own[k] = i < count ? load_shared_by_all(scores + i) : -infinity();
+    }
+#pragma unroll
+    for (int k = 0; k < AT_ONCE; k++) top = fmaxf(top, own[k]);
+    int groups = THREADS;  // twice as many as are wanted, and a warp has one at least
+#pragma unroll 1
+    for (; groups / 2 >= max(2 * wanted, WARPS); groups /= 2) top = fmaxf(top, __shfl_xor_sync(FULL_WARP, top, THREADS / groups));
+    float* tops = reinterpret_cast<float*>(best.bins);
+    const int each = THREADS / groups, group = threadIdx.x / each;
+    if (threadIdx.x % each == 0) tops[group] = top;
+    __syncthreads();
+    if ((int)threadIdx.x < groups) {
+        const float value = tops[threadIdx.x];
+        int better = 0;
+#pragma unroll 4
+        for (int o = 0; o < groups; o += 4) {
+            const float4 four = *reinterpret_cast<const float4*>(tops + o);
+            better += (four.x > value) + (four.y > value) + (four.z > value) + (four.w > value);
+        }
+        // of equals several may, and write the same
+        if (better < wanted) atomicMin(&best.low, order_of(value));
+    }
+    __syncthreads();
+    const float bound = float_of(best.low);
+#pragma unroll
+    for (int k = 0; k < AT_ONCE; k++)
+        if (own[k] >= bound && own[k] > -infinity()) {
+            const u32 place = atomicAdd(&best.listed, 1u);
+            if (place < MOST_COMPARED) best.values[place] = own[k], best.places[place] = k * THREADS + threadIdx.x;
+        }
+    int* chosen = reinterpret_cast<int*>(best.bins);  // tops are done with
+#pragma unroll 1
+    for (int i = threadIdx.x; i < MOST_COMPARED; i += THREADS) chosen[i] = MOST_CHOSEN_FROM;
+    __syncthreads();
+    const int listed = best.listed;
+    if (listed > MOST_COMPARED) return -1;
+#pragma unroll 1
+    for (int e = threadIdx.x; e < listed; e += THREADS) {
+        const float value = best.values[e];
+        const int place = best.places[e];
+        int better = 0;
+#pragma unroll 1
+        for (int o = 0; o < listed; o += 4) {  // behind them are values that are never better
+            const float4 v = *reinterpret_cast<const float4*>(best.values + o);
+            const int4 p = *reinterpret_cast<const int4*>(best.places + o);
+            better += (v.x > value || v.x == value && p.x < place) + (v.y > value || v.y == value && p.y < place)
+                + (v.z > value || v.z == value && p.z < place) + (v.w > value || v.w == value && p.w < place);
+        }
+        if (better < wanted) chosen[e] = place, atomicOr(&best.words[place / 32], 1u << place % 32);
+    }
+    __syncthreads();
+#pragma unroll 1
+    for (int e = threadIdx.x; e < listed; e += THREADS) {
+        const int place = chosen[e];
+        int before = 0;
+#pragma unroll 1
+        for (int o = 0; o < listed; o += 4) {
+            const int4 p = *reinterpret_cast<const int4*>(chosen + o);
+            before += (p.x < place) + (p.y < place) + (p.z < place) + (p.w < place);
+        }
+        if (place < MOST_CHOSEN_FROM) pages[before] = first + place;
+    }
+    return min(wanted, listed);
+}
+
 // Of `count` scores (no NaN; -infinity: never) at `scores`, which other blocks wrote, the `wanted` best ones, of equals the first; their
 // places plus `first`, ascending, to `pages` in shared memory; -> how many. own: room for the scores in shared memory. All threads of a
 // block, after clear() and a barrier; `pages` and `best.words` are there after the next barrier.
@@ -85,6 +169,11 @@ template <int WARPS>
 __device__ __forceinline__ int best_pages(Best& best, float* own, const float* scores, int count, int wanted, int first, int* pages)
 {
     constexpr int THREADS = 32 * WARPS, TOGETHER = 2048 / THREADS;
+    const int few = few_best_pages<WARPS>(best, scores, count, wanted, first, pages);
+    if (few >= 0) return few;
+    __syncthreads();
+    best.clear();
+    __syncthreads();
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, padded = (count + 31) / 32 * 32;
     u32 low = ~0u, high = 0, possible = 0;
 #pragma unroll 1

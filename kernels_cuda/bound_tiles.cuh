@@ -33,26 +33,24 @@ template <int D> struct Weights {
     }
 };
 
-// The pages first ... first + 7 of a warp: lane 4 g + j has a fourth of page g. They are half of the rows that a matrix has: with all of
-// them what is under way would not fit in registers beside q.
-template <int D> struct PageTile {
-    uint4 x[D / 16];
-    float levels;  // of codes; -1: no page
+// The parameters of the pages first ... first + 7 of a warp, in shared memory: lane 4 g + j sends for a fourth of page g's, and multiplies
+// it. They are half of the rows that a matrix has. 64 bytes of a page change places with their neighbours in every other page, so that no
+// two lanes meet in a bank.
+template <int D> struct Tile {
+    uint4 x[TILE_PAGES][D / 16][4];
 
     static __device__ __forceinline__ int entry_of(const int* table, int first, int end)
     {
         const int page = first + (int)threadIdx.x % 32 / 4;
         return page < end ? table[page] : -1;
     }
-    __device__ __forceinline__ void load(const i64* pools, const int* table, int first, int end)
+    // Sends for them, zeros for a page of halves, which has none.
+    __device__ __forceinline__ void fetch(const i64* pools, const int* table, int first, int end)
     {
-        const int entry = entry_of(table, first, end);
-        const Page page(pools, max(entry, 0));
-        const i64 from = entry < 0 ? 0 : page.place(K_PARAMS);  // halves have none
-        levels = entry < 0 ? -1 : (float)page.pool[K_LEVELS];
+        const int entry = entry_of(table, first, end), g = threadIdx.x % 32 / 4, j = threadIdx.x % 4;
+        const i64 from = entry < 0 ? 0 : Page(pools, entry).place(K_PARAMS);
 #pragma unroll
-        for (int i = 0; i < D / 16; i++)
-            x[i] = from ? load_stream(at<u8>(from) + 16 * (threadIdx.x % 4) + 64 * i) : make_uint4(0, 0, 0, 0);
+        for (int i = 0; i < D / 16; i++) cp_async16_stream_or_zeros(&x[g][i ^ g & 1][j], at<u8>(from) + 16 * j + 64 * i, from != 0);
     }
     // On their way to the second-level cache.
     static __device__ __forceinline__ void prefetch(const i64* pools, const int* table, int first, int end)
@@ -61,19 +59,23 @@ template <int D> struct PageTile {
         if (entry >= 0 && offset < 4 * D) prefetch_l2(at<u8>(Page(pools, entry).place(K_PARAMS)) + offset);
     }
     // Scores of the best query head to scores[first ...]; -infinity where there is no page.
-    __device__ __forceinline__ void score(const Weights<D>& weights, float* scores, int first, int end) const
+    __device__ __forceinline__ void score(const Weights<D>& weights, const i64* pools, const int* table, float* scores, int first,
+                                          int end) const
     {
-        const int lane = threadIdx.x % 32;
+        const int lane = threadIdx.x % 32, entry = entry_of(table, first, end);
+        const float levels = entry < 0 ? -1 : (float)Page(pools, entry).pool[K_LEVELS];  // of codes
         float sums[2][2][4] = {};  // of minima and of steps, by both parts of weights: chains of products that do not wait for each other
 #pragma unroll
-        for (int i = 0; i < D / 16; i++)
+        for (int i = 0; i < D / 16; i++) {
+            const uint4 own = x[lane / 4][i ^ lane / 4 & 1][lane % 4];
 #pragma unroll
             for (int part = 0; part < 2; part++) {
                 const uint4 w = weights.of[part][i][lane];
                 float (&sum)[4] = sums[i / (D / 32)][part];
-                mma_f16(sum, {x[i].x, 0, x[i].y, 0}, w.x, w.y);
-                mma_f16(sum, {x[i].z, 0, x[i].w, 0}, w.z, w.w);
+                mma_f16(sum, {own.x, 0, own.y, 0}, w.x, w.y);
+                mma_f16(sum, {own.z, 0, own.w, 0}, w.z, w.w);
             }
+        }
         const float even = fmaf(levels, sums[1][0][0] + sums[1][1][0], sums[0][0][0] + sums[0][1][0]);
         const float odd = fmaf(levels, sums[1][0][1] + sums[1][1][1], sums[0][0][1] + sums[0][1][1]);
         const float best = quad_max(fmaxf(even, odd));

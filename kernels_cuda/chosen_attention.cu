@@ -3,13 +3,14 @@
 // the pages; once all scores are there, every block finds the best pages by itself and takes its share of them. The one that has the
 // newest token, as in decode.cuh, writes the list for later steps.
 //   grid    (blocks, kv_heads, sequences)
-//   shared  Shared<D, WARPS>; `room` bytes: weights, Best and scores, then what decode keeps there; `pages` ints, the page table; the list
+//   shared  Shared<D, WARPS>; `room` bytes: weights, Best and `tiles` of each warp or scores, then what decode keeps there; `pages` ints,
+//           the page table; the list
 #include "best_pages.cuh"
 #include "decode.cuh"
 #include "gang.cuh"
 #include "bound_tiles.cuh"
 
-#define BEST_BYTES 3664  // for Best and Choice: chosen_attention.py
+#define BEST_BYTES 5728  // for Best and Choice: chosen_attention.py
 
 // What a KV head's list is to become.
 struct Choice {
@@ -63,7 +64,7 @@ __device__ __forceinline__ void keep_list(const Selection& a, const Choice& c, B
 }
 
 template <int KIND, int D, int WARPS>
-__device__ __forceinline__ void choose_and_attend(const Selection& a, int stages, int room, int pages)
+__device__ __forceinline__ void choose_and_attend(const Selection& a, int stages, int room, int pages, int tiles)
 {
     DYNAMIC_SHARED(uint4, memory);
     Shared<D, WARPS>& shared = *reinterpret_cast<Shared<D, WARPS>*>(memory);
@@ -71,7 +72,9 @@ __device__ __forceinline__ void choose_and_attend(const Selection& a, int stages
     Weights<D>& weights = *reinterpret_cast<Weights<D>*>(rings);
     Best& best = *reinterpret_cast<Best*>(&weights + 1);
     Choice& c = *reinterpret_cast<Choice*>(&best + 1);
-    float* const values = reinterpret_cast<float*>(&c + 1);
+    u8* const behind = rings + sizeof(weights) + BEST_BYTES;
+    Tile<D>* const own_tiles = reinterpret_cast<Tile<D>*>(behind) + threadIdx.x / 32 * tiles;
+    float* const values = reinterpret_cast<float*>(behind);
     int* const table = reinterpret_cast<int*>(rings + room);
     int* const list = table + pages;
     const Call& call = a.call;
@@ -100,11 +103,17 @@ __device__ __forceinline__ void choose_and_attend(const Selection& a, int stages
         if (threadIdx.x == 0) shared.head = head, shared.row = row, shared.slots = slots - 1;
         best.clear();
         const int step = TILE_PAGES * blocks * WARPS;
-        PageTile<D> tile;
+        cp_async_wait<0>();
         __syncthreads();
-        if (first < end) tile.load(shared.pools, entries, first, end);  // parameters are there before q is
+        int ahead = first;
+        const auto send = [&](Tile<D>& tile) {
+            if (ahead < end) tile.fetch(shared.pools, table, ahead, end);
+            cp_async_commit();
+            ahead += step;
+        };
+        for (int n = 0; n < tiles; n++) send(own_tiles[n]);  // parameters are there before q is
 #pragma unroll 4
-        for (int later = first + step; later < end; later += step) PageTile<D>::prefetch(shared.pools, entries, later, end);
+        for (int later = ahead; later < end; later += step) Tile<D>::prefetch(shared.pools, table, later, end);
         {
             Prepared<D, WARPS> prepared;
             prepared.load_angles(call, at<i64>(call.positions)[row]);
@@ -115,12 +124,16 @@ __device__ __forceinline__ void choose_and_attend(const Selection& a, int stages
         if (selects && c.scored) {
             weights.make(shared, call.group(), __int_as_float((int)a.reach));
             __syncthreads();
-#pragma unroll 1
-            while (first < end) {
-                tile.score(weights, a.scores_of(s, head), first, end);
-                first += step;
-                if (first < end) tile.load(shared.pools, call.table(s, head), first, end);
+            for (int n = 0; first < end; first += step, n = n + 1 == tiles ? 0 : n + 1) {
+                if (tiles == 1) cp_async_wait<0>();
+                else if (tiles == 2) cp_async_wait<1>();
+                else cp_async_wait<2>();
+                __syncwarp();
+                own_tiles[n].score(weights, shared.pools, table, a.scores_of(s, head), first, end);
+                __syncwarp();
+                send(own_tiles[n]);
             }
+            cp_async_wait<0>();
         }
     }
     int count = shared.slots / PAGE + 1, found = 0;  // pages that are read, those of them that scores have found
@@ -167,10 +180,10 @@ __device__ __forceinline__ void choose_and_attend(const Selection& a, int stages
 
 #define CHOSEN(name, kind, depth, warps) \
     extern "C" __global__ void __launch_bounds__(32 * warps, 16 / warps) name( \
-        CALL_PARAMETERS SELECTION_ARGS(AS_PARAMETER) i64 stages, i64 room, i64 pages) \
+        CALL_PARAMETERS SELECTION_ARGS(AS_PARAMETER) i64 stages, i64 room, i64 pages, i64 tiles) \
     { \
         const Selection a{MAKE_CALL, SELECTION_ARGS(AS_VALUE)}; \
-        choose_and_attend<kind, depth, warps>(a, (int)stages, (int)room, (int)pages); \
+        choose_and_attend<kind, depth, warps>(a, (int)stages, (int)room, (int)pages, (int)tiles); \
     }
 CHOSEN(chosen_int4_64, INT4, 64, 8)
 CHOSEN(chosen_int4_128, INT4, 128, 8)

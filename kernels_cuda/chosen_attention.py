@@ -19,19 +19,22 @@ ARGS = cached_attention.ARGS
 CHOICE = "choice"  # among the arguments: those of select_pages
 KERNELS = {(INT4, 8): "chosen_int4", (MIXED, 8): "chosen_mixed", (INT4, 16): "chosen_wide_int4"}  # by pages and warps of a block
 MOST_BLOCKS, MOST_PAGES, MOST_REACH = 16, 8192, 8.0
-BEST_BYTES = 3664  # best_pages.cuh, Best, and what a list is to become
+TILE, MOST_TILES = 8, 3  # pages that a warp scores together (bound_tiles.cuh); of them, under way at once
+BEST_BYTES = 5728  # best_pages.cuh, Best, and what a list is to become
 SAME = "q", "q.stride", "layer", "selection.group", "selection.capacity", "batch.selections", "batch.positions", "state"
 
 
 @dataclass(frozen=True)
 class Plan:
-    """blocks: of a KV head; room: bytes for choosing, then for attention; pages: of a page table; shared: bytes in all"""
+    """blocks: of a KV head; room: bytes for choosing, then for attention; pages: of a page table; tiles: of eight pages whose bounds a
+    warp has under way; shared: bytes in all"""
     blocks: int
     warps: int
     cluster: bool
     stages: int
     room: int
     pages: int
+    tiles: int
     shared: int
 
 
@@ -57,12 +60,14 @@ def plan(a: dict, most: dict) -> Plan | None:
     pages = min(-(-most["slots"] // PAGE), a["cache.max_pages"])
     blocks, warps, cluster = shape(places)
     while blocks >= 2 and pages <= MOST_PAGES and (kinds, warps) in KERNELS:
-        for stages in (3, 2):
-            room = max(warps * ring_bytes(kinds, depth, stages), 64 * depth + BEST_BYTES + 4 * (pages + 32))
+        needed = max(1, min(MOST_TILES, -(-pages // (TILE * blocks * warps))))
+        for stages, tiles in ((3, needed), *((2, tiles) for tiles in range(needed, 0, -1))):
+            scoring = max(4 * (pages + 32), 4 * TILE * depth * warps * tiles)
+            room = max(warps * ring_bytes(kinds, depth, stages), 64 * depth + BEST_BYTES + scoring)
             shared = block_bytes(depth, warps) + room + 4 * (pages + HEADER + a["selection.capacity"])
             held = min(BLOCKS * 8 // warps, attention_call.attribute("MaxSharedMemoryPerMultiprocessor") // (shared + 1024))
             if places * blocks <= processors() * held:
-                return Plan(blocks, warps, cluster, stages, room, pages, shared)
+                return Plan(blocks, warps, cluster, stages, room, pages, tiles, shared)
         blocks //= 2
     return None
 
@@ -76,7 +81,7 @@ def _launch(a, most):
     scores = choice["workspace"]
     call = call_args(a | {"workspace": scores + score_bytes(sequences * kv_heads, a["cache.max_pages"])})  # partial results behind them
     made = choice | {"workspace.scores": scores, "workspace.softmax": 0}
-    args = *call, *(np.int64(made[name]) for name in SELECTION), *(np.int64(x) for x in (p.stages, p.room, p.pages))
+    args = *call, *(np.int64(made[name]) for name in SELECTION), *(np.int64(x) for x in (p.stages, p.room, p.pages, p.tiles))
     function = compile.function("chosen_attention", f"{KERNELS[a['cache.kinds'], p.warps]}_{a['head_dim']}", p.shared)
     if p.cluster and p.blocks > 8:
         device.driver().cuFuncSetAttribute(ctypes.c_void_p(function.ptr), ANY_CLUSTER, 1)
