@@ -19,7 +19,7 @@ from edgeattn.device_batch import TO_DEVICE, DeviceBatch
 from edgeattn.device_launches import Bucket, Step, Table
 from edgeattn.device_pages import DevicePages
 from edgeattn.device_sequence import DeviceSequence
-from edgeattn.kernels_cuda import device, page_pool, read_pages, seal_pages
+from edgeattn.kernels_cuda import device, exchange, page_pool, read_pages, seal_pages
 from edgeattn.kernels_cuda.fused_steps import fuse
 from edgeattn.kernels_cuda.steps import Graph, run
 
@@ -44,6 +44,7 @@ class CudaBackend:
         xp = device.cupy()
         self.stream, self.weight_bytes = xp.cuda.Stream(non_blocking=True), 0
         self._held, self._maps, self._batch = {}, {}, None
+        self._exchange = self.allocate(exchange.nbytes(exchange.most_blocks()))
 
     def check(self, options, about: dict, nodes) -> None:
         cuda_limits.check(options, about, nodes)
@@ -232,7 +233,7 @@ class CudaBackend:
 
     def cache_arguments(self, formats) -> dict[str, int]:
         """What CUDA kernels ask for besides KVCache.arguments."""
-        return {"cache.kinds": page_pool.kinds_of(list(formats))}
+        return {"cache.kinds": page_pool.kinds_of(list(formats)), "cache.exchange": self.address(self._exchange)}
 
     def seal(self, table, head_dim: int, sources: np.ndarray, targets: np.ndarray) -> None:
         with self.stream:

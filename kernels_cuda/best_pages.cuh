@@ -1,23 +1,22 @@
-// The best of a KV head's pages, found by one block from scores that other blocks have written. Of few pages the best ones are those that
-// reach the last of as many groups' largest scores: usually not many more than are wanted, which are compared with each other. Of others
+// The best of a KV head's pages, found by one block from scores that all of the gang tell (exchange.cuh). What reaches the largest scores
+// of as many threads as pages are wanted is little more than that: every warp halves a range of it until the number is right. Of more
 // scores are copied to shared memory; one histogram of them, linear between the least and the largest, nearly always leaves few in the bin
 // that decides. Loops are not unrolled: code that runs once is fetched more slowly than it runs.
 #pragma once
+#include "exchange.cuh"
 #include "selection.cuh"
 
 #define BEST_BITS 9
 #define BEST_BINS (1 << BEST_BITS)
-#define MOST_CHOSEN_FROM 8192  // pages
 
-#define MOST_COMPARED 320       // scores, with each other: a multiple of 4
-#define AT_ONCE 16             // scores of a thread
+#define MOST_LEFT 320  // scores: a multiple of 32
+#define AT_ONCE 16     // scores of a thread
 
 struct alignas(16) Best {
-    u32 bins[BEST_BINS], words[MOST_CHOSEN_FROM / 32];  // words: a bit a page, whether it is chosen
-    float values[MOST_COMPARED];
-    int places[MOST_COMPARED];
+    u32 bins[BEST_BINS], words[MOST_SCORES / 32];  // words: a bit a page, whether it is chosen
+    u32 orders[MOST_LEFT];  // of scores
+    int places[MOST_LEFT];
     u32 low, high, possible, listed, kept;
-    float bound;
 
     // By all threads; a barrier is to follow.
     __device__ __forceinline__ void clear()
@@ -25,9 +24,7 @@ struct alignas(16) Best {
 #pragma unroll 1
         for (int b = threadIdx.x; b < BEST_BINS; b += blockDim.x) bins[b] = 0;
 #pragma unroll 1
-        for (int w = threadIdx.x; w < MOST_CHOSEN_FROM / 32; w += blockDim.x) words[w] = 0;
-#pragma unroll 1
-        for (int i = threadIdx.x; i < MOST_COMPARED; i += blockDim.x) values[i] = -infinity();
+        for (int w = threadIdx.x; w < MOST_SCORES / 32; w += blockDim.x) words[w] = 0;
         if (threadIdx.x == 0) low = ~0u, high = possible = listed = kept = 0;
     }
     __device__ __forceinline__ bool has(int place) const { return words[place / 32] >> place % 32 & 1; }
@@ -87,89 +84,129 @@ __device__ __forceinline__ int deciding_bin(const u32* bins, u32 left, u32& abov
     return __shfl_sync(FULL_WARP, bin, owner);
 }
 
-// best_pages() by comparing those that may be among the best: -1 where they are too many.
-template <int WARPS>
-__device__ __forceinline__ int few_best_pages(Best& best, const float* scores, int count, int wanted, int first, int* pages)
+// Raises `bound`, which `reach` of a warp's numbers reach (COUNT of each lane), while `wanted` of them still do, until they are at most
+// `more` too many: by that many halvings of what is above it at most.
+template <int COUNT>
+__device__ __forceinline__ void raise_bound(u32& bound, int& reach, const u32 (&x)[COUNT], int wanted, int more, int halvings)
 {
-    constexpr int THREADS = 32 * WARPS;
-    if (count > AT_ONCE * THREADS || wanted > THREADS) return -1;
-    float own[AT_ONCE], top = -infinity();
+    u32 high = 0;
 #pragma unroll
-    for (int k = 0; k < AT_ONCE; k++) {
-        const int i = k * THREADS + (int)threadIdx.x;
-        own[k] = i < count ? load_shared_by_all(scores + i) : -infinity();
-    }
+    for (int i = 0; i < COUNT; i++) high = max(high, x[i]);
+    high = __reduce_max_sync(FULL_WARP, high) + 1;  // too few
+#pragma unroll 1
+    for (int n = 0; n < halvings && reach > wanted + more && high - bound > 1; n++) {
+        const u32 middle = bound + (high - bound) / 2;
+        int own = 0;
 #pragma unroll
-    for (int k = 0; k < AT_ONCE; k++) top = fmaxf(top, own[k]);
-    int groups = THREADS;  // twice as many as are wanted, and a warp has one at least
-#pragma unroll 1
-    for (; groups / 2 >= max(2 * wanted, WARPS); groups /= 2) top = fmaxf(top, __shfl_xor_sync(FULL_WARP, top, THREADS / groups));
-    float* tops = reinterpret_cast<float*>(best.bins);
-    const int each = THREADS / groups, group = threadIdx.x / each;
-    if (threadIdx.x % each == 0) tops[group] = top;
-    __syncthreads();
-    if ((int)threadIdx.x < groups) {
-        const float value = tops[threadIdx.x];
-        int better = 0;
-#pragma unroll 4
-        for (int o = 0; o < groups; o += 4) {
-            const float4 four = *reinterpret_cast<const float4*>(tops + o);
-            better += (four.x > value) + (four.y > value) + (four.z > value) + (four.w > value);
-        }
-        // of equals several may, and write the same
-        if (better < wanted) atomicMin(&best.low, order_of(value));
+        for (int i = 0; i < COUNT; i++) own += x[i] >= middle;
+        own = __reduce_add_sync(FULL_WARP, own);
+        if (own >= wanted) bound = middle, reach = own;
+        else high = middle;
     }
-    __syncthreads();
-    const float bound = float_of(best.low);
-#pragma unroll
-    for (int k = 0; k < AT_ONCE; k++)
-        if (own[k] >= bound && own[k] > -infinity()) {
-            const u32 place = atomicAdd(&best.listed, 1u);
-            if (place < MOST_COMPARED) best.values[place] = own[k], best.places[place] = k * THREADS + threadIdx.x;
-        }
-    int* chosen = reinterpret_cast<int*>(best.bins);  // tops are done with
-#pragma unroll 1
-    for (int i = threadIdx.x; i < MOST_COMPARED; i += THREADS) chosen[i] = MOST_CHOSEN_FROM;
-    __syncthreads();
-    const int listed = best.listed;
-    if (listed > MOST_COMPARED) return -1;
-#pragma unroll 1
-    for (int e = threadIdx.x; e < listed; e += THREADS) {
-        const float value = best.values[e];
-        const int place = best.places[e];
-        int better = 0;
-#pragma unroll 1
-        for (int o = 0; o < listed; o += 4) {  // behind them are values that are never better
-            const float4 v = *reinterpret_cast<const float4*>(best.values + o);
-            const int4 p = *reinterpret_cast<const int4*>(best.places + o);
-            better += (v.x > value || v.x == value && p.x < place) + (v.y > value || v.y == value && p.y < place)
-                + (v.z > value || v.z == value && p.z < place) + (v.w > value || v.w == value && p.w < place);
-        }
-        if (better < wanted) chosen[e] = place, atomicOr(&best.words[place / 32], 1u << place % 32);
-    }
-    __syncthreads();
-#pragma unroll 1
-    for (int e = threadIdx.x; e < listed; e += THREADS) {
-        const int place = chosen[e];
-        int before = 0;
-#pragma unroll 1
-        for (int o = 0; o < listed; o += 4) {
-            const int4 p = *reinterpret_cast<const int4*>(chosen + o);
-            before += (p.x < place) + (p.y < place) + (p.z < place) + (p.w < place);
-        }
-        if (place < MOST_CHOSEN_FROM) pages[before] = first + place;
-    }
-    return min(wanted, listed);
 }
 
-// Of `count` scores (no NaN; -infinity: never) at `scores`, which other blocks wrote, the `wanted` best ones, of equals the first; their
+// best_pages() of not too many scores, with not too many wanted: else -1.
+template <int WARPS>
+__device__ __forceinline__ int few_best_pages(Best& best, const u64* scores, u32 turn, int count, int wanted, int first, int* pages)
+{
+    constexpr int THREADS = 32 * WARPS, LEFT = MOST_LEFT / 32, WORDS = AT_ONCE * WARPS / 32;
+    constexpr u32 NEVER = 0x007fffff;  // order_of(-infinity)
+    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+    if (count > AT_ONCE * THREADS || wanted > THREADS) return -1;
+    u32 own[AT_ONCE], top = 0;
+    {
+        u64 words[AT_ONCE];
+        bool there;
+        do {
+            there = true;
+#pragma unroll
+            for (int k = 0; k < AT_ONCE; k++)
+                if (k * THREADS + (int)threadIdx.x < count) words[k] = hear(scores + k * THREADS + threadIdx.x);
+#pragma unroll
+            for (int k = 0; k < AT_ONCE; k++)
+                if (k * THREADS + (int)threadIdx.x < count) there = there && turn_of(words[k]) == turn;
+        } while (!there);
+#pragma unroll
+        for (int k = 0; k < AT_ONCE; k++) {
+            own[k] = k * THREADS + (int)threadIdx.x < count ? order_of(told_by(words[k])) : 0;
+            top = max(top, own[k]);
+        }
+    }
+    best.bins[threadIdx.x] = top;
+    __syncthreads();
+    u32 bound = ~0u;
+    {
+        u32 tops[WARPS];
+        int reach = THREADS;
+#pragma unroll
+        for (int i = 0; i < WARPS; i++) tops[i] = best.bins[32 * i + lane], bound = min(bound, tops[i]);
+        bound = __reduce_min_sync(FULL_WARP, bound);
+        raise_bound(bound, reach, tops, wanted, wanted / 8, 16);
+        bound = max(bound, NEVER + 1);
+    }
+    int mine = 0;
+#pragma unroll
+    for (int k = 0; k < AT_ONCE; k++) mine += own[k] >= bound;
+    if (mine) {
+        u32 place = atomicAdd(&best.listed, (u32)mine);
+#pragma unroll
+        for (int k = 0; k < AT_ONCE; k++)
+            if (own[k] >= bound) {
+                if (place < MOST_LEFT) best.orders[place] = own[k], best.places[place] = k * THREADS + threadIdx.x;
+                place++;
+            }
+    }
+    __syncthreads();
+    const int listed = best.listed;
+    if (listed > MOST_LEFT) return -1;
+    wanted = min(wanted, listed);
+    {
+        u32 left[LEFT];
+#pragma unroll
+        for (int i = 0; i < LEFT; i++) left[i] = 32 * i + lane < listed ? best.orders[32 * i + lane] : 0;
+        int reach = listed;
+        raise_bound(bound, reach, left, wanted, 0, 32);
+        const bool equals = reach > wanted;  // of equal ones the first are taken
+#pragma unroll 1
+        for (int e = threadIdx.x; e < listed; e += THREADS) {
+            const u32 order = best.orders[e];
+            const int place = best.places[e];
+            bool taken = order >= bound;
+            if (equals && order == bound) {
+                int before = 0;
+#pragma unroll 1
+                for (int o = 0; o < listed; o++) before += best.orders[o] > order || best.orders[o] == order && best.places[o] < place;
+                taken = before < wanted;
+            }
+            if (taken) atomicOr(&best.words[place / 32], 1u << place % 32);
+        }
+    }
+    __syncthreads();
+    u32 words[WORDS], sum = 0;  // of each lane, in every warp; a few lanes write them down
+#pragma unroll
+    for (int i = 0; i < WORDS; i++) words[i] = best.words[WORDS * lane + i], sum += __popc(words[i]);
+    u32 until = sum;
+#pragma unroll
+    for (int step = 1; step < 32; step *= 2) {
+        const u32 other = __shfl_up_sync(FULL_WARP, until, step);
+        if (lane >= step) until += other;
+    }
+    u32 place = until - sum;
+#pragma unroll
+    for (int i = 0; i < WORDS && lane * WARPS / 32 == warp; i++)
+#pragma unroll 1
+        for (u32 word = words[i]; word; word &= word - 1) pages[place++] = first + 32 * (WORDS * lane + i) + __ffs(word) - 1;
+    return wanted;
+}
+
+// Of `count` scores (no NaN; -infinity: never) that are told at `scores`, the `wanted` best ones, of equals the first; their
 // places plus `first`, ascending, to `pages` in shared memory; -> how many. own: room for the scores in shared memory. All threads of a
 // block, after clear() and a barrier; `pages` and `best.words` are there after the next barrier.
 template <int WARPS>
-__device__ __forceinline__ int best_pages(Best& best, float* own, const float* scores, int count, int wanted, int first, int* pages)
+__device__ __forceinline__ int best_pages(Best& best, float* own, const u64* scores, u32 turn, int count, int wanted, int first, int* pages)
 {
-    constexpr int THREADS = 32 * WARPS, TOGETHER = 2048 / THREADS;
-    const int few = few_best_pages<WARPS>(best, scores, count, wanted, first, pages);
+    constexpr int THREADS = 32 * WARPS;
+    const int few = few_best_pages<WARPS>(best, scores, turn, count, wanted, first, pages);
     if (few >= 0) return few;
     __syncthreads();
     best.clear();
@@ -177,17 +214,12 @@ __device__ __forceinline__ int best_pages(Best& best, float* own, const float* s
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, padded = (count + 31) / 32 * 32;
     u32 low = ~0u, high = 0, possible = 0;
 #pragma unroll 1
-    for (int from = threadIdx.x; from - lane < padded; from += TOGETHER * THREADS) {
-        float x[TOGETHER];
-#pragma unroll
-        for (int k = 0; k < TOGETHER; k++)
-            x[k] = from + k * THREADS < count ? load_shared_by_all(scores + from + k * THREADS) : -infinity();
-#pragma unroll
-        for (int k = 0; k < TOGETHER; k++) {
-            const u32 order = order_of(x[k]);
-            if (x[k] > -infinity()) low = min(low, order), high = max(high, order), possible++;
-            if (from + k * THREADS < padded) own[from + k * THREADS] = x[k];
-        }
+    for (int i = threadIdx.x; i < padded; i += THREADS) {
+        u64 word = word_of(-infinity(), turn);
+        if (i < count) do word = hear(scores + i); while (turn_of(word) != turn);
+        own[i] = told_by(word);
+        const u32 order = order_of(own[i]);
+        if (own[i] > -infinity()) low = min(low, order), high = max(high, order), possible++;
     }
     low = __reduce_min_sync(FULL_WARP, low), high = __reduce_max_sync(FULL_WARP, high), possible = __reduce_add_sync(FULL_WARP, possible);
     if (lane == 0) atomicMin(&best.low, low), atomicMax(&best.high, high), atomicAdd(&best.possible, possible);
@@ -229,7 +261,7 @@ __device__ __forceinline__ int best_pages(Best& best, float* own, const float* s
         if (lane == 0) best.words[i / 32] = word;
         if (left && !equal && b == bin) {
             const u32 place = atomicAdd(&best.listed, 1u);
-            best.values[place] = own[i], best.places[place] = i;
+            best.orders[place] = order_of(own[i]), best.places[place] = i;
         }
     }
     __syncthreads();
@@ -237,11 +269,11 @@ __device__ __forceinline__ int best_pages(Best& best, float* own, const float* s
         const int listed = best.listed;
 #pragma unroll 1
         for (int e = threadIdx.x; e < listed; e += THREADS) {
-            const float value = best.values[e];
+            const u32 order = best.orders[e];
             const int place = best.places[e];
             u32 better = 0;
 #pragma unroll 1
-            for (int o = 0; o < listed; o++) better += best.values[o] > value || (best.values[o] == value && best.places[o] < place);
+            for (int o = 0; o < listed; o++) better += best.orders[o] > order || (best.orders[o] == order && best.places[o] < place);
             if (better < left) atomicOr(&best.words[place / 32], 1u << place % 32);
         }
         __syncthreads();

@@ -1,9 +1,9 @@
-// The most that a page's keys could score, by the range of each channel (select_pages.cu, `bound`), of eight pages at once on tensor
+// The most that a page's keys could score, by the range of each channel (select_pages.cu, `bound`), of sixteen pages at once on tensor
 // cores: a page's minima and steps are a row of halves as they are, the queries' weights two halves each, which together hold 22 bits.
 #pragma once
 #include "decode_block.cuh"
 
-#define TILE_PAGES 8
+#define TILE_PAGES 16
 
 // What minima and steps are multiplied with, all times one power of two, which changes no order.
 template <int D> struct Weights {
@@ -33,52 +33,59 @@ template <int D> struct Weights {
     }
 };
 
-// The parameters of the pages first ... first + 7 of a warp, in shared memory: lane 4 g + j sends for a fourth of page g's, and multiplies
-// it. They are half of the rows that a matrix has. 64 bytes of a page change places with their neighbours in every other page, so that no
-// two lanes meet in a bank.
+// The parameters of the pages first ... first + 15 of a warp, in shared memory: lane 4 g + j sends for a fourth of those of the pages g and
+// g + 8, and multiplies them. In every other page neighbouring 64 bytes change places, so that no two lanes meet in a bank.
 template <int D> struct Tile {
     uint4 x[TILE_PAGES][D / 16][4];
 
-    static __device__ __forceinline__ int entry_of(const int* table, int first, int end)
-    {
-        const int page = first + (int)threadIdx.x % 32 / 4;
-        return page < end ? table[page] : -1;
-    }
+    static __device__ __forceinline__ int entry_of(const int* table, int page, int end) { return page < end ? table[page] : -1; }
+
     // Sends for them, zeros for a page of halves, which has none.
     __device__ __forceinline__ void fetch(const i64* pools, const int* table, int first, int end)
     {
-        const int entry = entry_of(table, first, end), g = threadIdx.x % 32 / 4, j = threadIdx.x % 4;
-        const i64 from = entry < 0 ? 0 : Page(pools, entry).place(K_PARAMS);
+        const int g = threadIdx.x % 32 / 4, j = threadIdx.x % 4;
 #pragma unroll
-        for (int i = 0; i < D / 16; i++) cp_async16_stream_or_zeros(&x[g][i ^ g & 1][j], at<u8>(from) + 16 * j + 64 * i, from != 0);
+        for (int n = g; n < g + 16; n += 8) {
+            const int entry = entry_of(table, first + n, end);
+            const i64 from = entry < 0 ? 0 : Page(pools, entry).place(K_PARAMS);
+#pragma unroll
+            for (int i = 0; i < D / 16; i++) cp_async16_stream_or_zeros(&x[n][i ^ g & 1][j], at<u8>(from) + 16 * j + 64 * i, from != 0);
+        }
     }
     // On their way to the second-level cache.
     static __device__ __forceinline__ void prefetch(const i64* pools, const int* table, int first, int end)
     {
-        const int entry = entry_of(table, first, end), offset = 128 * (threadIdx.x % 4);
-        if (entry >= 0 && offset < 4 * D) prefetch_l2(at<u8>(Page(pools, entry).place(K_PARAMS)) + offset);
+        const int entry = entry_of(table, first + threadIdx.x % 32 / 2, end);
+        for (int offset = 128 * (threadIdx.x % 2); entry >= 0 && offset < 4 * D; offset += 256)
+            prefetch_l2(at<u8>(Page(pools, entry).place(K_PARAMS)) + offset);
     }
-    // Scores of the best query head to scores[first ...]; -infinity where there is no page.
-    __device__ __forceinline__ void score(const Weights<D>& weights, const i64* pools, const int* table, float* scores, int first,
+    // Tells the best query head's scores, -infinity where there is no page.
+    __device__ __forceinline__ void score(const Weights<D>& weights, const i64* pools, const int* table, u64* scores, u32 turn, int first,
                                           int end) const
     {
-        const int lane = threadIdx.x % 32, entry = entry_of(table, first, end);
-        const float levels = entry < 0 ? -1 : (float)Page(pools, entry).pool[K_LEVELS];  // of codes
+        const int lane = threadIdx.x % 32, g = lane / 4, j = lane % 4;
         float sums[2][2][4] = {};  // of minima and of steps, by both parts of weights: chains of products that do not wait for each other
 #pragma unroll
         for (int i = 0; i < D / 16; i++) {
-            const uint4 own = x[lane / 4][i ^ lane / 4 & 1][lane % 4];
+            const uint4 own = x[g][i ^ g & 1][j], other = x[g + 8][i ^ g & 1][j];
 #pragma unroll
             for (int part = 0; part < 2; part++) {
                 const uint4 w = weights.of[part][i][lane];
                 float (&sum)[4] = sums[i / (D / 32)][part];
-                mma_f16(sum, {own.x, 0, own.y, 0}, w.x, w.y);
-                mma_f16(sum, {own.z, 0, own.w, 0}, w.z, w.w);
+                mma_f16(sum, {own.x, other.x, own.y, other.y}, w.x, w.y);
+                mma_f16(sum, {own.z, other.z, own.w, other.w}, w.z, w.w);
             }
         }
-        const float even = fmaf(levels, sums[1][0][0] + sums[1][1][0], sums[0][0][0] + sums[0][1][0]);
-        const float odd = fmaf(levels, sums[1][0][1] + sums[1][1][1], sums[0][0][1] + sums[0][1][1]);
-        const float best = quad_max(fmaxf(even, odd));
-        if (lane % 4 == 0 && first + lane / 4 < end) scores[first + lane / 4] = levels < 0 ? -infinity() : best;
+#pragma unroll
+        for (int n = 0; n < 2; n++) {
+            const int page = first + g + 8 * n, entry = entry_of(table, page, end);
+            const float levels = entry < 0 ? 0 : (float)Page(pools, entry).pool[K_LEVELS];  // of codes
+            float both[2];
+#pragma unroll
+            for (int e = 0; e < 2; e++)
+                both[e] = fmaf(levels, sums[1][0][2 * n + e] + sums[1][1][2 * n + e], sums[0][0][2 * n + e] + sums[0][1][2 * n + e]);
+            const float best = quad_max(fmaxf(both[0], both[1]));
+            if (j == 0 && page < end) tell(scores + page, entry < 0 ? -infinity() : best, turn);
+        }
     }
 };

@@ -3,21 +3,20 @@ rotates, writes the new tokens, attends and merges. Prefill writes first. What t
 eviction wants to know, attention_mass.cu."""
 import numpy as np
 
-from edgeattn.kernels_cuda import attention_mass, compile, device
+from edgeattn.kernels_cuda import attention_mass, compile, device, exchange
 from edgeattn.kernels_cuda.attention_call import (BLOCKS, CALL, HEADS, MOST_PLACES, attribute, call_args, partial_bytes, processors,
                                                   ranges_of)
 from edgeattn.kernels_cuda.page_pool import ANY, FIELDS, HALVES, INT4, MIXED, POOLS
 from edgeattn.kernels_cuda.paged_cache import PagedCache
-from edgeattn.kernels_cuda.steps import Launch, gangs_at_once, overlaps
+from edgeattn.kernels_cuda.steps import Launch, gangs_at_once
 from edgeattn.page_formats import PageFormat
 
 LATER = "selection.thresholds", "cache.progressive"  # what only the CPU does
-ARGS = (*CALL, "cache.kinds", "batch.chunks", "prefill.correction", *attention_mass.MASS, *LATER)
+ARGS = (*CALL, "cache.kinds", "cache.exchange", "batch.chunks", "prefill.correction", *attention_mass.MASS, *LATER)
 DECODE = {HALVES: "f16", INT4: "int4", MIXED: "mixed"}
 ONE_ROW, MORE_ROWS = 1, 2
-LAST, GANG, CLUSTER = range(3)  # which blocks put the ranges of a KV head together (decode.cuh, Merge)
-FEWEST_BLOCKS, MOST_CLUSTER = 8, 16  # of a KV head, where they merge together
-WARPS = {HALVES: 4, INT4: 8, MIXED: 8}          # of a block of decode, where two share a processor; twice as many where one has it
+FEWEST_BLOCKS = 8  # of a KV head, where they merge together
+WARPS = {HALVES: 4, INT4: 8, MIXED: 8}          # of a block of decode
 SIDE_BYTES = {HALVES: 64, INT4: 20, MIXED: 36}  # of a page's keys or values in shared memory, for each channel
 SIDES = 32  # whose places a warp of decode keeps in shared memory
 ROWS_SHARED = 4 * (5 * HEADS * 256 + 4 * HEADS * 34)  # attention_rows.cu, Rows
@@ -102,7 +101,7 @@ def block_bytes(head_dim: int, warps: int) -> int:
     """Of Shared."""
     fixed = 4 * HEADS * head_dim + 16 * head_dim + 4 * HEADS * (1 + 2 * warps) + 4 * warps * HEADS * head_dim // 32 + 8 * head_dim
     fixed += 4 * HEADS
-    return -(-(fixed + 80 + 8 * POOLS * FIELDS + 4 * warps * HEADS * 36) // 128) * 128
+    return -(-(fixed + 96 + 8 * POOLS * FIELDS + 4 * warps * HEADS * 36) // 128) * 128
 
 
 def ring_bytes(kinds: int, head_dim: int, stages: int) -> int:
@@ -110,35 +109,21 @@ def ring_bytes(kinds: int, head_dim: int, stages: int) -> int:
     return max(16 * SIDES + stages * SIDE_BYTES[kinds] * head_dim, 4 * HEADS * (head_dim + 4))
 
 
-def merges() -> tuple[int, ...]:
-    """Ways to merge, the ones to be preferred first: of those that the device can do the first one is taken."""
-    return CLUSTER, GANG, LAST
-
-
 def _decode(a, sequences, slots):
-    return next(launch for launch in (decode_launch(merge, a, sequences, slots) for merge in merges()) if launch)
+    """All blocks of a KV head merge, where the device holds all of the launch at once; else the last one to end."""
+    kinds, depth, places = a["cache.kinds"], a["head_dim"], sequences * a["kv_heads"]
+    warps, blocks = WARPS[kinds], ranges_of(places, slots) + 1
+    room = attribute("MaxSharedMemoryPerMultiprocessor") // BLOCKS - 1024
+    stages = next((stages for stages in (3, 2) if decode_shared(kinds, depth, stages, warps) <= room), 2)
+    shared = decode_shared(kinds, depth, stages, warps)
+    kernel = compile.function("cached_attention", f"decode_{DECODE[kinds]}_{depth}", shared)
 
-
-def decode_launch(merge: int, a: dict[str, int], sequences: int, slots: int) -> Launch | None:
-    """None: the device cannot merge that way, or it would leave it half idle."""
-    kinds, depth, places, clusters = a["cache.kinds"], a["head_dim"], sequences * a["kv_heads"], merge == CLUSTER
-    blocks = min(MOST_CLUSTER, processors() // places) if clusters else ranges_of(places, slots) + 1
-    if clusters and (not overlaps() or kinds == MIXED or 4 * blocks * places < 3 * processors()):
-        return None
-    if merge != LAST and blocks < FEWEST_BLOCKS:
-        return None
-    each = 1 if clusters else BLOCKS  # blocks of a processor
-    warps, room = WARPS[kinds] * BLOCKS // each, attribute("MaxSharedMemoryPerMultiprocessor") // each - 1024
-    received = 24 * (HEADS * depth // 4 + MOST_CLUSTER) if clusters else 0
-    sizes = {stages: decode_shared(kinds, depth, stages, warps) + received for stages in (3, 2)}
-    stages = next((stages for stages, size in sizes.items() if size <= room), 2)
-    if clusters and sizes[stages] > room:
-        return None
-    kernel = compile.function("cached_attention", f"decode_{'cluster_' * clusters}{DECODE[kinds]}_{depth}", sizes[stages])
-    args = (*call_args(a), np.int64(stages), np.int64(merge))
-    launch = Launch(kernel, (blocks, a["kv_heads"], sequences), 32 * warps, args, sizes[stages], overlap=True,
-                    gang=1 if merge == LAST else blocks, cluster=clusters)
-    return launch if merge == LAST or gangs_at_once(launch) >= places else None
+    def launch(memory):
+        args = *call_args(a), np.int64(stages), *exchange.arguments(memory)
+        return Launch(kernel, (blocks, a["kv_heads"], sequences), 32 * warps, args, shared, overlap=True, gang=blocks if memory else 1)
+    together = launch(a["cache.exchange"])
+    fits = FEWEST_BLOCKS <= blocks <= exchange.most_blocks() // places and places <= exchange.MOST_GANGS
+    return together if fits and gangs_at_once(together) >= places else launch(0)
 
 
 def write(a: dict[str, int], tokens: int, which: int) -> Launch:

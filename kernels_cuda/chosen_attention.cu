@@ -1,13 +1,12 @@
 // A decode step's choice of pages and its attention to them as one launch: what select_pages does by bounds out of the parameters of
-// quantised keys, each KV head by itself, and the decode kernels behind it. The blocks of a KV head are a gang. Each scores its part of
-// the pages; once all scores are there, every block finds the best pages by itself and takes its share of them. The one that has the
-// newest token, as in decode.cuh, writes the list for later steps.
+// quantised keys, each KV head by itself, and the decode kernels behind it. The blocks of a KV head are a gang. Each tells the scores of
+// its part of the pages; from all of them every block finds the best pages by itself and takes its share of them. The first block writes
+// the list for later steps, once all have come and know it as it was.
 //   grid    (blocks, kv_heads, sequences)
 //   shared  Shared<D, WARPS>; `room` bytes: weights, Best and `tiles` of each warp or scores, then what decode keeps there; `pages` ints,
 //           the page table; the list
 #include "best_pages.cuh"
 #include "decode.cuh"
-#include "gang.cuh"
 #include "bound_tiles.cuh"
 
 #define BEST_BYTES 5728  // for Best and Choice: chosen_attention.py
@@ -64,7 +63,7 @@ __device__ __forceinline__ void keep_list(const Selection& a, const Choice& c, B
 }
 
 template <int KIND, int D, int WARPS>
-__device__ __forceinline__ void choose_and_attend(const Selection& a, int stages, int room, int pages, int tiles)
+__device__ __forceinline__ void choose_and_attend(const Selection& a, int stages, int room, int pages, int tiles, const Exchange& exchange)
 {
     DYNAMIC_SHARED(uint4, memory);
     Shared<D, WARPS>& shared = *reinterpret_cast<Shared<D, WARPS>*>(memory);
@@ -79,7 +78,7 @@ __device__ __forceinline__ void choose_and_attend(const Selection& a, int stages
     int* const list = table + pages;
     const Call& call = a.call;
     // Nothing of this changes within a step but by this kernel. Loads that do not depend on each other go together.
-    const int s = blockIdx.z, head = blockIdx.y, own = blockIdx.x, blocks = gridDim.x;
+    const int s = blockIdx.z, head = blockIdx.y, own = blockIdx.x, blocks = gridDim.x, gang = s * (int)call.kv_heads + head;
     const int sequences = call.sequences(), row = call.first_row(s), next_row = call.first_row(s + 1);
     const bool selects = at<i64>(call.selections)[s] != 0;
 #pragma unroll 1
@@ -100,7 +99,10 @@ __device__ __forceinline__ void choose_and_attend(const Selection& a, int stages
             for (int i = threadIdx.x; now.again && i < now.count; i += 32 * WARPS) list[HEADER + i] = call.list_row(s, head)[HEADER + i];
             if (now.scored) first = now.range.x + TILE_PAGES * (own + blocks * (threadIdx.x / 32)), end = now.range.y;
         }
-        if (threadIdx.x == 0) shared.head = head, shared.row = row, shared.slots = slots - 1;
+        if (threadIdx.x == 0) {
+            shared.head = head, shared.row = row, shared.slots = slots - 1;
+            shared.told = exchange.words(gang, 0), shared.turn_at = exchange.turn(gang);
+        }
         best.clear();
         const int step = TILE_PAGES * blocks * WARPS;
         cp_async_wait<0>();
@@ -118,7 +120,10 @@ __device__ __forceinline__ void choose_and_attend(const Selection& a, int stages
             Prepared<D, WARPS> prepared;
             prepared.load_angles(call, at<i64>(call.positions)[row]);
             wait_previous();
+            const u32 turn = threadIdx.x == 0 ? next_turn(exchange.turn(gang)) : 0;
             prepared.load(call, head, row);
+            if (threadIdx.x == 0) shared.turn = turn;
+            if (threadIdx.x == 0 && selects) tell(exchange.words(gang, own) + TOLD - 2, 0, turn);
             prepared.store(call, shared);
         }
         if (selects && c.scored) {
@@ -129,7 +134,7 @@ __device__ __forceinline__ void choose_and_attend(const Selection& a, int stages
                 else if (tiles == 2) cp_async_wait<1>();
                 else cp_async_wait<2>();
                 __syncwarp();
-                own_tiles[n].score(weights, shared.pools, table, a.scores_of(s, head), first, end);
+                own_tiles[n].score(weights, shared.pools, table, exchange.scores(gang), shared.turn, first, end);
                 __syncwarp();
                 send(own_tiles[n]);
             }
@@ -137,12 +142,13 @@ __device__ __forceinline__ void choose_and_attend(const Selection& a, int stages
         }
     }
     int count = shared.slots / PAGE + 1, found = 0;  // pages that are read, those of them that scores have found
-    const int gang = s * (int)call.kv_heads + head;
+    const u64* const arrival = exchange.words(gang, threadIdx.x) + TOLD - 2;  // of a block
+    u64 come = own == 0 && selects && threadIdx.x < blocks ? hear(arrival) : word_of(0, shared.turn);
     if (selects) {
-        gang_barrier(gang, blocks);  // scores are there, and every block knows the list as it was
         const int begin = c.range.x, end = c.range.y;
         if (c.scored)
-            found = best_pages<WARPS>(best, values, a.scores_of(s, head) + begin, end - begin, c.free, begin, list + HEADER + begin);
+            found = best_pages<WARPS>(best, values, exchange.scores(gang) + begin, shared.turn, end - begin, c.free, begin,
+                                      list + HEADER + begin);
         if (c.again) {
             count = c.count + (list[HEADER + c.count - 1] < c.total - 1);
             if (threadIdx.x == 0 && count > c.count) list[HEADER + c.count] = c.total - 1;
@@ -158,7 +164,8 @@ __device__ __forceinline__ void choose_and_attend(const Selection& a, int stages
     const int low = call.first_visible(shared.slots), first = listed ? 0 : low / PAGE;
     count -= first;
     const int used = min(blocks - 1, (count + 3) / 4);  // a page for each of a processor's four parts, before there is another block
-    if (selects && own == used) {
+    if (selects && own == 0) {
+        while (turn_of(come) != shared.turn) come = hear(arrival);
         __syncthreads();
         keep_list(a, c, best, s, head, list, count, found);
     }
@@ -172,22 +179,19 @@ __device__ __forceinline__ void choose_and_attend(const Selection& a, int stages
         shared.begin = 0, shared.end = count;
     }
     __syncthreads();
-    if (own == used) attend_newest<KIND, D, WARPS, true>(call, shared, at<i64>(call.positions)[shared.row], nullptr);
-    else attend_range<KIND, D, WARPS, true>(call, shared, 0, 0, nullptr);
-    gang_barrier(gang + gridDim.y * gridDim.z, used + 1);  // another count: blocks that have no range may still be at the first one
-    merge_share<D, WARPS>(call, shared, nullptr);
+    if (own == used) attend_newest<KIND, D, WARPS, true>(call, shared, at<i64>(call.positions)[shared.row]);
+    else attend_range<KIND, D, WARPS, true>(call, shared, 0, 0);
+    merge_share<D, WARPS>(call, shared);
 }
 
 #define CHOSEN(name, kind, depth, warps) \
-    extern "C" __global__ void __launch_bounds__(32 * warps, 16 / warps) name( \
-        CALL_PARAMETERS SELECTION_ARGS(AS_PARAMETER) i64 stages, i64 room, i64 pages, i64 tiles) \
+    extern "C" __global__ void __launch_bounds__(32 * warps, 2) name( \
+        CALL_PARAMETERS SELECTION_ARGS(AS_PARAMETER) i64 stages, i64 room, i64 pages, i64 tiles, i64 memory, i64 blocks) \
     { \
         const Selection a{MAKE_CALL, SELECTION_ARGS(AS_VALUE)}; \
-        choose_and_attend<kind, depth, warps>(a, (int)stages, (int)room, (int)pages, (int)tiles); \
+        choose_and_attend<kind, depth, warps>(a, (int)stages, (int)room, (int)pages, (int)tiles, {memory, blocks}); \
     }
 CHOSEN(chosen_int4_64, INT4, 64, 8)
 CHOSEN(chosen_int4_128, INT4, 128, 8)
 CHOSEN(chosen_mixed_64, MIXED, 64, 8)
 CHOSEN(chosen_mixed_128, MIXED, 128, 8)
-CHOSEN(chosen_wide_int4_64, INT4, 64, 16)
-CHOSEN(chosen_wide_int4_128, INT4, 128, 16)

@@ -1,22 +1,19 @@
 // Decode attention: a block is one KV head of a sequence and one range of its pages, with all query heads of the group. Its warps take
 // pages in turn, which come through rings in shared memory, keys and values in turn, while others are computed on. The newest token is in
 // no page yet: a block of its own rotates it, attends to it and writes it, and takes the pages at both ends that are no codes. A step is
-// one launch; who puts the ranges together, Merge tells. Of few pages there is one range, whose block has the newest token as well and
+// one launch. All blocks of a KV head put the ranges together, each a part of the output, if all of the launch are on the device at once;
+// else the last one to end does. Of few pages there is one range, whose block has the newest token as well and
 // nothing to merge with.
 //   grid    (ranges + 1, kv_heads, sequences); sequences with more than one row are left to the kernels of prefill
 //   block   32 * WARPS threads
-//   shared  Shared<D, WARPS>, then for each warp the places of sides and `stages` sides, 2 or 3 (warp_bytes); in a cluster Received
+//   shared  Shared<D, WARPS>, then for each warp the places of sides and `stages` sides, 2 or 3 (warp_bytes)
 #pragma once
 #include "decode_merge.cuh"
-
-// LAST: the last block of a KV head to end. GANG: all of them, once the last has come, which waits for the others: all blocks of the launch
-// have to be on the device at once. CLUSTER: the same, where a KV head's blocks are a cluster, through shared memory.
-enum Merge { LAST, GANG, CLUSTER };
 
 // The newest token as if it were a range of its own; with it those pages at both ends of what is read that are still halves, a page for
 // each warp: where a cache has codes the other blocks would read them slowly, from where they are. PREPARED: q is in shared memory.
 template <int KIND, int D, int WARPS, bool PREPARED = false>
-__device__ __forceinline__ void attend_newest(const Call& call, Shared<D, WARPS>& shared, i64 position, Received<D>* received)
+__device__ __forceinline__ void attend_newest(const Call& call, Shared<D, WARPS>& shared, i64 position)
 {
     constexpr int ENDS = Shared<D, WARPS>::ENDS;
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, j = lane % 4;
@@ -43,7 +40,9 @@ __device__ __forceinline__ void attend_newest(const Call& call, Shared<D, WARPS>
         if (!PREPARED) {
             prepared.load_angles(call, position);
             wait_previous();
+            const u32 turn = shared.take_turn();
             prepared.load(call, shared.head, shared.row);
+            if (threadIdx.x == 0) shared.turn = turn;
         }
         newest.load(call, shared.head, shared.row, position);
         newest.store(shared);
@@ -67,14 +66,14 @@ __device__ __forceinline__ void attend_newest(const Call& call, Shared<D, WARPS>
         weigh_halves<D>(values, weights, sums.sum, g, j);
     }
     cp_async_wait<0>();
-    finish<F16, D, WARPS>(call, shared, sums, true, received);
+    finish<F16, D, WARPS>(call, shared, sums, true);
 }
 
 // Pages shared.begin ... shared.end of what is read, of which this block's warps take every shared.used * WARPS -th -> the range's partial
 // result. entry: the table's of the warp's first page, where everything is read. PREPARED: q is in shared memory, and so is the table; the
 // range is not the only one, and few pages are spread over all blocks.
 template <int KIND, int D, int WARPS, bool PREPARED = false>
-__device__ __forceinline__ void attend_range(const Call& call, Shared<D, WARPS>& shared, i64 position, int entry, Received<D>* received)
+__device__ __forceinline__ void attend_range(const Call& call, Shared<D, WARPS>& shared, i64 position, int entry)
 {
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, j = lane % 4;
     constexpr u32 SIDE = side_bytes<KIND, D>();
@@ -133,7 +132,9 @@ __device__ __forceinline__ void attend_range(const Call& call, Shared<D, WARPS>&
         Newest<D, WARPS> newest;
         prepared.load_angles(call, position);
         wait_previous();
+        const u32 turn = shared.take_turn();
         prepared.load(call, shared.head, shared.row);
+        if (threadIdx.x == 0) shared.turn = turn;
         if (shared.alone) newest.load(call, shared.head, shared.row, position), newest.store(shared);
         prepared.store(call, shared);
         for (int h = warp; shared.alone && h < call.group(); h += WARPS) {
@@ -160,11 +161,11 @@ __device__ __forceinline__ void attend_range(const Call& call, Shared<D, WARPS>&
         out_of = out_of + SIDE == ring_bytes ? 0 : out_of + SIDE;
     }
     cp_async_wait<0>();
-    finish<KIND, D, WARPS>(call, shared, sums, shared.alone, received);
+    finish<KIND, D, WARPS>(call, shared, sums, shared.alone);
 }
 
-template <int KIND, int D, int WARPS, bool IN_CLUSTER>
-__device__ __forceinline__ void decode(const Call& call, int stages, int merge)
+template <int KIND, int D, int WARPS>
+__device__ __forceinline__ void decode(const Call& call, int stages, const Exchange& exchange)
 {
     DYNAMIC_SHARED(uint4, memory);
     Shared<D, WARPS>& shared = *reinterpret_cast<Shared<D, WARPS>*>(memory);
@@ -195,34 +196,24 @@ __device__ __forceinline__ void decode(const Call& call, int stages, int merge)
     const bool alone = used == 1 && call.compensation == 0;
     if (range > used || (range && alone)) return wait_previous();
     if (threadIdx.x < POOLS * FIELDS) shared.pools[threadIdx.x] = pool;
+    const int gang = s * (int)call.kv_heads + head;
     if (threadIdx.x == 0) {
+        shared.told = exchange.memory ? exchange.words(gang, 0) : nullptr, shared.turn_at = exchange.turn(gang);
         shared.table = table, shared.list = list, shared.first = first, shared.head = head, shared.row = row, shared.used = used;
         shared.range = range, shared.low = low, shared.slots = slots, shared.stages = stages, shared.alone = alone, shared.count = count;
         shared.apart = !alone && warp_bytes<KIND, D>(stages) >= side_bytes<F16, D>();  // else there is no room for halves
         shared.begin = KIND == F16 && !alone, shared.end = KIND == F16 && !alone ? count - ENDS + 1 : count;
     }
     __syncthreads();
-    Received<D>* received = nullptr;
-    if (IN_CLUSTER) {
-        received = reinterpret_cast<Received<D>*>(reinterpret_cast<u8*>(&shared + 1) + WARPS * warp_bytes<KIND, D>(stages));
-        if (!alone) cluster_arrive_first();
-    }
     if (range == used) {
-        attend_newest<KIND, D, WARPS>(call, shared, position, received);
+        attend_newest<KIND, D, WARPS>(call, shared, position);
     } else {
-        attend_range<KIND, D, WARPS>(call, shared, position, entry, received);
+        attend_range<KIND, D, WARPS>(call, shared, position, entry);
         if (alone) return;
     }
-    const int gang = s * (int)call.kv_heads + head;
-    if (IN_CLUSTER) {
-        cluster_arrive();
-        cluster_wait();
-        merge_share<D, WARPS>(call, shared, received);
-    } else if (merge == GANG) {
-        gang_barrier(gang, used + 1);
-        merge_share<D, WARPS>(call, shared, nullptr);
-    } else if (last_to_arrive(gang, used + 1)) {
+    if (shared.told)
+        merge_share<D, WARPS>(call, shared);
+    else if (last_to_arrive(gang, used + 1))
         merge_ranges(call, s, s, head, 0, call.group(), row, gridDim.x, used + 1, &shared.q[0][0], D, reinterpret_cast<float*>(&shared + 1),
                      WARPS * warp_bytes<KIND, D>(stages) / 4);
-    }
 }

@@ -1,6 +1,7 @@
 // What a block of decode keeps in shared memory, and how q and the newest token come there.
 #pragma once
 #include "attention_decode.cuh"
+#include "exchange.cuh"
 
 #define SIDES 32  // of pages, whose places a warp knows in advance
 // Of a warp, behind Shared.
@@ -19,8 +20,12 @@ template <int D, int WARPS> struct alignas(128) Shared {  // what lies behind it
     const int *table, *list;  // of pages, and of those that are read: null where all from `first` on are
     int first, end, head, row, used, range, low, slots, begin, stages, alone;  // what registers need not hold all the time
     int count, apart;  // pages that are read; whether those at both ends have another block if they are halves
+    u64* told;         // the gang's words (exchange.cuh); null: its blocks do not wait for each other
+    u32 *turn_at, turn;
     alignas(16) float scores[WARPS][HEADS * SCORE_STRIDE];
 
+    // Thread 0's, to be kept in `turn` once other loads are under way.
+    __device__ __forceinline__ u32 take_turn() const { return threadIdx.x == 0 && told ? next_turn(turn_at) : 0; }
     __device__ __forceinline__ bool at_an_end(int page) const { return page == 0 || page > count - ENDS; }
 };
 

@@ -1,7 +1,7 @@
 // From what a decode block's warps have summed up to the output: within a block, then over the blocks of a KV head.
 #pragma once
 #include "decode_block.cuh"
-#include "gang.cuh"
+#include "exchange.cuh"
 
 // What a warp has of some pages, of the query heads g: weighted values and what minima add to them (attention_decode.cuh), the reference of
 // weights and their sum.
@@ -47,21 +47,10 @@ template <int D> struct Sums {
     }
 };
 
-// Each block of a KV head puts a share of the output together, counted in pieces of four channels.
-__device__ __forceinline__ int share_of(int pieces, int blocks) { return (pieces + blocks - 1) / blocks; }
-
-// What the blocks of a cluster have sent to one of them of its share, behind all other shared memory: of piece n of the share, from range
-// r, at r * share + n the weighted values and about these the reference of weights and their sum.
-#define MOST_CLUSTER 16
-template <int D> struct Received {
-    float4 values[HEADS * D / 4 + MOST_CLUSTER];
-    float2 about[HEADS * D / 4 + MOST_CLUSTER];
-};
-
-// Sums of the warps, and with `newest` the newest token -> the range's partial result, in memory or in a cluster `received` by those whose
-// share it is; of the only range the output.
+// Sums of the warps, and with `newest` the newest token -> the range's partial result, told to the gang or left to its last block; of the
+// only range the output.
 template <int KIND, int D, int WARPS>
-__device__ __forceinline__ void finish(const Call& call, Shared<D, WARPS>& shared, const Sums<D>& sums, bool newest, Received<D>* received)
+__device__ __forceinline__ void finish(const Call& call, Shared<D, WARPS>& shared, const Sums<D>& sums, bool newest)
 {
     constexpr int ROW = D + 4;  // no two lanes of a store meet in a bank
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, j = lane % 4, group = call.group();
@@ -87,9 +76,8 @@ __device__ __forceinline__ void finish(const Call& call, Shared<D, WARPS>& share
         }
     }
     if (g < D / 32) shared.base[warp][2 * j][g] = sums.base[0], shared.base[warp][2 * j + 1][g] = sums.base[1];
-    if (received && !shared.alone) cluster_wait();  // all blocks have begun
     __syncthreads();
-    const int pieces = group * D / 4, share = received ? share_of(pieces, shared.used + 1) : 1;
+    const int pieces = group * D / 4;
     for (int n = threadIdx.x; n < pieces; n += 32 * WARPS) {
         const int h = n / (D / 4), c = n % (D / 4) * 4;
         float best = newest ? shared.newest[h] : LOWEST, all = 0;
@@ -112,10 +100,10 @@ __device__ __forceinline__ void finish(const Call& call, Shared<D, WARPS>& share
             const float inverse = 1 / all;
             float* to = at<float>(call.out) + shared.row * call.out_stride + (shared.head * group + h) * D + c;
             to[0] = x.x * inverse, to[1] = x.y * inverse, to[2] = x.z * inverse, to[3] = x.w * inverse;
-        } else if (received) {
-            const int block = n / share, place = shared.range * share + n % share;
-            store_to_block(&received->values[place], block, x);
-            store_to_block(&received->about[place], block, make_float2(best, all));
+        } else if (shared.told) {
+            u64* to = shared.told + shared.range * TOLD + h * (D + 2);
+            tell_two(to + c, x.x, x.y, shared.turn), tell_two(to + c + 2, x.z, x.w, shared.turn);
+            if (c == 0) tell_two(to + D, best, all, shared.turn);
         } else {
             float* partial = partial_of(call, gridDim.x, blockIdx.z, shared.head, shared.range, h);
             *reinterpret_cast<float4*>(partial + c) = x;
@@ -130,35 +118,31 @@ template <class F> __device__ __forceinline__ float over_lanes(float x, int widt
     return x;
 }
 
-// The output's channels that are this block's share, of the partial results of all `blocks` of a KV head. A lane takes a range of a piece,
-// so that all loads are under way together, and sums are of the same order whoever comes first.
-template <int D, int WARPS>
-__device__ __forceinline__ void merge_share(const Call& call, const Shared<D, WARPS>& shared, const Received<D>* received)
+// The output's channels that are this block's share, of the partial results of all blocks of a gang. A lane takes a range of a piece, so
+// that all loads are under way together, and sums are of the same order whoever comes first. Then the turn is over.
+template <int D, int WARPS> __device__ __forceinline__ void merge_share(const Call& call, const Shared<D, WARPS>& shared)
 {
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, group = call.group(), blocks = shared.used + 1;
     const int width = blocks > 16 ? 32 : blocks > 8 ? 16 : 8, together = 32 / width;
-    const int pieces = group * D / 4, share = share_of(pieces, blocks), first = shared.range * share, end = min(pieces, first + share);
+    const int pieces = group * D / 4, share = (pieces + blocks - 1) / blocks, first = shared.range * share;
+    const int end = min(pieces, first + share);
     const float* held = call.dropped(blockIdx.z, shared.head);
+    const u32 turn = shared.turn;
     const auto sum = [&](float x) { return over_lanes(x, width, [](float a, float b) { return a + b; }); };
     for (int from = first + warp * together; from < end; from += WARPS * together) {
         const int own = from + lane / width, n = min(own, end - 1), h = n / (D / 4), c = n % (D / 4) * 4;
-        const float* partial = partial_of(call, gridDim.x, blockIdx.z, shared.head, 0, h);
         float top = LOWEST, total = 0;
         float4 x = make_float4(0, 0, 0, 0);
         for (int r = lane % width; r < blocks; r += width) {
-            float4 y;
-            float2 about;
-            if (received) {
-                y = received->values[r * share + n - first], about = received->about[r * share + n - first];
-            } else {
-                const float* of_range = partial + (i64)r * group * (D + 4);
-                y = load_four(of_range + c);
-                const float4 both = load_four(of_range + D);
-                about = make_float2(both.x, both.y);
-            }
-            const float best = fmaxf(top, about.x), old = exp2_fast(top - best), factor = exp2_fast(about.x - best);
-            x.x = old * x.x + factor * y.x, x.y = old * x.y + factor * y.y, x.z = old * x.z + factor * y.z, x.w = old * x.w + factor * y.w;
-            total = old * total + factor * about.y, top = best;
+            const u64* told = shared.told + r * TOLD + h * (D + 2);
+            u64 a[2], b[2], about[2];
+            do hear_two(a, told + c), hear_two(b, told + c + 2), hear_two(about, told + D);
+            while (turn_of(a[0]) != turn || turn_of(a[1]) != turn || turn_of(b[0]) != turn || turn_of(b[1]) != turn
+                   || turn_of(about[0]) != turn || turn_of(about[1]) != turn);
+            const float best = fmaxf(top, told_by(about[0])), old = exp2_fast(top - best), factor = exp2_fast(told_by(about[0]) - best);
+            x.x = old * x.x + factor * told_by(a[0]), x.y = old * x.y + factor * told_by(a[1]);
+            x.z = old * x.z + factor * told_by(b[0]), x.w = old * x.w + factor * told_by(b[1]);
+            total = old * total + factor * told_by(about[1]), top = best;
         }
         float extra = LOWEST;
         if (held) {
@@ -179,4 +163,7 @@ __device__ __forceinline__ void merge_share(const Call& call, const Shared<D, WA
             for (int i = 0; i < 4; i++) to[i] = (found[i] + (held ? dropped * mean[i] : 0)) * inverse;
         }
     }
+    if (shared.range) return;
+    __syncthreads();  // the first block has a share: by now it has heard from all
+    if (threadIdx.x == 0) *shared.turn_at = turn;
 }

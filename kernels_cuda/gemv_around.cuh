@@ -3,7 +3,6 @@
 // whoever reads it finds it. Pointers are null where nothing is to be done.
 #pragma once
 #include "activation.cuh"
-#include "cluster.cuh"
 #include "normalization.cuh"
 #include "quantise.cuh"
 
@@ -25,15 +24,14 @@ __device__ __forceinline__ int next_place(int place, int half, int stride)
     return place + (half ? place & 1 ? 2 * stride - 1 : 1 : stride);
 }
 
-// A row of activations, its units from ... units - 1, whole blocks of it, to shared memory, by all warps of the block. The way to x is
+// A row of activations to shared memory, by all warps of the block. The way to x is
 // long: FAST, for aligned rows, loads BATCH rounds at once and works on them without branches, so that they overlap. then() is called
 // once the first loads are under way.
 template <int BITS, int UNIT, bool FAST, int BATCH, class Then>
-__device__ __forceinline__ void quantise_row(const float* x, int k, int from, int units, int block_shift, u32* codes, UnitInfo* info,
-                                             Then then)
+__device__ __forceinline__ void quantise_row(const float* x, int k, int units, int block_shift, u32* codes, UnitInfo* info, Then then)
 {
     constexpr int PARTS = UNIT / 8, PER_WARP = 32 / PARTS;
-    const int round = blockDim.x / PARTS, lane = threadIdx.x & 31, part = lane % PARTS, begin = from + threadIdx.x / 32 * PER_WARP;
+    const int round = blockDim.x / PARTS, lane = threadIdx.x & 31, part = lane % PARTS, begin = threadIdx.x / 32 * PER_WARP;
     if (begin >= units) then();
 #pragma unroll 1
     for (int first = begin; first < units; first += BATCH * round) {
@@ -98,36 +96,24 @@ __device__ __forceinline__ void quantise_normal(const float* x, const Around& ar
     }
 }
 
-// The row of a product with one token, to shared memory, by all threads of the block. Of a cluster, whose `blocks` blocks (a power of two)
-// have arrived once, each quantises a part for all of them: whole blocks of K, and an even number of units, whose info is whole 16 bytes.
-// Such rows are not normalised. sums: shared, a float for each warp.
+// The row of a product with one token, to shared memory, by all threads of the block. sums: shared, a float for each warp.
 template <int BITS, int UNIT, class Then>
-__device__ __forceinline__ void quantise_own(const float* x, const Around& around, int k, int units, int block_shift, int blocks,
-                                             u32* codes, UnitInfo* info, float* sums, Then then)
+__device__ __forceinline__ void quantise_own(const float* x, const Around& around, int k, int units, int block_shift, u32* codes,
+                                             UnitInfo* info, float* sums, Then then)
 {
     constexpr int PARTS = UNIT / 8;
-    const int shift = max(block_shift, 1), all = shift + __popc(blocks - 1);  // log2 of the units that a part is a multiple of, and all are
-    const int share = units + (1 << all) - 1 >> all << shift, first = cluster_rank() * share, end = min(first + share, units);
     const bool fast = ((u64)x & 15) == 0 && k % 8 == 0;
     if (around.gain && units * PARTS <= blockDim.x)
         quantise_normal<BITS, UNIT, 1>(x, around, k, units, block_shift, codes, info, sums, then);
     else if (around.gain)
         quantise_normal<BITS, UNIT, 4>(x, around, k, units, block_shift, codes, info, sums, then);
     else if (!fast)
-        quantise_row<BITS, UNIT, false, 1>(x, k, first, end, block_shift, codes, info, then);
-    else if (share * PARTS <= 2 * blockDim.x)
-        quantise_row<BITS, UNIT, true, 2>(x, k, first, end, block_shift, codes, info, then);
-    else if (share * PARTS <= 4 * blockDim.x)
-        quantise_row<BITS, UNIT, true, 4>(x, k, first, end, block_shift, codes, info, then);
+        quantise_row<BITS, UNIT, false, 1>(x, k, units, block_shift, codes, info, then);
+    else if (units * PARTS <= 2 * blockDim.x)
+        quantise_row<BITS, UNIT, true, 2>(x, k, units, block_shift, codes, info, then);
+    else if (units * PARTS <= 4 * blockDim.x)
+        quantise_row<BITS, UNIT, true, 4>(x, k, units, block_shift, codes, info, then);
     else
-        quantise_row<BITS, UNIT, true, 7>(x, k, first, end, block_shift, codes, info, then);
-    if (blocks > 1) {
-        cluster_wait();
-        __syncthreads();
-        copy_to_peers(codes + first * (UNIT / 4), (end - first) * UNIT / 16, blocks);
-        copy_to_peers(info + first, (end - first) / 2, blocks);
-        cluster_arrive();
-        cluster_wait();
-    }
+        quantise_row<BITS, UNIT, true, 7>(x, k, units, block_shift, codes, info, then);
     __syncthreads();
 }

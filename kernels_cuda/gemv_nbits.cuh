@@ -6,8 +6,7 @@
 // cp.async into a ring of its own in shared memory, STAGES groups, which costs no registers and no barriers. The first groups are asked
 // for before the kernel before has ended: weights do not depend on it.
 // Grid: (blocks, groups of TOKENS tokens). One token: its activations are quantised here, into shared memory, and steps around the product
-// may be part of it (gemv_around.cuh); of a long row each block of a cluster quantises a part, for all of them. More: by quantise.cu
-// before.
+// may be part of it (gemv_around.cuh). More: by quantise.cu before.
 #pragma once
 #include "gemv_around.cuh"
 #include "panels.cuh"
@@ -224,8 +223,6 @@ __device__ __forceinline__ void gemv(const float* x, const u32* x_codes, const U
     // Only EARLY groups are asked for before the activations, which would have to wait behind them.
     const int first_token = blockIdx.y * TOKENS;
     to.tokens = (int)state[tokens_at] - first_token;
-    const int blocks = TOKENS == 1 ? cluster_blocks() : 1;
-    if (blocks > 1) cluster_arrive_first();  // before it, a block's shared memory is not there for others
     if (TOKENS == 1 && around.gain && 32 * threadIdx.x < k) prefetch_l2(around.gain + 32 * threadIdx.x);
     release_next();
     wait_previous();
@@ -242,7 +239,7 @@ __device__ __forceinline__ void gemv(const float* x, const u32* x_codes, const U
     const UnitInfo* info = own_info;
     if (TOKENS == 1) {
         float* warp_sums = (float*)((S*)shared + warps * STAGES);
-        quantise_own<BITS, UNIT>(x, around, k, w.units, w.block_shift, blocks, own_codes, own_info, warp_sums, fetch_rest);
+        quantise_own<BITS, UNIT>(x, around, k, w.units, w.block_shift, own_codes, own_info, warp_sums, fetch_rest);
     } else {
         fetch_rest();
         codes = x_codes + first_token * x_pitch;

@@ -17,8 +17,6 @@ FEW = 8              # tokens of one pass over the weights
 MANY = 9             # tokens from which the matrix units are faster than passes of FEW
 WARPS = 8            # of a block of gemv_nbits.cu
 BLOCKS = 2           # of them that a processor runs at a time
-CLUSTER = 4          # blocks of a cluster of it, where a row of activations has
-SHARED_ROW = 192     # units at least
 RING = {8: 3}        # STAGES of gemv_nbits.cu's kernels where they are not 4: by bits, of units of 32
 # Tiles of gemm_nbits.cu, ROWS outputs each, by their tokens: units of a step of K, and blocks that a processor runs at a time.
 ROWS, COLUMNS, TILES = 64, 128, {16: (4, 3), 32: (4, 2), 64: (4, 2), 128: (2, 2)}
@@ -99,12 +97,6 @@ def team_of(panels: int, units: int, processors: int) -> int:
     return team
 
 
-def cluster_of(a, units: int) -> int:
-    """Blocks that quantise a long row together: alone, each would read and round all of it."""
-    shared = not a["K"] % 8 and not a["x"] % 16 and not units % 2  # aligned, and parts of an even number of units
-    return CLUSTER if device.capability() >= 90 and shared and units >= SHARED_ROW else 1
-
-
 def _gemv(a, tokens, weights, unit, group) -> Launch:
     """`group` tokens at a time: one of those that gemv_nbits.cu has a kernel for."""
     about, panels, units = device.about(), int(weights["panels"]), int(weights["units"])
@@ -117,14 +109,12 @@ def _gemv(a, tokens, weights, unit, group) -> Launch:
     shares = int(nearby["half"]) or panels  # that teams share: panels, or pairs of them
     shared, team = warps * (stage + 2 * group * 64) + activations, min(warps, team_of(shares, units, about["processors"]))
     grid = min(-(-shares * team // warps), about["processors"] * BLOCKS), -(-tokens // group), 1
-    cluster = cluster_of(a, units) if group == 1 and unit == 32 and not nearby["gain"] else 1
     x_codes, pitch, info, rows = (np.int64(0), np.int64(0), np.int64(0), np.int32(1)) if group == 1 else _places(a, tokens)
     args = (np.int64(fused_steps.row_of(a)), x_codes, info, pitch // 4, rows, weights, *pointers(a, "bias", "out", "out.stride", "state"),
             *ints(a, "x.rows", "K", "N"), np.int32(team.bit_length() - 1), nearby)
     kernel = f"gemv_{a['bits']}_{unit}_{group}"
     found = compile.function("gemv_nbits_any", kernel, shared) if takes_any else compile.function("gemv_nbits", kernel, shared)
-    grid = -(-grid[0] // cluster) * cluster, *grid[1:]
-    return Launch(found, grid, 32 * warps, args, shared, overlap=True, gang=cluster, cluster=cluster > 1)
+    return Launch(found, grid, 32 * warps, args, shared, overlap=True)
 
 
 def _gemm_kernel(bits, zeros, columns, shared):

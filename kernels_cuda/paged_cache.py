@@ -2,7 +2,7 @@
 import numpy as np
 
 from edgeattn.arguments import Tensor, resolve_one
-from edgeattn.kernels_cuda import device, read_pages, seal_pages
+from edgeattn.kernels_cuda import device, exchange, read_pages, seal_pages
 from edgeattn.kernels_cuda.page_pool import POOLS, RELEASED, Pages, kinds_of, make_table
 from edgeattn.kernels_cuda.steps import run
 from edgeattn.page_formats import PAGE, PageFormat
@@ -43,6 +43,7 @@ class PagedCache:
         self.probes = probes
         self.mass = xp.zeros((len(counts), 3, kv_heads, self.entries.shape[2] * PAGE), np.float32)
         self.state = xp.asarray([sum(new), 0, len(new), probes], np.int64)
+        self.exchange = xp.zeros(exchange.nbytes(exchange.most_blocks()), np.uint8)
 
     def fill(self, sequence: int, keys: np.ndarray, values: np.ndarray) -> None:
         """Keys and values [kv_heads, tokens, head_dim] of a sequence's first tokens, into pages of floats."""
@@ -92,7 +93,8 @@ class PagedCache:
             "batch.indexed": 0, "batch.selections": self._addresses("selections", self.selection),
             "selection.group": 0 if self.capacity else -1, "selection.capacity": self.capacity, "selection.width": 0,
             "cache.pools": self.table.data.ptr, "cache.max_pages": self.tables.shape[2], "cache.keys_rotated": 0,
-            "cache.kinds": kinds_of(self.formats), "layer": 0, "batch.sequences": COUNTS.index("sequences"), "state": self.state.data.ptr,
+            "cache.kinds": kinds_of(self.formats), "cache.exchange": self.exchange.data.ptr, "layer": 0,
+            "batch.sequences": COUNTS.index("sequences"), "state": self.state.data.ptr,
             "batch.probes": COUNTS.index("probes"), "cache.mass_mode": 0, "cache.mass_plane": self.mass[0, 0].size}
 
     def bucket(self) -> dict:

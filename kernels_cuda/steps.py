@@ -19,16 +19,14 @@ import numpy as np
 from edgeattn.arguments import Tensor, resolve_one
 from edgeattn.kernels_cuda import compile, device
 
-CLUSTER, SERIALIZATION = 4, 6  # CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION, _PROGRAMMATIC_STREAM_SERIALIZATION
-ANY_CLUSTER = 14  # CU_FUNC_ATTRIBUTE_NON_PORTABLE_CLUSTER_SIZE_ALLOWED
+SERIALIZATION = 6  # CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
 
 
 @dataclass(frozen=True)
 class Launch:
     """One kernel launch. `function` is compile.function's; args are NumPy scalars (np.int64 for addresses), in the kernel's order and of
     its types. overlap: the kernel calls wait_previous() (common.cuh), so that it may start before the kernel before it has ended. gang: how
-    many blocks, neighbours in x, wait for each other (gang.cuh); who launches sees to it that the device holds all blocks at once.
-    cluster: they are to be a cluster of the hardware's, which from sm_90 on takes 8 blocks, and some devices 16."""
+    many blocks, neighbours in x, wait for each other (exchange.cuh); who launches sees to it that the device holds all blocks at once."""
     function: object
     grid: tuple[int, int, int]
     block: int
@@ -36,11 +34,10 @@ class Launch:
     shared: int = 0       # bytes of dynamic shared memory
     overlap: bool = False
     gang: int = 1
-    cluster: bool = False
 
 
 class _Attribute(ctypes.Structure):
-    _fields_ = [("id", ctypes.c_int), ("pad", ctypes.c_int), ("value", ctypes.c_uint * 16)]
+    _fields_ = [("id", ctypes.c_int), ("pad", ctypes.c_int), ("value", ctypes.c_int), ("rest", ctypes.c_byte * 60)]
 
 
 class _Config(ctypes.Structure):
@@ -49,39 +46,29 @@ class _Config(ctypes.Structure):
 
 
 @cache
-def overlaps() -> bool:
-    """Whether kernels of this device may start early and blocks be clusters: elsewhere wait_previous() does nothing."""
+def _overlaps() -> bool:
+    """Whether kernels of this device may start early: elsewhere wait_previous() does nothing."""
     return device.capability() >= 90 and not compile.forced_target()
 
 
-def _arguments(launch: Launch, stream: int) -> tuple:
-    """What the driver's own launcher takes (CuPy's has no launch attributes): its configuration, the function, the arguments' addresses;
-    and what must stay alive until it has read them."""
+def _launch(launch: Launch, stream: int) -> None:
+    """By the driver itself: CuPy's launcher has no launch attributes."""
     held = [np.asarray(x) for x in launch.args]  # 0-dimensional arrays: somewhere for the driver to read them
     args = (ctypes.c_void_p * len(held))(*(x.ctypes.data for x in held))
-    asked = [(SERIALIZATION, (1,))] * launch.overlap + [(CLUSTER, (launch.gang, 1, 1))] * launch.cluster if overlaps() else []
-    attributes = (_Attribute * 2)(*(_Attribute(name, 0, (ctypes.c_uint * 16)(*value)) for name, value in asked))
-    config = _Config(launch.grid, (launch.block, 1, 1), launch.shared, stream, attributes, len(asked))
-    return config, ctypes.c_void_p(launch.function.ptr), args, held
-
-
-def _launch(launch: Launch, stream: int) -> None:
-    config, function, args, _ = _arguments(launch, stream)
-    status = device.driver().cuLaunchKernelEx(ctypes.byref(config), function, args, None)
+    attribute = _Attribute(SERIALIZATION, 0, 1)
+    count = int(launch.overlap and _overlaps())
+    config = _Config(launch.grid, (launch.block, 1, 1), launch.shared, stream, ctypes.pointer(attribute), count)
+    status = device.driver().cuLaunchKernelEx(ctypes.byref(config), ctypes.c_void_p(launch.function.ptr), args, None)
     if status:
         raise RuntimeError(f"CUDA error {status} at launching {launch}")
 
 
 def gangs_at_once(launch: Launch) -> int:
-    """How many of a launch's gangs the device holds at once; 0: it cannot make such clusters."""
-    found, driver, (config, function, *_) = ctypes.c_int(), device.driver(), _arguments(replace(launch, overlap=False), 0)
-    to = ctypes.byref(found)
-    if not launch.cluster:
-        driver.cuOccupancyMaxActiveBlocksPerMultiprocessor(to, function, launch.block, ctypes.c_size_t(launch.shared))
-        return found.value * device.about()["processors"] // launch.gang
-    if overlaps() and not driver.cuFuncSetAttribute(function, ANY_CLUSTER, 1):
-        driver.cuOccupancyMaxActiveClusters(to, function, ctypes.byref(config))
-    return found.value
+    """How many of a launch's gangs the device holds at once."""
+    found = ctypes.c_int()
+    device.driver().cuOccupancyMaxActiveBlocksPerMultiprocessor(ctypes.byref(found), ctypes.c_void_p(launch.function.ptr), launch.block,
+                                                                ctypes.c_size_t(launch.shared))
+    return found.value * device.about()["processors"] // launch.gang
 
 
 def run(launches: list[Launch], stream=None) -> None:

@@ -111,7 +111,6 @@ def make_backend(monkeypatch):
     module = cupy()
     for asking in (attention_call, cached_attention):
         monkeypatch.setattr(asking, "attribute", lambda name: {"MultiProcessorCount": 132}.get(name, 228 << 10))
-    monkeypatch.setattr(cached_attention, "overlaps", lambda: True)
     monkeypatch.setattr(cached_attention, "gangs_at_once", lambda launch: 264 // launch.gang)
     monkeypatch.setattr(device, "cupy", lambda: module)
     monkeypatch.setattr(device, "about", lambda: {"processors": 132, "shared_bytes": 227 << 10})

@@ -112,23 +112,17 @@ def test_decode_takes_any_group(group):
     Case("f16", 128, group, [1000], [1], kv_heads=3).call(HALVES)
 
 
-@pytest.mark.parametrize("merge", ["LAST", "GANG", "CLUSTER"])
+@pytest.mark.parametrize("together", [True, False])
 @pytest.mark.parametrize("types, head_dim", [("f16", 128), ("f16", 64), ("int4", 128), ("int4", 64)])
-def test_every_way_to_merge(monkeypatch, merge, types, head_dim):
+def test_every_way_to_merge(monkeypatch, together, types, head_dim):
     """Sequences of one range, of a few and of many, with tokens that were dropped and without; twice the same, to the bit."""
     from edgeattn.kernels_cuda import attention_call, cached_attention, device
-    rng, merging, made = np.random.default_rng(), getattr(cached_attention, merge), []
-    case = Case(types, head_dim, int(rng.integers(1, 9)), [0, 40, 700, int(rng.integers(1500, 3000))], [1] * 4)
+    rng = np.random.default_rng()
     if EMULATED:  # with few processors there would be few ranges
         monkeypatch.setattr(attention_call, "attribute", lambda name: 64)
-    monkeypatch.setattr(cached_attention, "merges", lambda: (merging,))
-    decode_launch = cached_attention.decode_launch
-    monkeypatch.setattr(cached_attention, "decode_launch", lambda *given: made.append(decode_launch(*given)) or made[-1])
-    try:
-        case.call(2 * HALVES)
-    except StopIteration:
-        pytest.skip("this device does not merge that way")
-    assert (made[0].gang > 1, made[0].cluster) == (merge != "LAST", merge == "CLUSTER")
+    case = Case(types, head_dim, int(rng.integers(1, 9)), [0, 40, 700, int(rng.integers(1500, 3000))], [1] * 4)
+    monkeypatch.setattr(cached_attention, "gangs_at_once", lambda launch: 8 if together else 7)
+    case.call(2 * HALVES)
     xp = device.cupy()
     dropped = xp.asarray(rng.standard_normal((4, 2, 1 + 2 * head_dim), np.float32))
     dropped[:, :, 0] = xp.asarray([[0, 30]] + [[30, 5]] * 3)  # tokens; none of one head
@@ -138,25 +132,36 @@ def test_every_way_to_merge(monkeypatch, merge, types, head_dim):
              for _ in range(2)]
     assert np.array_equal(*found) and held.size
     np.testing.assert_allclose(found[0], case.expected(), rtol=0, atol=2 * HALVES)
+    turns = case.cache.exchange.get()[:4 * 8].view(np.uint32)
+    assert turns.tolist() == ([2, 2, 2, 2, 3, 3, 3, 3] if together else [0] * 8)  # of few pages one range has all
 
 
-@pytest.mark.skipif(not EMULATED, reason="imitates another GPU's size")
-@pytest.mark.parametrize("sequences, types, at_once, grid, block, way", [
-    (1, "f16", 8, (16, 8, 1), 256, "CLUSTER"), (1, "int4", 8, (16, 8, 1), 512, "CLUSTER"), (1, "int4", 7, (32, 8, 1), 256, "GANG"),
-    (1, "int8", 8, (32, 8, 1), 256, "GANG"), (2, "int4", 16, (8, 8, 2), 512, "CLUSTER"), (4, "int4", 32, (8, 8, 4), 256, "GANG"),
-    (5, "int4", 40, (6, 8, 5), 256, "LAST")])
-def test_the_way_to_merge_is_one_that_the_device_can_do(monkeypatch, sequences, types, at_once, grid, block, way):
-    """Of an H200's size: clusters where they fill it, gangs where all blocks are on it at once."""
+@pytest.mark.parametrize("sequences, at_once, grid, together", [
+    (1, 8, (32, 8, 1), True), (1, 7, (32, 8, 1), False), (4, 32, (8, 8, 4), True), (5, 40, (6, 8, 5), False)])
+def test_who_merges_is_what_the_device_holds(monkeypatch, sequences, at_once, grid, together):
+    """Of an H200's size."""
     from edgeattn.kernels_cuda import attention_call, cached_attention, device
     for asking in (attention_call, cached_attention):
         monkeypatch.setattr(asking, "attribute", {"MultiProcessorCount": 132, "MaxSharedMemoryPerMultiprocessor": 228 << 10}.__getitem__)
-    monkeypatch.setattr(cached_attention, "gangs_at_once", lambda launch: at_once if launch.cluster else 264 // launch.gang)
-    case = Case(types, 128, 4, [1500] * sequences, [1] * sequences, kv_heads=8)
+    monkeypatch.setattr(cached_attention, "gangs_at_once", lambda launch: at_once)
+    case = Case("int4", 128, 4, [1500] * sequences, [1] * sequences, kv_heads=8)
     tensors = {name: device.cupy().asarray(x) for name, x in dict(q=case.q, k=case.k, v=case.v, cos=case.cos, sin=case.sin,
                                                                   out=case.q).items()}
     decode = case.cache.launches(cached_attention, tensors, case.about, {"batch.positions": 0})[0]
-    assert (decode.grid, decode.block, decode.args[-1]) == (grid, block, getattr(cached_attention, way))
-    assert (decode.gang, decode.cluster) == (1 if way == "LAST" else grid[0], way == "CLUSTER")
+    assert (decode.grid, decode.gang, decode.args[-2] != 0) == (grid, grid[0] if together else 1, together)
+
+
+def test_words_of_gangs_do_not_meet():
+    """However a launch is cut: gang n has at most as many blocks as a launch of n gangs gives each."""
+    from edgeattn.kernels_cuda import exchange
+    for blocks in (8, 16, 96, 264, 296):
+        places = np.zeros((exchange.nbytes(blocks) - 4 * exchange.MOST_GANGS) // 8, int)
+        rows = len(places) - blocks // 2 * exchange.MOST_SCORES
+        for gang in range(blocks // 2):
+            power = (gang + 1).bit_length() - 1
+            first = (power * blocks + (gang + 1 - (1 << power)) * (blocks >> power)) * exchange.TOLD
+            places[first:first + blocks // (gang + 1) * exchange.TOLD] += 1
+        assert places.max() == 1 and not places[rows:].any() and rows == blocks * (blocks // 2).bit_length() * exchange.TOLD
 
 
 @pytest.mark.parametrize("types", ["f16", "int4", "f32"])

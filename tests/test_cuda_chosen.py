@@ -66,10 +66,10 @@ class Both:
         self.positions.set(self.positions.get() - tokens)
 
 
-def shape(monkeypatch, blocks, warps=8):
-    from edgeattn.kernels_cuda import attention_call, chosen_attention
-    monkeypatch.setattr(chosen_attention, "shape", lambda places: (blocks, warps, False))
-    for module in (attention_call, chosen_attention):  # scratch memory too is for as many as these hold
+def shape(monkeypatch, blocks):
+    from edgeattn.kernels_cuda import attention_call, chosen_attention, exchange
+    monkeypatch.setattr(chosen_attention, "blocks_of", lambda places: blocks)
+    for module in (attention_call, chosen_attention, exchange):  # scratch memory too is for as many as these hold
         monkeypatch.setattr(module, "processors", lambda: 64)
 
 
@@ -82,11 +82,18 @@ def test_one_launch_does_what_two_do(monkeypatch, types, head_dim, group):
     assert (headers[[0, 2], :, 0] > 0).all() and stats[0] == 4 and stats[1] == 4
 
 
-@pytest.mark.parametrize("blocks, warps", [(2, 8), (8, 8), (16, 8), (8, 16)])
-def test_any_number_of_blocks(monkeypatch, blocks, warps):
-    shape(monkeypatch, blocks, warps)
+@pytest.mark.parametrize("blocks", [2, 8, 16])
+def test_any_number_of_blocks(monkeypatch, blocks):
+    shape(monkeypatch, blocks)
     both = Both("int4", 128, 4, [2500])
-    both.step()
+    both.step(), both.step()
+
+
+def test_many_pages(monkeypatch):
+    """Of which a warp scores several tiles, and more are wanted than a block has threads."""
+    shape(monkeypatch, 2)
+    Both("int4", 64, 4, [27000], budget=1000, capacity=40).step()
+    Both("int4", 64, 4, [12000], budget=9000, capacity=300).step()
 
 
 @pytest.mark.parametrize("options, shares, capacity", [
@@ -115,7 +122,7 @@ def test_lists_serve_again(monkeypatch, reuse):
 def test_scores_that_are_hard_to_part(monkeypatch, kind):
     """Pages that score alike, one that scores far more than all others, and pages that are not there."""
     shape(monkeypatch, 4)
-    both = Both("int4", 64, 4, [4000], budget=1000, capacity=60)
+    both = Both("int4", 64, 4, [12000 if kind == "equal" else 4000], budget=1000, capacity=60)
     params = both.cache.pools[1].k_params.view(np.float16)
     entries = both.cache.entries
     if kind == "equal":

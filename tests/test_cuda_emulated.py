@@ -49,35 +49,19 @@ except AssertionError:
     print("wrong")
 """
 PASS_ON = r"""
-extern "C" __global__ void pass_on(i64 from, i64 size)
+extern "C" __global__ void pass_on(i64 from, i64 size, i64 memory, i64 blocks)
 {
-    DYNAMIC_SHARED(u32, own);
-    const int gang = (int)(blockIdx.y * (gridDim.x / size) + blockIdx.x / size);
-    const int next = (int)(blockIdx.x / size * size + (blockIdx.x + 1) % size);
-    u32* x = reinterpret_cast<u32*>(from) + blockIdx.y * gridDim.x;
-    for (int turn = 0; turn < 5; turn++) {
-        if (threadIdx.x == 0) own[0] = x[next] + 1;
-        gang_barrier(gang, (int)size);
-        if (threadIdx.x == 33) x[blockIdx.x] = own[0];
-        gang_barrier(gang, (int)size);
-    }
-}
-extern "C" __global__ void send_on(i64 from, i64 size)
-{
-    DYNAMIC_SHARED(float4, got);
-    const int before = (int)((blockIdx.x + size - 1) % size);
-    u32* x = reinterpret_cast<u32*>(from) + blockIdx.y * gridDim.x + blockIdx.x;
+    DYNAMIC_SHARED(float, own);
+    const Exchange exchange{memory, blocks};
+    const int gang = (int)(blockIdx.y * (gridDim.x / size) + blockIdx.x / size), block = (int)(blockIdx.x % size);
+    float* x = reinterpret_cast<float*>(from) + blockIdx.y * gridDim.x + blockIdx.x;
     float held = *x;
-    cluster_arrive_first();
-    cluster_wait();
-    for (int turn = 0; turn < 5; turn++) {
-        if (threadIdx.x == 33) store_to_block(got, before, make_float4(held + 1, 0, 0, 0));
-        cluster_arrive();
-        cluster_wait();
-        held = got[0].x;
-        cluster_arrive();
-        if (threadIdx.x > 40) return;  // who has ended need not come
-        cluster_wait();
+    for (u32 turn = 1; turn < 6; turn++) {
+        if (threadIdx.x == 33) tell(exchange.words(gang, block) + turn % 2, held, turn);
+        u64 word;
+        do word = hear(exchange.words(gang, (int)((block + 1) % size)) + turn % 2);
+        while (turn_of(word) != turn);
+        held = told_by(word) + 1;
     }
     if (threadIdx.x == 0) *x = held;
 }
@@ -86,11 +70,12 @@ GANG_FAULT = """
 import re, sys
 import emulated_gpu, numpy as np
 emulated_gpu.install()
-from edgeattn.kernels_cuda import compile, steps
-headers = "".join((compile.HERE / name).read_text() for name in ("common.cuh", "gang.cuh"))
+from edgeattn.kernels_cuda import compile, exchange, steps
+headers = "".join((compile.HERE / name).read_text() for name in ("common.cuh", "page_pool.cuh", "exchange.cuh"))
 compile.source = lambda name: (re.sub("#(include|pragma).*", "", headers) + PASS_ON).replace(*sys.argv[1:])
-x = np.arange(24, dtype=np.uint32).reshape(2, 12)
-steps.run([steps.Launch(compile.function("pass_on", KERNEL), (12, 2, 1), 64, (np.int64(x.ctypes.data), np.int64(4)), 64, gang=4)])
+x, memory = np.arange(24, dtype=np.float32).reshape(2, 12), np.zeros(exchange.nbytes(24), np.uint8)
+args = tuple(map(np.int64, (x.ctypes.data, 4, memory.ctypes.data, 24)))
+steps.run([steps.Launch(compile.function("pass_on", "pass_on"), (12, 2, 1), 64, args, 64, gang=4)])
 print("right" if np.array_equal(x, np.roll(np.arange(24).reshape(2, 3, 4), -5, axis=2).reshape(2, 12) + 5) else "wrong")
 """.replace("PASS_ON", repr(PASS_ON))
 SECONDS = 1200  # about two minutes on two quiet cores
@@ -142,11 +127,15 @@ def test_faults_in_what_prompts_read_show(whole, part, said):
 
 
 @pytest.mark.skipif(bool(emulated_gpu.missing()), reason=emulated_gpu.missing())
-@pytest.mark.parametrize("kernel, whole, part, said", [
-    ("pass_on", "", "", "right"), ("pass_on", "while (!(", "while (false && !(", "wrong"),
-    ("send_on", "", "", "right"), ("send_on", "cluster_wait();\n        held", "held", "wrong")])
-def test_gangs_wait_for_each_other(kernel, whole, part, said):
-    assert output_with(GANG_FAULT.replace("KERNEL", repr(kernel)), whole, part) == f"{said}\n"
+@pytest.mark.parametrize("whole, part, said", [("", "", "right"), ("turn_of(word) != turn", "false", "wrong")])
+def test_gangs_wait_for_each_other(whole, part, said):
+    assert output_with(GANG_FAULT, whole, part) == f"{said}\n"
+
+
+@pytest.mark.skipif(bool(emulated_gpu.missing()), reason=emulated_gpu.missing())
+def test_an_address_that_is_not_aligned_ends_the_run():
+    with pytest.raises(AssertionError, match="not aligned"):
+        output_with(GANG_FAULT, "float held = *x;", "float held = *(float*)((char*)x + 2);")
 
 
 def output_with(script, whole, part):

@@ -20,6 +20,7 @@ from emulated_gpu.translate import translate
 HERE = Path(__file__).parent
 COMPILER = "g++", "-std=c++17", "-O1", "-w", "-x", "c++", "-fno-strict-aliasing", "-ffp-contract=off", \
     "-fno-gnu-unique"  # each library has variables of its own
+ALIGNED = "-fsanitize=alignment"  # what is found goes to cuda.h
 ABOUT = dict(name="emulation", capability=87, processors=8, shared_bytes=163 << 10, integrated=False, memory_clock_mhz=1, memory_bus_bits=1,
              clock_mhz=1, l2_bytes=1 << 20, memory_bytes=1 << 30, driver_cuda="none", cupy="none")  # an Orin's limits
 ATTRIBUTES = {"MultiProcessorCount": ABOUT["processors"], "MaxSharedMemoryPerMultiprocessor": 164 << 10}
@@ -37,17 +38,17 @@ def _library(name):
     from edgeattn.kernels_cuda import compile
     text = f'#include "cuda.h"\n#include "ptx.h"\n{translate(compile.source(name))}'
     headers = "".join((HERE / header).read_text() for header in ("cuda.h", "ptx.h"))
-    key = hashlib.sha256((text + headers + str(COMPILER)).encode()).hexdigest()[:16]
+    key = hashlib.sha256((text + headers + str(COMPILER) + ALIGNED).encode()).hexdigest()[:16]
     made = compile._cache_folder() / "cuda" / f"{name}-emulated-{key}.so"
     if not made.is_file():
         made.parent.mkdir(parents=True, exist_ok=True)
-        gangs = ["-DEMULATED_GANGS", "-DCLUSTERS"] if "gang_barrier" in text else []
+        gangs = ["-DEMULATED_GANGS"] if "struct Exchange" in text else []
         plain = _run(["-E", "-P", *gangs, f"-I{HERE}", "-"], text)
         kernels = re.findall(r'extern\s*"C"\s*void\s+(\w+)\s*\(', plain)
         entries = "".join(f'extern "C" void entry_{k}(void** arguments) {{ emulated::call({k}, arguments); }}\n' for k in kernels
                           if not k.startswith(("emulated_", "__")))
         with tempfile.TemporaryDirectory(dir=made.parent) as folder:
-            _run(["-shared", "-fPIC", "-pthread", "-mtls-dialect=gnu2", "-o", f"{folder}/made.so", "-"], plain + entries)
+            _run([ALIGNED, "-shared", "-fPIC", "-pthread", "-mtls-dialect=gnu2", "-o", f"{folder}/made.so", "-"], plain + entries)
             Path(folder, "made.so").rename(made)
     return ctypes.CDLL(str(made))
 
@@ -98,4 +99,4 @@ def install() -> None:
     compile.function, steps._launch, steps.Graph = _function, _launch, _Graph
     for asking in (attention_call, cached_attention):
         asking.attribute = ATTRIBUTES.__getitem__
-    cached_attention.overlaps, cached_attention.gangs_at_once = lambda: True, _gangs_at_once
+    cached_attention.gangs_at_once = _gangs_at_once

@@ -35,9 +35,9 @@
 template <class A, class B> std::common_type_t<A, B> min(A a, B b) { return b < a ? b : a; }
 template <class A, class B> std::common_type_t<A, B> max(A a, B b) { return a < b ? b : a; }
 
-struct uint2 { unsigned x, y; };
-struct int2 { int x, y; };
-struct float2 { float x, y; };
+struct alignas(8) uint2 { unsigned x, y; };
+struct alignas(8) int2 { int x, y; };
+struct alignas(8) float2 { float x, y; };
 struct alignas(16) uint4 { unsigned x, y, z, w; };
 struct alignas(16) int4 { int x, y, z, w; };
 struct alignas(16) float4 { float x, y, z, w; };
@@ -59,7 +59,6 @@ struct Copy { void* to; const void* from; int bytes, size; };  // size: how many
 struct Thread {
     void* stack;
     bool done;
-    unsigned cluster_turn;                   // of the cluster's barrier, at which the thread arrived last
     uint64_t slot[4];                        // what other threads of the warp may read
     std::vector<std::vector<Copy>> copies;   // asynchronous ones, by group; the last group is open
 };
@@ -69,9 +68,6 @@ struct Barrier {
     int votes = 0, counted = 0;
 };
 
-struct Cluster { unsigned living, arrived = 0, turn = 0; };  // threads of a gang, as many of them as are at its barrier, turns of that
-
-OF_BLOCK Cluster* cluster;
 OF_BLOCK Thread* threads;
 OF_BLOCK Barrier block_barrier, warp_barriers[MOST / WARP], named_barriers[BARRIERS];
 OF_BLOCK unsigned now, living, warp_living[MOST / WARP];
@@ -82,7 +78,6 @@ OF_BLOCK void* main_stack;
 OF_BLOCK void (*entry)(void**);
 OF_BLOCK void** entry_arguments;
 static std::mutex atomic;
-static char* shared_of[256];                  // of the blocks of a gang
 
 extern "C" void emulated_switch(void** from, void* to);
 asm(".text\n.globl emulated_switch\nemulated_switch:\n push %rbp\n push %rbx\n push %r12\n push %r13\n push %r14\n push %r15\n"
@@ -94,6 +89,18 @@ asm(".text\n.globl emulated_switch\nemulated_switch:\n push %rbp\n push %rbx\n p
     abort();
 }
 
+}  // namespace emulated
+
+// What the compiler calls with -fsanitize=alignment, as it would the sanitizer's own library.
+extern "C" __attribute__((used)) inline void __ubsan_handle_type_mismatch_v1(void* about, uintptr_t)
+{
+    static thread_local char what[300];
+    struct Place { const char* file; unsigned line, column; };
+    snprintf(what, sizeof(what), "an address that is not aligned, line %u of the source without comments", ((Place*)about)->line);
+    emulated::fail(what);
+}
+
+namespace emulated {
 inline unsigned following(unsigned thread)
 {
     for (unsigned n = 0; n < block_size.x; n++) {
@@ -149,32 +156,6 @@ template <class T> T exchange(T x, unsigned lane)
     return x;
 }
 
-// The barrier of a gang's blocks, as clusters have it: threads that have ended need not come.
-inline void pass_cluster()
-{
-    if (cluster->arrived && cluster->arrived == cluster->living) cluster->arrived = 0, cluster->turn++;
-}
-
-inline void arrive_cluster()
-{
-    const std::lock_guard<std::mutex> alone(atomic);
-    threads[now].cluster_turn = cluster->turn, cluster->arrived++;
-    pass_cluster();
-}
-
-inline void wait_cluster()
-{
-    for (unsigned long long turns = 0;; turns++) {
-        {
-            const std::lock_guard<std::mutex> alone(atomic);
-            if (cluster->turn != threads[now].cluster_turn) return;
-        }
-        if (turns > 20000000) fail("a deadlock at a cluster's barrier");
-        if (now % 32 == 0) std::this_thread::yield();
-        if (following(now) != now) yield();
-    }
-}
-
 inline void finish_copies(size_t left)
 {
     auto& groups = threads[now].copies;
@@ -193,11 +174,6 @@ inline void start()
     const unsigned own = now, warp = now / WARP;
     threads[own].done = true;
     living--, warp_living[warp]--;
-    {
-        const std::lock_guard<std::mutex> alone(atomic);
-        cluster->living--, cluster->arrived -= threads[now].cluster_turn == cluster->turn;
-        pass_cluster();
-    }
     if (living && block_barrier.arrived == living) pass(block_barrier);
     if (warp_living[warp] && warp_barriers[warp].arrived == warp_living[warp]) pass(warp_barriers[warp]);
     void* nowhere;
@@ -218,7 +194,7 @@ inline void run_block(dim3 place)
         void** top = (void**)(stacks + STACK * (t + 1)) - 2;
         top[0] = (void*)start, top[1] = nullptr;
         memset(top - 6, 0, 6 * sizeof(void*));  // the registers that a switch takes from the stack
-        threads[t].stack = top - 6, threads[t].done = false, threads[t].cluster_turn = -1;
+        threads[t].stack = top - 6, threads[t].done = false;
         threads[t].copies.assign(1, {});
     }
     now = 0;
@@ -242,18 +218,13 @@ extern "C" int emulated_launch(void (*kernel)(void**), unsigned x, unsigned y, u
                                void** arguments)
 {
     using namespace emulated;
-    if (threads > MOST || shared > SHARED || !threads || x % gang || gang > std::size(shared_of)) return 1;
-    std::vector<Cluster> clusters(x / gang * y * z, Cluster{gang * threads});
+    if (threads > MOST || shared > SHARED || !threads || x % gang) return 1;
     auto run = [&](unsigned first, unsigned step) {
-        shared_of[first] = emulated::shared;
         if (!stacks) stacks = (char*)malloc(STACK * MOST), emulated::threads = new Thread[MOST];
         entry = kernel, entry_arguments = arguments, grid = {x, y, z}, block_size = {threads, 1, 1};
         for (unsigned k = 0; k < z; k++)
             for (unsigned j = 0; j < y; j++)
-                for (unsigned i = first; i < x; i += step) {
-                    cluster = &clusters[(k * y + j) * (x / step) + i / step];
-                    run_block({i, j, k});
-                }
+                for (unsigned i = first; i < x; i += step) run_block({i, j, k});
     };
 #ifdef EMULATED_GANGS
     std::vector<std::thread> blocks;  // one of each gang: gangs come one after another as far as they wait for each other

@@ -6,6 +6,7 @@
 namespace ptx {
 typedef unsigned u32;
 typedef uint16_t u16;
+typedef unsigned long long u64;
 
 inline void* from_shared(u32 address) { return emulated::shared + (int)address; }
 
@@ -63,29 +64,33 @@ inline void ld_global_cg_v4_f32(float& x, float& y, float& z, float& w, const vo
     const float* from = (const float*)p;
     x = from[0], y = from[1], z = from[2], w = from[3];
 }
-inline void atom_add_release_gpu_u32(u32& before, u32* p, u32 x) { before = __atomic_fetch_add(p, x, __ATOMIC_ACQ_REL); }
-inline void ld_acquire_gpu_u32(u32& x, const u32* p)  // what waits for another block asks again and again
+// What waits for another block asks again and again; the block's other threads, whose words that may wait for, go on meanwhile.
+inline void waits()
 {
     using clock = std::chrono::steady_clock;
-    static thread_local clock::time_point since;
-    static thread_local u32 last;
-    x = __atomic_load_n(p, __ATOMIC_ACQUIRE);
-    if (x != last || since == clock::time_point()) since = clock::now(), last = x;
+    static thread_local const clock::time_point since = clock::now();  // blocks that wait have a thread of a launch
     if (clock::now() - since > std::chrono::minutes(5)) emulated::fail("a block waits for one that does not come");
     std::this_thread::yield();
+    if (emulated::following(emulated::now) != emulated::now) emulated::yield();
 }
-
-// Of a cluster: a block's shared memory, told from others by the address' upper bits.
-inline void barrier_cluster_arrive_relaxed() { emulated::arrive_cluster(); }
-inline void barrier_cluster_arrive_release() { emulated::arrive_cluster(); }
-inline void barrier_cluster_wait_acquire() { emulated::wait_cluster(); }
-inline void mapa_shared__cluster_u32(u32& to, u32 own, int rank) { to = own | rank << 24; }
-inline float* of_cluster(u32 address) { return (float*)(emulated::shared_of[address >> 24] + (address & 0xffffff)); }
-inline void st_shared__cluster_v4_f32(u32 to, float x, float y, float z, float w)
+inline void ld_relaxed_gpu_global_u32(u32& x, const u32* p) { x = __atomic_load_n(p, __ATOMIC_ACQUIRE); }
+inline void ld_relaxed_gpu_global_u64(u64& x, const u64* p)
 {
-    of_cluster(to)[0] = x, of_cluster(to)[1] = y, of_cluster(to)[2] = z, of_cluster(to)[3] = w;
+    waits();
+    x = __atomic_load_n(p, __ATOMIC_ACQUIRE);
 }
-inline void st_shared__cluster_v2_f32(u32 to, float x, float y) { of_cluster(to)[0] = x, of_cluster(to)[1] = y; }
+inline void ld_relaxed_gpu_global_v2_u64(u64& x, u64& y, const u64* p)
+{
+    if ((uintptr_t)p % 16) emulated::fail("two words that are not aligned");
+    waits();
+    x = __atomic_load_n(p, __ATOMIC_ACQUIRE), y = __atomic_load_n(p + 1, __ATOMIC_ACQUIRE);
+}
+inline void st_relaxed_gpu_global_u64(u64* p, u64 x) { __atomic_store_n(p, x, __ATOMIC_RELEASE); }
+inline void st_relaxed_gpu_global_v2_u64(u64* p, u64 x, u64 y)
+{
+    if ((uintptr_t)p % 16) emulated::fail("two words that are not aligned");
+    __atomic_store_n(p, x, __ATOMIC_RELEASE), __atomic_store_n(p + 1, y, __ATOMIC_RELEASE);
+}
 
 inline void prefetch_global_L2(const void*) {}
 
