@@ -9,7 +9,7 @@
 template <int D> struct Weights {
     uint4 of[2][D / 16][32];  // [the larger part, the rest][32 minima or steps][lane 4 g + j]: of query head g, from 8 j on
 
-    // By all threads, once q is in shared memory. A barrier is to follow.
+    // By all threads, once q and norms are in shared memory. A barrier is to follow.
     template <int WARPS> __device__ __forceinline__ void make(const Shared<D, WARPS>& shared, int group, float reach)
     {
         float top = shared.norms[0];
@@ -64,16 +64,16 @@ template <int D> struct Tile {
                                           int end) const
     {
         const int lane = threadIdx.x % 32, g = lane / 4, j = lane % 4;
-        float sums[2][2][4] = {};  // of minima and of steps, by both parts of weights: chains of products that do not wait for each other
+        float sums[2][2][2][4] = {};  // of minima and of steps, by both parts of weights, twice: products that do not wait for each other
 #pragma unroll
         for (int i = 0; i < D / 16; i++) {
             const uint4 own = x[g][i ^ g & 1][j], other = x[g + 8][i ^ g & 1][j];
 #pragma unroll
             for (int part = 0; part < 2; part++) {
                 const uint4 w = weights.of[part][i][lane];
-                float (&sum)[4] = sums[i / (D / 32)][part];
-                mma_f16(sum, {own.x, other.x, own.y, other.y}, w.x, w.y);
-                mma_f16(sum, {own.z, other.z, own.w, other.w}, w.z, w.w);
+                float (&sum)[2][4] = sums[i / (D / 32)][part];
+                mma_f16(sum[0], {own.x, other.x, own.y, other.y}, w.x, w.y);
+                mma_f16(sum[1], {own.z, other.z, own.w, other.w}, w.z, w.w);
             }
         }
 #pragma unroll
@@ -82,8 +82,12 @@ template <int D> struct Tile {
             const float levels = entry < 0 ? 0 : (float)Page(pools, entry).pool[K_LEVELS];  // of codes
             float both[2];
 #pragma unroll
-            for (int e = 0; e < 2; e++)
-                both[e] = fmaf(levels, sums[1][0][2 * n + e] + sums[1][1][2 * n + e], sums[0][0][2 * n + e] + sums[0][1][2 * n + e]);
+            for (int e = 0; e < 2; e++) {
+                const auto sum = [&](int of) {
+                    return sums[of][0][0][2 * n + e] + sums[of][0][1][2 * n + e] + (sums[of][1][0][2 * n + e] + sums[of][1][1][2 * n + e]);
+                };
+                both[e] = fmaf(levels, sum(1), sum(0));
+            }
             const float best = quad_max(fmaxf(both[0], both[1]));
             if (j == 0 && page < end) tell(scores + page, entry < 0 ? -infinity() : best, turn);
         }

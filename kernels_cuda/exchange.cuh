@@ -59,3 +59,6 @@ __device__ __forceinline__ u32 next_turn(const u32* turn)
     asm volatile("ld.relaxed.gpu.global.u32 %0, [%1];" : "=r"(last) : "l"(turn) : "memory");
     return last + 1;
 }
+
+// Who waits long asks less and less often: others may be reading all that the memory gives. ns: at most
+__device__ __forceinline__ void pause(u32 ns) { asm volatile("nanosleep.u32 %0;" ::"r"(ns)); }

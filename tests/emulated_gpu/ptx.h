@@ -85,6 +85,7 @@ inline void ld_relaxed_gpu_global_v2_u64(u64& x, u64& y, const u64* p)
     waits();
     x = __atomic_load_n(p, __ATOMIC_ACQUIRE), y = __atomic_load_n(p + 1, __ATOMIC_ACQUIRE);
 }
+inline void nanosleep_u32(u32) {}
 inline void st_relaxed_gpu_global_u64(u64* p, u64 x) { __atomic_store_n(p, x, __ATOMIC_RELEASE); }
 inline void st_relaxed_gpu_global_v2_u64(u64* p, u64 x, u64 y)
 {
