@@ -1,7 +1,7 @@
-// The best of a KV head's pages, found by one block from scores that all of the gang tell (exchange.cuh). What reaches the largest scores
-// of as many pairs of threads as pages are wanted is little more than that: each of these is compared with all others. Of more scores are
-// copied to shared memory; one histogram of them, linear between the least and the largest, nearly always leaves few in the bin that
-// decides.
+// The best of a KV head's pages, found by one block from scores that all of the gang tell (exchange.cuh). Few more than are wanted reach
+// the largest scores of as many threads; of these every warp finds the last that is wanted by halving (comparing each with all others took
+// longer). Of more scores are copied to shared memory; one histogram of them, linear between the least and the largest, nearly always
+// leaves few in the bin that decides. Loops are not unrolled: code that runs once is fetched more slowly than it runs.
 #pragma once
 #include "exchange.cuh"
 #include "selection.cuh"
@@ -25,8 +25,6 @@ struct alignas(16) Best {
         for (int b = threadIdx.x; b < BEST_BINS; b += blockDim.x) bins[b] = 0;
 #pragma unroll 1
         for (int w = threadIdx.x; w < MOST_SCORES / 32; w += blockDim.x) words[w] = 0;
-#pragma unroll 1
-        for (int i = threadIdx.x; i < MOST_LEFT; i += blockDim.x) orders[i] = 0;
         if (threadIdx.x == 0) low = ~0u, high = possible = listed = kept = 0;
     }
     __device__ __forceinline__ bool has(int place) const { return words[place / 32] >> place % 32 & 1; }
@@ -86,35 +84,44 @@ __device__ __forceinline__ int deciding_bin(const u32* bins, u32 left, u32& abov
     return __shfl_sync(FULL_WARP, bin, owner);
 }
 
-// How many of `count` numbers in shared memory, a multiple of 4, are greater than x, and how many equal it.
-__device__ __forceinline__ int2 rank_of(u32 x, const u32* numbers, int count)
+// Raises `bound`, which `reach` of a warp's numbers reach (COUNT of each lane), while `wanted` of them still do, until they are at most
+// `more` too many: by that many halvings of what is above it at most.
+template <int COUNT>
+__device__ __forceinline__ void raise_bound(u32& bound, int& reach, const u32 (&x)[COUNT], int wanted, int more, int halvings)
 {
-    int greater = 0, equal = 0;
-#pragma unroll 4
-    for (int i = 0; i < count; i += 4) {
-        const uint4 four = *reinterpret_cast<const uint4*>(numbers + i);
-        greater += (four.x > x) + (four.y > x) + (four.z > x) + (four.w > x);
-        equal += (four.x == x) + (four.y == x) + (four.z == x) + (four.w == x);
+    u32 high = 0;
+#pragma unroll
+    for (int i = 0; i < COUNT; i++) high = max(high, x[i]);
+    high = __reduce_max_sync(FULL_WARP, high) + 1;  // too few
+#pragma unroll 1
+    for (int n = 0; n < halvings && reach > wanted + more && high - bound > 1; n++) {
+        const u32 middle = bound + (high - bound) / 2;
+        int some[2] = {};
+#pragma unroll
+        for (int i = 0; i < COUNT; i++) some[i % 2] += x[i] >= middle;
+        const int own = __reduce_add_sync(FULL_WARP, some[0] + some[1]);
+        if (own >= wanted) bound = middle, reach = own;
+        else high = middle;
     }
-    return make_int2(greater, equal);
 }
 
 // best_pages() of not too many scores, with not too many wanted: else -1.
 template <int WARPS>
 __device__ __forceinline__ int few_best_pages(Best& best, const u64* scores, u32 turn, int count, int wanted, int first, int* pages)
 {
-    constexpr int THREADS = 32 * WARPS;
+    constexpr int THREADS = 32 * WARPS, LEFT = MOST_LEFT / 32, WORDS = AT_ONCE * WARPS / 32;
     constexpr u32 NEVER = 0x007fffff;  // order_of(-infinity)
+    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
     if (count > AT_ONCE * THREADS || wanted > THREADS) return -1;
     u32 own[AT_ONCE], top = 0;
     {
         u64 words[AT_ONCE];
         bool there;
         do {
-            there = true;  // all loads are under way before any is looked at
+            there = true;
 #pragma unroll
             for (int k = 0; k < AT_ONCE; k++)
-                if (k * THREADS + (int)threadIdx.x < count) words[k] = hear(scores + k * THREADS + threadIdx.x);
+                if (k * THREADS + (int)threadIdx.x < count) words[k] = hear(scores + k * THREADS + threadIdx.x);  // all under way first
 #pragma unroll
             for (int k = 0; k < AT_ONCE; k++)
                 if (k * THREADS + (int)threadIdx.x < count) there = there && turn_of(words[k]) == turn;
@@ -125,17 +132,18 @@ __device__ __forceinline__ int few_best_pages(Best& best, const u64* scores, u32
             top = max(top, own[k]);
         }
     }
-    u32* const tops = best.bins;
-    const int each = wanted > THREADS / 2 ? 1 : 2;  // threads
-    if (each == 2) top = max(top, __shfl_xor_sync(FULL_WARP, top, 1));
-    tops[threadIdx.x / each] = top;
+    best.bins[threadIdx.x] = top;
     __syncthreads();
-    if ((int)threadIdx.x < THREADS / each) {
-        const int2 rank = rank_of(tops[threadIdx.x], tops, THREADS / each);
-        if (rank.x < wanted && wanted <= rank.x + rank.y) best.low = tops[threadIdx.x];  // equal ones write the same
+    u32 bound = ~0u;
+    {
+        u32 tops[WARPS];
+        int reach = THREADS;
+#pragma unroll
+        for (int i = 0; i < WARPS; i++) tops[i] = best.bins[32 * i + lane], bound = min(bound, tops[i]);
+        bound = __reduce_min_sync(FULL_WARP, bound);
+        raise_bound(bound, reach, tops, wanted, wanted / 2, 16);
+        bound = max(bound, NEVER + 1);
     }
-    __syncthreads();
-    const u32 bound = max(best.low, NEVER + 1);
     int mine = 0;
 #pragma unroll
     for (int k = 0; k < AT_ONCE; k++) mine += own[k] >= bound;
@@ -149,27 +157,46 @@ __device__ __forceinline__ int few_best_pages(Best& best, const u64* scores, u32
             }
     }
     __syncthreads();
-    const int listed = best.listed, padded = (listed + 3) / 4 * 4;
+    const int listed = best.listed;
     if (listed > MOST_LEFT) return -1;
-    u32* const taken = best.bins;  // their places; MOST_SCORES: not of the best
+    wanted = min(wanted, listed);
+    {
+        u32 left[LEFT];
+#pragma unroll
+        for (int i = 0; i < LEFT; i++) left[i] = 32 * i + lane < listed ? best.orders[32 * i + lane] : 0;
+        int reach = listed;
+        raise_bound(bound, reach, left, wanted, 0, 32);
+        const bool equals = reach > wanted;  // of equal ones the first are taken
 #pragma unroll 1
-    for (int e = threadIdx.x; e < padded; e += THREADS) {
-        const u32 order = best.orders[e], place = best.places[e];
-        const int2 rank = rank_of(order, best.orders, padded);
-        int better = rank.x;
-        if (better < wanted && better + rank.y > wanted)  // of equal ones the first
-            for (int o = 0; o < listed; o++) better += best.orders[o] == order && best.places[o] < place;
-        const bool takes = e < listed && better < wanted;
-        taken[e] = takes ? place : MOST_SCORES;
-        if (takes) atomicOr(&best.words[place / 32], 1u << place % 32);
+        for (int e = threadIdx.x; e < listed; e += THREADS) {
+            const u32 order = best.orders[e];
+            const int place = best.places[e];
+            bool taken = order >= bound;
+            if (equals && order == bound) {
+                int before = 0;
+#pragma unroll 1
+                for (int o = 0; o < listed; o++) before += best.orders[o] > order || best.orders[o] == order && best.places[o] < place;
+                taken = before < wanted;
+            }
+            if (taken) atomicOr(&best.words[place / 32], 1u << place % 32);
+        }
     }
     __syncthreads();
-#pragma unroll 1
-    for (int e = threadIdx.x; e < listed; e += THREADS) {
-        const u32 place = taken[e];
-        if (place < MOST_SCORES) pages[padded - 1 - rank_of(place, taken, padded).x] = first + place;  // without what is greater or none
+    u32 words[WORDS], sum = 0;  // of each lane, in every warp; a few lanes write them down
+#pragma unroll
+    for (int i = 0; i < WORDS; i++) words[i] = best.words[WORDS * lane + i], sum += __popc(words[i]);
+    u32 until = sum;
+#pragma unroll
+    for (int step = 1; step < 32; step *= 2) {
+        const u32 other = __shfl_up_sync(FULL_WARP, until, step);
+        if (lane >= step) until += other;
     }
-    return min(wanted, listed);
+    u32 place = until - sum;
+#pragma unroll
+    for (int i = 0; i < WORDS && lane * WARPS / 32 == warp; i++)
+#pragma unroll 1
+        for (u32 word = words[i]; word; word &= word - 1) pages[place++] = first + 32 * (WORDS * lane + i) + __ffs(word) - 1;
+    return wanted;
 }
 
 // Of `count` scores (no NaN; -infinity: never) that are told at `scores`, the `wanted` best ones, of equals the first; their
