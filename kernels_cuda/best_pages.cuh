@@ -114,24 +114,18 @@ __device__ __forceinline__ int few_best_pages(Best& best, const u64* scores, u32
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
     if (count > AT_ONCE * THREADS || wanted > THREADS) return -1;
     u32 own[AT_ONCE], top = 0;
-    {
-        u64 words[AT_ONCE];
-        bool there;
-        do {
-            there = true;
-#pragma unroll
-            for (int k = 0; k < AT_ONCE; k++)
-                if (k * THREADS + (int)threadIdx.x < count) words[k] = hear(scores + k * THREADS + threadIdx.x);  // all under way first
-#pragma unroll
-            for (int k = 0; k < AT_ONCE; k++)
-                if (k * THREADS + (int)threadIdx.x < count) there = there && turn_of(words[k]) == turn;
-        } while (!there);
+    bool there;
+    do {
+        there = true;
 #pragma unroll
         for (int k = 0; k < AT_ONCE; k++) {
-            own[k] = k * THREADS + (int)threadIdx.x < count ? order_of(told_by(words[k])) : 0;
-            top = max(top, own[k]);
+            u64 word = 0;
+            if (k * THREADS + (int)threadIdx.x < count) word = hear(scores + k * THREADS + threadIdx.x), there &= turn_of(word) == turn;
+            own[k] = k * THREADS + (int)threadIdx.x < count ? order_of(told_by(word)) : 0;
         }
-    }
+    } while (!there);
+#pragma unroll
+    for (int k = 0; k < AT_ONCE; k++) top = max(top, own[k]);
     best.bins[threadIdx.x] = top;
     __syncthreads();
     u32 bound = ~0u;

@@ -184,14 +184,18 @@ __device__ __forceinline__ void choose_and_attend(const Selection& a, int stages
     merge_share<D, WARPS>(call, shared);
 }
 
-#define CHOSEN(name, kind, depth, warps) \
-    extern "C" __global__ void __launch_bounds__(32 * warps, 2) name( \
+#define CHOSEN(name, kind, depth, warps, blocks_of_processor) \
+    extern "C" __global__ void __launch_bounds__(32 * warps, blocks_of_processor) name( \
         CALL_PARAMETERS SELECTION_ARGS(AS_PARAMETER) i64 stages, i64 room, i64 pages, i64 tiles, i64 memory, i64 blocks) \
     { \
         const Selection a{MAKE_CALL, SELECTION_ARGS(AS_VALUE)}; \
         choose_and_attend<kind, depth, warps>(a, (int)stages, (int)room, (int)pages, (int)tiles, {memory, blocks}); \
     }
-CHOSEN(chosen_int4_64, INT4, 64, 8)
-CHOSEN(chosen_int4_128, INT4, 128, 8)
-CHOSEN(chosen_mixed_64, MIXED, 64, 8)
-CHOSEN(chosen_mixed_128, MIXED, 128, 8)
+CHOSEN(chosen_int4_64, INT4, 64, 8, 2)
+CHOSEN(chosen_int4_128, INT4, 128, 8, 2)
+CHOSEN(chosen_mixed_64, MIXED, 64, 8, 2)
+#if __CUDA_ARCH__ >= 1200  // whose processors have shared memory for one such block
+CHOSEN(chosen_mixed_128, MIXED, 128, 8, 1)
+#else
+CHOSEN(chosen_mixed_128, MIXED, 128, 8, 2)
+#endif

@@ -22,7 +22,7 @@ __device__ __forceinline__ void attend_newest(const Call& call, Shared<D, WARPS>
     const int entry = mine < end ? shared.table[logical] : -1, start = logical * PAGE;
     const int bytes = warp_bytes<KIND, D>(shared.stages);
     u8* side = reinterpret_cast<u8*>(&shared + 1) + warp * bytes;
-    const bool reads = entry >= 0 && of_halves(shared.pools, entry), both = bytes >= 2 * side_bytes<F16, D>();
+    const bool reads = entry >= 0 && of_halves(shared.pools, entry), both = KIND == F16 && bytes >= 2 * side_bytes<F16, D>();
     u8* values = side + (both ? side_bytes<F16, D>() : 0);  // else they come when keys are done with
     auto fetch_values = [&] {
         fetch_side<F16, D>(place_of(shared.pools, entry, V), V, shared.slots - start, values, lane);

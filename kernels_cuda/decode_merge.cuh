@@ -136,10 +136,15 @@ template <int D, int WARPS> __device__ __forceinline__ void merge_share(const Ca
         for (int r = lane % width; r < blocks; r += width) {
             const u64* told = shared.told + r * TOLD + h * (D + 2);
             u64 a[2], b[2], about[2];
-            for (int tries = 0;; pause(10 << min(tries++, 7))) {
+            for (int tries = 0;; tries++) {
                 hear_two(a, told + c), hear_two(b, told + c + 2), hear_two(about, told + D);
                 const bool there = turn_of(a[0]) == turn && turn_of(a[1]) == turn && turn_of(b[0]) == turn && turn_of(b[1]) == turn;
                 if (there && turn_of(about[0]) == turn && turn_of(about[1]) == turn) break;
+                // others may be reading all that the memory gives: who waits long asks for little, and less and less often
+                for (u32 ns = 0; tries >= 3 && turn_of(about[0]) != turn; ns = min(ns + 20, 2000u)) {
+                    pause(ns);
+                    hear_two(about, told + D);
+                }
             }
             const float best = fmaxf(top, told_by(about[0])), old = exp2_fast(top - best), factor = exp2_fast(told_by(about[0]) - best);
             x.x = old * x.x + factor * told_by(a[0]), x.y = old * x.y + factor * told_by(a[1]);

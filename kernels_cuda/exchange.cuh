@@ -60,5 +60,4 @@ __device__ __forceinline__ u32 next_turn(const u32* turn)
     return last + 1;
 }
 
-// Who waits long asks less and less often: others may be reading all that the memory gives. ns: at most
-__device__ __forceinline__ void pause(u32 ns) { asm volatile("nanosleep.u32 %0;" ::"r"(ns)); }
+__device__ __forceinline__ void pause(u32 ns) { asm volatile("nanosleep.u32 %0;" ::"r"(ns)); }  // at most so long
