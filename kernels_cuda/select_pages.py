@@ -3,7 +3,7 @@ import numpy as np
 
 from edgeattn.arguments import CODES
 from edgeattn.kernels_cuda import compile, device, page_scores
-from edgeattn.kernels_cuda.attention_call import CALL, HEADS, call_args, partial_bytes, processors
+from edgeattn.kernels_cuda.attention_call import CALL, HEADS, call_args, processors
 from edgeattn.kernels_cuda.page_scores import SHARED, THREADS
 from edgeattn.kernels_cuda.paged_cache import COUNT, HEADER, PagedCache
 from edgeattn.kernels_cuda.steps import Launch
@@ -41,19 +41,16 @@ def select_pages(q, cos, sin, past_key, positions, components=None, *, num_heads
     return lists[:, HEADER:], lists[:, COUNT]
 
 
-def score_bytes(places: int, pages: int) -> int:
+def _score_bytes(places: int, pages: int) -> int:
     return -(-4 * places * pages // 16) * 16
 
 
 def workspace_bytes(tensors, attributes, rows, threads) -> int:
-    """Scores of all pages and, for those by weight, each query head's part of the softmax in them; for bounds what attention needs beside
-    them where one launch does both (chosen_attention.py)."""
+    """Scores of all pages and, for those by weight, each query head's part of the softmax in them."""
     pages = -(-tensors["cos"].shape[0] // PAGE) + 2  # as many as the rotary tables have positions for
-    sizes = rows, *(int(attributes[name]) for name in ("num_heads", "kv_heads", "head_dim"))
-    score = attributes.get("score", "mass")
-    parted = score in ("mass", *page_scores.SCRATCH)
-    more = 8 * rows * sizes[1] * (pages + 1) if parted else partial_bytes(*sizes) if score == "bound" else 0
-    return score_bytes(rows * sizes[2], pages) + more
+    parted = attributes.get("score", "mass") in ("mass", *page_scores.SCRATCH)
+    softmax = 8 * rows * int(attributes["num_heads"]) * (pages + 1) if parted else 0
+    return _score_bytes(rows * int(attributes["kv_heads"]), pages) + softmax
 
 
 def launches(a: dict[str, int], most: dict) -> list[Launch]:
@@ -69,7 +66,7 @@ def launches(a: dict[str, int], most: dict) -> list[Launch]:
         return []
     sequences, places = most[a["batch.sequences"]], most[a["batch.sequences"]] * a["kv_heads"]
     parts = max(1, min(64, processors() // places, -(-most["slots"] // (PAGE * THREADS // 32))))
-    made = a | {"workspace.scores": a["workspace"], "workspace.softmax": a["workspace"] + score_bytes(places, a["cache.max_pages"])}
+    made = a | {"workspace.scores": a["workspace"], "workspace.softmax": a["workspace"] + _score_bytes(places, a["cache.max_pages"])}
     args = (*call_args(a), *(np.int64(made[name]) for name in SELECTION))
     before = page_scores.launches(a, args, sequences, parts)
     parts = 1 if before else parts

@@ -12,6 +12,7 @@ from edgeattn.cuda_limits import cache_refusal, decode_refusal
 from edgeattn.exporters.export import export
 from edgeattn.generation import Generation, SamplerOptions
 from edgeattn.kernels_cuda.fused_steps import fuse
+from edgeattn.page_formats import PageFormat
 from edgeattn.policies import load_policy, policy_names
 from edgeattn.prefill_scheduler import PrefillOptions
 from edgeattn.runtime import Model
@@ -257,13 +258,16 @@ def test_decode_policies(name, works):
     assert decode_refusal(load_policy("decode", name), 72, 8)
 
 
-@pytest.mark.parametrize("clock, bus, begins", [(3201, 6144, (100_000, 120_000)), (3199, 128, (3_000, 5_000))], ids=["H200", "Orin Nano"])
-def test_where_sparse_decode_begins(monkeypatch, clock, bus, begins):
-    """int4 pages of 8 heads of 128: as measured on an H200, and where a slow memory makes it pay early."""
+@pytest.mark.parametrize("clock, bus, types, begins", [
+    (3201, 6144, "f16", (30_000, 40_000)), (3201, 6144, "int4", (28_000, 33_000)), (3199, 128, "int4", (500, 1_500))],
+    ids=["H200, halves", "H200", "Orin Nano"])
+def test_where_sparse_decode_begins(monkeypatch, clock, bus, types, begins):
+    """8 heads of 128: as measured on an H200, of quantised pages with one launch for both; where a slow memory makes it pay early."""
     from edgeattn.kernels_cuda import device
     backend = make_backend(monkeypatch)
     monkeypatch.setattr(device, "about", lambda: {"memory_clock_mhz": clock, "memory_bus_bits": bus})
-    found = backend.sparse_from(load_policy("decode", "auto"), 1294)
+    formats = [PageFormat(128)] + [PageFormat(128, types, types)] * (types != "f16")
+    found = backend.sparse_from(load_policy("decode", "auto"), {"f16": 4096, "int4": 1294}[types], formats)
     assert begins[0] < found < begins[1]
 
 
