@@ -5,7 +5,7 @@ import quantised
 import tiny
 from imitated_gpu import make_backend
 
-from edgeattn import backend_cuda, devices, principal_components, runtime
+from edgeattn import backend_cuda, devices, runtime
 from edgeattn.cache import session
 from edgeattn.cache.options import CacheOptions
 from edgeattn.cuda_limits import cache_refusal, decode_refusal
@@ -59,24 +59,6 @@ def test_prompt_and_decode_are_the_cpu_s(load, cache, sparse):
         got.append(model.forward([(c, more[:1])]))
         model.free(c), model.free(b)
         got.append(model.forward([(a, more[:70])]))
-        found.append(got)
-    for expected, got in zip(*found, strict=True):
-        np.testing.assert_array_equal(got, expected)
-
-
-def test_rows_of_an_index_are_made_anew_when_pages_are_first_sealed(load, monkeypatch):
-    """Until then pages of floats have rows; what quantised pages give back are other keys."""
-    turns = np.linalg.qr(RNG.standard_normal((8, 2, 64, 64)))[0].astype(np.float32)
-    monkeypatch.setattr(principal_components, "load_components", lambda folder, config: turns)
-    ids, found = tokens(280), []
-    for device in ("cpu", "cuda"):
-        model = load(device, "int2", SparseOptions("loki", {"budget": 64, "fraction": 0.6, "recent": 2, "dense_layers": 0}, 0))
-        a = model.new_sequence()
-        model.forward([(a, ids[:110])], "none")
-        got = [model.forward([(a, ids[i:i + 1])]) for i in range(110, 120)]
-        assert (a.sealed == 1).all() and model.scheduler.figures()["read"] < 1
-        got += [model.forward([(a, ids[i:i + 1])]) for i in range(120, 280)]
-        assert (a.sealed == 6).all() and model.scheduler.figures()["read"] < 1
         found.append(got)
     for expected, got in zip(*found, strict=True):
         np.testing.assert_array_equal(got, expected)
