@@ -156,7 +156,7 @@ class CudaBackend:
         extra = extra | {"workspace": 0, "state": state}
         arguments = {name: resolve_one(name, tensors, attributes, COUNTS, extra) for name in kernel.ARGS}
         rows = max_counts[kernel.WORKSPACE_ROWS] if hasattr(kernel, "WORKSPACE_ROWS") else max(max_counts.values())
-        scratch = kernel.workspace_bytes(tensors, attributes, rows, 1) if hasattr(kernel, "workspace_bytes") else 0
+        scratch = kernel.workspace_bytes(tensors, extra | attributes, rows, 1) if hasattr(kernel, "workspace_bytes") else 0
         return Step(name, operator, kernel, arguments, scratch)
 
     def table(self, made: list[Step], workspace) -> Table:
