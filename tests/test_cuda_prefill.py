@@ -145,8 +145,8 @@ def test_lines_are_where_the_weight_is(kind, shape, lengths, new, listed, types,
 @pytest.mark.parametrize("shape, lengths, new, listed", SHAPES[:4])
 @pytest.mark.parametrize("mode", ["vs", "vsb"])
 def test_pages_are_those_that_heavy_lines_cross(mode, shape, lengths, new, listed, types, whole):
-    """Up to pages that differ from the least that counts by less than the least lines weigh, where kernels may have others of these: of keys,
-    by products of halves; of pages, whose products are of floats, only where the next line weighs the same but for rounding."""
+    """Up to pages that differ from the least that counts by less than the least lines weigh, where kernels may have others of these: of
+    keys, by products of halves; of pages, whose products are of floats, where the next line weighs the same but for rounding."""
     (_, kv_heads, _), scale, policy = shape, shape[2] ** -0.5, load_policy("prefill", "dhsa", {"mode": mode, "density": 0.25, "recent": 0})
     prompts = Prompts(types, *shape, lengths, new, listed, whole)
     found, out, (read, _) = prompts.run(policy)
