@@ -22,13 +22,14 @@ from edgeattn.device_sequence import DeviceSequence
 from edgeattn.kernels_cuda import chosen_attention, device, exchange, page_pool, read_pages, seal_pages
 from edgeattn.kernels_cuda.fused_steps import fuse
 from edgeattn.kernels_cuda.steps import Graph, run
+from edgeattn.page_formats import PAGE
 
 CHUNK_BYTES = 16 << 20  # of a weight, copied at a time: the driver stages it, the host keeps no copy
 SMALLEST_SLOTS = 256    # of a bucket
 SELECTION_S = 36e-6     # that choosing pages, and reading them by a list, adds to a layer of a model: measured on an H200
 TOGETHER_S = 10e-6      # the same where one launch does both (chosen_attention.py): of decode attention to int4 pages alone
 EFFECTIVE = 0.7         # of the memory's nominal rate, that attention reads at there at most: fewer bytes save no less time
-SCORING_BYTES, SCORING_COPIES = 32 << 20, 6  # of device memory for eviction's scores at a time; arrays as large as the keys at once
+SCORING_BYTES, SCORING_COPIES = 32 << 20, 6  # of device memory for eviction's scores or means at a time; arrays as large as keys at once
 # Of attention, that a chunk must save a layer for choosing to pay: both grow with processors and clock. On an H200 512 tokens behind 4,096
 # take 0.38 ms either way (32 heads of 128), where `auto` leaves out 65 % of 3.7e10.
 PROMPT_FLOPS = 2.5e10
@@ -161,7 +162,7 @@ class CudaBackend:
         extra = extra | {"workspace": 0, "state": state}
         arguments = {name: resolve_one(name, tensors, attributes, COUNTS, extra) for name in kernel.ARGS}
         rows = max_counts[kernel.WORKSPACE_ROWS] if hasattr(kernel, "WORKSPACE_ROWS") else max(max_counts.values())
-        scratch = kernel.workspace_bytes(tensors, attributes, rows, 1) if hasattr(kernel, "workspace_bytes") else 0
+        scratch = kernel.workspace_bytes(tensors, extra | attributes, rows, 1) if hasattr(kernel, "workspace_bytes") else 0
         return Step(name, operator, kernel, arguments, scratch)
 
     def table(self, made: list[Step], workspace) -> Table:
@@ -253,9 +254,14 @@ class CudaBackend:
             return read_pages.run(table, head_dim, entries)
 
     def page_means(self, table, head_dim: int, entries: np.ndarray) -> np.ndarray:
+        """As CpuBackend.page_means; pages are floats on the device a part at a time."""
+        found, each = np.empty((len(entries), 2 * head_dim), np.float32), max(1, SCORING_BYTES // (4 * PAGE * 2 * head_dim))
         with self.stream:
-            found = [x.mean(axis) for x, axis in zip(self.floats(table, head_dim, entries), (2, 1))]
-            return np.concatenate([x.get() if hasattr(x, "get") else x for x in found], 1)
+            for first in range(0, len(entries), each):
+                part = slice(first, first + each)
+                k, v = (x.mean(axis) for x, axis in zip(self.floats(table, head_dim, entries[part]), (2, 1)))
+                found[part, :head_dim], found[part, head_dim:] = (x.get() if hasattr(x, "get") else x for x in (k, v))
+        return found
 
     def scored(self, scores, heads) -> np.ndarray:
         with self.stream:

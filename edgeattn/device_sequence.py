@@ -27,7 +27,7 @@ class DeviceSequence:
                 if array is not None:
                     self._held[name] = xp.zeros(array.shape, array.dtype)
         self._good = np.full(sequence.counts.shape, NEVER, np.int32)  # pages whose index is not void
-        self._changed, self._void = (0, 0), False
+        self._changed, self._void, self._rekeyed = (0, 0), False, False
         self._added, self._moved = False, sequence.length > 0  # whether mass was added to there, or what is dropped changed here
         if sequence.length:  # a fork: what was selected for the other one is made anew
             self.relisted(0, sequence.tables.shape[-1])
@@ -52,6 +52,10 @@ class DeviceSequence:
         self.fetch()
         self._moved = True
 
+    def rekeyed(self, heads: np.ndarray, pages: np.ndarray) -> None:
+        np.minimum(self._good, pages, out=self._good, where=heads)
+        self._rekeyed = True
+
     def fetch(self) -> None:
         """Bring the sequence's mass up to date, once what was enqueued is done."""
         if self._added:
@@ -66,14 +70,14 @@ class DeviceSequence:
         if first < last:
             send(self._host.reshape(-1, self._host.shape[-1]), first, last, self.address("tables"))
             self._changed = 0, 0
-        if self._void:
+        if self._void or self._rekeyed:
             xp = device.cupy()
             with self._stream:
-                if "selection" in self._held:
+                if self._void and "selection" in self._held:
                     self._held["selection"][..., SLOTS] = 0
                 if "indexed" in self._held:
                     xp.minimum(self._held["indexed"], xp.asarray(self._good), out=self._held["indexed"])
-            self._good[:], self._void = NEVER, False
+            self._good[:], self._void, self._rekeyed = NEVER, False, False
         if self._moved:
             with self._stream:
                 if "mass" in self._held:

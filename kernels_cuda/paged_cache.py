@@ -108,7 +108,7 @@ class PagedCache:
         given = {name: Tensor(x.data.ptr, shapes[name], x.strides[0] // x.itemsize, str(x.dtype)) for name, x in tensors.items()}
         extra, attributes = self.extra() | (extra or {}), {"interleaved": 0, "window": 0} | attributes
         scratch_of = getattr(kernel, "workspace_bytes", lambda *given: 0)
-        size = scratch_of(given, attributes, max(self.bucket()["tokens"], 1), 1)
+        size = scratch_of(given, extra | attributes, max(self.bucket()["tokens"], 1), 1)
         scratch = self._held.setdefault(f"{size} bytes", device.cupy().full(size, 0xff, np.uint8))  # nothing may rely on zeros
         extra["workspace"] = scratch.data.ptr
         return {name: resolve_one(name, given, attributes, COUNTS, extra) for name in kernel.ARGS}

@@ -46,8 +46,9 @@ def _score_bytes(places: int, pages: int) -> int:
 
 
 def workspace_bytes(tensors, attributes, rows, threads) -> int:
-    """Scores of all pages and, for those by weight, each query head's part of the softmax in them."""
-    pages = -(-tensors["cos"].shape[0] // PAGE) + 2  # as many as the rotary tables have positions for
+    """Scores of all pages and, for those by weight, each query head's part of the softmax in them. A page list may be longer than the
+    context: a chunk comes on top before heads drop what is over."""
+    pages = int(attributes["cache.max_pages"])
     parted = attributes.get("score", "mass") in ("mass", *page_scores.SCRATCH)
     softmax = 8 * rows * int(attributes["num_heads"]) * (pages + 1) if parted else 0
     return _score_bytes(rows * int(attributes["kv_heads"]), pages) + softmax

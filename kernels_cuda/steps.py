@@ -2,7 +2,8 @@
 
 A kernel module has
     ARGS                      the meaning of its arguments, the names of kernels_cpu/steps.py; "state" is the address of the counts
-    workspace_bytes(tensors, attributes, rows, threads)   scratch memory that it needs, if any: address a["workspace"]
+    workspace_bytes(tensors, attributes, rows, threads)   scratch memory that it needs, if any: address a["workspace"]. Among attributes
+                              are the numbers of a cache that ARGS may name ("cache.max_pages")
     WORKSPACE_ROWS            the count that `rows` of workspace_bytes is, where that is not the largest of all
     launches(a, most)         -> list[Launch]. a: {name of ARGS: int}, addresses being device addresses. most: the bucket, the largest
                               counts that the launches must serve: most[i] for count i of `state` (so most[a["x.rows"]]), and under names
@@ -130,7 +131,7 @@ def call(kernel, tensors: dict, attributes: dict | None = None, extra: dict | No
     extra = {name: arrays.address(x) if isinstance(x, np.ndarray) else int(x) for name, x in ({"state": counts} | (extra or {})).items()}
     bucket = dict(enumerate(counts.tolist())) | (most or {})
     if hasattr(kernel, "workspace_bytes"):
-        scratch = device.cupy().empty(max(kernel.workspace_bytes(static, attributes, int(counts.max()), 1), 16), np.uint8)
+        scratch = device.cupy().empty(max(kernel.workspace_bytes(static, extra | attributes, int(counts.max()), 1), 16), np.uint8)
         scratch.fill(0xff)  # nothing may rely on zeros
         extra["workspace"] = scratch.data.ptr
     a = {name: resolve_one(name, counted if name.endswith(".rows") else static, attributes, tuple(tensors), extra) for name in kernel.ARGS}

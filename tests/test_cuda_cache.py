@@ -3,7 +3,7 @@ import numpy as np
 import pytest
 from test_cuda_host import load, tokens  # noqa: F401  load is a fixture
 
-from edgeattn import runtime
+from edgeattn import backend_cuda, runtime
 from edgeattn.cache import session
 from edgeattn.cache.release import released
 from edgeattn.policies import policy_names
@@ -49,3 +49,18 @@ def test_pages_are_released_and_rebuilt_as_on_the_cpu(load, cache):  # noqa: F81
         found.append([*got, gone, released(a), a.means, a.mass * (np.arange(a.mass.shape[-1]) < a.length)])
     for expected, got in zip(*found, strict=True):
         np.testing.assert_array_equal(got, expected)
+
+
+@pytest.mark.parametrize("together", [1, 4, 100])
+def test_means_of_pages_a_part_at_a_time(load, monkeypatch, together):  # noqa: F811
+    model = load("cuda", "int4")
+    backend, depth, a = model.backend, model.cache.head_dim, model.new_sequence()
+    model.forward([(a, tokens(330))], "none")
+    entries, made = a.tables[..., :10].ravel(), []
+    k, v = backend.read(model.cache.table, depth, entries)
+    monkeypatch.setattr(backend_cuda, "SCORING_BYTES", 8 * 32 * depth * together)
+    monkeypatch.setattr(backend, "floats", lambda table, depth, part: made.append(len(part)) or backend.read(table, depth, part))
+    found = backend.page_means(model.cache.table, depth, entries)
+    np.testing.assert_array_equal(found, np.concatenate([k.mean(2), v.mean(1)], 1))
+    assert max(made) == together and sum(made) == len(entries) == 160
+    assert backend.page_means(model.cache.table, depth, entries[:0]).shape == (0, 2 * depth)

@@ -6,6 +6,7 @@ from imitated_gpu import make_backend
 from onnx import helper
 
 from edgeattn import runtime
+from edgeattn.backend_cuda import CudaBackend
 from edgeattn.cache.budget import plan_cache
 from edgeattn.cache.options import CacheOptions
 from edgeattn.cuda_limits import Pages, asked_refusal, check, decode_refusal, gives_way, prefill_refusal
@@ -120,3 +121,26 @@ def test_auto_reads_everything_where_a_correction_does_not_go(monkeypatch, folde
     model = Model.load(folder, device="cuda", prefill=PrefillOptions("auto", {"budget": 64}, 0, "delta"), sparse=SparseOptions("off"))
     assert "have 80" in model.whole_because and model.prefill is None
     assert np.isfinite(model.forward([(model.new_sequence(), np.arange(3, 43))])).all()
+
+
+@pytest.mark.parametrize("heads, pages", [("none", 32), ("duo", 32 + 17)])  # a chunk, and a page, before heads drop what is over
+def test_scratch_for_choosing_pages_is_for_as_many_as_a_list_has(monkeypatch, folder, heads, pages):
+    steps = []
+
+    class Recording(type(make_backend(monkeypatch))):
+        load = CudaBackend.load
+
+        def step(self, *given):
+            steps.append(CudaBackend.step(self, *given))
+            return steps[-1]
+
+        def table(self, made, workspace):
+            return CudaBackend.table(self, made, workspace)
+    monkeypatch.setattr(runtime, "make_backend", lambda name: Recording())
+    monkeypatch.setattr(runtime, "head_classes", lambda *given: np.eye(2, dtype=bool))
+    model = Model.load(folder, device="cuda", sparse=SparseOptions("oracle", {"dense_layers": 0}, 0), prefill=PrefillOptions("off"),
+                       cache=CacheOptions("f16", "f16", heads=heads), ubatch=512)
+    found, about = [step for step in steps if step.operator == "select_pages"], model.config["model"]
+    assert len(found) == 2 and model.cache.plan.max_pages == pages
+    scores, parts = (4 * runtime.MAX_SEQUENCES * about[name] * pages for name in ("kv_heads", "num_heads"))
+    assert all(scores + 2 * parts <= step.workspace_bytes < 1.1 * (scores + 2 * parts) for step in found)

@@ -145,8 +145,8 @@ def test_lines_are_where_the_weight_is(kind, shape, lengths, new, listed, types,
 @pytest.mark.parametrize("shape, lengths, new, listed", SHAPES[:4])
 @pytest.mark.parametrize("mode", ["vs", "vsb"])
 def test_pages_are_those_that_heavy_lines_cross(mode, shape, lengths, new, listed, types, whole):
-    """Where units are keys, up to pages that differ from the least that counts by less than the least lines weigh: products of halves may
-    have others of these."""
+    """Up to pages that differ from the least that counts by less than the least lines weigh, where kernels may have others of these: of
+    keys, by products of halves; of pages, whose products are of floats, where the next line weighs the same but for rounding."""
     (_, kv_heads, _), scale, policy = shape, shape[2] ** -0.5, load_policy("prefill", "dhsa", {"mode": mode, "density": 0.25, "recent": 0})
     prompts = Prompts(types, *shape, lengths, new, listed, whole)
     found, out, (read, _) = prompts.run(policy)
@@ -162,9 +162,12 @@ def test_pages_are_those_that_heavy_lines_cross(mode, shape, lengths, new, liste
                 asked, units, budget = pool(asked, PAGE), pool(k, PAGE), count
                 places = np.minimum(places[0] + PAGE * np.arange(1, asked.shape[1] + 1), m) - 1 >> 5
             weights = softmax(np.where(np.arange(len(units)) <= places[:, None], asked @ units.T * scale, -np.inf))
-            lines = sum(np.sort(x, 1)[:, -min(len(units), -(-budget // 2))] for x in (weights.sum(1), by_distance(weights, places)))
+            chosen, unsure = min(len(units) - 1, -(-budget // 2)), 0
+            for lines in (np.sort(x, 1) for x in (weights.sum(1), by_distance(weights, places))):
+                least, next_one = lines[:, -chosen], lines[:, -chosen - 1]
+                unsure = unsure + np.where((mode == "vs") | (next_one > 0.9999 * least), least, 0)
             scores = np.where(allowed, vertical_slash(asked, units, places, scale, budget, n, m), -1)
-            limit, near = np.sort(scores, 2)[..., -count, None], 2 * lines[:, None, None] * (mode == "vs")
+            limit, near = np.sort(scores, 2)[..., -count, None], 2 * unsure[:, None, None]
             must[h] |= (allowed & (scores > 1.01 * limit + near)).any(0)
             may[h] |= (allowed & (scores >= 0.99 * limit - near)).any(0)
         if whole:

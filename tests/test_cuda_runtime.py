@@ -127,8 +127,8 @@ def test_a_session_saved_on_the_cpu_goes_on_on_the_gpu(load, text, cache, tmp_pa
     c, _, _ = session.load(tmp_path / "b", cpu.cache, cpu.config)
     for expected, got in zip(pages(cpu, a), pages(cpu, c), strict=True):
         np.testing.assert_array_equal(got, expected)
-    for token in tokens(40):
-        close(gpu.forward([(b, [token])]), cpu.forward([(a, [token])]))
+    got, expected = zip(*((gpu.forward([(b, [token])])[0], cpu.forward([(a, [token])])[0]) for token in tokens(40)))
+    close(np.array(got), np.array(expected))
     for model, sequence in ((cpu, a), (cpu, c), (gpu, b)):
         model.free(sequence)
 

@@ -124,6 +124,27 @@ def test_decode_by_other_scores(deep, monkeypatch, cache, method, options):
     assert apart < dense / 3 and abs(read[0] - read[1]) < 0.02 and read[1] < 0.9
 
 
+def test_rows_of_an_index_are_the_cpu_s(deep, monkeypatch):
+    """Those of a page, before it is the first one sealed and after, when what it gives back are other keys."""
+    turns = np.linalg.qr(RNG.standard_normal((4, 2, 64, 64)))[0].astype(np.float32)
+    monkeypatch.setattr(principal_components, "load_components", lambda folder, config: turns)
+    sparse, ids = SparseOptions("loki", {"budget": 64, "recent": 2, "dense_layers": 0}, 0), RNG.integers(3, 150, 170)
+    found = []
+    for model in both(deep, CacheOptions("int2", "int2"), sparse):
+        a, rows = model.new_sequence(), []
+        model.forward([(a, ids[:110])], "none")
+        for i in range(110, 170):
+            model.forward([(a, ids[i:i + 1])])
+            if i in (120, 169):
+                index = a.index if a.mirror is None else a.mirror._held["index"].get()
+                rows.append(index[:, :, 1].view(np.float16).astype(np.float32))
+        found.append(rows)
+    assert (a.sealed == 3).all()
+    (floats, expected), (first, second) = found
+    print(f"{error(first, floats):.4f}, {error(second, expected):.4f}; for the seal {error(floats, expected):.4f}")
+    assert error(first, floats) < CLOSE["f16"] and error(second, expected) < error(floats, expected) / 1.5  # int2, of keys that differ
+
+
 @pytest.mark.parametrize("method, options, correction", [
     ("auto", {"budget": 96, "least": 64, "fraction": 0.1, "recent": 1}, None), ("xattention", {"tau": 0.6}, None),
     ("sale", {"threshold": 10, "bits": 8}, None), ("minference", {"n_v": 40, "n_s": 60, "recent": 0}, None),

@@ -4,10 +4,13 @@ import shutil
 
 import numpy as np
 import pytest
+from imitated_gpu import make_backend
 
+from edgeattn import devices
 from edgeattn.cache.options import CacheOptions
 from edgeattn.page_formats import PAGE
 from edgeattn.policies import load_policy
+from edgeattn.prefill_scheduler import PrefillOptions
 from edgeattn.principal_components import load_components, measure_components, save_components
 from edgeattn.reference.select_pages import representative
 from edgeattn.runtime import Model
@@ -216,3 +219,23 @@ def test_components_that_are_no_basis(tmp_path, damage):
     with pytest.raises(ValueError, match="edgeattn calibrate") as error:
         load_policy("decode", "loki").load(tmp_path, CONFIG)
     assert "\n" not in str(error.value)
+
+
+def test_rows_are_made_anew_on_a_gpu_too_when_pages_are_first_sealed(monkeypatch, nano_int4):
+    """Until then pages of floats have rows; what quantised pages give back are other keys."""
+    turns = np.linalg.qr(np.random.default_rng().standard_normal((8, 2, 64, 64)))[0].astype(np.float32)
+    monkeypatch.setattr("edgeattn.principal_components.load_components", lambda folder, config: turns)
+    ids, found = np.random.default_rng().integers(4, 8000, 280), []
+    for make in (devices.make_backend, lambda name: make_backend(monkeypatch)):
+        monkeypatch.setattr("edgeattn.runtime.make_backend", make)
+        model = Model.load(nano_int4, cache=CacheOptions("int2", "int2"), ctx_size=512, threads=1, prefill=PrefillOptions("off"),
+                           sparse=SparseOptions("loki", {"budget": 64, "fraction": 0.6, "recent": 2, "dense_layers": 0}, 0))
+        a = model.new_sequence()
+        model.forward([(a, ids[:110])], "none")
+        got = [model.forward([(a, ids[i:i + 1])]) for i in range(110, 120)]
+        assert (a.sealed == 1).all() and model.scheduler.figures()["read"] < 1
+        got += [model.forward([(a, ids[i:i + 1])]) for i in range(120, 280)]
+        assert (a.sealed == 6).all() and model.scheduler.figures()["read"] < 1
+        found.append(got)
+    for expected, got in zip(*found, strict=True):
+        np.testing.assert_array_equal(got, expected)

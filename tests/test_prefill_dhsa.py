@@ -4,7 +4,7 @@ import pytest
 
 from edgeattn.policies import load_policy
 from edgeattn.policies.prefill import dhsa, dhsa_chunks
-from edgeattn.prefill_plan import PAGE, QUERIES, causal, ends, forced, softmax, spread
+from edgeattn.prefill_plan import PAGE, QUERIES, causal, ends, forced, pool, softmax, spread
 from prefill_driver import structured
 
 RNG = np.random.default_rng()
@@ -36,25 +36,30 @@ def test_dhsa_spends_its_whole_budget_on_pages_that_are_seen(mode):
         assert whole.density() == 1
 
 
+@pytest.mark.parametrize("unit", [1, PAGE])
 @pytest.mark.parametrize("n, m", SHAPES)
-def test_vertical_slash_scores_are_the_chosen_weights_that_a_page_meets(n, m):
+def test_vertical_slash_scores_are_the_chosen_weights_that_a_page_meets(n, m, unit):
     q, k, _ = made(n, m)
-    places, budget = np.arange(max(0, n - 64), n) + m - n, 40
-    found = dhsa.vertical_slash(q[:, -64:], k[0], places, SCALE, budget, n, m)
-    weights = softmax(np.where(np.arange(m) <= places[:, None], q[:, -64:] @ k[0].T * SCALE, -np.inf))
+    asked, keys, budget = q[:, -64:], k[0], 40 if unit == 1 else 6
+    places = np.arange(max(0, n - 64), n) + m - n
+    if unit == PAGE:
+        places = np.minimum(places[0] + np.arange(PAGE, len(places) + PAGE, PAGE), m) - 1 >> 5
+        asked, keys = pool(asked, PAGE), pool(keys, PAGE)
+    found, units = dhsa.vertical_slash(asked, keys, places, SCALE, budget, n, m), np.arange(len(keys))
+    weights = softmax(np.where(units <= places[:, None], asked @ keys.T * SCALE, -np.inf))
     for head in range(2):
-        across = np.zeros(m)
+        across = np.zeros(len(keys))
         for row, place in enumerate(places):
             for key in range(place + 1):
                 across[place - key] += weights[head, row, key]
         down = weights[head].sum(0)
-        down, across = (np.where(np.isin(np.arange(m), np.argsort(-x, kind="stable")[:20]), x, 0) for x in (down, across))
+        down, across = (np.where(np.isin(units, np.argsort(-x, kind="stable")[:budget // 2]), x, 0) for x in (down, across))
         for block, page in np.argwhere(causal(n, m)):
-            keys = np.arange(page * PAGE, min((page + 1) * PAGE, m))
             first, last = m - n + block * QUERIES, ends(n, m)[block] - 1
             # a page that the text does not fill still has the distances of a full one
-            distances = np.arange(max(first - (page * PAGE + PAGE - 1), 0), last - page * PAGE + 1)
-            assert found[head, block, page] == pytest.approx(down[keys].sum() + across[distances].sum(), rel=1e-3, abs=1e-4)
+            distances = np.arange(max(first // unit - (page * PAGE + PAGE - 1) // unit, 0), last // unit - page * PAGE // unit + 1)
+            inside = down[units * unit // PAGE == page].sum()
+            assert found[head, block, page] == pytest.approx(inside + across[distances].sum(), rel=1e-3, abs=1e-4)
 
 
 @pytest.mark.parametrize("mode", ["vs", "vsb"])

@@ -28,8 +28,7 @@ def seal(cache, sequence) -> None:
                 _sort(cache, sequence, layer, head, first)
     tables[heads, columns] = _quantise(cache, tables[heads, columns], kinds)
     sequence.relisted(int(columns.min(initial=0)), int(columns.max(initial=0)) + 1)
-    if sequence.indexed is not None:  # keys that are now other ones
-        np.minimum(sequence.indexed, np.where(due, sequence.sealed, sequence.indexed), out=sequence.indexed)
+    sequence.rekeyed(due > 0, sequence.sealed)
     sequence.sealed += due
     if storage.group > 1 or storage.anchors:  # slots are out of order up to here
         sequence.exact_from = max(sequence.exact_from, sequence.length - int((sequence.counts - sequence.sealed * PAGE).min()))

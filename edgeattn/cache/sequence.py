@@ -75,6 +75,13 @@ class Sequence:
         if self.mirror is not None:
             self.mirror.void(head, page)
 
+    def rekeyed(self, heads: np.ndarray, pages: np.ndarray) -> None:
+        """Keys of heads [layers, kv_heads] bool are others from their page `pages` on: what was indexed there is void."""
+        if self.indexed is not None:
+            np.minimum(self.indexed, pages, out=self.indexed, where=heads)
+            if self.mirror is not None:
+                self.mirror.rekeyed(heads, pages)
+
     def relisted(self, first: int = 0, last: int | None = None) -> None:
         """Entries of the page lists' columns first ... last have changed."""
         if self.mirror is not None:

@@ -58,7 +58,8 @@ class Dhsa(PrefillPolicy):
 def vertical_slash(q: np.ndarray, k: np.ndarray, places: np.ndarray, scale: float, budget: int, n: int, m: int) -> np.ndarray:
     """Scores of pages from a few queries' weights on units, keys or pages, of which row r sees those up to places[r].
     q [group, rows, d], k [units, d], budget in units -> [group, query blocks, pages]"""
-    units, unit = len(k), -(-m // len(k))
+    units = len(k)
+    unit = 1 if units == m else PAGE
     weights = softmax(np.where(np.arange(units) <= places[:, None], q @ k.T * scale, -np.inf))
     slashes = np.zeros((len(q), units), np.float32)       # by distance
     for row, place in enumerate(places):
