@@ -112,7 +112,7 @@ __device__ __forceinline__ int few_best_pages(Best& best, const u64* scores, u32
     constexpr int THREADS = 32 * WARPS, LEFT = MOST_LEFT / 32, WORDS = AT_ONCE * WARPS / 32;
     constexpr u32 NEVER = 0x007fffff;  // order_of(-infinity)
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-    if (count > AT_ONCE * THREADS || wanted > THREADS) return -1;
+    if (count > AT_ONCE * THREADS || wanted > THREADS * 5 / 8) return -1;  // of more than that too many would be left
     u32 own[AT_ONCE], top = 0;
     bool there;
     do {
@@ -135,7 +135,7 @@ __device__ __forceinline__ int few_best_pages(Best& best, const u64* scores, u32
 #pragma unroll
         for (int i = 0; i < WARPS; i++) tops[i] = best.bins[32 * i + lane], bound = min(bound, tops[i]);
         bound = __reduce_min_sync(FULL_WARP, bound);
-        raise_bound(bound, reach, tops, wanted, wanted / 2, 16);
+        raise_bound(bound, reach, tops, wanted, wanted / 8, 16);
         bound = max(bound, NEVER + 1);
     }
     int mine = 0;

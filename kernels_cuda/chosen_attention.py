@@ -6,7 +6,7 @@ import numpy as np
 
 from edgeattn.arguments import CODES
 from edgeattn.kernels_cuda import attention_call, cached_attention, compile, exchange
-from edgeattn.kernels_cuda.attention_call import BLOCKS, HEADS, call_args, processors
+from edgeattn.kernels_cuda.attention_call import BLOCKS, CALL, HEADS, call_args, processors
 from edgeattn.kernels_cuda.cached_attention import LATER, block_bytes, ring_bytes
 from edgeattn.kernels_cuda.page_pool import INT4, MIXED
 from edgeattn.kernels_cuda.paged_cache import HEADER
@@ -20,7 +20,8 @@ KERNELS = {INT4: "chosen_int4", MIXED: "chosen_mixed"}
 WARPS, MOST_BLOCKS, MOST_PAGES, MOST_REACH = 8, 16, exchange.MOST_SCORES, 8.0
 TILE, MOST_TILES = 16, 3  # pages that a warp scores together (bound_tiles.cuh); of them, under way at once
 BEST_BYTES = 5728  # best_pages.cuh, Best, and what a list is to become
-SAME = "q", "q.stride", "layer", "selection.group", "selection.capacity", "batch.selections", "batch.positions", "state"
+OWN = ("k", "k.stride", "v", "v.stride", "out", "out.stride", "window", "batch.compensation", "workspace")  # of attention
+SAME = tuple(name for name in CALL if name not in OWN)
 
 
 @dataclass(frozen=True)
@@ -37,7 +38,7 @@ class Plan:
 
 def takes(choice: dict, a: dict, most: dict) -> bool:
     """Whether the steps select_pages and cached_attention with these arguments become one in a bucket."""
-    if not most.get("sparse") or any(choice[name] != a[name] for name in SAME) or any(a[name] for name in LATER):
+    if not (most.get("sparse") and a["cache.exchange"]) or any(choice[name] != a[name] for name in SAME) or any(a[name] for name in LATER):
         return False
     bounds = choice["score"] == CODES["bound"] and choice["combine"] == CODES["head"] and not choice["selection.width"]
     return (bounds and 0 <= as_f32(choice["reach"]) <= MOST_REACH and not choice["selection.components"]

@@ -29,6 +29,8 @@ template <int D, int WARPS> struct alignas(128) Shared {  // what lies behind it
     __device__ __forceinline__ bool at_an_end(int page) const { return page == 0 || page > count - ENDS; }
 };
 
+static_assert(sizeof(Shared<128, 8>) == 19072, "cached_attention.py, block_bytes");
+
 // q of the group: rotated, times scale * log2 e, to shared memory: as floats, and for each lane as halves of q over its head's largest.
 template <int D, int WARPS> struct Prepared {
     static constexpr int EACH = WARPS < HEADS ? HEADS / WARPS : 1;  // heads of a warp, of the first ones

@@ -1,7 +1,6 @@
 // From what a decode block's warps have summed up to the output: within a block, then over the blocks of a KV head.
 #pragma once
 #include "decode_block.cuh"
-#include "exchange.cuh"
 
 // What a warp has of some pages, of the query heads g: weighted values and what minima add to them (attention_decode.cuh), the reference of
 // weights and their sum.

@@ -1,9 +1,12 @@
-"""Memory in which blocks of a launch tell each other numbers (exchange.cuh): one for each stream, as its kernels run one after another."""
+"""Memory in which blocks of a launch tell each other numbers (exchange.cuh)."""
+import weakref
+
 import numpy as np
 
 from edgeattn.kernels_cuda.attention_call import BLOCKS, processors
 
 MOST_GANGS, TOLD, MOST_SCORES = 1024, 8 * 130 + 2, 8192
+_owner = None  # the backend whose kernels' blocks may wait for each other
 
 
 def most_blocks() -> int:
@@ -20,3 +23,14 @@ def nbytes(blocks: int) -> int:
 def arguments(memory: int) -> tuple:
     """Of a kernel: the struct Exchange; no memory: its blocks do not wait for each other."""
     return np.int64(memory), np.int64(most_blocks())
+
+
+def take(backend) -> int:
+    """The address of a backend's own, which allocates it; 0 where another one has some: launches of two streams whose blocks wait for each
+    other could share a device's processors so that none of them is ever there as a whole."""
+    global _owner
+    if _owner is not None and _owner() is not None:
+        return 0
+    _owner = weakref.ref(backend)
+    backend.exchange = backend.allocate(nbytes(most_blocks()))
+    return backend.exchange.data.ptr

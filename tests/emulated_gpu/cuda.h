@@ -3,6 +3,7 @@
 // (EMULATED_GANGS). It shows whether a kernel computes what it should, not how fast it would be.
 #pragma once
 #include <algorithm>
+#include <chrono>
 #include <cmath>
 #include <cstdint>
 #include <cstdio>
@@ -77,6 +78,7 @@ OF_BLOCK char* stacks;
 OF_BLOCK void* main_stack;
 OF_BLOCK void (*entry)(void**);
 OF_BLOCK void** entry_arguments;
+OF_BLOCK std::chrono::steady_clock::time_point began;
 static std::mutex atomic;
 
 extern "C" void emulated_switch(void** from, void* to);
@@ -183,7 +185,7 @@ inline void start()
 
 inline void run_block(dim3 place)
 {
-    block = place;
+    block = place, began = std::chrono::steady_clock::now();
     living = block_size.x;
     block_barrier = Barrier();
     std::fill(std::begin(named_barriers), std::end(named_barriers), Barrier());

@@ -67,9 +67,7 @@ inline void ld_global_cg_v4_f32(float& x, float& y, float& z, float& w, const vo
 // What waits for another block asks again and again; the block's other threads, whose words that may wait for, go on meanwhile.
 inline void waits()
 {
-    using clock = std::chrono::steady_clock;
-    static thread_local const clock::time_point since = clock::now();  // blocks that wait have a thread of a launch
-    if (clock::now() - since > std::chrono::minutes(5)) emulated::fail("a block waits for one that does not come");
+    if (std::chrono::steady_clock::now() - emulated::began > std::chrono::minutes(5)) emulated::fail("a block waits for one that does not come");
     std::this_thread::yield();
     if (emulated::following(emulated::now) != emulated::now) emulated::yield();
 }
