@@ -29,9 +29,9 @@ SMALLEST_SLOTS = 256    # of a bucket
 SELECTION_S = 36e-6     # that choosing pages, and reading them by a list, adds to a layer of a model: measured on an H200
 EFFECTIVE = 0.7         # of the memory's nominal rate, that attention reads at there at most: fewer bytes save no less time
 SCORING_BYTES, SCORING_COPIES = 32 << 20, 6  # of device memory for eviction's scores or means at a time; arrays as large as keys at once
-# Of attention, that a chunk must save a layer for choosing to pay: both grow with processors and clock. On an H200 512 tokens behind 4,096
-# take 0.38 ms either way (32 heads of 128), where `auto` leaves out 65 % of 3.7e10.
-PROMPT_FLOPS = 2.5e10
+# Of attention, that a chunk must save a layer for choosing to pay: both grow with processors and clock. On an H200 512 tokens take 0.55 ms
+# behind 4,096 and 0.63 with `auto`, 1.71 and 0.91 behind 30,720 (32 heads of 128): as long behind some 6,500.
+PROMPT_FLOPS = 4.5e10
 NEVER = 1 << 40         # tokens
 
 

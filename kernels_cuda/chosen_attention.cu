@@ -3,7 +3,7 @@
 // its part of the pages; from all of them every block finds the best pages by itself and takes its share of them. The first block writes
 // the list for later steps, once all have come and know it as it was.
 //   grid    (blocks, kv_heads, sequences)
-//   shared  Shared<D, WARPS>; `room` bytes: weights, Best and `tiles` of each warp or scores, then what decode keeps there; `pages` ints,
+//   shared  Shared<D, WARPS>; `room` bytes: weights, Best, Choice and `tiles` of each warp or scores, then what decode keeps; `pages` ints,
 //           the page table; the list
 #include "best_pages.cuh"
 #include "decode.cuh"

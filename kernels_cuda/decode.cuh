@@ -2,8 +2,7 @@
 // pages in turn, which come through rings in shared memory, keys and values in turn, while others are computed on. The newest token is in
 // no page yet: a block of its own rotates it, attends to it and writes it, and takes the pages at both ends that are no codes. A step is
 // one launch. All blocks of a KV head put the ranges together, each a part of the output, if all of the launch are on the device at once;
-// else the last one to end does. Of few pages there is one range, whose block has the newest token as well and
-// nothing to merge with.
+// else the last one to end does. Of few pages there is one range, whose block has the newest token as well and nothing to merge with.
 //   grid    (ranges + 1, kv_heads, sequences); sequences with more than one row are left to the kernels of prefill
 //   block   32 * WARPS threads
 //   shared  Shared<D, WARPS>, then for each warp the places of sides and `stages` sides, 2 or 3 (warp_bytes)

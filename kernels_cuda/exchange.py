@@ -1,4 +1,5 @@
 """Memory in which blocks of a launch tell each other numbers (exchange.cuh)."""
+import gc
 import weakref
 
 import numpy as np
@@ -29,6 +30,8 @@ def take(backend) -> int:
     """The address of a backend's own, which allocates it; 0 where another one has some: launches of two streams whose blocks wait for each
     other could share a device's processors so that none of them is ever there as a whole."""
     global _owner
+    if _owner is not None and _owner() is not None:
+        gc.collect()  # of a model that is no longer used there may be some left
     if _owner is not None and _owner() is not None:
         return 0
     _owner = weakref.ref(backend)

@@ -24,9 +24,8 @@ __device__ __forceinline__ int next_place(int place, int half, int stride)
     return place + (half ? place & 1 ? 2 * stride - 1 : 1 : stride);
 }
 
-// A row of activations to shared memory, by all warps of the block. The way to x is
-// long: FAST, for aligned rows, loads BATCH rounds at once and works on them without branches, so that they overlap. then() is called
-// once the first loads are under way.
+// A row of activations to shared memory, by all warps of the block. The way to x is long: FAST, for aligned rows, loads BATCH rounds at
+// once and works on them without branches, so that they overlap. then() is called once the first loads are under way.
 template <int BITS, int UNIT, bool FAST, int BATCH, class Then>
 __device__ __forceinline__ void quantise_row(const float* x, int k, int units, int block_shift, u32* codes, UnitInfo* info, Then then)
 {

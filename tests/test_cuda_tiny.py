@@ -149,7 +149,7 @@ def test_rows_of_an_index_are_the_cpu_s(deep, monkeypatch):
     ("auto", {"budget": 96, "least": 64, "fraction": 0.1, "recent": 1}, None), ("xattention", {"tau": 0.6}, None),
     ("sale", {"threshold": 10, "bits": 8}, None), ("minference", {"n_v": 40, "n_s": 60, "recent": 0}, None),
     ("flex_prefill", {"gamma": 0.3, "tau": 1.0, "budget": 0, "recent": 0}, None),
-    ("sample_attention", {"columns": 0.4, "slashes": 0.2, "recent": 1}, None), ("sparge_attn", {"fraction": 0.3, "recent": 0}, None),
+    ("sample_attention", {"columns": 0.1, "slashes": 0.05, "recent": 1}, None), ("sparge_attn", {"fraction": 0.3, "recent": 0}, None),
     ("dhsa", {"density": 0.2, "mode": "vs", "recent": 0}, None), ("dhsa", {"density": 0.3, "mode": "vsb", "recent": 0}, None),
     ("streaming", {"sink": 1, "recent": 2}, "delta")])
 @pytest.mark.parametrize("cache", ["f16", "int4"])
@@ -193,17 +193,21 @@ def test_heads_that_stream(folder, monkeypatch, cache, heads):
 
 @pytest.mark.parametrize("cache", ["f16", "int4"])
 def test_pages_that_come_back(folder, cache):
-    """Whole pages go by the attention they received, and are computed again for a prompt."""
-    budget = 420_000 if cache == "f16" else 330_000
-    prompt, more, decoded, found, gone = RNG.integers(3, 150, 400), RNG.integers(3, 150, 40), RNG.integers(3, 150, 34), [], []
-    for model in both(folder, CacheOptions(cache, cache, budget=budget, eviction="adore")):
-        a, _, rows = run(model, prompt, decoded)
-        before = set(releasing.released(a))
-        rows = [rows, model.forward([(a, more)], "all"), model.forward([(a, [5])])]
-        assert before and before - set(releasing.released(a))
-        found.append(rows), gone.append(sorted(before))
-    print(gone, [error(b, a) for a, b in zip(*found)])
-    assert all(error(b, a) < CLOSE[cache] for a, b in zip(*found))
+    """Whole pages go by the attention they received, and are computed again for a prompt: the same ones, where rounding does not decide."""
+    models = both(folder, CacheOptions(cache, cache, budget=420_000 if cache == "f16" else 330_000, eviction="adore"))
+    for _ in range(4):
+        prompt, more, decoded, found, gone = RNG.integers(3, 150, 400), RNG.integers(3, 150, 40), RNG.integers(3, 150, 34), [], []
+        for model in models:
+            a, _, rows = run(model, prompt, decoded)
+            before = set(releasing.released(a))
+            rows = [rows, model.forward([(a, more)], "all"), model.forward([(a, [5])])]
+            assert before and before - set(releasing.released(a))
+            found.append(rows), gone.append((sorted(before), sorted(releasing.released(a))))
+            model.free(a)
+        print(gone, [error(b, a) for a, b in zip(*found)])
+        if gone[0] == gone[1]:
+            break
+    assert gone[0] == gone[1] and all(error(b, a) < CLOSE[cache] for a, b in zip(*found))
 
 
 @pytest.mark.parametrize("eviction", ["key_diff", "l2_norm", "random", "streaming_llm", "h2o", "snapkv", "caote", "zipvl"])
