@@ -12,7 +12,6 @@ from edgeattn.cuda_limits import cache_refusal, decode_refusal
 from edgeattn.exporters.export import export
 from edgeattn.generation import Generation, SamplerOptions
 from edgeattn.kernels_cuda.fused_steps import fuse
-from edgeattn.page_formats import PageFormat
 from edgeattn.policies import load_policy, policy_names
 from edgeattn.prefill_scheduler import PrefillOptions
 from edgeattn.runtime import Model
@@ -266,16 +265,6 @@ def test_where_sparse_decode_begins(monkeypatch, clock, bus, begins):
     monkeypatch.setattr(device, "about", lambda: {"memory_clock_mhz": clock, "memory_bus_bits": bus})
     found = backend.sparse_from(load_policy("decode", "auto"), 1294)
     assert begins[0] < found < begins[1]
-
-
-def test_one_model_of_a_process_has_blocks_that_wait_for_each_other(monkeypatch):
-    from edgeattn.kernels_cuda import exchange
-    monkeypatch.setattr(exchange, "_owner", None)
-    first, second = make_backend(monkeypatch), make_backend(monkeypatch)
-    given = [backend.cache_arguments([PageFormat(64)])["cache.exchange"] for backend in (first, second)]
-    assert given[0] and not given[1]
-    del first
-    assert make_backend(monkeypatch).cache_arguments([PageFormat(64)])["cache.exchange"]
 
 
 def test_devices_by_name(monkeypatch):

@@ -12,6 +12,7 @@ from edgeattn.cache.options import CacheOptions
 from edgeattn.cuda_limits import Pages, asked_refusal, check, decode_refusal, gives_way, prefill_refusal
 from edgeattn.exporters.export import export
 from edgeattn.kernels_cuda.page_pool import ANY, INT4
+from edgeattn.page_formats import PageFormat
 from edgeattn.policies import load_policy
 from edgeattn.prefill_scheduler import PrefillOptions
 from edgeattn.runtime import Model
@@ -144,3 +145,13 @@ def test_scratch_for_choosing_pages_is_for_as_many_as_a_list_has(monkeypatch, fo
     assert len(found) == 2 and model.cache.plan.max_pages == pages
     scores, parts = (4 * runtime.MAX_SEQUENCES * about[name] * pages for name in ("kv_heads", "num_heads"))
     assert all(scores + 2 * parts <= step.workspace_bytes < 1.1 * (scores + 2 * parts) for step in found)
+
+
+def test_one_model_of_a_process_has_blocks_that_wait_for_each_other(monkeypatch):
+    from edgeattn.kernels_cuda import exchange
+    monkeypatch.setattr(exchange, "_owner", None)
+    first, second = make_backend(monkeypatch), make_backend(monkeypatch)
+    given = [backend.cache_arguments([PageFormat(64)])["cache.exchange"] for backend in (first, second)]
+    assert given[0] and not given[1]
+    del first
+    assert make_backend(monkeypatch).cache_arguments([PageFormat(64)])["cache.exchange"]
