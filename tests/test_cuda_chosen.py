@@ -11,11 +11,11 @@ QUEST = dict(score="bound", combine="head", budget=256, fraction=0.0, recent=5, 
 class Both:
     """The steps of a decode case, one token of each sequence, by two launches and by one."""
 
-    def __init__(self, types, head_dim, group, lengths, *, capacity=40, shares=None, dense=(), **options):
+    def __init__(self, types, head_dim, group, lengths, *, new=None, capacity=40, shares=None, dense=(), **options):
         from edgeattn.backend_cuda import Step
         from edgeattn.kernels_cuda import cached_attention, device, select_pages
         from edgeattn.kernels_cuda.fused_steps import fuse
-        self.xp, self.case = device.cupy(), Case(types, head_dim, group, lengths, [1] * len(lengths), capacity=capacity)
+        self.xp, self.case = device.cupy(), Case(types, head_dim, group, lengths, new or [1] * len(lengths), capacity=capacity)
         case, xp = self.case, self.xp
         self.cache, self.kv_heads = case.cache, case.about["kv_heads"]
         self.tensors = {n: xp.asarray(x) for n, x in dict(q=case.q, k=case.k, v=case.v, cos=case.cos, sin=case.sin).items()}
@@ -94,6 +94,22 @@ def test_any_number_of_blocks(monkeypatch, blocks):
     shape(monkeypatch, blocks)
     both = Both("int4", 128, 4, [2500])
     both.step(), both.step()
+
+
+def test_beside_prompts(monkeypatch):
+    """One of them begins, one goes on; they read everything."""
+    shape(monkeypatch, 4)
+    headers, _ = Both("int4", 64, 4, [1300, 0, 900, 700], new=[1, 40, 1, 3], dense=[1, 3]).step()
+    assert (headers[[0, 2], :, 0] > 0).all()
+
+
+def test_nothing_is_left_to_choose(monkeypatch):
+    """All pages that scores would decide about are released."""
+    shape(monkeypatch, 4)
+    both = Both("int4", 64, 4, [1500])
+    both.cache.entries[0, :, 1:40] = -1
+    both.cache.tables.set(both.cache.entries)
+    both.step()
 
 
 def test_many_pages(monkeypatch):

@@ -68,7 +68,9 @@ inline void ld_global_cg_v4_f32(float& x, float& y, float& z, float& w, const vo
 inline void waits()
 {
     if (std::chrono::steady_clock::now() - emulated::began > std::chrono::minutes(5)) emulated::fail("a block waits for one that does not come");
-    std::this_thread::yield();
+    static thread_local unsigned asked;
+    if (++asked % 256) std::this_thread::yield();
+    else std::this_thread::sleep_for(std::chrono::microseconds(50));  // who asks must not keep a core from who answers
     if (emulated::following(emulated::now) != emulated::now) emulated::yield();
 }
 inline void ld_relaxed_gpu_global_u32(u32& x, const u32* p) { x = __atomic_load_n(p, __ATOMIC_ACQUIRE); }
