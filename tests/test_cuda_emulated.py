@@ -58,9 +58,9 @@ extern "C" __global__ void pass_on(i64 from, i64 size, i64 memory, i64 blocks)
     float* x = reinterpret_cast<float*>(from) + blockIdx.y * gridDim.x + blockIdx.x;
     float held = *x;
     for (u32 turn = 1; turn < 6; turn++) {
-        if (threadIdx.x == 33) tell(exchange.words(gang, block) + turn % 2, held, turn);
+        if (threadIdx.x == 33) tell(exchange.words(gang, block) + turn, held, turn);
         u64 word;
-        do word = hear(exchange.words(gang, (int)((block + 1) % size)) + turn % 2);
+        do word = hear(exchange.words(gang, (int)((block + 1) % size)) + turn);
         while (turn_of(word) != turn);
         held = told_by(word) + 1;
     }
@@ -72,7 +72,7 @@ import re, sys
 import emulated_gpu, numpy as np
 emulated_gpu.install()
 from edgeattn.kernels_cuda import compile, exchange, steps
-headers = "".join((compile.HERE / name).read_text() for name in ("common.cuh", "page_pool.cuh", "exchange.cuh"))
+headers = "".join((compile.HERE / name).read_text() for name in ("common.cuh", "halves.cuh", "page_pool.cuh", "exchange.cuh"))
 compile.source = lambda name: (re.sub("#(include|pragma).*", "", headers) + PASS_ON).replace(*sys.argv[1:])
 x, memory = np.arange(24, dtype=np.float32).reshape(2, 12), np.zeros(exchange.nbytes(24), np.uint8)
 args = tuple(map(np.int64, (x.ctypes.data, 4, memory.ctypes.data, 24)))
@@ -136,7 +136,7 @@ def test_gangs_wait_for_each_other(whole, part, said):
 @pytest.mark.skipif(bool(emulated_gpu.missing()), reason=emulated_gpu.missing())
 def test_an_address_that_is_not_aligned_ends_the_run():
     with pytest.raises(AssertionError, match="not aligned"):
-        output_with(GANG_FAULT, "float held = *x;", "float held = *(float*)((char*)x + 2);")
+        output_with(GANG_FAULT, "float held = *x;", "float held = *(float*)((char*)x + size / 2);")
 
 
 def output_with(script, whole, part):
