@@ -66,13 +66,7 @@ __device__ __forceinline__ int deciding_bin(const u32* bins, u32 left, u32& abov
         mine[b] = four.x, mine[b + 1] = four.y, mine[b + 2] = four.z, mine[b + 3] = four.w;
         sum += four.x + four.y + four.z + four.w;
     }
-    u32 until = sum;
-#pragma unroll
-    for (int step = 1; step < 32; step *= 2) {
-        const u32 other = __shfl_up_sync(FULL_WARP, until, step);
-        if (lane >= step) until += other;
-    }
-    u32 before = until - sum;
+    u32 before = sum_until(sum) - sum;
     int bin = -1;
 #pragma unroll
     for (int b = OWN_BINS - 1; b >= 0; b--) {
@@ -179,13 +173,7 @@ __device__ __forceinline__ int few_best_pages(Best& best, const u64* scores, u32
     u32 words[WORDS], sum = 0;  // of each lane, in every warp; a few lanes write them down
 #pragma unroll
     for (int i = 0; i < WORDS; i++) words[i] = best.words[WORDS * lane + i], sum += __popc(words[i]);
-    u32 until = sum;
-#pragma unroll
-    for (int step = 1; step < 32; step *= 2) {
-        const u32 other = __shfl_up_sync(FULL_WARP, until, step);
-        if (lane >= step) until += other;
-    }
-    u32 place = until - sum;
+    u32 place = sum_until(sum) - sum;
 #pragma unroll
     for (int i = 0; i < WORDS && lane * WARPS / 32 == warp; i++)
 #pragma unroll 1

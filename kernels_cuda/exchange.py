@@ -30,10 +30,10 @@ def take(backend) -> int:
     """The address of a backend's own, which allocates it; 0 where another one has some: launches of two streams whose blocks wait for each
     other could share a device's processors so that none of them is ever there as a whole."""
     global _owner
-    if _owner is not None and _owner() is not None:
+    if _owner and _owner():
         gc.collect()  # of a model that is no longer used there may be some left
-    if _owner is not None and _owner() is not None:
-        return 0
+        if _owner():
+            return 0
     _owner = weakref.ref(backend)
     backend.exchange = backend.allocate(nbytes(most_blocks()))
     return backend.exchange.data.ptr

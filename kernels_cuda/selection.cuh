@@ -92,16 +92,22 @@ struct Choosing {
     u32 low, high, possible, bin, above, within, listed;
 };
 
+// Sum over the lanes up to this one.
+__device__ __forceinline__ u32 sum_until(u32 x)
+{
+#pragma unroll
+    for (int step = 1; step < 32; step *= 2) {
+        const u32 other = __shfl_up_sync(FULL_WARP, x, step);
+        if ((int)threadIdx.x % 32 >= step) x += other;
+    }
+    return x;
+}
+
 // Sum over the threads before this one, and over all. A barrier before and after.
 __device__ __forceinline__ u32 sum_before(Choosing& shared, u32 x, u32& all)
 {
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-    u32 until = x;
-#pragma unroll
-    for (int step = 1; step < 32; step *= 2) {
-        const u32 other = __shfl_up_sync(FULL_WARP, until, step);
-        if (lane >= step) until += other;
-    }
+    const u32 until = sum_until(x);
     __syncthreads();
     if (lane == 31) shared.sums[warp] = until;
     __syncthreads();
