@@ -32,18 +32,16 @@ NOTHING = np.zeros(0, np.int64)
 
 
 def fill(model, sequence, depth):
-    """Random keys and values for whole pages, then quantised as the cache would."""
-    xp, cache = device.cupy(), model.cache
+    """Random keys and values for whole pages, then quantised as the cache would; other ones for each chunk, as no pages score alike."""
+    xp, cache, rng = device.cupy(), model.cache, np.random.default_rng(0)
     floats = cache.pools[0].pages
-    with model.backend.stream:
-        for array in (floats.k, floats.v):
-            halves = array.view(np.uint16)
-            values = np.random.default_rng(0).standard_normal((1024, halves.shape[1]), np.float32).astype(np.float16)
-            block = xp.asarray(values.view(np.uint16))
-            for start in range(0, len(halves), len(block)):
-                part = halves[start:start + len(block)]
-                part[...] = block[:len(part)]
     while sequence.length < depth:
+        with model.backend.stream:
+            for array in (floats.k, floats.v) if cache.options.quantised or sequence.length == 0 else ():
+                halves = array.view(np.uint16)
+                for start in range(0, len(halves), 4096):
+                    part = halves[start:start + 4096]  # of either sign, from 0.5 to 2
+                    part[...] = xp.asarray(rng.integers(0, 1 << 16, part.shape, np.uint16) & 0x87ff | 0x3800)
         count = min(cache.plan.chunk // PAGE * PAGE, depth - sequence.length)
         cache.append(sequence, count)
         cache.settle(sequence, count)

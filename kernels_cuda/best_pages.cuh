@@ -154,18 +154,22 @@ __device__ __forceinline__ int few_best_pages(Best& best, const u64* scores, u32
         for (int i = 0; i < LEFT; i++) left[i] = 32 * i + lane < listed ? best.orders[32 * i + lane] : 0;
         int reach = listed;
         raise_bound(bound, reach, left, wanted, 0, 32);
-        const bool equals = reach > wanted;  // of equal ones the first are taken
+        int last = MOST_SCORES;
+        if (reach > wanted) {  // of equal ones the first are taken
+            u32 numbers[LEFT], number = 1;
+#pragma unroll
+            for (int i = 0; i < LEFT; i++) {
+                const bool equal = left[i] == bound;
+                numbers[i] = left[i] > bound ? MOST_SCORES + 1 : equal ? MOST_SCORES - best.places[32 * i + lane] : 0;
+            }
+            raise_bound(number, reach, numbers, wanted, 0, 32);
+            last = MOST_SCORES - number;
+        }
 #pragma unroll 1
         for (int e = threadIdx.x; e < listed; e += THREADS) {
             const u32 order = best.orders[e];
             const int place = best.places[e];
-            bool taken = order >= bound;
-            if (equals && order == bound) {
-                int before = 0;
-#pragma unroll 1
-                for (int o = 0; o < listed; o++) before += best.orders[o] > order || best.orders[o] == order && best.places[o] < place;
-                taken = before < wanted;
-            }
+            const bool taken = order > bound || (order == bound && place <= last);
             if (taken) atomicOr(&best.words[place / 32], 1u << place % 32);
         }
     }

@@ -80,10 +80,14 @@ def run(launches: list[Launch], stream=None) -> None:
 
 
 class Graph:
-    """Launches captured once; launch() replays them on the stream they were captured on (or another)."""
+    """Launches captured once; launch() replays them on the stream they were captured on (or another). One of its own waits for what was
+    enqueued before on the current one, such as copies of what the launches read."""
 
     def __init__(self, launches: list[Launch], stream=None):
-        self.stream = stream or device.cupy().cuda.Stream(non_blocking=True)
+        xp = device.cupy()
+        self.stream = stream or xp.cuda.Stream(non_blocking=True)
+        if stream is None:
+            self.stream.wait_event(xp.cuda.get_current_stream().record())
         with self.stream:
             self.stream.begin_capture()
             run(launches, self.stream)
