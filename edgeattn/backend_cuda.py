@@ -19,7 +19,7 @@ from edgeattn.device_batch import TO_DEVICE, DeviceBatch
 from edgeattn.device_launches import Bucket, Step, Table
 from edgeattn.device_pages import DevicePages
 from edgeattn.device_sequence import DeviceSequence
-from edgeattn.kernels_cuda import device, exchange, page_pool, read_pages, seal_pages
+from edgeattn.kernels_cuda import chosen_attention, device, exchange, page_pool, read_pages, seal_pages
 from edgeattn.kernels_cuda.fused_steps import fuse
 from edgeattn.kernels_cuda.steps import Graph, run
 from edgeattn.page_formats import PAGE
@@ -27,6 +27,7 @@ from edgeattn.page_formats import PAGE
 CHUNK_BYTES = 16 << 20  # of a weight, copied at a time: the driver stages it, the host keeps no copy
 SMALLEST_SLOTS = 256    # of a bucket
 SELECTION_S = 36e-6     # that choosing pages, and reading them by a list, adds to a layer of a model: measured on an H200
+TOGETHER_S, PROCESSORS = 12e-6, 128  # the same where one launch does both (chosen_attention.py), on so many processors or more
 EFFECTIVE = 0.7         # of the memory's nominal rate, that attention reads at there at most: fewer bytes save no less time
 SCORING_BYTES, SCORING_COPIES = 32 << 20, 6  # of device memory for eviction's scores or means at a time; arrays as large as keys at once
 # Of attention, that a chunk must save a layer for choosing to pay: both grow with processors and clock. On an H200 512 tokens take 0.55 ms
@@ -130,12 +131,15 @@ class CudaBackend:
             counters.fill(0)
         return found
 
-    def sparse_from(self, policy, token_bytes: float) -> int:
+    def sparse_from(self, policy, token_bytes: float, formats) -> int:
         """Tokens in the context from which a decode policy saves a layer more time than it costs, by what is not read: an estimate from the
-        memory's clock and width, until it is measured. token_bytes: keys and values of one token in one layer."""
-        about = device.about()
+        memory's clock and width, until it is measured. token_bytes: keys and values of one token in one layer. formats: of the pages."""
+        about, seconds = device.about(), SELECTION_S
         rate = EFFECTIVE * 2e6 * about["memory_clock_mhz"] * about["memory_bus_bits"] / 8
-        return next((n for n in range(256, 1 << 20, 256) if n - policy.tokens(n) >= SELECTION_S * rate / token_bytes), NEVER)
+        by_heads = policy.index == "bounds" and policy.combine == "head"
+        if self._exchange and by_heads and page_pool.kinds_of(list(formats)) in chosen_attention.KERNELS:
+            seconds = min(seconds, TOGETHER_S * max(1, PROCESSORS / about["processors"]))
+        return next((n for n in range(256, 1 << 20, 256) if n - policy.tokens(n) >= seconds * rate / token_bytes), NEVER)
 
     def lists_from(self, policy, token_flops: float) -> int:
         """Tokens in the context from which a prefill policy saves a layer more than it costs: an estimate. token_flops: of a chunk's

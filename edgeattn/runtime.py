@@ -101,7 +101,7 @@ class Model:
             self.scheduler.prepare(MAX_SEQUENCES, self.cache.plan.max_pages, None if self.device == "cpu" else self.backend)
             if sparse.min_len is None and self.device != "cpu":
                 token_bytes = self.cache.read_bytes(self.ctx_size) / self.ctx_size / about["num_layers"]
-                self.scheduler.min_len = self.backend.sparse_from(self.scheduler.policy, token_bytes)
+                self.scheduler.min_len = self.backend.sparse_from(self.scheduler.policy, token_bytes, self.cache.plan.formats)
             elif sparse.min_len is None:
                 from edgeattn.crossover import settle  # loads the kernels of selections
                 settle(self.scheduler, options, about["num_heads"], about["head_dim"], self.threads)

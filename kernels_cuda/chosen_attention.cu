@@ -17,13 +17,15 @@ struct Choice {
     int2 range;                                    // of pages that scores decide about
     bool again, follows, dense, scored;
 
-    __device__ __forceinline__ Choice(const Selection& a, int s, int head, int slots) : slots(slots), total(a.total(slots))
+    // row: of the list; share, sealed: the KV head's
+    __device__ __forceinline__ Choice(const Selection& a, const int* row, int slots, float share, int sealed)
+        : slots(slots), total(a.total(slots))
     {
-        const int* row = a.call.list_row(s, head);
+        const int made_at = row[SLOTS];
         count = row[COUNT], age = row[AGE], interval = row[INTERVAL];
-        follows = count >= 0 && row[SLOTS] + age + 1 == slots, again = follows && count >= 1 && age + 1 < interval;
-        const int wanted = a.wanted(s, head, slots), each = max(1, (int)a.block);
-        range = a.candidates(s, head, total);
+        follows = count >= 0 && made_at + age + 1 == slots, again = follows && count >= 1 && age + 1 < interval;
+        const int wanted = a.wanted_of(share, slots), each = max(1, (int)a.block);
+        range = a.candidates_of(sealed, total);
         const int always = total - range.y + range.x;
         free = max(wanted - always, 0) / each * each;
         dense = !again && (wanted >= total || free >= range.y - range.x || always + free > a.call.selection_capacity - 2);
@@ -80,23 +82,29 @@ __device__ __forceinline__ void choose_and_attend(const Selection& a, int stages
     // Nothing of this changes within a step but by this kernel. Loads that do not depend on each other go together.
     const int s = blockIdx.z, head = blockIdx.y, own = blockIdx.x, blocks = gridDim.x, gang = s * (int)call.kv_heads + head;
     const int sequences = call.sequences(), row = call.first_row(s), next_row = call.first_row(s + 1);
-    const bool selects = at<i64>(call.selections)[s] != 0;
+    const i64 tables = at<i64>(call.page_tables)[s], counts = at<i64>(call.slot_counts)[s], seals = at<i64>(a.sealed)[s];
+    const i64 lists = at<i64>(call.selections)[s];
+    const bool selects = lists != 0;
+    const float share = a.share_of(head);
 #pragma unroll 1
     for (int i = threadIdx.x; i < POOLS * FIELDS; i += 32 * WARPS) shared.pools[i] = at<i64>(call.pools)[i];
     release_next();
     if (s >= sequences || next_row - row != 1) return wait_previous();
     {
-        const int* const entries = call.table(s, head);
+        const int place = (int)call.layer * (int)call.kv_heads + head;
+        const int* const entries = at<int>(tables) + place * call.max_pages;
+        const int slots = at<int>(counts)[place], sealed = at<int>(seals)[place];
+        const int position = (int)at<i64>(call.positions)[row];
+        const int* const list_row = at<int>(lists) + (call.selection_group * call.kv_heads + head) * (HEADER + call.selection_capacity);
 #pragma unroll 1
         for (int i = threadIdx.x; i < min(pages, (int)call.max_pages); i += 32 * WARPS) cp_async_or_zeros<4>(table + i, entries + i, true);
         cp_async_commit();
-        const int slots = call.slots(s, head);
         int first = 0, end = 0;
         if (selects) {
-            const Choice now(a, s, head, slots);
+            const Choice now(a, list_row, slots, share, sealed);
             if (threadIdx.x == 0) c = now;
 #pragma unroll 1
-            for (int i = threadIdx.x; now.again && i < now.count; i += 32 * WARPS) list[HEADER + i] = call.list_row(s, head)[HEADER + i];
+            for (int i = threadIdx.x; now.again && i < now.count; i += 32 * WARPS) list[HEADER + i] = list_row[HEADER + i];
             if (now.scored) first = now.range.x + TILE_PAGES * (own + blocks * (threadIdx.x / 32)), end = now.range.y;
         }
         if (threadIdx.x == 0) {
@@ -118,7 +126,7 @@ __device__ __forceinline__ void choose_and_attend(const Selection& a, int stages
         for (int later = ahead; later < end; later += step) Tile<D>::prefetch(shared.pools, table, later, end);
         {
             Prepared<D, WARPS> prepared;
-            prepared.load_angles(call, at<i64>(call.positions)[row]);
+            prepared.load_angles(call, position);
             wait_previous();
             const u32 turn = threadIdx.x == 0 ? next_turn(exchange.turn(gang)) : 0;
             prepared.load(call, head, row);
@@ -126,9 +134,9 @@ __device__ __forceinline__ void choose_and_attend(const Selection& a, int stages
             if (threadIdx.x == 0 && selects) tell(exchange.words(gang, own) + TOLD - 2, 0, turn);
             prepared.store(call, shared);
         }
+        if (selects && c.scored) weights.make(shared, call.group(), __int_as_float((int)a.reach));
+        __syncthreads();
         if (selects && c.scored) {
-            weights.make(shared, call.group(), __int_as_float((int)a.reach));
-            __syncthreads();
             for (int n = 0; first < end; first += step, n = n + 1 == tiles ? 0 : n + 1) {
                 if (tiles == 1) cp_async_wait<0>();
                 else if (tiles == 2) cp_async_wait<1>();

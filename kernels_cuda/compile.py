@@ -17,7 +17,7 @@ from edgeattn.kernels_cuda import device
 
 TARGETS = (80, 86, 87, 89, 90, 120)
 HERE = Path(__file__).parent
-MAX_DYNAMIC_SHARED, CARVEOUT = 8, 9  # CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES, _PREFERRED_SHARED_MEMORY_CARVEOUT
+MAX_DYNAMIC_SHARED = 8  # CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
 OPTIONS = ("-std=c++17", "--ptxas-options=-v")  # no fast math: kernels write __expf where they mean it
 
 
@@ -167,7 +167,5 @@ def function(name: str, kernel: str, shared: int = 0) -> Function:
         if status:
             raise ValueError(f"{name}.{kernel} needs {shared} bytes of shared memory for a block, which this device lacks "
                              f"(CUDA error {status})")
-        # A processor parts its memory anew only when it is idle: kernels that start early find it as all others want it.
-        device.driver().cuFuncSetAttribute(ctypes.c_void_p(found.ptr), CARVEOUT, 100)
         allowed[0] = shared
     return found

@@ -45,8 +45,8 @@ __device__ __forceinline__ void attend_newest(const Call& call, Shared<D, WARPS>
         }
         newest.load(call, shared.head, shared.row, position);
         newest.store(shared);
-        if (PREPARED) __syncthreads();
-        else prepared.store(call, shared);
+        if (!PREPARED) prepared.store(call, shared);
+        __syncthreads();
         for (int h = warp; h < call.group(); h += WARPS) {
             const float x = Newest<D, WARPS>::score(shared, h);
             if (lane == 0) shared.newest[h] = x;
@@ -136,6 +136,7 @@ __device__ __forceinline__ void attend_range(const Call& call, Shared<D, WARPS>&
         if (threadIdx.x == 0) shared.turn = turn;
         if (shared.alone) newest.load(call, shared.head, shared.row, position), newest.store(shared);
         prepared.store(call, shared);
+        __syncthreads();
         for (int h = warp; shared.alone && h < call.group(); h += WARPS) {
             const float x = Newest<D, WARPS>::score(shared, h);
             if (lane == 0) shared.newest[h] = x;

@@ -56,6 +56,7 @@ template <int D, int WARPS> struct Prepared {
             for (int i = 0; i < D / 32; i++) turns[n][i].load_channel(call, x + (warp + n * WARPS) * D, lane + 32 * i);
         }
     }
+    // A barrier is to follow before `queries` are read.
     __device__ __forceinline__ void store(const Call& call, Shared<D, WARPS>& shared) const
     {
         const int group = call.group(), warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, j = lane % 4;
@@ -85,7 +86,6 @@ template <int D, int WARPS> struct Prepared {
                 floats_to_halves(a.x * inverse, a.z * inverse), floats_to_halves(a.y * inverse, a.w * inverse),
                 floats_to_halves(b.x * inverse, b.z * inverse), floats_to_halves(b.y * inverse, b.w * inverse));
         }
-        __syncthreads();
     }
 };
 

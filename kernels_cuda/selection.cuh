@@ -34,8 +34,9 @@ struct Selection {
         return at<int>(at<i64>(sealed)[s])[call.layer * call.kv_heads + head];
     }
     // The pages that scores decide about: between the first page, or block, and the recent ones.
-    __device__ __forceinline__ int2 candidates(int s, int head, int pages) const {
-        const int known = sealed_of(s, head), each = max(1, (int)block);
+    __device__ __forceinline__ int2 candidates(int s, int head, int pages) const { return candidates_of(sealed_of(s, head), pages); }
+    __device__ __forceinline__ int2 candidates_of(int known, int pages) const {
+        const int each = max(1, (int)block);
         int last = pages - (int)recent;
         // without rows of bounds quantised pages alone have them
         const bool unknown = (score == BOUND || score == HIERARCHY) && index_width < 2 * call.head_dim;
@@ -43,8 +44,9 @@ struct Selection {
         last = max(1, last / each * each);
         return make_int2(min(each, last), last);
     }
-    __device__ __forceinline__ int wanted(int s, int head, int slots) const {
-        const float share = at<float>(shares)[call.layer * call.kv_heads + head];
+    __device__ __forceinline__ float share_of(int head) const { return at<float>(shares)[call.layer * call.kv_heads + head]; }
+    __device__ __forceinline__ int wanted(int s, int head, int slots) const { return wanted_of(share_of(head), slots); }
+    __device__ __forceinline__ int wanted_of(float share, int slots) const {
         if (share < 0) return 1 << 30;
         return (int)ceilf(share * fmaxf((float)budget, __int_as_float((int)fraction) * (float)slots) / (float)PAGE);
     }

@@ -147,6 +147,20 @@ def test_scratch_for_choosing_pages_is_for_as_many_as_a_list_has(monkeypatch, fo
     assert all(scores + 2 * parts <= step.workspace_bytes < 1.1 * (scores + 2 * parts) for step in found)
 
 
+@pytest.mark.parametrize("clock, bus, processors, types, begins", [
+    (3201, 6144, 132, "f16", (30_000, 40_000)), (3201, 6144, 132, "int4", (33_000, 40_000)), (3199, 128, 8, "int4", (3_000, 5_000))],
+    ids=["H200, halves", "H200", "Orin Nano"])
+def test_where_sparse_decode_begins(monkeypatch, clock, bus, processors, types, begins):
+    """8 heads of 128: as measured on an H200, of quantised pages with one launch for both; where a slow memory makes it pay early."""
+    from edgeattn.kernels_cuda import device, exchange
+    monkeypatch.setattr(exchange, "_owner", None)
+    backend = make_backend(monkeypatch)
+    monkeypatch.setattr(device, "about", lambda: {"memory_clock_mhz": clock, "memory_bus_bits": bus, "processors": processors})
+    formats = [PageFormat(128)] + [PageFormat(128, types, types)] * (types != "f16")
+    found = backend.sparse_from(load_policy("decode", "auto"), {"f16": 4096, "int4": 1294}[types], formats)
+    assert begins[0] < found < begins[1]
+
+
 def test_one_model_of_a_process_has_blocks_that_wait_for_each_other(monkeypatch):
     from edgeattn.kernels_cuda import exchange
     monkeypatch.setattr(exchange, "_owner", None)
