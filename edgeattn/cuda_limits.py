@@ -55,14 +55,12 @@ def prefill_refusal(policy, correction: str | None = None, heads: int = 1, kv_he
     kernels = [import_module(f"edgeattn.kernels_cuda.{name}") for name, _ in policy.operators()]
     if not kernels:
         return "the GPU has no kernels that choose in this way yet"
-    if (correction := correction or policy.correction) == "tail":
-        return "of --prefill-correction the GPU has none and delta yet"
     if why := _sizes_refusal(heads, kv_heads, pages, prefill_call.MOST_PAGES):
         return why
     found = [_pages_refusal("that choose in this way", pages, kernel.HEAD_DIMS, kernel.FRAGMENTS)
              for kernel in kernels if hasattr(kernel, "HEAD_DIMS")]
-    if correction == "delta":
-        found.append(_pages_refusal("of --prefill-correction delta", pages, DEPTHS, True))
+    if (correction := correction or policy.correction) != "none":
+        found.append(_pages_refusal(f"of --prefill-correction {correction}", pages, DEPTHS, True))
     return next(filter(None, found), "")
 
 
@@ -134,5 +132,5 @@ def matrix_lines() -> list[str]:
     return [f"--device cuda: --kv-storage kivi --kv-heads none {' '.join(policy_names('heads'))} --kv-eviction none "
             f"{' '.join(evictions())} {RELEASING}, any -ctk and -ctv",
             f"--device cuda: --sparse-attention off {' '.join(works)}; --sparse-prefill off {' '.join(reads)}, each with "
-            "--prefill-correction delta",
+            "--prefill-correction tail and delta",
             "all other methods are refused there before a model is loaded"]

@@ -9,7 +9,7 @@ from edgeattn.kernels_cuda.attention_call import (BLOCKS, CALL, HEADS, MOST_PLAC
 from edgeattn.kernels_cuda.page_pool import ANY, FIELDS, HALVES, INT4, MIXED, POOLS
 from edgeattn.kernels_cuda.paged_cache import PagedCache
 from edgeattn.kernels_cuda.steps import Launch, gangs_at_once
-from edgeattn.page_formats import PageFormat
+from edgeattn.page_formats import PAGE, PageFormat
 
 LATER = "selection.thresholds", "cache.progressive"  # what only the CPU does
 ARGS = (*CALL, "cache.kinds", "cache.exchange", "batch.chunks", "prefill.correction", *attention_mass.MASS, *LATER)
@@ -23,6 +23,7 @@ ROWS_SHARED = 4 * (5 * HEADS * 256 + 4 * HEADS * 34)  # attention_rows.cu, Rows
 MOST_DEPTH, DEPTHS = 256, (64, 128)  # channels of a head: of attention_rows.cu, on tensor cores
 MOST_GRID = (1 << 16) - 1  # blocks of a grid's second dimension: tokens
 QUERY_ROWS, SHORT_ROWS, QUERY_BLOCK, KEYS, PREFILL_THREADS = 128, 64, 64, 64, 128  # attention_prefill.cu
+MEANS_BYTES = 128             # attention_tail.cu: of 32 pages, a KV head and a channel
 NONE, TAIL, DELTA = range(3)  # what makes good what a prompt does not read (prefill_lists.py)
 MOST_FIRST_RANGES = 32        # with which partial results of a prompt's first rows fit where decode's do
 
@@ -47,8 +48,11 @@ def attend(cache: PagedCache, q, k, v, cos, sin, positions, *, extra: dict | Non
 
 
 def workspace_bytes(tensors, attributes, rows, threads) -> int:
+    """attributes["pages"]: of all sequences that have lists; without it as many as of a page list."""
     sizes = rows, *(int(attributes[name]) for name in ("num_heads", "kv_heads", "head_dim"))
-    return max(partial_bytes(*sizes), attention_mass.workspace_bytes(*sizes))
+    pages = int(attributes.get("pages", attributes.get("cache.max_pages", 0))) if attributes.get("prefill.correction") == TAIL else 0
+    means = -(-pages // PAGE) * MEANS_BYTES * sizes[2] * sizes[3]
+    return max(partial_bytes(*sizes), attention_mass.workspace_bytes(*sizes), means)
 
 
 def launches(a: dict[str, int], most: dict, decode: Launch | None = None) -> list[Launch]:
@@ -62,14 +66,15 @@ def launches(a: dict[str, int], most: dict, decode: Launch | None = None) -> lis
     fast = takes_heads(a["head_dim"], group) and takes_fragments(a["cache.kinds"], a["cache.keys_rotated"])
     found, listed = [], most.get("listed", False)  # then who chose has written the new tokens of prompts
     correction = a["prefill.correction"] if listed else NONE
-    if correction == TAIL or correction and not fast:
-        raise ValueError("CUDA kernels correct what a prompt does not read by delta alone, of heads of 64 or 128 channels in pages of "
-                         "halves and of codes by channel; use --prefill-correction none")
+    if correction and not fast:
+        raise ValueError("CUDA kernels correct what a prompt does not read of heads of 64 or 128 channels in pages of halves and of codes "
+                         "by channel; use --prefill-correction none")
     if fast:
         found.append(decode or _decode(a, sequences, slots))
     if fast and tokens > 1:
-        found += [*([] if listed else [write(a, tokens, MORE_ROWS)]), _prefill(a, tokens, sequences, listed),
-                  *(_delta(a, tokens, sequences, slots) if correction else [])]
+        prefill = _tail(a, tokens, sequences, slots) if correction == TAIL else [_prefill(a, tokens, sequences, listed)]
+        found += [*([] if listed else [write(a, tokens, MORE_ROWS)]), *prefill,
+                  *(_delta(a, tokens, sequences, slots) if correction == DELTA else [])]
     elif not fast:
         found += [write(a, tokens, ONE_ROW | MORE_ROWS), _rows(a, tokens, slots)]
     return found + attention_mass.launches(a, most)
@@ -133,17 +138,27 @@ def write(a: dict[str, int], tokens: int, which: int) -> Launch:
 
 
 def _prefill(a, tokens, sequences, listed):
-    group, depth = a["num_heads"] // a["kv_heads"], a["head_dim"]
-
-    def tiles(rows):
-        each = rows // group  # tokens of a block
-        return -(-tokens // (min(QUERY_BLOCK, 1 << each.bit_length() - 1) if listed else each))
-    rows, name = QUERY_ROWS, "prefill"
-    if tiles(rows) * a["kv_heads"] * sequences <= processors():  # smaller blocks give each processor two
+    depth, rows, name = a["head_dim"], QUERY_ROWS, "prefill"
+    if _tiles(a, tokens, rows, listed) * a["kv_heads"] * sequences <= processors():  # smaller blocks give each processor two
         rows, name = SHORT_ROWS, "short_prefill"
-    shared = _prefill_shared(depth)
+    grid, shared = (_tiles(a, tokens, rows, listed), a["kv_heads"], sequences), _prefill_shared(depth)
     kernel = compile.function("attention_prefill", f"{name}_{depth}", shared)
-    return Launch(kernel, (tiles(rows), a["kv_heads"], sequences), PREFILL_THREADS, (*call_args(a), np.int64(0)), shared, overlap=True)
+    return Launch(kernel, grid, PREFILL_THREADS, (*call_args(a), np.int64(0)), shared, overlap=True)
+
+
+def _tail(a, tokens, sequences, slots) -> list[Launch]:
+    """Pages that lists leave out count as their means."""
+    depth, heads, pages = a["head_dim"], a["kv_heads"], min(a["cache.max_pages"], -(-slots // PAGE))
+    args, shared = (*call_args(a), np.int64(a["batch.chunks"]), np.int64(a["workspace"])), _prefill_shared(depth)
+    attend = compile.function("attention_tail", f"tail_prefill_{depth}", shared)
+    return [Launch(compile.function("attention_tail", "page_means"), (pages, heads, sequences), 128, args, overlap=True),
+            Launch(attend, (_tiles(a, tokens, SHORT_ROWS, True), heads, sequences), PREFILL_THREADS, args, shared, overlap=True)]
+
+
+def _tiles(a, tokens, rows, listed) -> int:
+    """Blocks of so many rows."""
+    each = rows // (a["num_heads"] // a["kv_heads"])  # tokens of a block
+    return -(-tokens // (min(QUERY_BLOCK, 1 << each.bit_length() - 1) if listed else each))
 
 
 def _prefill_shared(head_dim: int) -> int:
