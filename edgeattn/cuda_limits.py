@@ -33,17 +33,15 @@ class Pages:
 
 def cache_refusal(options: CacheOptions) -> str:
     """Why a cache with these options cannot be kept there; "" where it can."""
-    asked = [flag for flag, found in (
-        (f"--kv-storage {options.storage}", options.storage != "kivi"),
-        ("--kv-progressive", options.progressive > 0)) if found]
-    return f"{' and '.join(asked)} cannot run on the GPU yet: leave out, or use --device cpu" if asked else ""
+    asked = f"--kv-storage {options.storage}" if options.storage != "kivi" else ""
+    return f"{asked} cannot run on the GPU yet: leave out, or use --device cpu" if asked else ""
 
 
 def decode_refusal(policy, heads: int = 1, kv_heads: int = 1, pages: Pages = Pages()) -> str:
     """Why a decode policy's page selection cannot run there."""
     layer = next((i for i, source in enumerate(policy.sources(8)) if source == i), 7)
     scores = {about.get("score") for name, about in policy.operators(layer)}
-    if policy.thresholds or policy.means or not scores <= set(SCORES):
+    if not scores <= set(SCORES):
         return "the GPU's kernels do not score pages in this way yet"
     if pages.rotated and policy.index:
         return "the GPU's kernels have no bounds of rotated keys yet"
@@ -73,9 +71,13 @@ def _pages_refusal(what, pages, depths, fragments):
     return ""
 
 
+def _heads_refusal(heads, kv_heads):
+    return f"the GPU's kernels take {HEADS} query heads a KV head at most" if heads > HEADS * kv_heads else ""
+
+
 def _sizes_refusal(heads, kv_heads, pages, most):
-    if heads > HEADS * kv_heads:
-        return f"the GPU's kernels take {HEADS} query heads a KV head at most"
+    if why := _heads_refusal(heads, kv_heads):
+        return why
     return f"the GPU's kernels choose among {most * PAGE:,} tokens at most, the cache may hold {pages.count * PAGE:,}" \
         if pages.count > most else ""
 
@@ -94,7 +96,8 @@ def asked_refusal(options: CacheOptions, sparse, prefill) -> str:
 
 def check(options: CacheOptions, about: dict, nodes: Iterable = ()) -> None:
     """ValueError: a model (edgeattn.json's "model", the nodes of its graph) or a cache that cannot be on the GPU."""
-    for why in (model_refusal(about, nodes), cache_refusal(options)):
+    progressive = options.progressive and _heads_refusal(about["num_heads"], about["kv_heads"])
+    for why in (model_refusal(about, nodes), cache_refusal(options), progressive and f"--kv-progressive: {progressive}: leave it out"):
         if why:
             raise ValueError(why)
 

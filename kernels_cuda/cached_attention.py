@@ -1,18 +1,18 @@
 """Attention over a paged cache for a whole batch; see the reference. Decode is one launch: the kernel that the cache's pages ask for
 rotates, writes the new tokens, attends and merges. Prefill writes first. What tensor cores do not take, attention_rows.cu does; what
-eviction wants to know, attention_mass.cu."""
+eviction wants to know, attention_mass.cu; decode that reads pages in part is attention_in_part.cu."""
 import numpy as np
 
-from edgeattn.kernels_cuda import attention_mass, compile, device, exchange
+from edgeattn.kernels_cuda import attention_in_part, attention_mass, compile, device, exchange
 from edgeattn.kernels_cuda.attention_call import (BLOCKS, CALL, HEADS, MOST_PLACES, attribute, call_args, partial_bytes, processors,
                                                   ranges_of)
+from edgeattn.kernels_cuda.attention_in_part import IN_PART
 from edgeattn.kernels_cuda.page_pool import ANY, FIELDS, HALVES, INT4, MIXED, POOLS
 from edgeattn.kernels_cuda.paged_cache import PagedCache
 from edgeattn.kernels_cuda.steps import Launch, gangs_at_once
 from edgeattn.page_formats import PAGE, PageFormat
 
-LATER = "selection.thresholds", "cache.progressive"  # what only the CPU does
-ARGS = (*CALL, "cache.kinds", "cache.exchange", "batch.chunks", "prefill.correction", *attention_mass.MASS, *LATER)
+ARGS = (*CALL, "cache.kinds", "cache.exchange", "batch.chunks", "prefill.correction", *attention_mass.MASS, *IN_PART)
 DECODE = {HALVES: "f16", INT4: "int4", MIXED: "mixed"}
 ONE_ROW, MORE_ROWS = 1, 2
 FEWEST_BLOCKS = 8  # of a KV head, where they merge together
@@ -57,26 +57,28 @@ def workspace_bytes(tensors, attributes, rows, threads) -> int:
 
 def launches(a: dict[str, int], most: dict, decode: Launch | None = None) -> list[Launch]:
     """decode: what takes the place of the kernel that serves sequences with one token (chosen_attention.py)."""
-    if asked := [name for name in LATER if a[name]]:
-        raise ValueError(f"CUDA attention does not do this yet: {', '.join(asked)}; run with --device cpu")
     if a["head_dim"] > MOST_DEPTH:
         raise ValueError(f"CUDA kernels take heads of at most {MOST_DEPTH} channels, got {a['head_dim']}; run on the CPU with --device cpu")
     sequences, tokens, slots = most[a["batch.sequences"]], most[a["q.rows"]], most["slots"]
     group = a["num_heads"] // a["kv_heads"]
     fast = takes_heads(a["head_dim"], group) and takes_fragments(a["cache.kinds"], a["cache.keys_rotated"])
     found, listed = [], most.get("listed", False)  # then who chose has written the new tokens of prompts
+    in_part = attention_in_part.asked(a, most)
     correction = a["prefill.correction"] if listed else NONE
     if correction and not fast:
         raise ValueError("CUDA kernels correct what a prompt does not read of heads of 64 or 128 channels in pages of halves and of codes "
                          "by channel; use --prefill-correction none")
-    if fast:
+    if fast and in_part:
+        found += [write(a, tokens, ONE_ROW), attention_in_part.launch(a, sequences, slots)]
+    elif fast:
         found.append(decode or _decode(a, sequences, slots))
     if fast and tokens > 1:
         prefill = _tail(a, tokens, sequences, slots) if correction == TAIL else [_prefill(a, tokens, sequences, listed)]
         found += [*([] if listed else [write(a, tokens, MORE_ROWS)]), *prefill,
                   *(_delta(a, tokens, sequences, slots) if correction == DELTA else [])]
     elif not fast:
-        found += [write(a, tokens, ONE_ROW | MORE_ROWS), _rows(a, tokens, slots)]
+        found += [write(a, tokens, ONE_ROW | MORE_ROWS)] + ([_rows(a, tokens, slots, MORE_ROWS)] if in_part and tokens > 1 else [])
+        found.append(attention_in_part.launch(a, sequences, slots) if in_part else _rows(a, tokens, slots, ONE_ROW | MORE_ROWS))
     return found + attention_mass.launches(a, most)
 
 
@@ -176,12 +178,12 @@ def _delta(a, tokens, sequences, slots) -> list[Launch]:
             Launch(compile.function("attention_prefill", "add_shifts"), (blocks, heads, sequences), depth, args, overlap=True)]
 
 
-def _rows(a, tokens, slots):
+def _rows(a, tokens, slots, which):
     """Float32, for pages of any format."""
     parts = -(-(a["num_heads"] // a["kv_heads"]) // HEADS)
     if tokens * a["kv_heads"] * parts > MOST_PLACES:
         raise ValueError(f"a chunk of {tokens} tokens is too long for {a['kv_heads']} KV heads; choose a smaller --ubatch-size")
     ranges = ranges_of(tokens * a["kv_heads"] * parts, slots)
     kernel = compile.function("attention_rows", "attend_rows", ROWS_SHARED)
-    args = (*call_args(a), np.int64(ranges))
+    args = (*call_args(a), np.int64(which), np.int64(ranges))
     return Launch(kernel, (a["kv_heads"] * parts * ranges, tokens, 1), 128, args, ROWS_SHARED, overlap=True)

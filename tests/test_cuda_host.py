@@ -237,8 +237,7 @@ def test_launches_of_every_bucket(monkeypatch, nano_int4, cache, choosing, prefi
 
 # ---- what is refused -------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize("options, said", [
-    (dict(storage="hadamard", k_type="int4", v_type="int4"), "--kv-storage hadamard"),
-    (dict(k_type="int8", v_type="int8", progressive=0.5), "--kv-progressive")])
+    (dict(storage="hadamard", k_type="int4", v_type="int4"), "--kv-storage hadamard")])
 def test_caches_that_only_the_cpu_keeps(options, said):
     why = cache_refusal(CacheOptions(**options))
     assert said in why and "--device cpu" in why and "\n" not in why
@@ -253,7 +252,7 @@ def test_caches_that_a_gpu_keeps(kind):
 
 @pytest.mark.parametrize("name, works", [("auto", True), ("quest", True), ("tidal_decode", True), ("sink_window", True), ("oracle", True),
                                          ("less_is_more", True), ("delta", True), ("infllm", True), ("landmark", True), ("loki", True),
-                                         ("magic_pig", True), ("hisa", True), ("top_theta", False)])
+                                         ("magic_pig", True), ("hisa", True), ("top_theta", True)])
 def test_decode_policies(name, works):
     assert (not decode_refusal(load_policy("decode", name), 32, 8)) == works
     assert decode_refusal(load_policy("decode", name), 72, 8)
@@ -279,7 +278,6 @@ def test_devices_by_name(monkeypatch):
 @pytest.mark.parametrize("line, said", [
     (["generate", "-p", "x", "--device", "cuda", "--kv-storage", "hadamard"], "--kv-storage hadamard cannot run on the GPU"),
     (["generate", "-p", "x", "--device", "cuda", "--sparse-prefill", "hip"], "--sparse-prefill hip: the GPU has no kernels"),
-    (["generate", "-p", "x", "--device", "cuda", "--sparse-attention", "top_theta"], "--sparse-attention top_theta: the GPU's kernels"),
     (["calibrate", "--device", "cuda"], "on the CPU"), (["chat", "--device", "tpu"], "invalid choice"),
     (["generate", "-p", "x", "--device", "cuda"], "no NVIDIA driver"), (["verify", "FOLDER", "--device", "cuda"], "no NVIDIA driver")])
 def test_commands_say_it_in_one_line(edgeattn, monkeypatch, nano_int4, line, said):
