@@ -12,16 +12,16 @@ class DeviceSequence:
     on the device alone; the host only says from which page on they are void. Counts travel with each call (device_batch.py).
 
     Attention mass is added up on the device and taken apart on the host, where tokens are dropped: fetch() brings it here, and the next
-    upload() takes it there again. Slots that no token is in are zero there. So does how certain the last step was (`confidence`), which
-    forks and sessions take along. What stands for dropped tokens (`compensation`) changes here alone, and goes there with the same
-    upload. Sums of values are made there alone, anew where tokens have moved."""
+    upload() takes it there again. Slots that no token is in are zero there. So go how certain the last step was (`confidence`) and sums of
+    values (`value_sums`), which forks take along. What stands for dropped tokens (`compensation`) changes here alone, and goes there with
+    the same upload."""
 
     def __init__(self, sequence, stream):
         """sequence: a cache/sequence.py Sequence; only its arrays are held, so that it can be dropped."""
         xp = device.cupy()
         self._host, self._stream = sequence.tables, stream
         self._counts, self._compensation = sequence.counts, sequence.compensation
-        self._fetched = {"mass": sequence.mass, "confidence": sequence.confidence}
+        self._fetched = {name: getattr(sequence, name) for name in ("mass", "confidence", "value_sums")}
         with stream:
             self._held = {"tables": xp.full(sequence.tables.shape, -1, np.int32)}
             for name in ("selection", "index", "indexed", "mass", "compensation", "confidence", "value_sums"):
@@ -29,7 +29,6 @@ class DeviceSequence:
                 if array is not None:
                     self._held[name] = xp.zeros(array.shape, array.dtype)
         self._good = np.full(sequence.counts.shape, NEVER, np.int32)  # pages whose index is not void
-        self._unsummed = np.zeros(sequence.counts.shape, bool)           # heads whose sums of values are void
         self._changed, self._void, self._rekeyed = (0, 0), False, False
         self._ahead, self._moved = set(), sequence.length > 0  # what has changed there; whether what is dropped has here
         if sequence.length:  # a fork: what was selected for the other one is made anew
@@ -51,9 +50,10 @@ class DeviceSequence:
 
     def void(self, head=..., page: int | np.ndarray = 0) -> None:
         self._good[head] = np.minimum(self._good[head], page)
-        self._unsummed[head] = True
         self._void = True
         self.fetch()
+        if "value_sums" in self._held:
+            self._fetched["value_sums"][head] = 0
         self._moved = True
 
     def rekeyed(self, heads: np.ndarray, pages: np.ndarray) -> None:
@@ -61,7 +61,7 @@ class DeviceSequence:
         self._rekeyed = True
 
     def fetch(self) -> None:
-        """Bring the sequence's mass and confidence up to date, once what was enqueued is done."""
+        """Bring the sequence's arrays up to date, once what was enqueued is done."""
         with self._stream:
             for name in self._ahead:
                 self._fetched[name][...] = self._held[name].get()
@@ -81,9 +81,6 @@ class DeviceSequence:
                     self._held["selection"][..., SLOTS] = 0
                 if "indexed" in self._held:
                     xp.minimum(self._held["indexed"], xp.asarray(self._good), out=self._held["indexed"])
-                if "value_sums" in self._held:
-                    self._held["value_sums"][xp.asarray(self._unsummed)] = 0
-            self._unsummed[:] = False
             self._good[:], self._void, self._rekeyed = NEVER, False, False
         if self._moved:
             with self._stream:
@@ -91,9 +88,9 @@ class DeviceSequence:
                     mass = self._fetched["mass"]
                     used = np.arange(mass.shape[-1]) < self._counts[..., None]
                     self._held["mass"].set(np.where(used, mass, np.float32(0)))
-                if "confidence" in self._held:
-                    self._held["confidence"].set(self._fetched["confidence"])
+                for name in {"confidence", "value_sums"} & self._held.keys():
+                    self._held[name].set(self._fetched[name])
                 if "compensation" in self._held:
                     self._held["compensation"].set(self._compensation)
             self._moved = False
-        self._ahead |= {"mass" if probes else "", "confidence"} & self._held.keys()
+        self._ahead |= {"mass" if probes else "", "confidence", "value_sums"} & self._held.keys()

@@ -30,12 +30,13 @@ def tokens(n):
 @pytest.fixture
 def load(monkeypatch, nano_int4):
     """load("cuda"), load("cpu"): the same model with the same options."""
-    def loaded(device, cache="f16", sparse=None, budget=None, eviction="auto", heads="none", **more):
+    def loaded(device, cache="f16", sparse=None, budget=None, eviction="auto", heads="none", progressive=0.0, **more):
         if device == "cuda":
             monkeypatch.setattr(runtime, "make_backend", lambda name: make_backend(monkeypatch))
         k, _, v = cache.partition("/")
-        options = dict(cache=CacheOptions(k, v or k, budget=budget, eviction=eviction, heads=heads), ctx_size=1024, ubatch=128, threads=1,
-                       sparse=sparse or SparseOptions("off"), prefill=PrefillOptions("off"))
+        kept = CacheOptions(k, v or k, budget=budget, eviction=eviction, heads=heads, progressive=progressive)
+        options = dict(cache=kept, ctx_size=1024, ubatch=128, threads=1, sparse=sparse or SparseOptions("off"),
+                       prefill=PrefillOptions("off"))
         model = Model.load(nano_int4, device=device, **options | more)
         monkeypatch.setattr(runtime, "make_backend", devices.make_backend)
         return model

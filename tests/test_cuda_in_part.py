@@ -98,7 +98,7 @@ class InPart(Case):
             self.cache.read = lambda s: (self.coarse(s, read(s)[0]), read(s)[1])
         if part is not None:
             self.choose(part, beta)  # before the newest token is there
-        out, left_out, before = self.run(part is not None, means), [], self.sums.get()
+        out, left_out, sums = self.run(part is not None, means), [], self.sums.get()
         for s, (weights, v) in enumerate(self.weights()):
             weights, pages = weights[:, :, 0], -(-self.cache.lengths[s] // PAGE)
             kept = np.ones((len(v), pages), bool)
@@ -112,8 +112,8 @@ class InPart(Case):
                 mean = (values * there).sum(1) / there.sum(1)
                 expected = expected + (weights - left).sum(-1, keepdims=True) * mean[:, None]
                 for h in np.flatnonzero(~kept.all(1)):
-                    assert (before[s, h, :2] == (values.shape[1], there[h].sum())).all()
-                    np.testing.assert_allclose(before[s, h, 2:], (values[h] * there[h]).sum(0), rtol=0, atol=1e-3)
+                    assert (sums[s, h, :2] == (values.shape[1], there[h].sum())).all()
+                    np.testing.assert_allclose(sums[s, h, 2:], (values[h] * there[h]).sum(0), rtol=0, atol=1e-3)
             np.testing.assert_allclose(out[s], expected, rtol=0, atol=1e-4)
             if self.certain is not None:
                 np.testing.assert_allclose(self.confidence.get()[s], weights[..., :values.shape[1]].max(-1).min(-1), rtol=1e-3)
