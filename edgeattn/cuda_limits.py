@@ -133,7 +133,7 @@ def matrix_lines() -> list[str]:
     works, reads = ([name for name in policy_names(kind) if not refusal(load_policy(kind, name))]
                     for kind, refusal in (("decode", decode_refusal), ("prefill", prefill_refusal)))
     return [f"--device cuda: --kv-storage kivi --kv-heads none {' '.join(policy_names('heads'))} --kv-eviction none "
-            f"{' '.join(evictions())} {RELEASING}, any -ctk and -ctv",
+            f"{' '.join(evictions())} {RELEASING}, any -ctk and -ctv, --kv-progressive",
             f"--device cuda: --sparse-attention off {' '.join(works)}; --sparse-prefill off {' '.join(reads)}, each with "
             "--prefill-correction tail and delta",
             "all other methods are refused there before a model is loaded"]
