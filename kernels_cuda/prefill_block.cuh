@@ -2,7 +2,8 @@
 #pragma once
 #include "prefill_parts.cuh"
 
-enum Way { PLAIN, FIRSTS, TAIL };  // rows read what they see or lists name; the first ones of blocks everything; lists, and means of the rest
+// Rows read what they see, or lists name; the first ones of blocks everything; what lists name and means of the rest.
+enum Way { PLAIN, FIRSTS, TAIL };
 #define LOG2_PAGE 5.0f
 
 // What a way needs besides. Of FIRSTS: where partial results lie; of TAIL: `means`.
@@ -74,10 +75,11 @@ template <int D, int M, Way WAY> __device__ __forceinline__ void prefill(const C
     };
     auto load_keys = [&](int step) {
 #pragma unroll
-        for (int half = 0; half < 2 && step < steps; half++)
-            if (of_means(2 * step + half))
-                mean_keys<D>(next[half], left.place(2 * step + half - named), shared.keys[half], shared.slots[step % 2] + 32 * half);
-            else part_keys<D>(call, next[half], 2 * step + half < reads.page_count, half, shared.keys[half], shared.slots[step % 2] + 32 * half);
+        for (int half = 0; half < 2 && step < steps; half++) {
+            int* slots = shared.slots[step % 2] + 32 * half;
+            if (of_means(2 * step + half)) mean_keys<D>(next[half], left.place(2 * step + half - named), shared.keys[half], slots);
+            else part_keys<D>(call, next[half], 2 * step + half < reads.page_count, half, shared.keys[half], slots);
+        }
         cp_async_commit();
     };
     auto load_values = [&](int step) {

@@ -104,7 +104,8 @@ class InPart(Case):
             kept = np.ones((len(v), pages), bool)
             if part is not None and s not in self.dense:
                 kept = self.passing(s, max(-(-pages // self.ranges), 16))
-            tokens = np.pad(np.repeat(kept, PAGE, 1)[:, :self.cache.lengths[s]], ((0, 0), (0, self.means is not None)), constant_values=True)
+            tokens = np.repeat(kept, PAGE, 1)[:, :self.cache.lengths[s]]
+            tokens = np.pad(tokens, ((0, 0), (0, self.means is not None)), constant_values=True)
             left = np.where(tokens[:, None], weights, 0)
             expected, values = left @ v, self.cache.read(s)[1]
             if means:

@@ -199,7 +199,7 @@ def test_delta_adds_what_the_first_query_of_a_block_lacked(name, options, shape,
 @pytest.mark.parametrize("whole", [False, True])
 @pytest.mark.parametrize("types", ["f16", "int4", "int3"])
 @pytest.mark.parametrize("shape, lengths, new, listed", [*SHAPES[:4], ((4, 1, 64), [1200, 60, 1100], [40, 1, 33], [0, 2])])
-@pytest.mark.parametrize("name, options", [("auto", LITTLE), ("minference", {"n_v": 12, "n_s": 102, "recent": 0})])
+@pytest.mark.parametrize("name, options", [("auto", LITTLE), ("minference", {"n_v": 40, "n_s": 102, "recent": 0})])
 def test_tail_counts_what_is_left_out_as_its_mean(name, options, shape, lengths, new, listed, types, whole):
     """Of pages, but for those of which single keys are read."""
     policy, scale = load_policy("prefill", name, options), shape[2] ** -0.5
