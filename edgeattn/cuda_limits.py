@@ -33,17 +33,15 @@ class Pages:
 
 def cache_refusal(options: CacheOptions) -> str:
     """Why a cache with these options cannot be kept there; "" where it can."""
-    asked = [flag for flag, found in (
-        (f"--kv-storage {options.storage}", options.storage != "kivi"),
-        ("--kv-progressive", options.progressive > 0)) if found]
-    return f"{' and '.join(asked)} cannot run on the GPU yet: leave out, or use --device cpu" if asked else ""
+    asked = f"--kv-storage {options.storage}" if options.storage != "kivi" else ""
+    return f"{asked} cannot run on the GPU yet: leave out, or use --device cpu" if asked else ""
 
 
 def decode_refusal(policy, heads: int = 1, kv_heads: int = 1, pages: Pages = Pages()) -> str:
     """Why a decode policy's page selection cannot run there."""
     layer = next((i for i, source in enumerate(policy.sources(8)) if source == i), 7)
     scores = {about.get("score") for name, about in policy.operators(layer)}
-    if policy.thresholds or policy.means or not scores <= set(SCORES):
+    if not scores <= set(SCORES):
         return "the GPU's kernels do not score pages in this way yet"
     if pages.rotated and policy.index:
         return "the GPU's kernels have no bounds of rotated keys yet"
@@ -55,14 +53,12 @@ def prefill_refusal(policy, correction: str | None = None, heads: int = 1, kv_he
     kernels = [import_module(f"edgeattn.kernels_cuda.{name}") for name, _ in policy.operators()]
     if not kernels:
         return "the GPU has no kernels that choose in this way yet"
-    if (correction := correction or policy.correction) == "tail":
-        return "of --prefill-correction the GPU has none and delta yet"
     if why := _sizes_refusal(heads, kv_heads, pages, prefill_call.MOST_PAGES):
         return why
     found = [_pages_refusal("that choose in this way", pages, kernel.HEAD_DIMS, kernel.FRAGMENTS)
              for kernel in kernels if hasattr(kernel, "HEAD_DIMS")]
-    if correction == "delta":
-        found.append(_pages_refusal("of --prefill-correction delta", pages, DEPTHS, True))
+    if (correction := correction or policy.correction) != "none":
+        found.append(_pages_refusal(f"of --prefill-correction {correction}", pages, DEPTHS, True))
     return next(filter(None, found), "")
 
 
@@ -75,9 +71,13 @@ def _pages_refusal(what, pages, depths, fragments):
     return ""
 
 
+def _heads_refusal(heads, kv_heads):
+    return f"the GPU's kernels take {HEADS} query heads a KV head at most" if heads > HEADS * kv_heads else ""
+
+
 def _sizes_refusal(heads, kv_heads, pages, most):
-    if heads > HEADS * kv_heads:
-        return f"the GPU's kernels take {HEADS} query heads a KV head at most"
+    if why := _heads_refusal(heads, kv_heads):
+        return why
     return f"the GPU's kernels choose among {most * PAGE:,} tokens at most, the cache may hold {pages.count * PAGE:,}" \
         if pages.count > most else ""
 
@@ -96,7 +96,8 @@ def asked_refusal(options: CacheOptions, sparse, prefill) -> str:
 
 def check(options: CacheOptions, about: dict, nodes: Iterable = ()) -> None:
     """ValueError: a model (edgeattn.json's "model", the nodes of its graph) or a cache that cannot be on the GPU."""
-    for why in (model_refusal(about, nodes), cache_refusal(options)):
+    progressive = options.progressive and _heads_refusal(about["num_heads"], about["kv_heads"])
+    for why in (model_refusal(about, nodes), cache_refusal(options), progressive and f"--kv-progressive: {progressive}: leave it out"):
         if why:
             raise ValueError(why)
 
@@ -132,7 +133,7 @@ def matrix_lines() -> list[str]:
     works, reads = ([name for name in policy_names(kind) if not refusal(load_policy(kind, name))]
                     for kind, refusal in (("decode", decode_refusal), ("prefill", prefill_refusal)))
     return [f"--device cuda: --kv-storage kivi --kv-heads none {' '.join(policy_names('heads'))} --kv-eviction none "
-            f"{' '.join(evictions())} {RELEASING}, any -ctk and -ctv",
+            f"{' '.join(evictions())} {RELEASING}, any -ctk and -ctv, --kv-progressive",
             f"--device cuda: --sparse-attention off {' '.join(works)}; --sparse-prefill off {' '.join(reads)}, each with "
-            "--prefill-correction delta",
+            "--prefill-correction tail and delta",
             "all other methods are refused there before a model is loaded"]

@@ -69,8 +69,7 @@ class DeviceBatch(Batch):
 
     def arguments(self) -> dict[str, int]:
         """What CUDA kernels do not read is 0, which some of them look at."""
-        none = ("confidence", "value_sums", *(() if self._compensated else ("compensation",)),
-                *(() if self.holds_lists else ("prefill_lists",)))
+        none = (*(() if self._compensated else ("compensation",)), *(() if self.holds_lists else ("prefill_lists",)))
         return super().arguments() | {f"batch.{name}": 0 for name in none} | {"batch.chunks": self.address(self.chunks)}
 
     @property

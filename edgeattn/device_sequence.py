@@ -12,23 +12,25 @@ class DeviceSequence:
     on the device alone; the host only says from which page on they are void. Counts travel with each call (device_batch.py).
 
     Attention mass is added up on the device and taken apart on the host, where tokens are dropped: fetch() brings it here, and the next
-    upload() takes it there again. Slots that no token is in are zero there. What stands for dropped tokens (`compensation`) changes here
-    alone, and goes there with the same upload."""
+    upload() takes it there again. Slots that no token is in are zero there. So go how certain the last step was (`confidence`) and sums of
+    values (`value_sums`), which forks take along. What stands for dropped tokens (`compensation`) changes here alone, and goes there with
+    the same upload."""
 
     def __init__(self, sequence, stream):
         """sequence: a cache/sequence.py Sequence; only its arrays are held, so that it can be dropped."""
         xp = device.cupy()
         self._host, self._stream = sequence.tables, stream
-        self._mass, self._counts, self._compensation = sequence.mass, sequence.counts, sequence.compensation
+        self._counts, self._compensation = sequence.counts, sequence.compensation
+        self._fetched = {name: getattr(sequence, name) for name in ("mass", "confidence", "value_sums")}
         with stream:
             self._held = {"tables": xp.full(sequence.tables.shape, -1, np.int32)}
-            for name in ("selection", "index", "indexed", "mass", "compensation"):
+            for name in ("selection", "index", "indexed", "mass", "compensation", "confidence", "value_sums"):
                 array = getattr(sequence, name)
                 if array is not None:
                     self._held[name] = xp.zeros(array.shape, array.dtype)
         self._good = np.full(sequence.counts.shape, NEVER, np.int32)  # pages whose index is not void
         self._changed, self._void, self._rekeyed = (0, 0), False, False
-        self._added, self._moved = False, sequence.length > 0  # whether mass was added to there, or what is dropped changed here
+        self._ahead, self._moved = set(), sequence.length > 0  # what has changed there; whether what is dropped has here
         if sequence.length:  # a fork: what was selected for the other one is made anew
             self.relisted(0, sequence.tables.shape[-1])
 
@@ -50,6 +52,8 @@ class DeviceSequence:
         self._good[head] = np.minimum(self._good[head], page)
         self._void = True
         self.fetch()
+        if "value_sums" in self._held:
+            self._fetched["value_sums"][head] = 0
         self._moved = True
 
     def rekeyed(self, heads: np.ndarray, pages: np.ndarray) -> None:
@@ -57,11 +61,11 @@ class DeviceSequence:
         self._rekeyed = True
 
     def fetch(self) -> None:
-        """Bring the sequence's mass up to date, once what was enqueued is done."""
-        if self._added:
-            with self._stream:
-                self._mass[...] = self._held["mass"].get()
-            self._added = False
+        """Bring the sequence's arrays up to date, once what was enqueued is done."""
+        with self._stream:
+            for name in self._ahead:
+                self._fetched[name][...] = self._held[name].get()
+        self._ahead.clear()
 
     def upload(self, send, probes: bool) -> None:
         """send(rows, first, last, address): copies columns of rows of int32 to an array of the same shape on the device. probes: whether
@@ -81,9 +85,12 @@ class DeviceSequence:
         if self._moved:
             with self._stream:
                 if "mass" in self._held:
-                    used = np.arange(self._mass.shape[-1]) < self._counts[..., None]
-                    self._held["mass"].set(np.where(used, self._mass, np.float32(0)))
+                    mass = self._fetched["mass"]
+                    used = np.arange(mass.shape[-1]) < self._counts[..., None]
+                    self._held["mass"].set(np.where(used, mass, np.float32(0)))
+                for name in {"confidence", "value_sums"} & self._held.keys():
+                    self._held[name].set(self._fetched[name])
                 if "compensation" in self._held:
                     self._held["compensation"].set(self._compensation)
             self._moved = False
-        self._added |= probes and "mass" in self._held
+        self._ahead |= {"mass" if probes else "", "confidence", "value_sums"} & self._held.keys()

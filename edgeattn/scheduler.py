@@ -112,11 +112,12 @@ class Scheduler:
         """What kernels need to reach the selection, under the names used in ARGS."""
         source = self.sources[layer]
         group = {"selection.group": -1 if source is None else self.groups.index(source)}
+        dense = self.thresholds is None or layer < self.policy.dense_layers
         if self._backend:
             vectors = 0 if self.components is None else self._backend.address(self.components)
             return group | {"selection.shares": self._backend.address(self.shares), "selection.components": vectors,
-                            "selection.thresholds": 0, "selection.stats": self._backend.address(self._counters)}
-        dense = self.thresholds is None or layer < self.policy.dense_layers
+                            "selection.thresholds": 0 if dense else self._backend.address(self.thresholds[layer]),
+                            "selection.stats": self._backend.address(self._counters)}
         return group | {"selection.shares": self.shares.ctypes.data,
                 "selection.components": 0 if self.components is None else self.components.ctypes.data,
                 "selection.thresholds": 0 if dense else self.thresholds[layer].ctypes.data,

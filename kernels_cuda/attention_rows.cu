@@ -2,7 +2,8 @@
 // channels, head sizes other than 64 and 128. And new tokens into their pages, where decode does not write them itself.
 // attend_rows: a block is one row of queries, up to 8 heads of a KV head's group and a range of what they read; a lane is a cached token.
 //   grid   (kv_heads * parts * ranges, rows)   parts: of 8 heads;  block 128 threads
-// write_tokens: grid (kv_heads, rows). which: 1 rows of sequences that have one, 2 of those that have more, 3 all
+// write_tokens: grid (kv_heads, rows)
+// which: 1 rows of sequences that have one, 2 of those that have more, 3 all
 #include "attention_merge.cuh"
 #include "attention_reads.cuh"
 #include "page_values.cuh"
@@ -29,7 +30,7 @@ struct Rows {
     float q[HEADS][MOST_DEPTH], out[4][HEADS][MOST_DEPTH], weights[4][HEADS][32], tops[4][HEADS], sums[4][HEADS];
 };
 
-KERNEL attend_rows(CALL_PARAMETERS i64 ranges)
+KERNEL attend_rows(CALL_PARAMETERS i64 which, i64 ranges)
 {
     DYNAMIC_SHARED(float4, memory);
     Rows& shared = *reinterpret_cast<Rows*>(memory);
@@ -40,6 +41,7 @@ KERNEL attend_rows(CALL_PARAMETERS i64 ranges)
     const int range = blockIdx.x / (int)call.kv_heads / parts;
     if (row >= call.tokens()) return;
     const int s = sequence_of(call, row), rows = call.rows(s);
+    if (!(which & (rows == 1 ? 1 : 2))) return;
     const int heads = min(HEADS, group - HEADS * part), first = head * group + HEADS * part;
     const int high = call.slots(s, head) - rows + row - call.first_row(s) + 1, low = call.first_visible(high - 1);
     const Reads reads(call, s, head, row, low, high);

@@ -1,18 +1,18 @@
 """Attention over a paged cache for a whole batch; see the reference. Decode is one launch: the kernel that the cache's pages ask for
 rotates, writes the new tokens, attends and merges. Prefill writes first. What tensor cores do not take, attention_rows.cu does; what
-eviction wants to know, attention_mass.cu."""
+eviction wants to know, attention_mass.cu; decode that reads pages in part is attention_in_part.cu."""
 import numpy as np
 
-from edgeattn.kernels_cuda import attention_mass, compile, device, exchange
+from edgeattn.kernels_cuda import attention_in_part, attention_mass, compile, device, exchange
 from edgeattn.kernels_cuda.attention_call import (BLOCKS, CALL, HEADS, MOST_PLACES, attribute, call_args, partial_bytes, processors,
                                                   ranges_of)
+from edgeattn.kernels_cuda.attention_in_part import IN_PART
 from edgeattn.kernels_cuda.page_pool import ANY, FIELDS, HALVES, INT4, MIXED, POOLS
 from edgeattn.kernels_cuda.paged_cache import PagedCache
 from edgeattn.kernels_cuda.steps import Launch, gangs_at_once
-from edgeattn.page_formats import PageFormat
+from edgeattn.page_formats import PAGE, PageFormat
 
-LATER = "selection.thresholds", "cache.progressive"  # what only the CPU does
-ARGS = (*CALL, "cache.kinds", "cache.exchange", "batch.chunks", "prefill.correction", *attention_mass.MASS, *LATER)
+ARGS = (*CALL, "cache.kinds", "cache.exchange", "batch.chunks", "prefill.correction", *attention_mass.MASS, *IN_PART)
 DECODE = {HALVES: "f16", INT4: "int4", MIXED: "mixed"}
 ONE_ROW, MORE_ROWS = 1, 2
 FEWEST_BLOCKS = 8  # of a KV head, where they merge together
@@ -23,6 +23,7 @@ ROWS_SHARED = 4 * (5 * HEADS * 256 + 4 * HEADS * 34)  # attention_rows.cu, Rows
 MOST_DEPTH, DEPTHS = 256, (64, 128)  # channels of a head: of attention_rows.cu, on tensor cores
 MOST_GRID = (1 << 16) - 1  # blocks of a grid's second dimension: tokens
 QUERY_ROWS, SHORT_ROWS, QUERY_BLOCK, KEYS, PREFILL_THREADS = 128, 64, 64, 64, 128  # attention_prefill.cu
+MEANS_BYTES = 128             # attention_tail.cu: of 32 pages, a KV head and a channel
 NONE, TAIL, DELTA = range(3)  # what makes good what a prompt does not read (prefill_lists.py)
 MOST_FIRST_RANGES = 32        # with which partial results of a prompt's first rows fit where decode's do
 
@@ -47,31 +48,37 @@ def attend(cache: PagedCache, q, k, v, cos, sin, positions, *, extra: dict | Non
 
 
 def workspace_bytes(tensors, attributes, rows, threads) -> int:
+    """attributes["pages"]: of all sequences that have lists; without it as many as of a page list."""
     sizes = rows, *(int(attributes[name]) for name in ("num_heads", "kv_heads", "head_dim"))
-    return max(partial_bytes(*sizes), attention_mass.workspace_bytes(*sizes))
+    pages = int(attributes.get("pages", attributes.get("cache.max_pages", 0))) if attributes.get("prefill.correction") == TAIL else 0
+    means = -(-pages // PAGE) * MEANS_BYTES * sizes[2] * sizes[3]
+    return max(partial_bytes(*sizes), attention_mass.workspace_bytes(*sizes), means)
 
 
 def launches(a: dict[str, int], most: dict, decode: Launch | None = None) -> list[Launch]:
     """decode: what takes the place of the kernel that serves sequences with one token (chosen_attention.py)."""
-    if asked := [name for name in LATER if a[name]]:
-        raise ValueError(f"CUDA attention does not do this yet: {', '.join(asked)}; run with --device cpu")
     if a["head_dim"] > MOST_DEPTH:
         raise ValueError(f"CUDA kernels take heads of at most {MOST_DEPTH} channels, got {a['head_dim']}; run on the CPU with --device cpu")
     sequences, tokens, slots = most[a["batch.sequences"]], most[a["q.rows"]], most["slots"]
     group = a["num_heads"] // a["kv_heads"]
     fast = takes_heads(a["head_dim"], group) and takes_fragments(a["cache.kinds"], a["cache.keys_rotated"])
     found, listed = [], most.get("listed", False)  # then who chose has written the new tokens of prompts
+    in_part = attention_in_part.asked(a, most)
     correction = a["prefill.correction"] if listed else NONE
-    if correction == TAIL or correction and not fast:
-        raise ValueError("CUDA kernels correct what a prompt does not read by delta alone, of heads of 64 or 128 channels in pages of "
-                         "halves and of codes by channel; use --prefill-correction none")
-    if fast:
+    if correction and not fast:
+        raise ValueError("CUDA kernels correct what a prompt does not read of heads of 64 or 128 channels in pages of halves and of codes "
+                         "by channel; use --prefill-correction none")
+    if fast and in_part:
+        found += [write(a, tokens, ONE_ROW), attention_in_part.launch(a, sequences, slots)]
+    elif fast:
         found.append(decode or _decode(a, sequences, slots))
     if fast and tokens > 1:
-        found += [*([] if listed else [write(a, tokens, MORE_ROWS)]), _prefill(a, tokens, sequences, listed),
-                  *(_delta(a, tokens, sequences, slots) if correction else [])]
+        prefill = _tail(a, tokens, sequences, slots) if correction == TAIL else [_prefill(a, tokens, sequences, listed)]
+        found += [*([] if listed else [write(a, tokens, MORE_ROWS)]), *prefill,
+                  *(_delta(a, tokens, sequences, slots) if correction == DELTA else [])]
     elif not fast:
-        found += [write(a, tokens, ONE_ROW | MORE_ROWS), _rows(a, tokens, slots)]
+        found += [write(a, tokens, ONE_ROW | MORE_ROWS)] + ([_rows(a, tokens, slots, MORE_ROWS)] if in_part and tokens > 1 else [])
+        found.append(attention_in_part.launch(a, sequences, slots) if in_part else _rows(a, tokens, slots, ONE_ROW | MORE_ROWS))
     return found + attention_mass.launches(a, most)
 
 
@@ -133,17 +140,27 @@ def write(a: dict[str, int], tokens: int, which: int) -> Launch:
 
 
 def _prefill(a, tokens, sequences, listed):
-    group, depth = a["num_heads"] // a["kv_heads"], a["head_dim"]
-
-    def tiles(rows):
-        each = rows // group  # tokens of a block
-        return -(-tokens // (min(QUERY_BLOCK, 1 << each.bit_length() - 1) if listed else each))
-    rows, name = QUERY_ROWS, "prefill"
-    if tiles(rows) * a["kv_heads"] * sequences <= processors():  # smaller blocks give each processor two
+    depth, rows, name = a["head_dim"], QUERY_ROWS, "prefill"
+    if _tiles(a, tokens, rows, listed) * a["kv_heads"] * sequences <= processors():  # smaller blocks give each processor two
         rows, name = SHORT_ROWS, "short_prefill"
-    shared = _prefill_shared(depth)
+    grid, shared = (_tiles(a, tokens, rows, listed), a["kv_heads"], sequences), _prefill_shared(depth)
     kernel = compile.function("attention_prefill", f"{name}_{depth}", shared)
-    return Launch(kernel, (tiles(rows), a["kv_heads"], sequences), PREFILL_THREADS, (*call_args(a), np.int64(0)), shared, overlap=True)
+    return Launch(kernel, grid, PREFILL_THREADS, (*call_args(a), np.int64(0)), shared, overlap=True)
+
+
+def _tail(a, tokens, sequences, slots) -> list[Launch]:
+    """Pages that lists leave out count as their means."""
+    depth, heads, pages = a["head_dim"], a["kv_heads"], min(a["cache.max_pages"], -(-slots // PAGE))
+    args, shared = (*call_args(a), np.int64(a["batch.chunks"]), np.int64(a["workspace"])), _prefill_shared(depth)
+    attend = compile.function("attention_tail", f"tail_prefill_{depth}", shared)
+    return [Launch(compile.function("attention_tail", "page_means"), (pages, heads, sequences), 128, args, overlap=True),
+            Launch(attend, (_tiles(a, tokens, SHORT_ROWS, True), heads, sequences), PREFILL_THREADS, args, shared, overlap=True)]
+
+
+def _tiles(a, tokens, rows, listed) -> int:
+    """Blocks of so many rows."""
+    each = rows // (a["num_heads"] // a["kv_heads"])  # tokens of a block
+    return -(-tokens // (min(QUERY_BLOCK, 1 << each.bit_length() - 1) if listed else each))
 
 
 def _prefill_shared(head_dim: int) -> int:
@@ -161,12 +178,12 @@ def _delta(a, tokens, sequences, slots) -> list[Launch]:
             Launch(compile.function("attention_prefill", "add_shifts"), (blocks, heads, sequences), depth, args, overlap=True)]
 
 
-def _rows(a, tokens, slots):
+def _rows(a, tokens, slots, which):
     """Float32, for pages of any format."""
     parts = -(-(a["num_heads"] // a["kv_heads"]) // HEADS)
     if tokens * a["kv_heads"] * parts > MOST_PLACES:
         raise ValueError(f"a chunk of {tokens} tokens is too long for {a['kv_heads']} KV heads; choose a smaller --ubatch-size")
     ranges = ranges_of(tokens * a["kv_heads"] * parts, slots)
     kernel = compile.function("attention_rows", "attend_rows", ROWS_SHARED)
-    args = (*call_args(a), np.int64(ranges))
+    args = (*call_args(a), np.int64(which), np.int64(ranges))
     return Launch(kernel, (a["kv_heads"] * parts * ranges, tokens, 1), 128, args, ROWS_SHARED, overlap=True)

@@ -3,7 +3,7 @@
 //   choose_by_means  the lists. A block chooses for the query heads of a KV head together, by the mean of their softmax over pages; scores
 //                    [num_heads][query blocks of all sequences][max_pages] float32 are its scratch.
 //                    Grid (query blocks, kv_heads, sequences), block CHOICE_THREADS, shared: 5 bytes a page
-#include "page_values.cuh"
+#include "page_means.cuh"
 #include "prefill_means.cuh"
 
 KERNEL mean_keys(CALL_PARAMETERS CHOICE_PARAMETERS i64 means)
@@ -18,28 +18,7 @@ KERNEL mean_keys(CALL_PARAMETERS CHOICE_PARAMETERS i64 means)
     if (tokens <= 0) return;
     const int entry = call.table(s, head)[number];
     float* to = at<float>(means) + ((here.page_place + number) * call.kv_heads + head) * depth;
-    for (int c = threadIdx.x; c < depth; c += blockDim.x) {
-        float sum = 0;
-        if (entry >= 0) {
-            const Page page(call.pools, entry);
-            if (page.kind(K_KIND) == F16) {
-                const uint4* row = at<uint4>(page.place(K) + 2 * PAGE * c);
-#pragma unroll
-                for (int i = 0; i < 4; i++) {
-                    const uint4 x = row[i];
-                    const u32 words[4] = {x.x, x.y, x.z, x.w};
-#pragma unroll
-                    for (int j = 0; j < 4; j++) {
-                        const float2 two = halves_to_floats(words[j]);
-                        sum += 8 * i + 2 * j < tokens ? two.x : 0;
-                        sum += 8 * i + 2 * j + 1 < tokens ? two.y : 0;
-                    }
-                }
-            } else
-                for (int t = 0; t < tokens; t++) sum += key_at(page, depth, c, t);
-        }
-        to[c] = sum / tokens;
-    }
+    for (int c = threadIdx.x; c < depth; c += blockDim.x) to[c] = entry < 0 ? 0 : mean_key(Page(call.pools, entry), depth, c, tokens);
 }
 
 // fraction: bits of a double, so that a limit is what Python's floats say

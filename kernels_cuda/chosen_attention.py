@@ -7,7 +7,8 @@ import numpy as np
 from edgeattn.arguments import CODES
 from edgeattn.kernels_cuda import attention_call, cached_attention, compile, exchange
 from edgeattn.kernels_cuda.attention_call import BLOCKS, CALL, HEADS, call_args, processors
-from edgeattn.kernels_cuda.cached_attention import LATER, block_bytes, ring_bytes
+from edgeattn.kernels_cuda.attention_in_part import asked
+from edgeattn.kernels_cuda.cached_attention import block_bytes, ring_bytes
 from edgeattn.kernels_cuda.page_pool import INT4, MIXED
 from edgeattn.kernels_cuda.paged_cache import HEADER
 from edgeattn.kernels_cuda.select_pages import SELECTION
@@ -38,7 +39,7 @@ class Plan:
 
 def takes(choice: dict, a: dict, most: dict) -> bool:
     """Whether the steps select_pages and cached_attention with these arguments become one in a bucket."""
-    if not (most.get("sparse") and a["cache.exchange"]) or any(choice[name] != a[name] for name in SAME) or any(a[name] for name in LATER):
+    if not (most.get("sparse") and a["cache.exchange"]) or any(choice[name] != a[name] for name in SAME) or asked(a, most):
         return False
     bounds = choice["score"] == CODES["bound"] and choice["combine"] == CODES["head"] and not choice["selection.width"]
     return (bounds and 0 <= as_f32(choice["reach"]) <= MOST_REACH and not choice["selection.components"]

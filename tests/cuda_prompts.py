@@ -6,7 +6,7 @@ from prefill_driver import structured
 
 from edgeattn.kernels_cuda.prefill_call import LIST_ROW, QUERIES, list_ints, most_blocks
 from edgeattn.page_formats import PAGE, PageFormat
-from edgeattn.prefill_corrections import delta
+from edgeattn.prefill_corrections import delta, tail
 from edgeattn.prefill_lists import CORRECTIONS
 from edgeattn.prefill_plan import PrefillPlan, attend
 
@@ -68,7 +68,7 @@ class Prompts:
         for name, attributes in policy.operators():
             kernel = import_module(f"edgeattn.kernels_cuda.{name}")
             launches += self.cache.launches(kernel, self.tensors, self.about | attributes | own, extra)
-        launches += self.cache.launches(cached_attention, self.tensors, self.about, extra)
+        launches += self.cache.launches(cached_attention, self.tensors, self.about | {"pages": own["pages"]}, extra)
         self.cache.bucket = bucket
         steps.run(launches)
         xp.cuda.get_current_stream().synchronize()
@@ -106,6 +106,8 @@ class Prompts:
         expected = attend(self.q[s].astype(np.float64), k, v, plan, scale)
         if correction == "delta":
             expected = delta(*expected, self.q[s], k, v, scale)
+        elif correction == "tail":
+            expected = tail(*expected, self.q[s], k, v, plan, scale)
         return np.linalg.norm(self.rows(s, out) - expected[0]) / np.linalg.norm(expected[0])
 
     def keys(self, s):

@@ -18,7 +18,8 @@ def test_every_operator_with_a_kernel_has_its_sources():
     assert {name for name in OPS if not kernels[name].exists()} == CPU_ALONE
     launched = {name: set(re.findall(r'compile\.function\("(\w+)"', kernels[name].read_text())) for name in set(OPS) - CPU_ALONE}
     launched["embedding"] = launched["gather_rows"]  # the same under the names of a table
-    others = *compile.HERE.glob("cho*.py"), *(compile.HERE / f"{name}.py" for name in ("move_tokens", "attention_mass", "page_scores"))
+    names = "move_tokens", "attention_mass", "attention_in_part", "page_scores"
+    others = *compile.HERE.glob("cho*.py"), *(compile.HERE / f"{name}.py" for name in names)
     launched |= {path.stem: set(re.findall(r'compile\.function\("(\w+)"', path.read_text())) for path in others}
     for name, sources in launched.items():
         assert sources, f"{name}.py launches nothing"

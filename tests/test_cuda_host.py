@@ -30,12 +30,13 @@ def tokens(n):
 @pytest.fixture
 def load(monkeypatch, nano_int4):
     """load("cuda"), load("cpu"): the same model with the same options."""
-    def loaded(device, cache="f16", sparse=None, budget=None, eviction="auto", heads="none", **more):
+    def loaded(device, cache="f16", sparse=None, budget=None, eviction="auto", heads="none", progressive=0.0, **more):
         if device == "cuda":
             monkeypatch.setattr(runtime, "make_backend", lambda name: make_backend(monkeypatch))
         k, _, v = cache.partition("/")
-        options = dict(cache=CacheOptions(k, v or k, budget=budget, eviction=eviction, heads=heads), ctx_size=1024, ubatch=128, threads=1,
-                       sparse=sparse or SparseOptions("off"), prefill=PrefillOptions("off"))
+        kept = CacheOptions(k, v or k, budget=budget, eviction=eviction, heads=heads, progressive=progressive)
+        options = dict(cache=kept, ctx_size=1024, ubatch=128, threads=1, sparse=sparse or SparseOptions("off"),
+                       prefill=PrefillOptions("off"))
         model = Model.load(nano_int4, device=device, **options | more)
         monkeypatch.setattr(runtime, "make_backend", devices.make_backend)
         return model
@@ -190,7 +191,7 @@ def launches_of(monkeypatch, model):
 
 @pytest.mark.parametrize("cache, choosing, prefill", [
     ("f16", "means", ("auto", {"budget": 64})), ("int8", "antidiagonals", ("xattention", {})), ("int4", "excess", ("sale", {})),
-    ("int4", "lines", ("minference", {}, "delta")), ("f16", "spans", ("streaming", {})), ("int8", "ranks", ("dhsa", {})),
+    ("int4", "lines", ("minference", {}, "delta")), ("f16", "spans", ("streaming", {})), ("int8", "ranks", ("dhsa", {}, "tail")),
     ("int8", "crossings", ("dhsa", {"mode": "vs"})), ("f16", "crossings", ("dhsa", {"mode": "vsb"})),
     ("int4", "samples", ("flex_prefill", {})), ("int8", "likeness", ("sparge_attn", {"similarity": 0.3})),
     ("f16", "samples", ("sample_attention", {}, "delta"))])
@@ -217,7 +218,9 @@ def test_launches_of_every_bucket(monkeypatch, nano_int4, cache, choosing, prefi
     chosen = f"choose_by_{choosing}"
     for bucket, launches in made.items():
         names = [launch.function.name for launch in launches]
-        assert (chosen in names) == bucket.listed and ("add_shifts" in names) == (bucket.listed and len(prefill) > 2)
+        corrected = (*prefill, "none")[2] if bucket.listed else "none"
+        assert (chosen in names) == bucket.listed
+        assert ("add_shifts" in names) == (corrected == "delta") and ("page_means" in names) == (corrected == "tail")
         assert names.count("write_tokens") == sum(name.endswith("prefill_64") for name in names)
         names = {launch.function.name for launch in launches}
         assert all(min(launch.grid) > 0 for launch in launches)
@@ -235,8 +238,7 @@ def test_launches_of_every_bucket(monkeypatch, nano_int4, cache, choosing, prefi
 
 # ---- what is refused -------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize("options, said", [
-    (dict(storage="hadamard", k_type="int4", v_type="int4"), "--kv-storage hadamard"),
-    (dict(k_type="int8", v_type="int8", progressive=0.5), "--kv-progressive")])
+    (dict(storage="hadamard", k_type="int4", v_type="int4"), "--kv-storage hadamard")])
 def test_caches_that_only_the_cpu_keeps(options, said):
     why = cache_refusal(CacheOptions(**options))
     assert said in why and "--device cpu" in why and "\n" not in why
@@ -251,7 +253,7 @@ def test_caches_that_a_gpu_keeps(kind):
 
 @pytest.mark.parametrize("name, works", [("auto", True), ("quest", True), ("tidal_decode", True), ("sink_window", True), ("oracle", True),
                                          ("less_is_more", True), ("delta", True), ("infllm", True), ("landmark", True), ("loki", True),
-                                         ("magic_pig", True), ("hisa", True), ("top_theta", False)])
+                                         ("magic_pig", True), ("hisa", True), ("top_theta", True)])
 def test_decode_policies(name, works):
     assert (not decode_refusal(load_policy("decode", name), 32, 8)) == works
     assert decode_refusal(load_policy("decode", name), 72, 8)
@@ -267,7 +269,6 @@ def test_devices_by_name(monkeypatch):
 @pytest.mark.parametrize("line, said", [
     (["generate", "-p", "x", "--device", "cuda", "--kv-storage", "hadamard"], "--kv-storage hadamard cannot run on the GPU"),
     (["generate", "-p", "x", "--device", "cuda", "--sparse-prefill", "hip"], "--sparse-prefill hip: the GPU has no kernels"),
-    (["generate", "-p", "x", "--device", "cuda", "--sparse-attention", "top_theta"], "--sparse-attention top_theta: the GPU's kernels"),
     (["calibrate", "--device", "cuda"], "on the CPU"), (["chat", "--device", "tpu"], "invalid choice"),
     (["generate", "-p", "x", "--device", "cuda"], "no NVIDIA driver"), (["verify", "FOLDER", "--device", "cuda"], "no NVIDIA driver")])
 def test_commands_say_it_in_one_line(edgeattn, monkeypatch, nano_int4, line, said):

@@ -35,8 +35,9 @@ def test_what_gives_way_and_what_does_not():
     assert "8 query heads" in dense and "8 query heads" in whole
     with pytest.raises(ValueError, match="--device cpu"):
         check(CacheOptions(), ABOUT | {"head_dim": 512})
-    with pytest.raises(ValueError, match="--kv-progressive"):
-        check(CacheOptions("int8", "int8", progressive=0.5), ABOUT)
+    check(CacheOptions("int8", "int8", progressive=0.5), ABOUT)
+    with pytest.raises(ValueError, match="--kv-progressive: .* 8 query heads"):
+        check(CacheOptions("int8", "int8", progressive=0.5), ABOUT | {"kv_heads": 2})
 
 
 def test_contexts_and_chunks_of_a_length():
@@ -52,6 +53,8 @@ def test_contexts_and_chunks_of_a_length():
 @pytest.mark.parametrize("method, correction, pages, said", [
     ("minference", None, Pages(80), "64 or 128 channels, this model's have 80"), ("xattention", None, Pages(96), "have 96"),
     ("sale", None, Pages(256), "have 256"), ("streaming", "delta", Pages(80), "--prefill-correction delta take heads of 64 or 128"),
+    ("streaming", "tail", Pages(80), "--prefill-correction tail take heads of 64 or 128"),
+    ("auto", "tail", Pages(128, ANY), "--prefill-correction tail read"), ("sale", "tail", Pages(64, INT4), ""),
     ("minference", None, Pages(64, ANY), "caches of f16"), ("xattention", None, Pages(64, INT4, rotated=True), "caches of f16"),
     ("auto", "delta", Pages(128, ANY), "--prefill-correction delta read"), ("minference", "delta", Pages(80), "choose in this way"),
     ("auto", None, Pages(80, ANY), ""), ("moa", None, Pages(256, ANY), ""), ("dhsa", None, Pages(96, INT4, rotated=True), ""),
@@ -69,9 +72,9 @@ def test_bounds_of_rotated_keys():
 def test_what_is_asked_for_by_name_is_refused_without_a_model():
     off = SparseOptions("off"), PrefillOptions("off")
     assert not asked_refusal(CacheOptions(), *AUTO) and not asked_refusal(CacheOptions(), *off)
-    assert asked_refusal(CacheOptions(), SparseOptions("top_theta"), off[1]).startswith("--sparse-attention top_theta: ")
+    assert not asked_refusal(CacheOptions("int8", "int8", progressive=0.5), SparseOptions("top_theta"), off[1])
     assert asked_refusal(CacheOptions(), off[0], PrefillOptions("hip")).endswith("use --sparse-prefill off")
-    assert "--prefill-correction" in asked_refusal(CacheOptions(), off[0], PrefillOptions("streaming", correction="tail"))
+    assert not asked_refusal(CacheOptions(), off[0], PrefillOptions("streaming", correction="tail"))
     options = CacheOptions(storage="hadamard", k_type="int4", v_type="int4")
     assert "--kv-storage hadamard" in asked_refusal(options, SparseOptions("top_theta"), off[1])
 

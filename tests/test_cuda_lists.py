@@ -47,8 +47,8 @@ def test_a_call_tells_which_prompts_read_lists(monkeypatch):
     ("sparge_attn", {"mode": "cdf", "similarity": 0.6}, True), ("sparge_attn", {"skip": 10.0}, False)])
 def test_prefill_policies(name, options, works):
     policy = load_policy("prefill", name, options)
-    assert (not prefill_refusal(policy)) == (not prefill_refusal(policy, "delta")) == works
-    assert prefill_refusal(policy, "tail") and prefill_refusal(policy, None, 72, 8)
+    assert {not prefill_refusal(policy, correction) for correction in (None, "tail", "delta")} == {works}
+    assert prefill_refusal(policy, None, 72, 8)
     said = matrix_lines()[1].split(";")[1].split(",")[0].split()
     assert (name in said) == (not prefill_refusal(load_policy("prefill", name)))
 

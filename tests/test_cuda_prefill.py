@@ -196,11 +196,27 @@ def test_delta_adds_what_the_first_query_of_a_block_lacked(name, options, shape,
         assert s not in listed or found[s].density() > 0.7 or prompts.close(s, out, found[s], scale) > 0.1
 
 
-def test_only_delta_corrects():
-    with pytest.raises(ValueError, match="by delta alone"):
-        Prompts("f16", 8, 2, 64, [300], [70], [0], False).run(load_policy("prefill", "auto"), "tail")
+@pytest.mark.parametrize("whole", [False, True])
+@pytest.mark.parametrize("types", ["f16", "int4", "int3"])
+@pytest.mark.parametrize("shape, lengths, new, listed", [*SHAPES[:4], ((4, 1, 64), [1200, 60, 1100], [40, 1, 33], [0, 2])])
+@pytest.mark.parametrize("name, options", [("auto", LITTLE), ("minference", {"n_v": 40, "n_s": 102, "recent": 0})])
+def test_tail_counts_what_is_left_out_as_its_mean(name, options, shape, lengths, new, listed, types, whole):
+    """Of pages, but for those of which single keys are read."""
+    policy, scale = load_policy("prefill", name, options), shape[2] ** -0.5
+    prompts = Prompts(types, *shape, lengths, new, listed, whole, even=True)
+    found, out, _ = prompts.run(policy, "tail")
+    for s, n in enumerate(new):
+        every = PrefillPlan(np.ones((1, *causal(n, lengths[s] + n).shape), bool), None, n, lengths[s] + n)
+        plan, correction = (found[s], "tail") if s in listed else (every, "none")
+        plain, error = (prompts.close(s, out, plan, scale, correction=way) for way in ("none", correction))
+        print(f"{error:.4f}, without {plain:.4f}; read {plan.density():.2f}")
+        assert error < 2e-3 and (s not in listed or plan.density() > 0.7 or plain > 0.05)
+
+
+@pytest.mark.parametrize("correction", ["tail", "delta"])
+def test_heads_that_are_not_corrected(correction):
     with pytest.raises(ValueError, match="of heads of 64 or 128"):
-        Prompts("f16", 8, 2, 80, [300], [70], [0], False).run(load_policy("prefill", "auto"), "delta")
+        Prompts("f16", 8, 2, 80, [300], [70], [0], False).run(load_policy("prefill", "auto"), correction)
 
 
 @pytest.mark.parametrize("kind, head_dim", [("f16", 64), ("f16", 80), ("f32", 128)])

@@ -189,7 +189,8 @@ def test_greedy_generation_in_place_is_that_of_fetched_logits(load, nano_int4, t
     ("auto", {"budget": 128, "least": 64, "fraction": 0.1, "recent": 1}, None), ("xattention", {"tau": 0.5}, None),
     ("sale", {"threshold": 3, "bits": 8}, None),  # as the GPU scans
     ("minference", {"n_v": 60, "n_s": 50, "recent": 0}, None), ("dhsa", {"density": 0.2}, None), ("moa", {"beta": 0.2}, None),
-    ("streaming", {"sink": 1, "recent": 2}, None), ("streaming", {"sink": 1, "recent": 2}, "delta")])
+    ("streaming", {"sink": 1, "recent": 2}, None), ("streaming", {"sink": 1, "recent": 2}, "delta"),
+    ("streaming", {"sink": 1, "recent": 2}, "tail")])
 @pytest.mark.parametrize("cache", ["f16", "int4"])
 def test_a_prompt_that_reads_a_part(load, nano_int4, text, cache, method, options, correction):
     found, read = [], []

@@ -11,7 +11,7 @@ import tiny
 from cuda_device import needs_cuda
 from same_drops import SameDrops
 
-from edgeattn import principal_components, runtime
+from edgeattn import calibrate_thresholds, principal_components, runtime
 from edgeattn.cache import release as releasing
 from edgeattn.cache.options import CacheOptions
 from edgeattn.exporters.export import export
@@ -93,6 +93,24 @@ def test_decode_that_selects(folder, cache):
     assert error(got[1], expected[1]) < error(dense, expected[1]) / 2
 
 
+@pytest.mark.parametrize("way", ["certain", "thresholds"])
+def test_decode_that_reads_pages_in_part(folder, monkeypatch, way):
+    """Eight pages, whose values one range reads: of each query head those of the best page. Of keys the upper four bits, behind the first
+    step."""
+    curves = np.zeros((2, 4, 2), np.float32)
+    curves[..., 0] = 99
+    monkeypatch.setattr(calibrate_thresholds, "load_thresholds", lambda folder, config: curves)
+    cache, sparse = CacheOptions("int8", "int8", window=32, progressive=0.001 if way == "certain" else 0), DENSE
+    if way == "thresholds":
+        sparse = SparseOptions("top_theta", {"dense_layers": 1, "means": False}, 0)
+    prompt, decoded = RNG.integers(3, 150, 240), RNG.integers(3, 150, 8)
+    found = [run(model, prompt, decoded)[2] for model in both(folder, cache, sparse)]
+    dense = run(both(folder, CacheOptions("int8", "int8", window=32))[1], prompt, decoded)[2]
+    apart, whole = error(found[1], found[0]), error(dense, found[0])
+    print(f"{way}: {apart:.4f}, of what reads everything {whole:.4f}")
+    assert apart < CLOSE["int8"] and apart < whole / 1.5
+
+
 @pytest.fixture(scope="module")
 def deep(tmp_path_factory):
     """Four layers, so that some read what others have chosen."""
@@ -151,7 +169,7 @@ def test_rows_of_an_index_are_the_cpu_s(deep, monkeypatch):
     ("flex_prefill", {"gamma": 0.3, "tau": 1.0, "budget": 0, "recent": 0}, None),
     ("sample_attention", {"columns": 0.1, "slashes": 0.05, "recent": 1}, None), ("sparge_attn", {"fraction": 0.3, "recent": 0}, None),
     ("dhsa", {"density": 0.2, "mode": "vs", "recent": 0}, None), ("dhsa", {"density": 0.3, "mode": "vsb", "recent": 0}, None),
-    ("streaming", {"sink": 1, "recent": 2}, "delta")])
+    ("streaming", {"sink": 1, "recent": 2}, "delta"), ("streaming", {"sink": 1, "recent": 2}, "tail")])
 @pytest.mark.parametrize("cache", ["f16", "int4"])
 def test_a_prompt_that_reads_a_part(folder, cache, method, options, correction):
     prompt, found, read = RNG.integers(3, 150, 320), [], []

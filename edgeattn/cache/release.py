@@ -67,6 +67,7 @@ def part_before(cache, sequence, page: int) -> Sequence:
     """A sequence that shares the pages before `page`; its user truncates it to 0 when done. ValueError: the page is not released."""
     if page not in released(sequence):
         raise ValueError(f"page {page} is not released")
+    sequence.fetch()
     tables = sequence.tables.copy()
     tables[:, :, page:] = RELEASED
     entries = tables[tables != RELEASED]

@@ -88,7 +88,7 @@ class Sequence:
             self.mirror.relisted(max(first, 0), self.tables.shape[-1] if last is None else last)
 
     def fetch(self) -> None:
-        """Bring `mass` up to date where a device adds to it."""
+        """Bring `mass`, `confidence` and `value_sums` up to date where a device writes them."""
         if self.mirror is not None:
             self.mirror.fetch()
 
