@@ -16,6 +16,7 @@ from edgeattn.page_formats import PAGE
 from edgeattn.policies import load_policy, policy_names
 from edgeattn.views import VIEWS
 
+STORAGES = "kivi", "hadamard", "bitnet"
 STANDARD = {op.onnx for op in OPS.values() if op.onnx} | set(VIEWS)  # nodes of ONNX's own domain
 
 
@@ -34,7 +35,7 @@ class Pages:
 def cache_refusal(options: CacheOptions) -> str:
     """Why a cache with these options cannot be kept there; "" where it can."""
     asked = [flag for flag, found in (
-        (f"--kv-storage {options.storage}", options.storage != "kivi"),
+        (f"--kv-storage {options.storage}", options.storage not in STORAGES),
         ("--kv-progressive", options.progressive > 0)) if found]
     return f"{' and '.join(asked)} cannot run on the GPU yet: leave out, or use --device cpu" if asked else ""
 
@@ -45,8 +46,8 @@ def decode_refusal(policy, heads: int = 1, kv_heads: int = 1, pages: Pages = Pag
     scores = {about.get("score") for name, about in policy.operators(layer)}
     if policy.thresholds or policy.means or not scores <= set(SCORES):
         return "the GPU's kernels do not score pages in this way yet"
-    if pages.rotated and policy.index:
-        return "the GPU's kernels have no bounds of rotated keys yet"
+    if pages.rotated and policy.index in ("components", "collisions"):
+        return "the GPU's kernels multiply rotated keys with queries alone"
     return _sizes_refusal(heads, kv_heads, pages, MOST_PAGES)
 
 
@@ -131,7 +132,7 @@ def matrix_lines() -> list[str]:
     """What runs on the GPU, for people."""
     works, reads = ([name for name in policy_names(kind) if not refusal(load_policy(kind, name))]
                     for kind, refusal in (("decode", decode_refusal), ("prefill", prefill_refusal)))
-    return [f"--device cuda: --kv-storage kivi --kv-heads none {' '.join(policy_names('heads'))} --kv-eviction none "
+    return [f"--device cuda: --kv-storage {' '.join(STORAGES)} --kv-heads none {' '.join(policy_names('heads'))} --kv-eviction none "
             f"{' '.join(evictions())} {RELEASING}, any -ctk and -ctv",
             f"--device cuda: --sparse-attention off {' '.join(works)}; --sparse-prefill off {' '.join(reads)}, each with "
             "--prefill-correction delta",

@@ -30,11 +30,11 @@ def tokens(n):
 @pytest.fixture
 def load(monkeypatch, nano_int4):
     """load("cuda"), load("cpu"): the same model with the same options."""
-    def loaded(device, cache="f16", sparse=None, budget=None, eviction="auto", heads="none", **more):
+    def loaded(device, cache="f16", sparse=None, budget=None, eviction="auto", heads="none", storage="kivi", **more):
         if device == "cuda":
             monkeypatch.setattr(runtime, "make_backend", lambda name: make_backend(monkeypatch))
         k, _, v = cache.partition("/")
-        options = dict(cache=CacheOptions(k, v or k, budget=budget, eviction=eviction, heads=heads), ctx_size=1024, ubatch=128, threads=1,
+        options = dict(cache=CacheOptions(k, v or k, storage, budget, eviction, heads=heads), ctx_size=1024, ubatch=128, threads=1,
                        sparse=sparse or SparseOptions("off"), prefill=PrefillOptions("off"))
         model = Model.load(nano_int4, device=device, **options | more)
         monkeypatch.setattr(runtime, "make_backend", devices.make_backend)
@@ -235,7 +235,7 @@ def test_launches_of_every_bucket(monkeypatch, nano_int4, cache, choosing, prefi
 
 # ---- what is refused -------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize("options, said", [
-    (dict(storage="hadamard", k_type="int4", v_type="int4"), "--kv-storage hadamard"),
+    (dict(storage="akvq", k_type="int4", v_type="int4"), "--kv-storage akvq"),
     (dict(k_type="int8", v_type="int8", progressive=0.5), "--kv-progressive")])
 def test_caches_that_only_the_cpu_keeps(options, said):
     why = cache_refusal(CacheOptions(**options))
@@ -275,7 +275,7 @@ def test_devices_by_name(monkeypatch):
 
 
 @pytest.mark.parametrize("line, said", [
-    (["generate", "-p", "x", "--device", "cuda", "--kv-storage", "hadamard"], "--kv-storage hadamard cannot run on the GPU"),
+    (["generate", "-p", "x", "--device", "cuda", "--kv-storage", "akvq"], "--kv-storage akvq cannot run on the GPU"),
     (["generate", "-p", "x", "--device", "cuda", "--sparse-prefill", "hip"], "--sparse-prefill hip: the GPU has no kernels"),
     (["generate", "-p", "x", "--device", "cuda", "--sparse-attention", "top_theta"], "--sparse-attention top_theta: the GPU's kernels"),
     (["calibrate", "--device", "cuda"], "on the CPU"), (["chat", "--device", "tpu"], "invalid choice"),

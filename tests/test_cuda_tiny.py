@@ -61,6 +61,19 @@ def test_prompt_and_decode(folder, cache):
         assert error(a, b) < CLOSE[cache]
 
 
+@pytest.mark.parametrize("storage, types", [("hadamard", "int2"), ("bitnet", "int3")])
+def test_other_ways_to_quantise(folder, storage, types):
+    """Nearer to the same on the CPU than that is to pages that are not quantised."""
+    prompt, decoded, found = RNG.integers(3, 150, 250), RNG.integers(3, 150, 40), []
+    k, _, v = types.partition("/")
+    for model in (*both(folder, CacheOptions(k, v or k, storage)), both(folder, CacheOptions("f16", "f16"))[0]):
+        a, *rows = run(model, prompt, decoded)
+        found.append(np.concatenate(rows)[64:])  # from where pages are sealed
+    apart, exact = error(found[1], found[0]), error(found[2], found[0])
+    print(f"{storage} {types}: {apart:.4f}, of what is not quantised {exact:.4f}")
+    assert apart < min(exact / 3, 0.15)
+
+
 @pytest.mark.parametrize("precision, group", [("int2", 64), ("int3", 32)])
 def test_weights_of_few_bits(folder, tmp_path, precision, group):
     export(folder.parent / "checkpoint", tmp_path / "out", precision, group)
@@ -100,6 +113,20 @@ def deep(tmp_path_factory):
     tiny.save_tiny("llama", made / "checkpoint", **SIZES, num_hidden_layers=4)
     export(made / "checkpoint", made / "out", "int4", 32)
     return made / "out"
+
+
+@pytest.mark.parametrize("method, options", [
+    ("quest", {"budget": 160}), ("hisa", {"budget": 160, "blocks": 2}), ("infllm", {"budget": 288}), ("less_is_more", {"budget": 128})])
+def test_scores_of_rotated_keys(deep, method, options):
+    """Bounds are of keys as they were before, products of both rotated."""
+    prompt, decoded = RNG.integers(3, 150, 430), RNG.integers(3, 150, 8)
+    cache, sparse = CacheOptions("int4", "int4", "hadamard"), SparseOptions(method, {"dense_layers": 0} | options, 0)
+    models = both(deep, cache, sparse)
+    (_, _, expected), (_, _, got) = (run(model, prompt, decoded) for model in models)
+    dense = run(both(deep, cache)[0], prompt, decoded)[2]
+    apart, whole = error(got, expected), error(dense, expected)
+    print(f"{method}: {apart:.4f}, dense {whole:.4f}; read {[model.scheduler.figures()['read'] for model in models]}")
+    assert apart < whole / 3
 
 
 @pytest.mark.parametrize("method, options", [
