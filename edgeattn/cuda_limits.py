@@ -16,7 +16,7 @@ from edgeattn.page_formats import PAGE
 from edgeattn.policies import load_policy, policy_names
 from edgeattn.views import VIEWS
 
-STORAGES = "kivi", "hadamard", "bitnet"
+STORAGES = "kivi", "hadamard", "bitnet", "akvq", "zipcache"
 STANDARD = {op.onnx for op in OPS.values() if op.onnx} | set(VIEWS)  # nodes of ONNX's own domain
 
 

@@ -24,11 +24,15 @@ class DevicePages(Pages):
                 if array.size:
                     array[target] = array[source]
 
-
     def move(self, parts: list[tuple[np.ndarray, np.ndarray]]) -> None:
         """As HostPages.move, where a part is tokens in the order of the text, each of which goes to an earlier slot."""
         with self._stream:
             move_tokens.run(self, parts)
+
+    def permute(self, turns: list[list[tuple[np.ndarray, np.ndarray]]]) -> None:
+        """As HostPages.permute."""
+        with self._stream:
+            move_tokens.permute(self, turns)
 
 
 class Stored:

@@ -56,12 +56,19 @@ class DeviceSequence:
         np.minimum(self._good, pages, out=self._good, where=heads)
         self._rekeyed = True
 
-    def fetch(self) -> None:
-        """Bring the sequence's mass up to date, once what was enqueued is done."""
+    def fetch(self, slots: list[slice] | None = None) -> None:
+        """Bring the sequence's mass up to date, once what was enqueued is done; of these slots alone, if any are given."""
         if self._added:
             with self._stream:
-                self._mass[...] = self._held["mass"].get()
-            self._added = False
+                for part in slots or [slice(None)]:
+                    self._mass[..., part] = self._held["mass"][..., part].get()
+            self._added = slots is not None
+
+    def reordered(self, slots: list[slice]) -> None:
+        """Mass that was fetched has changed places here."""
+        with self._stream:
+            for part in slots:
+                self._held["mass"][..., part] = device.cupy().asarray(np.ascontiguousarray(self._mass[..., part]))
 
     def upload(self, send, probes: bool) -> None:
         """send(rows, first, last, address): copies columns of rows of int32 to an array of the same shape on the device. probes: whether

@@ -66,7 +66,7 @@ def test_means_of_pages_a_part_at_a_time(load, monkeypatch, together):  # noqa: 
     assert backend.page_means(model.cache.table, depth, entries[:0]).shape == (0, 2 * depth)
 
 
-STORAGES = [("hadamard", "int4"), ("bitnet", "int3")]
+STORAGES = [("hadamard", "int4"), ("bitnet", "int3"), ("akvq", "int4"), ("zipcache", "int4")]
 
 
 @pytest.mark.parametrize("sparse", [None, QUEST], ids=["dense", "quest"])

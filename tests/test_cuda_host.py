@@ -235,7 +235,7 @@ def test_launches_of_every_bucket(monkeypatch, nano_int4, cache, choosing, prefi
 
 # ---- what is refused -------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize("options, said", [
-    (dict(storage="akvq", k_type="int4", v_type="int4"), "--kv-storage akvq"),
+    (dict(storage="delta", v_type="int4"), "--kv-storage delta"),
     (dict(k_type="int8", v_type="int8", progressive=0.5), "--kv-progressive")])
 def test_caches_that_only_the_cpu_keeps(options, said):
     why = cache_refusal(CacheOptions(**options))
@@ -275,7 +275,7 @@ def test_devices_by_name(monkeypatch):
 
 
 @pytest.mark.parametrize("line, said", [
-    (["generate", "-p", "x", "--device", "cuda", "--kv-storage", "akvq"], "--kv-storage akvq cannot run on the GPU"),
+    (["generate", "-p", "x", "--device", "cuda", "--kv-storage", "delta"], "--kv-storage delta cannot run on the GPU"),
     (["generate", "-p", "x", "--device", "cuda", "--sparse-prefill", "hip"], "--sparse-prefill hip: the GPU has no kernels"),
     (["generate", "-p", "x", "--device", "cuda", "--sparse-attention", "top_theta"], "--sparse-attention top_theta: the GPU's kernels"),
     (["calibrate", "--device", "cuda"], "on the CPU"), (["chat", "--device", "tpu"], "invalid choice"),

@@ -30,6 +30,11 @@ class HostPages(Pages):
             k[b, :, to_slot] = k[a, :, from_slot]
             v[b, to_slot] = v[a, from_slot]
 
+    def permute(self, turns: list[list[tuple[np.ndarray, np.ndarray]]]) -> None:
+        """As move, one turn after the other, where the tokens of a part change places with each other."""
+        for parts in turns:
+            self.move(parts)
+
 
 class PagePool:
     """`count` pages with reference counts. A page with one holder may be written; a shared one must be copied."""
