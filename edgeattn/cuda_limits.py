@@ -16,7 +16,6 @@ from edgeattn.page_formats import PAGE
 from edgeattn.policies import load_policy, policy_names
 from edgeattn.views import VIEWS
 
-STORAGES = "kivi", "hadamard", "bitnet", "akvq", "zipcache"
 STANDARD = {op.onnx for op in OPS.values() if op.onnx} | set(VIEWS)  # nodes of ONNX's own domain
 
 
@@ -34,10 +33,7 @@ class Pages:
 
 def cache_refusal(options: CacheOptions) -> str:
     """Why a cache with these options cannot be kept there; "" where it can."""
-    asked = [flag for flag, found in (
-        (f"--kv-storage {options.storage}", options.storage not in STORAGES),
-        ("--kv-progressive", options.progressive > 0)) if found]
-    return f"{' and '.join(asked)} cannot run on the GPU yet: leave out, or use --device cpu" if asked else ""
+    return "--kv-progressive cannot run on the GPU yet: leave out, or use --device cpu" if options.progressive else ""
 
 
 def decode_refusal(policy, heads: int = 1, kv_heads: int = 1, pages: Pages = Pages()) -> str:
@@ -132,8 +128,8 @@ def matrix_lines() -> list[str]:
     """What runs on the GPU, for people."""
     works, reads = ([name for name in policy_names(kind) if not refusal(load_policy(kind, name))]
                     for kind, refusal in (("decode", decode_refusal), ("prefill", prefill_refusal)))
-    return [f"--device cuda: --kv-storage {' '.join(STORAGES)} --kv-heads none {' '.join(policy_names('heads'))} --kv-eviction none "
-            f"{' '.join(evictions())} {RELEASING}, any -ctk and -ctv",
+    return [f"--device cuda: --kv-storage {' '.join(policy_names('storage'))} --kv-heads none {' '.join(policy_names('heads'))} "
+            f"--kv-eviction none {' '.join(evictions())} {RELEASING}, any -ctk and -ctv",
             f"--device cuda: --sparse-attention off {' '.join(works)}; --sparse-prefill off {' '.join(reads)}, each with "
             "--prefill-correction delta",
             "all other methods are refused there before a model is loaded"]

@@ -17,6 +17,10 @@ class DevicePages(Pages):
     def stored(self) -> dict[str, "Stored"]:
         return {name: Stored(array, self._stream) for name, array in self.arrays().items()}
 
+    def written(self, numbers: np.ndarray) -> np.ndarray:
+        """As HostPages.written."""
+        return Stored(self.k[:, :self.format.delta_head], self._stream)[numbers]
+
     def copy(self, source: np.ndarray, target: np.ndarray) -> None:
         with self._stream:
             source, target = (device.cupy().asarray(numbers, np.int64) for numbers in (source, target))

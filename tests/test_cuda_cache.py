@@ -66,7 +66,7 @@ def test_means_of_pages_a_part_at_a_time(load, monkeypatch, together):  # noqa: 
     assert backend.page_means(model.cache.table, depth, entries[:0]).shape == (0, 2 * depth)
 
 
-STORAGES = [("hadamard", "int4"), ("bitnet", "int3"), ("akvq", "int4"), ("zipcache", "int4")]
+STORAGES = [("hadamard", "int4"), ("bitnet", "int3"), ("akvq", "int4"), ("zipcache", "int4"), ("delta", "delta/int4")]
 
 
 @pytest.mark.parametrize("sparse", [None, QUEST], ids=["dense", "quest"])
@@ -87,6 +87,7 @@ def test_other_ways_to_quantise_are_the_cpu_s(load, tmp_path, storage, cache, sp
         kept = model.truncate(a, 200)
         got.append(model.forward([(a, ids[0][kept:350])], "all"))
         got.append(model.forward([(c, more[:1])]))
+        got += list(vars(model.cache.delta_figures(a)).values())
         model.free(b), model.free(c)
         found.append([*got, model.forward([(a, more[:70])])])
         model.free(a)

@@ -73,8 +73,8 @@ def test_what_is_asked_for_by_name_is_refused_without_a_model():
     assert asked_refusal(CacheOptions(), SparseOptions("top_theta"), off[1]).startswith("--sparse-attention top_theta: ")
     assert asked_refusal(CacheOptions(), off[0], PrefillOptions("hip")).endswith("use --sparse-prefill off")
     assert "--prefill-correction" in asked_refusal(CacheOptions(), off[0], PrefillOptions("streaming", correction="tail"))
-    options = CacheOptions(storage="delta", v_type="int4")
-    assert "--kv-storage delta" in asked_refusal(options, SparseOptions("top_theta"), off[1])
+    options = CacheOptions("int8", "int8", progressive=0.5)
+    assert "--kv-progressive" in asked_refusal(options, SparseOptions("top_theta"), off[1])
 
 
 @pytest.mark.parametrize("bits, input_major, said", [(2, 0, ""), (1, 0, "--ternary-layout panels"), (2, 1, "--ternary-layout panels")])

@@ -16,6 +16,10 @@ class HostPages(Pages):
         """The arrays as whoever saves and loads pages sees them."""
         return self.arrays()
 
+    def written(self, numbers: np.ndarray) -> np.ndarray:
+        """[pages, delta_head] uint8: Theta of pages of deltas, and which blocks were written."""
+        return self.k[numbers, :self.format.delta_head]
+
     def copy(self, source: np.ndarray, target: np.ndarray) -> None:
         for array in self.arrays().values():
             array[target] = array[source]
