@@ -100,7 +100,7 @@ def load(args: argparse.Namespace, ctx_size: int | None = None, chat: bool = Fal
     if args.device == "cuda":
         from edgeattn.cuda_limits import asked_refusal
         from edgeattn.devices import cuda_missing
-        if why := asked_refusal(cache, sparse, prefill) or cuda_missing():
+        if why := asked_refusal(sparse, prefill) or cuda_missing():
             raise ValueError(why)
     folder = exported(args.model, args.precision)
     from edgeattn.runtime import Model

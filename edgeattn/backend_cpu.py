@@ -120,6 +120,10 @@ class CpuBackend:
         k, v = self.read(table, head_dim, entries)
         return np.concatenate([k.mean(2), v.mean(1)], 1)
 
+    def key_norms(self, table, head_dim: int, entries: np.ndarray) -> np.ndarray:
+        """[pages, 32] float32: the norm of each key."""
+        return np.linalg.norm(self.read(table, head_dim, entries)[0], axis=1)
+
     def scored(self, scores, heads) -> np.ndarray:
         """What an eviction policy makes of floats()."""
         return scores(heads)

@@ -254,25 +254,42 @@ class CudaBackend:
             return read_pages.run(table, head_dim, entries)
 
     def page_means(self, table, head_dim: int, entries: np.ndarray) -> np.ndarray:
-        """As CpuBackend.page_means; pages are floats on the device a part at a time."""
-        found, each = np.empty((len(entries), 2 * head_dim), np.float32), max(1, SCORING_BYTES // (4 * PAGE * 2 * head_dim))
+        """As CpuBackend.page_means."""
+        found = np.empty((len(entries), 2 * head_dim), np.float32)
         with self.stream:
-            for first in range(0, len(entries), each):
-                part = slice(first, first + each)
-                k, v = (x.mean(axis) for x, axis in zip(self.floats(table, head_dim, entries[part]), (2, 1)))
-                found[part, :head_dim], found[part, head_dim:] = (x.get() if hasattr(x, "get") else x for x in (k, v))
+            for part, k, v in self._parts(table, head_dim, entries):
+                found[part, :head_dim], found[part, head_dim:] = _here(k.mean(2)), _here(v.mean(1))
         return found
+
+    def key_norms(self, table, head_dim: int, entries: np.ndarray) -> np.ndarray:
+        """As CpuBackend.key_norms."""
+        found = np.empty((len(entries), PAGE), np.float32)
+        with self.stream:
+            for part, k, _ in self._parts(table, head_dim, entries):
+                found[part] = _here(np.linalg.norm(k, axis=1))
+        return found
+
+    def _parts(self, table, head_dim, entries):
+        """Which pages, their keys and values: floats on the device, a part at a time."""
+        each = max(1, SCORING_BYTES // (4 * PAGE * 2 * head_dim))
+        for first in range(0, len(entries), each):
+            part = slice(first, first + each)
+            yield part, *self.floats(table, head_dim, entries[part])
 
     def scored(self, scores, heads) -> np.ndarray:
         with self.stream:
-            found = scores(heads)
-            return found.get() if hasattr(found, "get") else found
+            return _here(scores(heads))
 
     def scored_together(self, heads: int, numbers: int) -> int:
         return max(1, min(heads, SCORING_BYTES // (SCORING_COPIES * 4 * numbers)))
 
     def mirror(self, sequence) -> DeviceSequence:
         return DeviceSequence(sequence, self.stream)
+
+
+def _here(x) -> np.ndarray:
+    """An array of the device's, or one that is here already."""
+    return x.get() if hasattr(x, "get") else x
 
 
 def _power(n: int) -> int:

@@ -31,20 +31,14 @@ class Pages:
     rotated: bool = False
 
 
-def cache_refusal(options: CacheOptions) -> str:
-    """Why a cache with these options cannot be kept there; "" where it can."""
-    asked = f"--kv-storage {options.storage}" if options.storage != "kivi" else ""
-    return f"{asked} cannot run on the GPU yet: leave out, or use --device cpu" if asked else ""
-
-
 def decode_refusal(policy, heads: int = 1, kv_heads: int = 1, pages: Pages = Pages()) -> str:
     """Why a decode policy's page selection cannot run there."""
     layer = next((i for i, source in enumerate(policy.sources(8)) if source == i), 7)
     scores = {about.get("score") for name, about in policy.operators(layer)}
     if not scores <= set(SCORES):
         return "the GPU's kernels do not score pages in this way yet"
-    if pages.rotated and policy.index:
-        return "the GPU's kernels have no bounds of rotated keys yet"
+    if pages.rotated and policy.index in ("components", "collisions"):
+        return "the GPU's kernels multiply rotated keys with queries alone"
     return _sizes_refusal(heads, kv_heads, pages, MOST_PAGES)
 
 
@@ -82,10 +76,8 @@ def _sizes_refusal(heads, kv_heads, pages, most):
         if pages.count > most else ""
 
 
-def asked_refusal(options: CacheOptions, sparse, prefill) -> str:
+def asked_refusal(sparse, prefill) -> str:
     """Why what is asked for by name (SparseOptions, PrefillOptions) cannot run there, whatever the model."""
-    if why := cache_refusal(options):
-        return why
     for flag, asked, refusal in (("--sparse-attention", sparse, decode_refusal),
                                  ("--sparse-prefill", prefill, lambda policy: prefill_refusal(policy, prefill.correction))):
         policy = None if asked.method == "auto" else asked.policy()
@@ -97,7 +89,7 @@ def asked_refusal(options: CacheOptions, sparse, prefill) -> str:
 def check(options: CacheOptions, about: dict, nodes: Iterable = ()) -> None:
     """ValueError: a model (edgeattn.json's "model", the nodes of its graph) or a cache that cannot be on the GPU."""
     progressive = options.progressive and _heads_refusal(about["num_heads"], about["kv_heads"])
-    for why in (model_refusal(about, nodes), cache_refusal(options), progressive and f"--kv-progressive: {progressive}: leave it out"):
+    for why in (model_refusal(about, nodes), progressive and f"--kv-progressive: {progressive}: leave it out"):
         if why:
             raise ValueError(why)
 
@@ -132,8 +124,8 @@ def matrix_lines() -> list[str]:
     """What runs on the GPU, for people."""
     works, reads = ([name for name in policy_names(kind) if not refusal(load_policy(kind, name))]
                     for kind, refusal in (("decode", decode_refusal), ("prefill", prefill_refusal)))
-    return [f"--device cuda: --kv-storage kivi --kv-heads none {' '.join(policy_names('heads'))} --kv-eviction none "
-            f"{' '.join(evictions())} {RELEASING}, any -ctk and -ctv, --kv-progressive",
+    return [f"--device cuda: --kv-storage {' '.join(policy_names('storage'))} --kv-heads none {' '.join(policy_names('heads'))} "
+            f"--kv-eviction none {' '.join(evictions())} {RELEASING}, any -ctk and -ctv, --kv-progressive",
             f"--device cuda: --sparse-attention off {' '.join(works)}; --sparse-prefill off {' '.join(reads)}, each with "
             "--prefill-correction tail and delta",
             "all other methods are refused there before a model is loaded"]

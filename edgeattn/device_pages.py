@@ -17,6 +17,10 @@ class DevicePages(Pages):
     def stored(self) -> dict[str, "Stored"]:
         return {name: Stored(array, self._stream) for name, array in self.arrays().items()}
 
+    def written(self, numbers: np.ndarray) -> np.ndarray:
+        """As HostPages.written."""
+        return Stored(self.k[:, :self.format.delta_head], self._stream)[numbers]
+
     def copy(self, source: np.ndarray, target: np.ndarray) -> None:
         with self._stream:
             source, target = (device.cupy().asarray(numbers, np.int64) for numbers in (source, target))
@@ -24,11 +28,15 @@ class DevicePages(Pages):
                 if array.size:
                     array[target] = array[source]
 
-
     def move(self, parts: list[tuple[np.ndarray, np.ndarray]]) -> None:
         """As HostPages.move, where a part is tokens in the order of the text, each of which goes to an earlier slot."""
         with self._stream:
             move_tokens.run(self, parts)
+
+    def permute(self, turns: list[list[tuple[np.ndarray, np.ndarray]]]) -> None:
+        """As HostPages.permute."""
+        with self._stream:
+            move_tokens.permute(self, turns)
 
 
 class Stored:

@@ -60,12 +60,20 @@ class DeviceSequence:
         np.minimum(self._good, pages, out=self._good, where=heads)
         self._rekeyed = True
 
-    def fetch(self) -> None:
-        """Bring the sequence's arrays up to date, once what was enqueued is done."""
+    def fetch(self, slots: list[slice] | None = None) -> None:
+        """Bring the sequence's arrays up to date, once what was enqueued is done; the mass of these slots alone, if any are given."""
         with self._stream:
-            for name in self._ahead:
-                self._fetched[name][...] = self._held[name].get()
-        self._ahead.clear()
+            for name in self._ahead if slots is None else self._ahead & {"mass"}:
+                for part in slots or [slice(None)]:
+                    self._fetched[name][..., part] = self._held[name][..., part].get()
+        if slots is None:
+            self._ahead.clear()
+
+    def reordered(self, slots: list[slice]) -> None:
+        """Mass that was fetched has changed places here."""
+        with self._stream:
+            for part in slots:
+                self._held["mass"][..., part] = device.cupy().asarray(np.ascontiguousarray(self._fetched["mass"][..., part]))
 
     def upload(self, send, probes: bool) -> None:
         """send(rows, first, last, address): copies columns of rows of int32 to an array of the same shape on the device. probes: whether

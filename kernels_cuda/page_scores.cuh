@@ -30,13 +30,14 @@ __device__ __forceinline__ float4 four_keys(const Page& page, int depth, int qua
     return make_float4(x[0], x[1], x[2], x[3]);
 }
 
-// Queries first ... first + heads of a sequence's only row, rotated and times the scale, to shared memory. By all threads.
-__device__ __forceinline__ void prepare_queries(const Call& call, int s, int first, int heads, float* q)
+// Queries first ... first + heads of a sequence's only row, times the scale, to shared memory, turned as the cache's keys are or by their
+// position alone. By all threads.
+__device__ __forceinline__ void prepare_queries(const Call& call, int s, int first, int heads, float* q, bool as_keys = true)
 {
     const int depth = (int)call.head_dim, row = call.first_row(s);
     const float* x = at<float>(call.q) + row * call.q_stride + first * depth;
     for (int n = threadIdx.x; n < heads * depth; n += SELECT_THREADS)
         q[n] = rotated(call, x + n / depth * depth, at<i64>(call.positions)[row], n % depth) * call.scale();
-    if (call.keys_rotated) hadamard(q, heads, depth, depth);
+    if (as_keys && call.keys_rotated) hadamard(q, heads, depth, depth);
     __syncthreads();
 }

@@ -56,7 +56,8 @@ SCORING_WITH(keep_blocks, AS_PARAMETER(blocks))
     prepare_queries(call, s, head * call.group(), call.group(), turned);
     for (int b = low + part * WARPS + warp; b <= high; b += (int)parts * WARPS) {
         for (int page = max(BLOCK * b, known); rows.bounds && page < min(BLOCK * (b + 1), range.y); page++)
-            if (table[page] >= 0) make_row(Page(call.pools, table[page]), depth, rows.bounds + (i64)page * 2 * depth, lane);
+            if (table[page] >= 0)
+                make_row(Page(call.pools, table[page]), depth, call.keys_rotated, rows.bounds + (i64)page * 2 * depth, lane);
         u16* mean = rows.means + (i64)b * depth;
         if (BLOCK * (b + 1) <= range.y && BLOCK * (b + 1) > known) make_mean(call, table + BLOCK * b, mean);
         __syncwarp();
@@ -94,7 +95,7 @@ SCORING(score_kept)
     const Rows rows(a, s, head);
     const float range_counts = __int_as_float((int)a.reach);
     float* found = a.scores_of(s, head);
-    prepare_queries(call, s, head * call.group(), call.group(), turned);
+    prepare_queries(call, s, head * call.group(), call.group(), turned, false);  // as bounds are
     for (int number = range.x + part * WARPS + threadIdx.x / 32; number < range.y; number += (int)parts * WARPS) {
         if (found[number] < 0) continue;
         const Page page(call.pools, call.table(s, head)[number]);

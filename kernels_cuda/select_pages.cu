@@ -205,7 +205,8 @@ extern "C" __global__ void __launch_bounds__(SELECT_THREADS) select_pages(CALL_P
                 const int known = *a.indexed_of(s, head);
                 for (int page = max(begin, known) + threadIdx.x / 32; page < end; page += SELECT_THREADS / 32) {
                     const int entry = call.table(s, head)[page];
-                    if (entry >= 0) make_row(Page(call.pools, entry), depth, a.index_row(s, head, page), threadIdx.x % 32);
+                    if (entry >= 0)
+                        make_row(Page(call.pools, entry), depth, call.keys_rotated, a.index_row(s, head, page), threadIdx.x % 32);
                 }
                 __syncthreads();
             }

@@ -57,9 +57,10 @@ def workspace_bytes(tensors, attributes, rows, threads) -> int:
 def launches(a: dict[str, int], most: dict) -> list[Launch]:
     if a["score"] not in [CODES[name] for name in SCORES]:
         raise ValueError(f"CUDA selection scores pages by {', '.join(SCORES)}; choose a policy that does, or run with --device cpu")
-    if a["num_heads"] // a["kv_heads"] > HEADS or a["head_dim"] > 256 or a["cache.keys_rotated"] and a["selection.width"]:
-        raise ValueError(f"CUDA selection takes {HEADS} query heads a KV head and 256 channels at most, and no rotated keys; "
-                         "run with --device cpu")
+    if a["num_heads"] // a["kv_heads"] > HEADS or a["head_dim"] > 256:
+        raise ValueError(f"CUDA selection takes {HEADS} query heads a KV head and 256 channels at most; run with --device cpu")
+    if a["cache.keys_rotated"] and a["selection.components"]:
+        raise ValueError("CUDA selection multiplies rotated keys with no vectors but queries; run with --device cpu")
     if a["cache.max_pages"] > MOST_PAGES:
         raise ValueError(f"CUDA selection chooses among {MOST_PAGES} pages at most, the cache may hold {a['cache.max_pages']}; "
                          "choose a smaller --ctx-size")

@@ -117,6 +117,7 @@ def make_backend(monkeypatch):
     monkeypatch.setattr(device_sampling.sample, "launches", lambda a, most: a)
     monkeypatch.setattr(device_sampling, "run", sample)
     monkeypatch.setattr(device_pages.move_tokens, "run", HostPages.move)
+    monkeypatch.setattr(device_pages.move_tokens, "permute", HostPages.permute)
 
     class Imitation(CudaBackend):
         copies = module.cuda.runtime.copies

@@ -1,7 +1,7 @@
 """Caches of a GPU that lose tokens by head or by page: the host's part, on an imitated GPU (imitated_gpu.py)."""
 import numpy as np
 import pytest
-from test_cuda_host import load, tokens  # noqa: F401  load is a fixture
+from test_cuda_host import QUEST, load, tokens  # noqa: F401  load is a fixture
 
 from edgeattn import backend_cuda, runtime
 from edgeattn.cache import session
@@ -64,3 +64,35 @@ def test_means_of_pages_a_part_at_a_time(load, monkeypatch, together):  # noqa: 
     np.testing.assert_array_equal(found, np.concatenate([k.mean(2), v.mean(1)], 1))
     assert max(made) == together and sum(made) == len(entries) == 160
     assert backend.page_means(model.cache.table, depth, entries[:0]).shape == (0, 2 * depth)
+
+
+STORAGES = [("hadamard", "int4"), ("bitnet", "int3"), ("akvq", "int4"), ("zipcache", "int4"), ("delta", "delta/int4")]
+
+
+@pytest.mark.parametrize("sparse", [None, QUEST], ids=["dense", "quest"])
+@pytest.mark.parametrize("storage, cache", STORAGES)
+def test_other_ways_to_quantise_are_the_cpu_s(load, tmp_path, storage, cache, sparse):  # noqa: F811
+    """Two sequences whose pages seal, a fork, truncation, and a session that goes on with the other device."""
+    ids, more, found, models = [tokens(500), tokens(77)], tokens(90), [], [load(d, cache, sparse, storage=storage) for d in ("cpu", "cuda")]
+    for model in models:
+        a, b = model.new_sequence(), model.new_sequence()
+        got = [model.forward([(a, ids[0][:430]), (b, ids[1])], "all"), model.forward([(a, ids[0][430:])])]
+        for i in range(40):
+            got.append(model.forward([(a, more[i:i + 1]), (b, more[i + 1:i + 2])]))
+        c = model.fork(a)
+        got.append(model.forward([(a, more[:60]), (c, more[5:80]), (b, more[:1])]))
+        got.append(model.forward([(a, more[:1]), (c, more[1:2])]))
+        assert a.sealed.min() > 10
+        session.save(tmp_path / model.backend.device, model.cache, c, np.r_[ids[0], more, more].tolist(), model.config, {})
+        kept = model.truncate(a, 200)
+        got.append(model.forward([(a, ids[0][kept:350])], "all"))
+        got.append(model.forward([(c, more[:1])]))
+        got += list(vars(model.cache.delta_figures(a)).values())
+        model.free(b), model.free(c)
+        found.append([*got, model.forward([(a, more[:70])])])
+        model.free(a)
+    for expected, got in zip(*found, strict=True):
+        np.testing.assert_array_equal(got, expected)
+    restored = [session.load(tmp_path / other.backend.device, model.cache, model.config)[0] for model, other in zip(models, models[::-1])]
+    for token in range(4, 74):
+        np.testing.assert_array_equal(*(model.forward([(a, [token])]) for model, a in zip(models, restored)))

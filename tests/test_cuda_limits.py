@@ -64,19 +64,18 @@ def test_prompts_of_some_heads_and_caches(method, correction, pages, said):
     assert said in why and bool(why) == bool(said) and "\n" not in why
 
 
-def test_bounds_of_rotated_keys():
-    assert "rotated" in decode_refusal(load_policy("decode", "quest"), pages=Pages(rotated=True))
-    assert not decode_refusal(load_policy("decode", "sink_window"), pages=Pages(rotated=True))
+@pytest.mark.parametrize("method, works", [("quest", True), ("sink_window", True), ("hisa", True), ("infllm", True), ("loki", False),
+                                           ("magic_pig", False)])
+def test_scores_of_rotated_keys(method, works):
+    assert ("rotated" in decode_refusal(load_policy("decode", method), pages=Pages(rotated=True))) != works
 
 
 def test_what_is_asked_for_by_name_is_refused_without_a_model():
     off = SparseOptions("off"), PrefillOptions("off")
-    assert not asked_refusal(CacheOptions(), *AUTO) and not asked_refusal(CacheOptions(), *off)
-    assert not asked_refusal(CacheOptions("int8", "int8", progressive=0.5), SparseOptions("top_theta"), off[1])
-    assert asked_refusal(CacheOptions(), off[0], PrefillOptions("hip")).endswith("use --sparse-prefill off")
-    assert not asked_refusal(CacheOptions(), off[0], PrefillOptions("streaming", correction="tail"))
-    options = CacheOptions(storage="hadamard", k_type="int4", v_type="int4")
-    assert "--kv-storage hadamard" in asked_refusal(options, SparseOptions("top_theta"), off[1])
+    assert not asked_refusal(*AUTO) and not asked_refusal(*off)
+    assert not asked_refusal(SparseOptions("top_theta"), off[1])
+    assert asked_refusal(off[0], PrefillOptions("hip")).endswith("use --sparse-prefill off")
+    assert not asked_refusal(off[0], PrefillOptions("streaming", correction="tail"))
 
 
 @pytest.mark.parametrize("bits, input_major, said", [(2, 0, ""), (1, 0, "--ternary-layout panels"), (2, 1, "--ternary-layout panels")])

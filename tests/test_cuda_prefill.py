@@ -222,20 +222,37 @@ def test_heads_that_are_not_corrected(correction):
 @pytest.mark.parametrize("kind, head_dim", [("f16", 64), ("f16", 80), ("f32", 128)])
 def test_tokens_move_to_earlier_slots(kind, head_dim):
     """As after an eviction, several KV heads at once: what HostPages.move does."""
+    def part(own):
+        keep = np.sort(RNG.permutation(PAGE * len(own))[:RNG.integers(1, PAGE * len(own))])
+        places = [own[slots // PAGE] * PAGE + slots % PAGE for slots in (keep, np.arange(len(keep)))]
+        return [x[keep != np.arange(len(keep))] for x in places]
+    check_moves(kind, head_dim, "move", lambda numbers: [part(own) for own in np.split(numbers, (20, 21, 28, 58))])
+
+
+@pytest.mark.parametrize("kind, head_dim", [("f16", 64), ("f16", 80), ("f32", 128)])
+def test_tokens_change_places(kind, head_dim):
+    """As where pages are sorted before they are quantised: several heads at once, what becomes of that once more."""
+    def part(own):
+        slots = (own[:, None] * PAGE + np.arange(PAGE)).ravel()
+        some = RNG.permutation(slots)[:RNG.integers(0, len(slots) + 1)]
+        return some, RNG.permutation(some)
+    check_moves(kind, head_dim, "permute", lambda numbers: [[part(numbers[:8]), part(numbers[8:13]), part(numbers[13:15])], [],
+                                                            [part(numbers[6:10])], [part(numbers[:2]), part(numbers[2:3])]])
+
+
+def check_moves(kind, head_dim, name, make):
     from edgeattn.cache.pages import HostPages
-    from edgeattn.kernels_cuda import device, move_tokens
-    from edgeattn.kernels_cuda.page_pool import Pages
+    from edgeattn.device_pages import DevicePages
+    from edgeattn.kernels_cuda import device
     xp, page_format = device.cupy(), PageFormat(head_dim, kind, kind)
-    pages, host, numbers, parts = Pages(page_format, 60), HostPages(page_format, 60), RNG.permutation(60), []
+    pages, host, parts = DevicePages(page_format, 60, xp.cuda.Stream()), HostPages(page_format, 60), make(RNG.permutation(60))
     for array, copy in zip(pages.arrays().values(), host.arrays().values()):
         copy[:] = RNG.integers(0, 256, copy.shape)
         array[:] = xp.asarray(copy)
-    for count in (20, 1, 7, 30):
-        own, numbers = numbers[:count], numbers[count:]
-        keep = np.sort(RNG.permutation(PAGE * count)[:RNG.integers(1, PAGE * count)])
-        places = [own[slots // PAGE] * PAGE + slots % PAGE for slots in (keep, np.arange(len(keep)))]
-        parts.append([x[keep != np.arange(len(keep))] for x in places])
-    move_tokens.run(pages, parts)
-    host.move(parts)
+    xp.cuda.Device().synchronize()
+    before = host.k.copy()
+    for where in (pages, host):
+        getattr(where, name)(parts)
     for array, copy in zip(pages.arrays().values(), host.arrays().values()):
         np.testing.assert_array_equal(array.get(), copy)
+    assert (host.k != before).any()

@@ -61,6 +61,24 @@ def test_prompt_and_decode(folder, cache):
         assert error(a, b) < CLOSE[cache]
 
 
+@pytest.mark.parametrize("storage, types", [("hadamard", "int2"), ("bitnet", "int3"), ("akvq", "int2"), ("zipcache", "int3"),
+                                            ("delta", "delta/int4")])
+def test_other_ways_to_quantise(folder, storage, types):
+    """Nearer to the same on the CPU than that is to pages that are not quantised; most tokens are sorted as there."""
+    prompt, decoded, found, places = RNG.integers(3, 150, 260), RNG.integers(3, 150, 40), [], []
+    k, _, v = types.partition("/")
+    for model in (*both(folder, CacheOptions(k, v or k, storage, delta_threshold=2.5)), both(folder, CacheOptions("f16", "f16"))[0]):
+        a, *rows = run(model, prompt, decoded)
+        assert a.sealed.min() > 5 or len(found) == 2
+        found.append(np.concatenate(rows)[256:])  # from where all of these seal pages
+        if a.positions is not None:  # the page of each token among those that were sorted
+            places.append(a.positions[..., :32 * a.sealed.min()].argsort() // 32)
+    apart, exact = error(found[1], found[0]), error(found[2], found[0])
+    alike = (places[0] == places[1]).mean() if places else 1
+    print(f"{storage} {types}: {apart:.4f}, of what is not quantised {exact:.4f}; {100 * alike:.0f} % of tokens alike")
+    assert apart < exact / 2 and alike > 0.9 and (not places or (places[0][..., 1:] < places[0][..., :-1]).any(-1).all())
+
+
 @pytest.mark.parametrize("precision, group", [("int2", 64), ("int3", 32)])
 def test_weights_of_few_bits(folder, tmp_path, precision, group):
     export(folder.parent / "checkpoint", tmp_path / "out", precision, group)
@@ -118,6 +136,20 @@ def deep(tmp_path_factory):
     tiny.save_tiny("llama", made / "checkpoint", **SIZES, num_hidden_layers=4)
     export(made / "checkpoint", made / "out", "int4", 32)
     return made / "out"
+
+
+@pytest.mark.parametrize("method, options", [
+    ("quest", {"budget": 160}), ("hisa", {"budget": 160, "blocks": 2}), ("infllm", {"budget": 288}), ("less_is_more", {"budget": 128})])
+def test_scores_of_rotated_keys(deep, method, options):
+    """Bounds are of keys as they were before, products of both rotated."""
+    prompt, decoded = RNG.integers(3, 150, 430 if method in ("hisa", "infllm") else 310), RNG.integers(3, 150, 6)
+    cache, sparse = CacheOptions("int4", "int4", "hadamard"), SparseOptions(method, {"dense_layers": 0} | options, 0)
+    models = both(deep, cache, sparse)
+    (_, _, expected), (_, _, got) = (run(model, prompt, decoded) for model in models)
+    dense = run(both(deep, cache)[0], prompt, decoded)[2]
+    apart, whole = error(got, expected), error(dense, expected)
+    print(f"{method}: {apart:.4f}, dense {whole:.4f}; read {[model.scheduler.figures()['read'] for model in models]}")
+    assert apart < whole / 3
 
 
 @pytest.mark.parametrize("method, options", [

@@ -25,7 +25,7 @@ class DeltaFigures:
 
 def page_figures(pool, numbers: np.ndarray):
     """(values written besides the first key's, those there are besides it, Theta, bytes that are read of the keys) of pages."""
-    f, first = pool.format, pool.pages.k[numbers, :pool.format.delta_head]
+    f, first = pool.format, pool.pages.written(numbers)
     blocks = f.head_dim // f.delta_block
     written = np.unpackbits(first[:, 4:4 + 4 * blocks], axis=1).sum(1, dtype=np.int64)
     theta = np.ascontiguousarray(first[:, :4]).view(np.float32)[:, 0]

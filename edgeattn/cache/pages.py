@@ -16,6 +16,10 @@ class HostPages(Pages):
         """The arrays as whoever saves and loads pages sees them."""
         return self.arrays()
 
+    def written(self, numbers: np.ndarray) -> np.ndarray:
+        """[pages, delta_head] uint8: Theta of pages of deltas, and which blocks were written."""
+        return self.k[numbers, :self.format.delta_head]
+
     def copy(self, source: np.ndarray, target: np.ndarray) -> None:
         for array in self.arrays().values():
             array[target] = array[source]
@@ -29,6 +33,11 @@ class HostPages(Pages):
             a, b, from_slot, to_slot = sources // PAGE, targets // PAGE, sources % PAGE, targets % PAGE
             k[b, :, to_slot] = k[a, :, from_slot]
             v[b, to_slot] = v[a, from_slot]
+
+    def permute(self, turns: list[list[tuple[np.ndarray, np.ndarray]]]) -> None:
+        """As move, one turn after the other, where the tokens of a part change places with each other."""
+        for parts in turns:
+            self.move(parts)
 
 
 class PagePool:

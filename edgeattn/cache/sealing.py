@@ -1,7 +1,6 @@
 """Quantise pages that are full and older than the window. A sealed page is never changed again."""
 import numpy as np
 
-from edgeattn.kernels_cpu import read_pages
 from edgeattn.kernels_cpu.page_pool import POOLS, RELEASED
 from edgeattn.page_formats import PAGE
 
@@ -23,9 +22,7 @@ def seal(cache, sequence) -> None:
         return
     if storage.group > 1 or storage.anchors:
         cache.own_floats(sequence)
-        for layer, head in np.argwhere(due):
-            for first in range(sequence.sealed[layer, head], sequence.sealed[layer, head] + due[layer, head], storage.group):
-                _sort(cache, sequence, layer, head, first)
+        _sort(cache, sequence, due)
     tables[heads, columns] = _quantise(cache, tables[heads, columns], kinds)
     sequence.relisted(int(columns.min(initial=0)), int(columns.max(initial=0)) + 1)
     sequence.rekeyed(due > 0, sequence.sealed)
@@ -64,22 +61,42 @@ def _kinds(cache, places):
     return kinds + 1
 
 
-def _sort(cache, sequence, layer, head, first):
-    """The most salient tokens of a group of pages to its first pages, or to the first page of all; their order in the text stays within
-    a page."""
-    storage = cache.storage
-    pages = np.r_[0 if storage.anchors else np.empty(0, int), first:first + storage.group].astype(int)
-    slots = (pages[:, None] * PAGE + np.arange(PAGE)).ravel()
-    mass, seen = sequence.mass[:2, layer, head, slots]
+def _sort(cache, sequence, due):
+    """The most salient tokens of each group of pages to its first pages, or to the first page of all; their order in the text stays within
+    a page. due: pages that each head is about to seal. The groups of a head in turn, those of all heads together."""
+    storage, turns = cache.storage, []
+    begin, end = int(sequence.sealed[due > 0].min()), int((sequence.sealed + due).max())
+    slots = [slice(0, PAGE)] * storage.anchors + [slice(PAGE * begin, PAGE * end)]
+    sequence.fetch(slots)
+    norms = _norms(cache, sequence, due) if storage.norms else None
+    for first in range(0, int(due.max()), storage.group):
+        layers, heads = (index[:, None] for index in np.nonzero(due > first))
+        pages = sequence.sealed[layers, heads] + first + np.arange(storage.group)
+        if storage.anchors:
+            pages = np.concatenate([np.zeros_like(layers), pages], 1)
+        targets = (pages[..., None] * PAGE + np.arange(PAGE)).reshape(len(pages), -1)
+        mass, seen = sequence.mass[:2, layers, heads, targets]
+        scores = storage.saliency(mass, seen, norms[layers, heads, targets] if storage.norms else None)
+        if storage.anchors:
+            scores[:, :cache.options.sink_tokens] = np.inf
+        best = np.argsort(-scores, axis=1, kind="stable").reshape(*pages.shape, PAGE)
+        sources = np.take_along_axis(targets, np.sort(best, 2).reshape(targets.shape), 1)
+        if storage.norms:
+            norms[layers, heads, targets] = norms[layers, heads, sources]
+        turns.append([moved_tokens(sequence, layer, head, *moved)
+                      for layer, head, *moved in zip(layers[:, 0], heads[:, 0], sources, targets)])
+    cache.pools[0].pages.permute(turns)
+    sequence.reordered(slots)
 
-    def keys():
-        k, _ = read_pages.run(cache.table, cache.head_dim, sequence.tables[layer, head, pages])
-        return k.transpose(0, 2, 1).reshape(-1, cache.head_dim)
-    scores = storage.saliency(mass, seen, keys)
-    if storage.anchors:
-        scores[:cache.options.sink_tokens] = np.inf
-    best = np.argsort(-scores, kind="stable").reshape(-1, PAGE)
-    cache.pools[0].pages.move([moved_tokens(sequence, layer, head, slots[np.sort(best, 1).ravel()], slots)])
+
+def _norms(cache, sequence, due):
+    """[layers, kv_heads, slots] float32: the norms of keys in the pages that are due, and in the first page."""
+    norms = np.zeros((*cache.shape, sequence.tables.shape[-1], PAGE), np.float32)
+    pages = np.arange(sequence.tables.shape[-1])
+    wanted = (pages >= sequence.sealed[..., None]) & (pages < (sequence.sealed + due)[..., None]) | (pages == 0) & (due > 0)[..., None]
+    for layer in np.flatnonzero(due.any(1)):
+        norms[layer, wanted[layer]] = cache.backend.key_norms(cache.table, cache.head_dim, sequence.tables[layer, wanted[layer]])
+    return norms.reshape(*cache.shape, -1)
 
 
 def moved_tokens(sequence, layer, head, sources, targets) -> tuple[np.ndarray, np.ndarray]:

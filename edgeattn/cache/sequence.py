@@ -87,10 +87,16 @@ class Sequence:
         if self.mirror is not None:
             self.mirror.relisted(max(first, 0), self.tables.shape[-1] if last is None else last)
 
-    def fetch(self) -> None:
-        """Bring `mass`, `confidence` and `value_sums` up to date where a device writes them."""
+    def fetch(self, slots: list[slice] | None = None) -> None:
+        """Bring `mass`, `confidence` and `value_sums` up to date where a device writes them; the mass of these slots alone, if any are
+        given."""
         if self.mirror is not None:
-            self.mirror.fetch()
+            self.mirror.fetch(slots)
+
+    def reordered(self, slots: list[slice]) -> None:
+        """Tokens in these slots, whose mass was fetched, have changed places."""
+        if self.mirror is not None:
+            self.mirror.reordered(slots)
 
     def copy(self) -> "Sequence":
         self.fetch()

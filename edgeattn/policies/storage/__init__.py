@@ -12,8 +12,9 @@ class StoragePolicy:
     group    pages that are sealed together, so that tokens can be sorted among them; 1: page by page
     keys     the type of keys, where the method has one of its own; only values' type is then the user's choice
     anchors  whether the first page, which is never quantised, takes the most salient tokens of those about to be sealed
+    norms    whether saliency looks at the norms of keys
     """
-    rotated, mass, probes, group, anchors, keys = False, "", 0, 1, False, ""
+    rotated, mass, probes, group, anchors, keys, norms = False, "", 0, 1, False, "", False
 
     def formats(self, head_dim: int, k_type: str, v_type: str) -> list[PageFormat]:
         """Formats of sealed pages, the widest first."""
@@ -23,7 +24,7 @@ class StoragePolicy:
         """For each page of a group the index of its format; a group's most salient tokens go to its first pages."""
         return [0]
 
-    def saliency(self, mass: np.ndarray, seen: np.ndarray, keys) -> np.ndarray:
-        """[tokens] float32 -> order of importance, of one KV head's tokens that are about to be sealed. keys() [tokens, head_dim].
-        Asked for only with a group or anchors."""
+    def saliency(self, mass: np.ndarray, seen: np.ndarray, norms: np.ndarray | None) -> np.ndarray:
+        """[heads, tokens] float32, all three -> order of importance, of KV heads' tokens that are about to be sealed. Asked for only with a
+        group or anchors."""
         raise NotImplementedError

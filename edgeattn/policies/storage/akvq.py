@@ -13,14 +13,14 @@ from edgeattn.policies.storage import StoragePolicy
 
 @dataclass(frozen=True)
 class Akvq(StoragePolicy):
-    rotated = anchors = True
+    rotated = anchors = norms = True
     mass, probes = "sum", 32
 
     def formats(self, head_dim, k_type, v_type):
         return [PageFormat(head_dim, k_type, v_type, k_axis="token")]
 
-    def saliency(self, mass, seen, keys):
+    def saliency(self, mass, seen, norms):
         """The larger of attention over its median and the median key norm over the key's norm."""
         attention = mass / np.maximum(seen, 1)
-        norms = np.linalg.norm(keys(), axis=-1)
-        return np.maximum(attention / max(np.median(attention), 1e-30), np.median(norms) / np.maximum(norms, 1e-30)).astype(np.float32)
+        usual, length = (np.median(x, axis=-1, keepdims=True) for x in (attention, norms))
+        return np.maximum(attention / np.maximum(usual, 1e-30), length / np.maximum(norms, 1e-30)).astype(np.float32)

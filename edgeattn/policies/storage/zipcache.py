@@ -22,5 +22,5 @@ class Zipcache(StoragePolicy):
     def pages(self):
         return [0, 0, 0, 1, 1]
 
-    def saliency(self, mass, seen, keys):
+    def saliency(self, mass, seen, norms):
         return mass / np.maximum(seen, 1)
