@@ -9,6 +9,7 @@ from edgeattn.page_formats import PAGE, PageFormat
 from edgeattn.prefill_corrections import delta
 from edgeattn.prefill_lists import CORRECTIONS
 from edgeattn.prefill_plan import PrefillPlan, attend
+from edgeattn.prefill_scheduler import asset_arguments
 
 RNG = np.random.default_rng()
 LAST = 2  # blocks at the end of a prompt that read everything
@@ -58,10 +59,10 @@ class Prompts:
             chunks[s], addresses[s] = (blocks, pages, LAST * self.whole), lists.data.ptr + 4 * blocks * each
             blocks, pages = blocks - -self.new[s] // QUERIES, pages - -(self.lengths[s] + self.new[s]) // PAGE
         stats, held = xp.zeros((1, 2), np.int64), [xp.asarray(chunks), xp.asarray(addresses)]
-        fitted = {f"prefill.{name}": xp.asarray(x) for name, x in (assets or {}).items()}
         extra = {"batch.chunks": held[0].data.ptr, "batch.prefill_lists": held[1].data.ptr, "prefill.stats": stats.data.ptr,
                  "batch.positions": self.positions.data.ptr, "prefill.correction": CORRECTIONS[correction]}
-        extra |= {name: x.data.ptr for name, x in fitted.items()}
+        copies = {id(x): xp.asarray(x) for x in policy.device_assets(assets).values()}
+        extra |= asset_arguments(policy, assets, lambda x: copies[id(x)].data.ptr)
         own = {"pages": max(pages, self.max_pages), "columns": room}
         launches, bucket = [], self.cache.bucket
         self.cache.bucket = lambda: bucket() | {"listed": True}

@@ -68,6 +68,10 @@ class PrefillPolicy:
         """Single keys that the query heads of a KV head, `group` of them, read at most. assets: what `load` gave."""
         return 0
 
+    def device_assets(self, assets) -> dict[str, np.ndarray]:
+        """Those of the arrays that `load` gave which `operators` read."""
+        return assets or {}
+
     def tokens(self, seen: int) -> int | None:
         """How many tokens a block of queries reads of `seen`; None where that depends on what they are."""
 
