@@ -20,24 +20,7 @@ KERNEL mean_keys(CALL_PARAMETERS CHOICE_PARAMETERS i64 means)
     float* to = at<float>(means) + ((here.page_place + number) * call.kv_heads + head) * depth;
     for (int c = threadIdx.x; c < depth; c += blockDim.x) {
         float sum = 0;
-        if (entry >= 0) {
-            const Page page(call.pools, entry);
-            if (page.kind(K_KIND) == F16) {
-                const uint4* row = at<uint4>(page.place(K) + 2 * PAGE * c);
-#pragma unroll
-                for (int i = 0; i < 4; i++) {
-                    const uint4 x = row[i];
-                    const u32 words[4] = {x.x, x.y, x.z, x.w};
-#pragma unroll
-                    for (int j = 0; j < 4; j++) {
-                        const float2 two = halves_to_floats(words[j]);
-                        sum += 8 * i + 2 * j < tokens ? two.x : 0;
-                        sum += 8 * i + 2 * j + 1 < tokens ? two.y : 0;
-                    }
-                }
-            } else
-                for (int t = 0; t < tokens; t++) sum += key_at(page, depth, c, t);
-        }
+        if (entry >= 0) each_token(Page(call.pools, entry), depth, c, [&](int t, float x) { sum += t < tokens ? x : 0; });
         to[c] = sum / tokens;
     }
 }

@@ -30,6 +30,13 @@ class PbsAttn(PrefillPolicy):
         if self.segment < PAGE or self.segment % PAGE or self.rows < 1:
             raise ValueError(f"need a segment that is a multiple of {PAGE} keys, and rows >= 1, got {self.segment=} {self.rows=}")
 
+    def operators(self):
+        about = {"sink": self.sink, "recent": self.recent, "segment": self.segment, "tau": float(self.tau), "sampled": self.rows}
+        return [("choose_by_sorting", about)] if self.rows <= QUERIES else []
+
+    def single_keys(self, assets, group):
+        return 1 << 40  # of what is cached perhaps all
+
     def choose(self, q, k, scale, layer, head, assets):
         n, m = q.shape[1], len(k)
         first = (m - n + np.arange(len(ends(n, m))) * QUERIES) // self.segment * self.segment  # key that a block's own segments begin at
