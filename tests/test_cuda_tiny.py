@@ -157,7 +157,7 @@ def test_rows_of_an_index_are_the_cpu_s(deep, monkeypatch):
     ("sample_attention", {"columns": 0.1, "slashes": 0.05, "recent": 1}, None), ("sparge_attn", {"fraction": 0.3, "recent": 0}, None),
     ("dhsa", {"density": 0.2, "mode": "vs", "recent": 0}, None), ("dhsa", {"density": 0.3, "mode": "vsb", "recent": 0}, None),
     ("seer_attention", {"fraction": 0.2, "recent": 0}, None), ("pbs_attn", {"tau": 0.3, "segment": 64, "recent": 0}, None),
-    ("streaming", {"sink": 1, "recent": 2}, "delta")])
+    ("dhsa_chunks", {"budget": 130, "recent": 0}, None), ("streaming", {"sink": 1, "recent": 2}, "delta")])
 @pytest.mark.parametrize("cache", ["f16", "int4"])
 def test_a_prompt_that_reads_a_part(folder, cache, method, options, correction):
     prompt, found, read = RNG.integers(3, 150, 320), [], []

@@ -36,6 +36,13 @@ class DhsaChunks(PrefillPolicy):
         if self.budget < 1 or self.chunk < 1:
             raise ValueError(f"need budget and chunk >= 1 tokens, got {self.budget=} {self.chunk=}")
 
+    def operators(self):
+        about = {"sink": self.sink, "recent": self.recent, "budget": self.budget, "chunk": self.chunk, "turn": float(self.turn)}
+        return [("choose_by_chunks", about)]
+
+    def single_keys(self, assets, group):
+        return self.budget
+
     def select(self, q, k, scale, layer=0, assets=None):
         heads, n = q.shape[:2]
         left = right = both = keys = 0
