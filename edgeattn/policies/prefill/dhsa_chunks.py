@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from edgeattn.policies.prefill import PrefillPolicy
+from edgeattn.policies.prefill import EVERY, PrefillPolicy
 from edgeattn.prefill_plan import PAGE, QUERIES, causal, ends, forced, pool, spread
 
 SIDE = 4    # tokens on either side of a boundary
@@ -37,8 +37,8 @@ class DhsaChunks(PrefillPolicy):
             raise ValueError(f"need budget and chunk >= 1 tokens, got {self.budget=} {self.chunk=}")
 
     def operators(self):
-        about = {"sink": self.sink, "recent": self.recent, "budget": self.budget, "chunk": self.chunk, "turn": float(self.turn)}
-        return [("choose_by_chunks", about)]
+        sizes = {"budget": min(self.budget, EVERY), "chunk": min(self.chunk, EVERY)}
+        return [("choose_by_chunks", {"sink": self.sink, "recent": self.recent, "turn": float(self.turn)} | sizes)]
 
     def single_keys(self, assets, group):
         return self.budget

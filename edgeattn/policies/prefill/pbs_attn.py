@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from edgeattn.policies.prefill import PrefillPolicy
+from edgeattn.policies.prefill import EVERY, PrefillPolicy
 from edgeattn.prefill_plan import PAGE, QUERIES, cover, ends, pool, softmax, spread, true_weights
 
 
@@ -31,11 +31,11 @@ class PbsAttn(PrefillPolicy):
             raise ValueError(f"need a segment that is a multiple of {PAGE} keys, and rows >= 1, got {self.segment=} {self.rows=}")
 
     def operators(self):
-        about = {"sink": self.sink, "recent": self.recent, "segment": self.segment, "tau": float(self.tau), "sampled": self.rows}
-        return [("choose_by_sorting", about)] if self.rows <= QUERIES else []
+        about = {"segment": min(self.segment, EVERY), "tau": float(self.tau), "sampled": self.rows}
+        return [("choose_by_sorting", {"sink": self.sink, "recent": self.recent} | about)] if self.rows <= QUERIES else []
 
     def single_keys(self, assets, group):
-        return 1 << 40  # of what is cached perhaps all
+        return EVERY
 
     def choose(self, q, k, scale, layer, head, assets):
         n, m = q.shape[1], len(k)
