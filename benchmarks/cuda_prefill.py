@@ -28,8 +28,8 @@ SETTINGS = [("auto", {"fraction": 0.19}), ("auto", {"fraction": 0.1}), ("xattent
             ("xattention", {"tau": 0.05, "stride": 16}), ("sale", {"threshold": 0.35}), ("minference", {"n_v": 500, "n_s": 112}),
             ("dhsa", {"density": 0.03}), ("flex_prefill", {"gamma": 0.03, "budget": 64}),
             ("sample_attention", {"columns": 0.02, "slashes": 0.01}), ("sparge_attn", {"fraction": 0.03}),
+            ("pbs_attn", {"tau": 0.03}), ("dhsa_chunks", {"budget": 4096}),
             ("streaming", {}), ("streaming", {"correction": "delta"})]  # at most a fifth of 32,768 tokens
-MOST_COLUMNS = 500 * HEADS // KV_HEADS  # of a list
 
 
 class Prompt:
@@ -47,7 +47,7 @@ class Prompt:
                          "sin": xp.zeros((depth + tokens, HEAD_DIM // 2), np.float32)}
         self.positions, self.stats = depth + xp.arange(tokens, dtype=np.int64), xp.zeros((1, 2), np.int64)
         self.chunks = xp.zeros((1, 3), np.int64)
-        self.lists = xp.zeros(most_blocks(tokens) * list_ints(KV_HEADS, self.max_pages, MOST_COLUMNS), np.int32)
+        self.lists = xp.zeros(most_blocks(tokens) * list_ints(KV_HEADS, self.max_pages, self.max_pages * PAGE), np.int32)
         self.place = xp.asarray([self.lists.data.ptr], np.int64)
 
     def launches(self, policy, correction):
@@ -57,7 +57,7 @@ class Prompt:
             return self.cache.launches(cached_attention, self.tensors, ABOUT, extra)
         extra |= {"batch.chunks": self.chunks.data.ptr, "batch.prefill_lists": self.place.data.ptr, "prefill.stats": self.stats.data.ptr,
                   "prefill.correction": CORRECTIONS[correction]}
-        own = {"pages": self.max_pages, "columns": policy.single_keys(None, HEADS // KV_HEADS)}
+        own = {"pages": self.max_pages, "columns": min(policy.single_keys(None, HEADS // KV_HEADS), self.max_pages * PAGE)}
         found, bucket = [], self.cache.bucket
         self.cache.bucket = lambda: bucket() | {"listed": True}
         for name, about in policy.operators():

@@ -96,6 +96,12 @@ class Keys(LayerKeys):
         return found
 
 
+def asset_arguments(policy, assets, address) -> dict[str, int]:
+    """What operators ask for of what a policy's `load` gave: where each array is on a device, and how long its rows are."""
+    found = {f"prefill.{name}": x for name, x in policy.device_assets(assets).items()}
+    return {name: address(x) for name, x in found.items()} | {f"{name}.width": x.shape[-1] for name, x in found.items()}
+
+
 class PrefillScheduler:
     """
     policy    what chooses; min_len: tokens in the context from which chunks are sparse
@@ -135,7 +141,7 @@ class PrefillScheduler:
         if not self._backend:
             return {}
         found = {"prefill.stats": self._backend.address(self._counters), "prefill.correction": CORRECTIONS[self.correction]}
-        return found | {f"prefill.{name}": self._backend.address(array) for name, array in (self.assets or {}).items()}
+        return found | asset_arguments(self.policy, self.assets, self._backend.address)
 
     def between(self, batch, sparse: list, choose):
         """What Plan.run is to call before each layer's attention, None for nothing. sparse: as in choose(); choose(sparse, layer) is called

@@ -5,21 +5,7 @@
 __device__ __forceinline__ float mean_key(const Page& page, int depth, int c, int tokens)
 {
     float sum = 0;
-    if (page.kind(K_KIND) == F16) {
-        const uint4* row = at<uint4>(page.place(K) + 2 * PAGE * c);
-#pragma unroll
-        for (int i = 0; i < 4; i++) {
-            const uint4 x = row[i];
-            const u32 words[4] = {x.x, x.y, x.z, x.w};
-#pragma unroll
-            for (int j = 0; j < 4; j++) {
-                const float2 two = halves_to_floats(words[j]);
-                sum += 8 * i + 2 * j < tokens ? two.x : 0;
-                sum += 8 * i + 2 * j + 1 < tokens ? two.y : 0;
-            }
-        }
-    } else
-        for (int t = 0; t < tokens; t++) sum += key_at(page, depth, c, t);
+    each_token(page, depth, c, [&](int t, float x) { sum += t < tokens ? x : 0; });
     return sum / tokens;
 }
 

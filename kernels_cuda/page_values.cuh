@@ -33,6 +33,25 @@ __device__ __forceinline__ float key_at(const Page& page, int depth, int c, int 
     return fmaf((float)code_at(kind, at<u8>(from), depth, c, t), half_to_float(params[step]), half_to_float(params[low]));
 }
 
+// add(t, x) of each token's key in a page of the pools, one channel of it.
+template <typename Add> __device__ __forceinline__ void each_token(const Page& page, int depth, int c, const Add& add)
+{
+    if (page.kind(K_KIND) == F16) {
+        const uint4* row = at<uint4>(page.place(K) + 2 * PAGE * c);
+#pragma unroll
+        for (int i = 0; i < 4; i++) {
+            const uint4 x = row[i];
+            const u32 words[4] = {x.x, x.y, x.z, x.w};
+#pragma unroll
+            for (int j = 0; j < 4; j++) {
+                const float2 two = halves_to_floats(words[j]);
+                add(8 * i + 2 * j, two.x), add(8 * i + 2 * j + 1, two.y);
+            }
+        }
+    } else
+        for (int t = 0; t < PAGE; t++) add(t, key_at(page, depth, c, t));
+}
+
 __device__ __forceinline__ float value_at(const Page& page, int depth, int t, int c)
 {
     const i64 from = page.place(V);

@@ -9,6 +9,7 @@ from edgeattn.page_formats import PAGE, PageFormat
 from edgeattn.prefill_corrections import delta, tail
 from edgeattn.prefill_lists import CORRECTIONS
 from edgeattn.prefill_plan import PrefillPlan, attend
+from edgeattn.prefill_scheduler import asset_arguments
 
 RNG = np.random.default_rng()
 LAST = 2  # blocks at the end of a prompt that read everything
@@ -50,7 +51,7 @@ class Prompts:
         """-> of each sequence that has lists, what it reads of KV heads (PrefillPlan); out; pairs that are read and all of them."""
         from edgeattn.kernels_cuda import cached_attention, device, steps
         xp, blocks, pages = device.cupy(), 0, 0
-        room = policy.single_keys(assets, self.heads // self.kv_heads)
+        room = min(policy.single_keys(assets, self.heads // self.kv_heads), self.max_pages * PAGE)
         chunks, addresses = np.zeros((len(self.new), 3), np.int64), np.zeros(len(self.new), np.int64)
         each = list_ints(self.kv_heads, self.max_pages, room)
         lists = xp.full(most_blocks(sum(self.new)) * each, -7, np.int32)
@@ -58,11 +59,11 @@ class Prompts:
             chunks[s], addresses[s] = (blocks, pages, LAST * self.whole), lists.data.ptr + 4 * blocks * each
             blocks, pages = blocks - -self.new[s] // QUERIES, pages - -(self.lengths[s] + self.new[s]) // PAGE
         stats, held = xp.zeros((1, 2), np.int64), [xp.asarray(chunks), xp.asarray(addresses)]
-        fitted = {f"prefill.{name}": xp.asarray(x) for name, x in (assets or {}).items()}
         extra = {"batch.chunks": held[0].data.ptr, "batch.prefill_lists": held[1].data.ptr, "prefill.stats": stats.data.ptr,
                  "batch.positions": self.positions.data.ptr, "prefill.correction": CORRECTIONS[correction]}
-        extra |= {name: x.data.ptr for name, x in fitted.items()}
-        own = {"pages": max(pages, self.max_pages), "columns": room}
+        copies = {id(x): xp.asarray(x) for x in policy.device_assets(assets).values()}
+        extra |= asset_arguments(policy, assets, lambda x: copies[id(x)].data.ptr)
+        own = {"pages": self.pages(), "columns": room}
         launches, bucket = [], self.cache.bucket
         self.cache.bucket = lambda: bucket() | {"listed": True}
         for name, attributes in policy.operators():
@@ -86,12 +87,20 @@ class Prompts:
             found[s] = PrefillPlan(blocks, columns if room else None, self.new[s], m)
         return found, self.tensors["out"].get(), stats.get()[0]
 
+    def pages(self):
+        """That kernels' scratch memory is for."""
+        return max(sum(-(-(self.lengths[s] + self.new[s]) // PAGE) for s in self.listed), self.max_pages)
+
+    def scratch(self, size):
+        """What was left in scratch memory of so many bytes."""
+        return self.cache._held[f"{size} bytes"].get()
+
     def lines(self, policy):
         """What choose_by_lines has found of each sequence that has lists: (verticals, slashes) [kv_heads, tokens] bool."""
         from edgeattn.kernels_cuda import choose_by_lines
-        pages = max(sum(-(-(self.lengths[s] + self.new[s]) // PAGE) for s in self.listed), self.max_pages)
+        pages = self.pages()
         places = choose_by_lines.offsets(self.heads, self.kv_heads, self.head_dim, most_blocks(sum(self.new)), pages)
-        scratch, first, found = self.cache._held[f"{places[-1]} bytes"].get(), 0, {}
+        scratch, first, found = self.scratch(places[-1]), 0, {}
         for s in self.listed:
             m, bits = self.lengths[s] + self.new[s], []
             for offset in places[3:5]:

@@ -56,6 +56,8 @@ def test_contexts_and_chunks_of_a_length():
     ("streaming", "tail", Pages(80), "--prefill-correction tail take heads of 64 or 128"),
     ("auto", "tail", Pages(128, ANY), "--prefill-correction tail read"), ("sale", "tail", Pages(64, INT4), ""),
     ("minference", None, Pages(64, ANY), "caches of f16"), ("xattention", None, Pages(64, INT4, rotated=True), "caches of f16"),
+    ("pbs_attn", None, Pages(64, ANY), "caches of f16"), ("seer_attention", None, Pages(96, ANY), ""),
+    ("dhsa_chunks", None, Pages(80, ANY), ""),
     ("auto", "delta", Pages(128, ANY), "--prefill-correction delta read"), ("minference", "delta", Pages(80), "choose in this way"),
     ("auto", None, Pages(80, ANY), ""), ("moa", None, Pages(256, ANY), ""), ("dhsa", None, Pages(96, INT4, rotated=True), ""),
     ("sale", None, Pages(128, ANY), ""), ("minference", "delta", Pages(128, INT4), "")])

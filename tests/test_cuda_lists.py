@@ -44,7 +44,8 @@ def test_a_call_tells_which_prompts_read_lists(monkeypatch):
     ("minference", {}, True), ("minference", {"rows": 65}, False), ("moa", {}, True), ("streaming", {}, True), ("dhsa", {}, True),
     ("dhsa", {"mode": "vs"}, True), ("dhsa", {"mode": "vsb"}, True), ("flex_prefill", {}, True), ("sample_attention", {}, True),
     ("sample_attention", {"segment": 32}, False), ("sample_attention", {"rows": 65}, False), ("sparge_attn", {}, True),
-    ("sparge_attn", {"mode": "cdf", "similarity": 0.6}, True), ("sparge_attn", {"skip": 10.0}, False)])
+    ("sparge_attn", {"mode": "cdf", "similarity": 0.6}, True), ("sparge_attn", {"skip": 10.0}, False),
+    ("seer_attention", {}, True), ("pbs_attn", {}, True), ("pbs_attn", {"rows": 65}, False), ("dhsa_chunks", {}, True)])
 def test_prefill_policies(name, options, works):
     policy = load_policy("prefill", name, options)
     assert {not prefill_refusal(policy, correction) for correction in (None, "tail", "delta")} == {works}

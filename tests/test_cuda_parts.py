@@ -13,7 +13,7 @@ from edgeattn.page_formats import PAGE
 from edgeattn.policies import load_policy
 from edgeattn.policies.prefill.flex_prefill import divergence
 from edgeattn.policies.prefill.sparge_attn import NAME, self_similarity
-from edgeattn.prefill_plan import best, causal, cover, pool, softmax, true_weights
+from edgeattn.prefill_plan import best, causal, cover, ends, pool, softmax, spread, true_weights
 
 pytestmark = needs_cuda
 
@@ -45,15 +45,21 @@ def check(monkeypatch, prompts, policy, scale, assets=None):
         for far in (0.95, 1.05):
             with monkeypatch.context() as patch:
                 loosely(patch, import_module(type(policy).__module__), far)
-                sandwich.append(policy.select(prompts.q[s], list(prompts.keys(s)[0]), scale, 0, assets).union(prompts.kv_heads).blocks)
+                sandwich.append(policy.select(prompts.q[s], list(prompts.keys(s)[0]), scale, 0, assets).union(prompts.kv_heads))
             if prompts.whole:
-                sandwich[-1][:, -LAST:] = causal(plan.queries, plan.keys)[-LAST:]
-        must, may = sandwich
-        print(f"{type(policy).__name__}: must {must.mean():.3f}, {plan.blocks.mean():.3f}, may {may.mean():.3f}")
-        assert not (must & ~plan.blocks).any() and not (plan.blocks & ~may).any()
+                sandwich[-1].blocks[:, -LAST:] = causal(plan.queries, plan.keys)[-LAST:]
+        must, read_keys, may = map(keys_of, (sandwich[0], plan, sandwich[1]))
+        print(f"{type(policy).__name__}: must {must.mean():.3f}, {read_keys.mean():.3f}, may {may.mean():.3f}")
+        assert not (must & ~read_keys).any() and not (read_keys & ~may).any()
         assert prompts.close(s, out, plan, scale) < 4e-3
         total += pairs_of(plan)
     assert abs(read - total) < 0.5
+
+
+def keys_of(plan):
+    """[KV heads, query blocks, keys] bool: what is read, as pages or alone."""
+    pages = spread(plan.blocks, plan.keys) & (np.arange(plan.keys) < ends(plan.queries, plan.keys)[:, None])
+    return pages if plan.columns is None else pages | plan.columns
 
 
 SAMPLES = {"sampled": ("sample_attention", {"columns": 0.6, "slashes": 0.3}),

@@ -9,12 +9,14 @@ import pytest
 import quantised
 import tiny
 from cuda_device import needs_cuda
+from safetensors.numpy import save_file
 from same_drops import SameDrops
 
 from edgeattn import calibrate_thresholds, principal_components, runtime
 from edgeattn.cache import release as releasing
 from edgeattn.cache.options import CacheOptions
 from edgeattn.exporters.export import export
+from edgeattn.policies.prefill import seer_attention
 from edgeattn.prefill_scheduler import PrefillOptions
 from edgeattn.runtime import Model
 from edgeattn.scheduler import SparseOptions
@@ -34,6 +36,9 @@ def folder(tmp_path_factory):
     made = tmp_path_factory.mktemp("tiny")
     tiny.save_tiny("llama", made / "checkpoint", **SIZES)
     export(made / "checkpoint", made / "out", "int4", 32)
+    gate = {"gate_q": RNG.standard_normal((2, 4, 64, 32), np.float32), "gate_k": RNG.standard_normal((2, 2, 192, 32), np.float32) / 10}
+    tables = {f"gate_{name}": np.full((SIZES["max_position_embeddings"], 8), x, np.float32) for name, x in (("cos", 0.8), ("sin", 0.6))}
+    save_file(gate | tables, made / "out" / seer_attention.FILE)
     return made / "out"
 
 
@@ -201,7 +206,9 @@ def test_rows_of_an_index_are_the_cpu_s(deep, monkeypatch):
     ("flex_prefill", {"gamma": 0.3, "tau": 1.0, "budget": 0, "recent": 0}, None),
     ("sample_attention", {"columns": 0.1, "slashes": 0.05, "recent": 1}, None), ("sparge_attn", {"fraction": 0.3, "recent": 0}, None),
     ("dhsa", {"density": 0.2, "mode": "vs", "recent": 0}, None), ("dhsa", {"density": 0.3, "mode": "vsb", "recent": 0}, None),
-    ("streaming", {"sink": 1, "recent": 2}, "delta"), ("streaming", {"sink": 1, "recent": 2}, "tail")])
+    ("seer_attention", {"fraction": 0.2, "recent": 0}, None), ("pbs_attn", {"tau": 0.3, "segment": 64, "recent": 0}, None),
+    ("dhsa_chunks", {"budget": 130, "recent": 0}, None), ("streaming", {"sink": 1, "recent": 2}, "delta"),
+    ("streaming", {"sink": 1, "recent": 2}, "tail")])
 @pytest.mark.parametrize("cache", ["f16", "int4"])
 def test_a_prompt_that_reads_a_part(folder, cache, method, options, correction):
     prompt, found, read = RNG.integers(3, 150, 320), [], []

@@ -7,6 +7,8 @@ import numpy as np
 
 from edgeattn.prefill_plan import PrefillPlan, causal, ends, forced, spread
 
+EVERY = 1 << 30  # more tokens than there are
+
 
 def double_bits(x: float) -> int:
     """A number for an operator that must find what Python's floats give; floats among its attributes are rounded to float32."""
@@ -67,6 +69,10 @@ class PrefillPolicy:
     def single_keys(self, assets, group: int) -> int:
         """Single keys that the query heads of a KV head, `group` of them, read at most. assets: what `load` gave."""
         return 0
+
+    def device_assets(self, assets) -> dict[str, np.ndarray]:
+        """Those of the arrays that `load` gave which `operators` read."""
+        return assets or {}
 
     def tokens(self, seen: int) -> int | None:
         """How many tokens a block of queries reads of `seen`; None where that depends on what they are."""

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from edgeattn.policies.prefill import PrefillPolicy
+from edgeattn.policies.prefill import EVERY, PrefillPolicy
 from edgeattn.prefill_plan import PAGE, QUERIES, causal, ends, forced, pool, spread
 
 SIDE = 4    # tokens on either side of a boundary
@@ -35,6 +35,13 @@ class DhsaChunks(PrefillPolicy):
         super().__post_init__()
         if self.budget < 1 or self.chunk < 1:
             raise ValueError(f"need budget and chunk >= 1 tokens, got {self.budget=} {self.chunk=}")
+
+    def operators(self):
+        sizes = {"budget": min(self.budget, EVERY), "chunk": min(self.chunk, EVERY)}
+        return [("choose_by_chunks", {"sink": self.sink, "recent": self.recent, "turn": float(self.turn)} | sizes)]
+
+    def single_keys(self, assets, group):
+        return self.budget
 
     def select(self, q, k, scale, layer=0, assets=None):
         heads, n = q.shape[:2]

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from edgeattn.policies.prefill import PrefillPolicy
+from edgeattn.policies.prefill import EVERY, PrefillPolicy
 from edgeattn.prefill_plan import PAGE, QUERIES, cover, ends, pool, softmax, spread, true_weights
 
 
@@ -29,6 +29,13 @@ class PbsAttn(PrefillPolicy):
         super().__post_init__()
         if self.segment < PAGE or self.segment % PAGE or self.rows < 1:
             raise ValueError(f"need a segment that is a multiple of {PAGE} keys, and rows >= 1, got {self.segment=} {self.rows=}")
+
+    def operators(self):
+        about = {"segment": min(self.segment, EVERY), "tau": float(self.tau), "sampled": self.rows}
+        return [("choose_by_sorting", {"sink": self.sink, "recent": self.recent} | about)] if self.rows <= QUERIES else []
+
+    def single_keys(self, assets, group):
+        return EVERY
 
     def choose(self, q, k, scale, layer, head, assets):
         n, m = q.shape[1], len(k)

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-from edgeattn.policies.prefill import PrefillPolicy
+from edgeattn.policies.prefill import PrefillPolicy, double_bits
 from edgeattn.prefill_plan import PAGE, QUERIES, best, ends, pool, shape_of, softmax
 from edgeattn.reference.cached_attention import rotate
 
@@ -37,6 +37,14 @@ class SeerAttention(PrefillPolicy):
         super().__post_init__()
         if not 0 <= self.threshold <= 1 or not 0 <= self.fraction <= 1:
             raise ValueError(f"need threshold and fraction from 0 to 1, got {self.threshold=} {self.fraction=}")
+
+    def operators(self):
+        about = {"sink": self.sink, "recent": self.recent, "threshold": float(self.threshold), "fraction": double_bits(self.fraction)}
+        return [("choose_by_gate", about)]
+
+    def device_assets(self, assets):
+        """A layer's own rotary tables are there anyway."""
+        return {name: x for name, x in assets.items() if name.startswith("gate")}
 
     def choose(self, q, k, scale, layer, head, assets):
         n, m = q.shape[1], len(k)
@@ -73,7 +81,7 @@ class SeerAttention(PrefillPolicy):
         if not path.is_file():
             raise ValueError(f"{folder}: no {FILE} there: seer_attention needs a gate that was trained for this model")
         try:
-            gate = load_file(path)
+            gate = {name: np.ascontiguousarray(x, np.float32) for name, x in load_file(path).items()}
         except SafetensorError as error:
             raise ValueError(f"{path}: damaged ({error})") from None
         width = gate["gate_q"].shape[-1] if "gate_q" in gate else 0
