@@ -8,6 +8,7 @@ import pytest
 from cuda_device import needs_cuda
 from same_drops import SameDrops
 
+from edgeattn import calibrate_thresholds
 from edgeattn.cache import session
 from edgeattn.cache.options import CacheOptions
 from edgeattn.generation import Generation, SamplerOptions
@@ -206,6 +207,25 @@ def test_a_prompt_that_reads_a_part(load, nano_int4, text, cache, method, option
     whole = np.sqrt(np.square(found[2] - found[0]).mean(-1)).mean() / found[0].std()
     print(f"{cache} {method} {correction}: {error:.4f}, of what reads everything {whole:.4f}; read {read}")
     assert error < whole / 2 and abs(read[1] - read[0]) < 0.02 and read[1] < 0.9
+
+
+@pytest.mark.parametrize("way", ["certain", "thresholds"])
+def test_decode_that_reads_pages_in_part(nano_int4, text, monkeypatch, way):
+    """Of eight pages, which both read as one range, the values of the best ones; of keys the upper four bits, which changes little here."""
+    curves, found = np.tile(np.float32([99, 0]), (8, 8, 1)), []
+    monkeypatch.setattr(calibrate_thresholds, "load_thresholds", lambda folder, config: curves)
+    theta = SparseOptions("top_theta", {"means": False}, 0) if way == "thresholds" else SPARSE["dense"]
+    progressive = 0.001 if way == "certain" else 0
+    for device, sparse, certain in (("cpu", theta, progressive), ("cuda", theta, progressive), ("cuda", SPARSE["dense"], 0)):
+        model = Model.load(nano_int4, device=device, cache=CacheOptions("int8", "int8", window=32, progressive=certain), ctx_size=512,
+                           ubatch=128, sparse=sparse, prefill=PrefillOptions("off"))
+        a = model.new_sequence()
+        model.forward([(a, text[:210])], "none")
+        found.append(np.concatenate([model.forward([(a, [token])]) for token in text[210:250]]))
+        model.free(a)
+    apart, whole = close(found[1], found[0], SELECTED), np.sqrt(np.square(found[2] - found[0]).mean(-1)).mean() / found[0].std()
+    print(f"{way}: {apart:.4f}, of what reads everything {whole:.4f}")
+    assert apart < (whole / 1.5 if way == "thresholds" else CLOSE)
 
 
 @pytest.mark.parametrize("method", ["key_diff", "l2_norm", "streaming_llm", "h2o", "snapkv", "caote"])
