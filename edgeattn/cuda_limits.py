@@ -62,6 +62,8 @@ def _pages_refusal(what, pages, depths, fragments):
         return f"the GPU's kernels {what} take heads of {' or '.join(map(str, depths))} channels, this model's have {pages.head_dim}"
     if fragments and not takes_fragments(pages.kinds, pages.rotated):
         return f"the GPU's kernels {what} read caches of f16, or of codes for keys and values both"
+    if not fragments and pages.rotated:
+        return f"the GPU's kernels {what} read keys that are not rotated"
     return ""
 
 

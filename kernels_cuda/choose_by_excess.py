@@ -28,9 +28,9 @@ def workspace_bytes(tensors, attributes, rows, threads) -> int:
 
 def launches(a: dict[str, int], most: dict) -> list[Launch]:
     prefill_call.check(a)
-    if a["head_dim"] not in HEAD_DIMS:
-        raise ValueError(f"CUDA kernels scan heads of {' or '.join(map(str, HEAD_DIMS))} channels, got {a['head_dim']}; choose another "
-                         "--sparse-prefill")
+    if a["head_dim"] not in HEAD_DIMS or a["cache.keys_rotated"]:
+        raise ValueError(f"CUDA kernels scan heads of {' or '.join(map(str, HEAD_DIMS))} channels, got {a['head_dim']}, and keys that "
+                         "are not rotated; choose another --sparse-prefill")
     (blocks, kv_heads, sequences), pages = prefill_call.blocks_grid(a, most), prefill_call.pages_of(a, most)
     places, heads = prefill_call.most_blocks(most[a["q.rows"]]), a["num_heads"]
     sizes = _parts(heads, kv_heads, a["head_dim"], places, a["pages"], a["cache.max_pages"], sequences)

@@ -71,8 +71,8 @@ KERNEL page_likeness(CALL_PARAMETERS CHOICE_PARAMETERS ALIKE_PARAMETERS i64 unus
     at<float>(likeness)[head * page_places + start.page_place + number] = fminf(room[0][0] + room[1][0] + room[2][0] + room[3][0], 1.0f);
 }
 
-// By a block of CHOICE_THREADS: mean [head_dim] of a block's queries of one head, in powers of 2; -> the mean cosine of all their pairs, 1
-// where nobody asks. inverse: room for QUERY_BLOCK.
+// By a block of CHOICE_THREADS: mean [head_dim] of a block's queries of one head, turned as keys are, in powers of 2; -> the mean cosine of
+// all their pairs, 1 where nobody asks. inverse: room for QUERY_BLOCK.
 __device__ __forceinline__ float mean_and_likeness(const Call& call, const QueryBlock& here, Totals& room, int s, int head, bool asked,
                                                    float* mean, float* inverse)
 {
@@ -100,6 +100,7 @@ __device__ __forceinline__ float mean_and_likeness(const Call& call, const Query
         }
         mean[c] = sum / here.rows * call.scale() * LOG2E, direction /= here.rows, found += direction * direction;
     }
+    if (call.keys_rotated) hadamard(mean, 1, depth, MOST_DEPTH);
     found = block_sums(room, found, 0).x;
     return asked ? fminf(found, 1.0f) : 1.0f;
 }

@@ -27,6 +27,7 @@ __device__ __forceinline__ void weigh_means(const Call& call, const QueryBlock& 
         for (int r = 0; r < here.rows; r++) sum += rotated(call, x + r * call.q_stride, at<i64>(call.positions)[first + r], c);
         query[c] = sum / here.rows;
     }
+    if (call.keys_rotated) hadamard(query, 1, depth, MOST_DEPTH);
     __syncthreads();
     for (int p = warp; p < here.pages; p += CHOICE_WARPS) {
         const float* mean = at<float>(means) + ((here.page_place + p) * call.kv_heads + kv_head) * depth;
@@ -63,6 +64,7 @@ __device__ __forceinline__ void score_means(const Call& call, const QueryBlock& 
         for (int r = 0; r < rows; r++) sum += rotated(call, x + r * call.q_stride, at<i64>(call.positions)[first + r], c);
         queries[n / depth][c] = sum / rows * call.scale() * LOG2E;
     }
+    if (call.keys_rotated) hadamard(&queries[0][0], group, depth, MOST_DEPTH);
     __syncthreads();
     for (int p = warp; p < pages; p += CHOICE_WARPS) {
         const float* mean = at<float>(means) + ((here.page_place + p) * call.kv_heads + head) * depth;

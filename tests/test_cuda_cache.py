@@ -96,3 +96,18 @@ def test_other_ways_to_quantise_are_the_cpu_s(load, tmp_path, storage, cache, sp
     restored = [session.load(tmp_path / other.backend.device, model.cache, model.config)[0] for model, other in zip(models, models[::-1])]
     for token in range(4, 74):
         np.testing.assert_array_equal(*(model.forward([(a, [token])]) for model, a in zip(models, restored)))
+
+
+@pytest.mark.parametrize("storage, eviction", [("akvq", "h2o"), ("zipcache", "snapkv"), ("akvq", "key_diff")])
+def test_tokens_that_were_sorted_are_dropped_as_on_the_cpu(load, storage, eviction):  # noqa: F811
+    """By the attention that they received, before they were sorted and since."""
+    ids, more, found = tokens(600), tokens(260), []
+    for device in ("cpu", "cuda"):
+        model = load(device, "int4", budget=2_000_000 if storage == "zipcache" else 1_500_000, eviction=eviction, storage=storage)
+        a = model.new_sequence()
+        got = [model.forward([(a, ids)]), *(model.forward([(a, more[i:i + 1])]) for i in range(260))]
+        assert a.counts.max() < 860 and a.sealed.min() > 2
+        a.fetch()
+        found.append([*got, a.positions.copy(), a.mass * (np.arange(a.mass.shape[-1]) < a.counts[..., None])])
+    for expected, got in zip(*found, strict=True):
+        np.testing.assert_array_equal(got, expected)

@@ -60,7 +60,8 @@ def test_contexts_and_chunks_of_a_length():
     ("dhsa_chunks", None, Pages(80, ANY), ""),
     ("auto", "delta", Pages(128, ANY), "--prefill-correction delta read"), ("minference", "delta", Pages(80), "choose in this way"),
     ("auto", None, Pages(80, ANY), ""), ("moa", None, Pages(256, ANY), ""), ("dhsa", None, Pages(96, INT4, rotated=True), ""),
-    ("sale", None, Pages(128, ANY), ""), ("minference", "delta", Pages(128, INT4), "")])
+    ("sale", None, Pages(128, ANY), ""), ("sale", None, Pages(64, rotated=True), "not rotated"),
+    ("minference", "delta", Pages(128, INT4), "")])
 def test_prompts_of_some_heads_and_caches(method, correction, pages, said):
     why = prefill_refusal(load_policy("prefill", method), correction, pages=pages)
     assert said in why and bool(why) == bool(said) and "\n" not in why

@@ -157,6 +157,20 @@ def test_scores_of_rotated_keys(deep, method, options):
     assert apart < whole / 3
 
 
+@pytest.mark.parametrize("storage, types, budget", [
+    ("zipcache", "int4", 320), ("delta", "delta/int4", 160), ("bitnet", "int3", 160), ("akvq", "int4", 160)])
+def test_bounds_of_other_pages(folder, storage, types, budget):
+    """Those that pages know, of two pools, and those of an index."""
+    prompt, decoded, (k, _, v), found = RNG.integers(3, 150, 400), RNG.integers(3, 150, 6), types.partition("/"), []
+    cache, sparse = CacheOptions(k, v or k, storage), SparseOptions("quest", {"budget": budget, "dense_layers": 0}, 0)
+    models = both(folder, cache, sparse)
+    for model in (*models, both(folder, cache)[0]):
+        found.append(run(model, prompt, decoded)[2])
+    apart, whole = error(found[1], found[0]), error(found[2], found[0])
+    print(f"{storage}: {apart:.4f}, dense {whole:.4f}; read {[model.scheduler.figures()['read'] for model in models]}")
+    assert apart < whole / 2
+
+
 @pytest.mark.parametrize("method, options", [
     ("less_is_more", {"budget": 128}), ("delta", {"budget": 160}), ("infllm", {"budget": 288}), ("loki", {"budget": 160}),
     ("magic_pig", {"budget": 160}), ("hisa", {"budget": 160, "blocks": 2})])
@@ -218,6 +232,18 @@ def test_a_prompt_that_reads_a_part(folder, cache, method, options, correction):
     whole = run(both(folder, CacheOptions(cache, cache))[0], prompt, prompt[:2])[1]
     print(f"{cache} {method}: {error(found[1], found[0]):.4f}, of what reads everything {error(whole, found[0]):.4f}; read {read}")
     assert error(found[1], found[0]) < error(whole, found[0]) / 2 and abs(read[1] - read[0]) < 0.1 and read[1] < 0.95
+
+
+@pytest.mark.parametrize("method, options", [
+    ("auto", {"budget": 96, "least": 64, "fraction": 0.1, "recent": 1}), ("dhsa", {"density": 0.2}),
+    ("sparge_attn", {"fraction": 0.3, "recent": 0})])
+def test_a_prompt_that_reads_a_part_of_rotated_keys(folder, method, options):
+    prompt, found, cache = RNG.integers(3, 150, 320), [], CacheOptions("int4", "int4", "hadamard")
+    for model in (*both(folder, cache, prefill=PrefillOptions(method, options, 0)), both(folder, cache)[0]):
+        found.append(run(model, prompt, prompt[:2])[1])
+    apart, whole = error(found[1], found[0]), error(found[2], found[0])
+    print(f"{method}: {apart:.4f}, of what reads everything {whole:.4f}")
+    assert apart < whole / 2
 
 
 def test_a_prompt_without_room_for_its_lists_reads_everything(folder):
