@@ -50,7 +50,7 @@ class Prompts:
         """-> of each sequence that has lists, what it reads of KV heads (PrefillPlan); out; pairs that are read and all of them."""
         from edgeattn.kernels_cuda import cached_attention, device, steps
         xp, blocks, pages = device.cupy(), 0, 0
-        room = policy.single_keys(assets, self.heads // self.kv_heads)
+        room = min(policy.single_keys(assets, self.heads // self.kv_heads), self.max_pages * PAGE)
         chunks, addresses = np.zeros((len(self.new), 3), np.int64), np.zeros(len(self.new), np.int64)
         each = list_ints(self.kv_heads, self.max_pages, room)
         lists = xp.full(most_blocks(sum(self.new)) * each, -7, np.int32)

@@ -7,6 +7,8 @@ import numpy as np
 
 from edgeattn.prefill_plan import PrefillPlan, causal, ends, forced, spread
 
+EVERY = 1 << 30  # single keys: as many as there may be
+
 
 def double_bits(x: float) -> int:
     """A number for an operator that must find what Python's floats give; floats among its attributes are rounded to float32."""
