@@ -52,8 +52,8 @@ def test_contexts_and_chunks_of_a_length():
 @pytest.mark.parametrize("method, correction, pages, said", [
     ("anchor", None, Pages(80), "64 or 128 channels, this model's have 80"), ("xattention", None, Pages(96), "have 96"),
     ("sale", None, Pages(256), "have 256"), ("streaming", "delta", Pages(80), "--prefill-correction delta take heads of 64 or 128"),
-    ("minference", None, Pages(80), "have 80"), ("minference", None, Pages(64, ANY), "caches of f16"),
-    ("xattention", None, Pages(64, INT4, rotated=True), "caches of f16"),
+    ("minference", None, Pages(80), "have 80"), ("proxy_attn", None, Pages(80), "have 80"),
+    ("minference", None, Pages(64, ANY), "caches of f16"), ("xattention", None, Pages(64, INT4, rotated=True), "caches of f16"),
     ("auto", "delta", Pages(128, ANY), "--prefill-correction delta read"), ("minference", "delta", Pages(80), "choose in this way"),
     ("auto", None, Pages(80, ANY), ""), ("moa", None, Pages(256, ANY), ""), ("dhsa", None, Pages(96, INT4, rotated=True), ""),
     ("sale", None, Pages(128, ANY), ""), ("minference", "delta", Pages(128, INT4), "")])

@@ -43,7 +43,7 @@ def test_a_call_tells_which_prompts_read_lists(monkeypatch):
 
 @pytest.mark.parametrize("name, options, works", [
     ("auto", {}, True), ("sale", {}, True), ("xattention", {}, True), ("xattention", {"stride": 4}, False), ("hip", {}, False),
-    ("anchor", {}, True),
+    ("anchor", {}, True), ("proxy_attn", {}, True), ("proxy_attn", {"stride": 32, "proxies": 99}, True),
     ("minference", {}, True), ("minference", {"rows": 65}, False), ("moa", {}, True), ("streaming", {}, True), ("dhsa", {}, True),
     ("dhsa", {"mode": "vs"}, True), ("dhsa", {"mode": "vsb"}, True), ("flex_prefill", {}, True), ("sample_attention", {}, True),
     ("sample_attention", {"segment": 32}, False), ("sample_attention", {"rows": 65}, False), ("sparge_attn", {}, True),

@@ -151,7 +151,8 @@ def test_rows_of_an_index_are_the_cpu_s(deep, monkeypatch):
     ("flex_prefill", {"gamma": 0.3, "tau": 1.0, "budget": 0, "recent": 0}, None),
     ("sample_attention", {"columns": 0.1, "slashes": 0.05, "recent": 1}, None), ("sparge_attn", {"fraction": 0.3, "recent": 0}, None),
     ("dhsa", {"density": 0.2, "mode": "vs", "recent": 0}, None), ("dhsa", {"density": 0.3, "mode": "vsb", "recent": 0}, None),
-    ("anchor", {"theta": 4.7, "step": 2, "recent": 0}, None), ("streaming", {"sink": 1, "recent": 2}, "delta")])
+    ("anchor", {"theta": 4.7, "step": 2, "recent": 0}, None),
+    ("proxy_attn", {"gamma": 0.4, "budget": 0, "recent": 0}, None), ("streaming", {"sink": 1, "recent": 2}, "delta")])
 @pytest.mark.parametrize("cache", ["f16", "int4"])
 def test_a_prompt_that_reads_a_part(folder, cache, method, options, correction):
     prompt, found, read = RNG.integers(3, 150, 320), [], []
@@ -161,6 +162,17 @@ def test_a_prompt_that_reads_a_part(folder, cache, method, options, correction):
     whole = run(both(folder, CacheOptions(cache, cache))[0], prompt, prompt[:2])[1]
     print(f"{cache} {method}: {error(found[1], found[0]):.4f}, of what reads everything {error(whole, found[0]):.4f}; read {read}")
     assert error(found[1], found[0]) < error(whole, found[0]) / 2 and abs(read[1] - read[0]) < 0.1 and read[1] < 0.95
+
+
+def test_duo_s_kv_heads_choose_each_by_itself(folder, monkeypatch):
+    """Where they hold different numbers of tokens, proxy_attn has no means of several."""
+    monkeypatch.setattr(runtime, "head_classes", lambda *given: np.array([[True, False], [False, True]]))
+    prompt, found, read, options = RNG.integers(3, 150, 450), [], [], PrefillOptions("proxy_attn", {"gamma": 0.4, "budget": 0}, 0)
+    for model in both(folder, CacheOptions("f16", "f16", heads="duo"), prefill=options):
+        a = model.new_sequence()
+        found.append(model.forward([(a, prompt)], "all"))
+        read.append(model.prefill.figures()["read"])
+    assert len(set(a.counts[0])) == 2 and error(found[1], found[0]) < 0.3 and abs(read[1] - read[0]) < 0.05 and read[1] < 0.95
 
 
 def test_a_prompt_without_room_for_its_lists_reads_everything(folder):
