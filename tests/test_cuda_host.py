@@ -193,7 +193,7 @@ def launches_of(monkeypatch, model):
     ("int4", "lines", ("minference", {}, "delta")), ("f16", "spans", ("streaming", {})), ("int8", "ranks", ("dhsa", {})),
     ("int8", "crossings", ("dhsa", {"mode": "vs"})), ("f16", "crossings", ("dhsa", {"mode": "vsb"})),
     ("int4", "samples", ("flex_prefill", {})), ("int8", "likeness", ("sparge_attn", {"similarity": 0.3})),
-    ("f16", "anchors", ("anchor", {"step": 3})), ("int4", "proxies", ("proxy_attn", {})),
+    ("f16", "anchors", ("anchor", {"step": 3})), ("int4", "proxies", ("proxy_attn", {})), ("int8", "search", ("hip", {})),
     ("f16", "samples", ("sample_attention", {}, "delta"))])
 def test_launches_of_every_bucket(monkeypatch, nano_int4, cache, choosing, prefill):
     kept = []
