@@ -77,10 +77,13 @@ class DeviceBatch(Batch):
         return self._prompts is not None
 
     def hold_lists(self, kv_heads: int, columns: int = 0) -> None:
-        """Make room for what prompts read (list_prompt): pages, and so many single keys of a KV head."""
+        """Make room for what prompts read (list_prompt): pages, and so many single keys of a KV head. ValueError: too much."""
         self._each_list = list_ints(kv_heads, self._columns, columns)
+        if (size := most_blocks(tokens := len(self.token_ids)) * self._each_list) >= 1 << 31:  # places in lists are int32
+            raise ValueError(f"--ubatch-size {tokens} is too large for lists of what prompts read among {self._columns * PAGE:,} tokens: "
+                             "choose less, a smaller --ctx-size, or another --sparse-prefill")
         with self._stream:
-            self._prompts = device.cupy().zeros(most_blocks(len(self.token_ids)) * self._each_list, np.int32)
+            self._prompts = device.cupy().zeros(size, np.int32)
 
     def list_prompt(self, place: int, slots: int, tokens: int, whole: int) -> bool:
         """Have the newest `tokens` of the sequence at `place`, which holds `slots`, read what is chosen; the last `whole` blocks of them

@@ -5,7 +5,8 @@ import numpy as np
 from edgeattn.kernels_cuda import compile, prefill_call
 from edgeattn.kernels_cuda.steps import Launch
 
-OWN = "sampled", "segment", "part_down", "part_across", "fewest", "below"  # segment 0: all of a prompt's new tokens; below 0: no estimates
+# segment 0: all of a prompt's new tokens; below 0: no estimates
+OWN = "sampled", "apart", "segment", "part_down", "part_across", "fewest", "below"
 ARGS = (*prefill_call.ARGS, *OWN, "pages", "cache.kinds")
 FOR_PROMPTS = True        # launched where some sequence has lists
 WORKSPACE_ROWS = "tokens"

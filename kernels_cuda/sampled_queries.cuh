@@ -1,11 +1,11 @@
-// Queries of a prompt whose true weights say what others read: the last ones of each segment, or of all. What kernels of sampled_weights.cu
-// and choose_by_samples.cu have in common.
+// Queries of a prompt whose true weights say what others read: the last ones of each segment, or of all, `apart` tokens one from the next,
+// which is 1 where there are segments. What kernels of sampled_weights.cu and choose_by_samples.cu have in common.
 #pragma once
 #include "prefill_choice.cuh"
 
 #define SAMPLE_ARGS(X) X(arranged) X(partials) X(totals) X(page_sums) X(band_sums) X(means) X(newest) X(estimates) X(flags) X(maps) \
-    X(query_places) X(page_places) X(tile_places) X(tiles) X(most_rows) X(sampled) X(segment) X(part_down) X(part_across) X(fewest) \
-    X(below)
+    X(query_places) X(page_places) X(tile_places) X(tiles) X(most_rows) X(sampled) X(apart) X(segment) X(part_down) X(part_across) \
+    X(fewest) X(below)
 #define SAMPLE_PARAMETERS SAMPLE_ARGS(AS_PARAMETER)
 #define MAKE_SAMPLES Samples{SAMPLE_ARGS(AS_VALUE)}
 
@@ -18,7 +18,8 @@ struct Samples {
     // Sampled query i of n; -1 where the segment, the last one, has not so many.
     __device__ __forceinline__ int token(int i, int n) const
     {
-        const int begin = i / (int)sampled * span(n), at = min(begin + span(n), n) - (int)sampled + i % (int)sampled;
+        const int begin = i / (int)sampled * span(n);
+        const int at = min(begin + span(n), n) - 1 - ((int)sampled - 1 - i % (int)sampled) * (int)apart;
         return at < begin ? -1 : at;
     }
     // The first tile of 16 rows of a sequence; one has `tiles` a block of queries, or, without segments, in all.

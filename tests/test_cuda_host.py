@@ -194,8 +194,8 @@ def launches_of(monkeypatch, model):
     ("int4", "lines", ("minference", {}, "delta")), ("f16", "spans", ("streaming", {})), ("int8", "ranks", ("dhsa", {}, "tail")),
     ("int8", "crossings", ("dhsa", {"mode": "vs"})), ("f16", "crossings", ("dhsa", {"mode": "vsb"})),
     ("int4", "samples", ("flex_prefill", {})), ("int8", "likeness", ("sparge_attn", {"similarity": 0.3})),
-    ("f16", "samples", ("sample_attention", {}, "delta")), ("int4", "sorting", ("pbs_attn", {})),
-    ("f16", "chunks", ("dhsa_chunks", {}))])
+    ("f16", "samples", ("sample_attention", {}, "delta")), ("int4", "sorting", ("pbs_attn", {})), ("f16", "chunks", ("dhsa_chunks", {})),
+    ("f16", "anchors", ("anchor", {"step": 3})), ("int4", "proxies", ("proxy_attn", {})), ("int8", "search", ("hip", {}))])
 def test_launches_of_every_bucket(monkeypatch, nano_int4, cache, choosing, prefill):
     kept = []
 

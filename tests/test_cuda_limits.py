@@ -51,15 +51,17 @@ def test_contexts_and_chunks_of_a_length():
 
 
 @pytest.mark.parametrize("method, correction, pages, said", [
-    ("minference", None, Pages(80), "64 or 128 channels, this model's have 80"), ("xattention", None, Pages(96), "have 96"),
+    ("anchor", None, Pages(80), "64 or 128 channels, this model's have 80"), ("xattention", None, Pages(96), "have 96"),
     ("sale", None, Pages(256), "have 256"), ("streaming", "delta", Pages(80), "--prefill-correction delta take heads of 64 or 128"),
     ("streaming", "tail", Pages(80), "--prefill-correction tail take heads of 64 or 128"),
     ("auto", "tail", Pages(128, ANY), "--prefill-correction tail read"), ("sale", "tail", Pages(64, INT4), ""),
+    ("minference", None, Pages(80), "have 80"), ("proxy_attn", None, Pages(80), "have 80"),
     ("minference", None, Pages(64, ANY), "caches of f16"), ("xattention", None, Pages(64, INT4, rotated=True), "caches of f16"),
     ("pbs_attn", None, Pages(64, ANY), "caches of f16"), ("seer_attention", None, Pages(96, ANY), ""),
     ("dhsa_chunks", None, Pages(80, ANY), ""),
     ("auto", "delta", Pages(128, ANY), "--prefill-correction delta read"), ("minference", "delta", Pages(80), "choose in this way"),
-    ("auto", None, Pages(80, ANY), ""), ("moa", None, Pages(256, ANY), ""), ("dhsa", None, Pages(96, INT4, rotated=True), ""),
+    ("auto", None, Pages(80, ANY), ""), ("moa", None, Pages(256, ANY), ""), ("hip", None, Pages(96, ANY), ""),
+    ("dhsa", None, Pages(96, INT4, rotated=True), ""),
     ("sale", None, Pages(128, ANY), ""), ("sale", None, Pages(64, rotated=True), "not rotated"),
     ("minference", "delta", Pages(128, INT4), "")])
 def test_prompts_of_some_heads_and_caches(method, correction, pages, said):
@@ -77,7 +79,7 @@ def test_what_is_asked_for_by_name_is_refused_without_a_model():
     off = SparseOptions("off"), PrefillOptions("off")
     assert not asked_refusal(*AUTO) and not asked_refusal(*off)
     assert not asked_refusal(SparseOptions("top_theta"), off[1])
-    assert asked_refusal(off[0], PrefillOptions("hip")).endswith("use --sparse-prefill off")
+    assert asked_refusal(off[0], PrefillOptions("hip", {"beam": 4096})).endswith("use --sparse-prefill off")
     assert not asked_refusal(off[0], PrefillOptions("streaming", correction="tail"))
 
 

@@ -37,10 +37,14 @@ def test_a_call_tells_which_prompts_read_lists(monkeypatch):
     assert batch.prefill_lists[2] - batch.prefill_lists[0] == 4 * 2 * 2 * (4 + 20) and batch.listed == 3
     batch.clear()
     assert batch.listed == 0 and batch.list_prompt(1, 640, 64, 0)
+    with pytest.raises(ValueError, match="--ubatch-size 256 is too large .* among 640 tokens"):
+        batch.hold_lists(2, 1 << 30)
 
 
 @pytest.mark.parametrize("name, options, works", [
-    ("auto", {}, True), ("sale", {}, True), ("xattention", {}, True), ("xattention", {"stride": 4}, False), ("hip", {}, False),
+    ("auto", {}, True), ("sale", {}, True), ("xattention", {}, True), ("xattention", {"stride": 4}, False),
+    ("hip", {}, True), ("hip", {"beam": 2049}, False),
+    ("anchor", {}, True), ("proxy_attn", {}, True), ("proxy_attn", {"stride": 32, "proxies": 99}, True),
     ("minference", {}, True), ("minference", {"rows": 65}, False), ("moa", {}, True), ("streaming", {}, True), ("dhsa", {}, True),
     ("dhsa", {"mode": "vs"}, True), ("dhsa", {"mode": "vsb"}, True), ("flex_prefill", {}, True), ("sample_attention", {}, True),
     ("sample_attention", {"segment": 32}, False), ("sample_attention", {"rows": 65}, False), ("sparge_attn", {}, True),

@@ -65,6 +65,8 @@ def keys_of(plan):
 SAMPLES = {"sampled": ("sample_attention", {"columns": 0.6, "slashes": 0.3}),
            "columns alone": ("sample_attention", {"columns": 0.7, "slashes": 0.0, "segment": 96, "rows": 5, "recent": 1}),
            "flex": ("flex_prefill", {"gamma": 0.5, "budget": 64}),
+           "proxies": ("proxy_attn", {"gamma": 0.6, "budget": 64, "proxies": 2}),
+           "proxies, strides of 16": ("proxy_attn", {"gamma": 0.7, "budget": 0, "proxies": 8, "stride": 16, "sink": 2, "recent": 0}),
            "never by means": ("flex_prefill", {"gamma": 0.6, "tau": 0.0, "budget": 0})}
 
 

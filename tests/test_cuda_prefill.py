@@ -179,6 +179,45 @@ def test_pages_are_those_that_heavy_lines_cross(mode, shape, lengths, new, liste
     assert abs(read - total) < 0.5
 
 
+@pytest.mark.parametrize("whole", [False, True])
+@pytest.mark.parametrize("types", ["f16", "int4", "int8"])
+@pytest.mark.parametrize("shape, lengths, new, listed", SHAPES[:4])
+def test_lists_are_of_keys_near_an_anchor(shape, lengths, new, listed, types, whole):
+    """But for those so near the limit that halves decide."""
+    prompts, scale, far, total = Prompts(types, *shape, lengths, new, listed, whole), shape[2] ** -0.5, 0.05, 0
+    theta, step, sink, recent = RNG.uniform(3, 8), int(RNG.integers(1, 4)), int(RNG.integers(1, 6)), int(RNG.integers(0, 3))
+    strict, policy, loose = (load_policy("prefill", "anchor", {"theta": theta + x, "step": step, "sink": sink, "recent": recent})
+                             for x in (-far, 0, far))
+    found, out, (read, _) = prompts.run(policy)
+    for s, plan in found.items():
+        must, may = (x.select(prompts.q[s], list(prompts.keys(s)[0]), scale).union(shape[1]) for x in (strict, loose))
+        if whole:
+            must.blocks[:, -LAST:], must.columns[:, -LAST:], may.columns[:, -LAST:] = causal(plan.queries, plan.keys)[-LAST:], False, False
+        print(f"{theta=:.1f} {step=}: must {must.columns.mean():.3f}, {plan.columns.mean():.3f}, may {may.columns.mean():.3f}")
+        np.testing.assert_array_equal(plan.blocks, must.blocks)
+        assert not (must.columns & ~plan.columns).any() and not (plan.columns & ~may.columns).any()
+        assert prompts.close(s, out, plan, scale) < 4e-3
+        total += pairs_of(plan)
+    assert abs(read - total) < 0.5
+
+
+@pytest.mark.parametrize("types", ["f16", "int4", "int8"])
+@pytest.mark.parametrize("shape, lengths, new, listed", SHAPES)
+def test_lists_are_found_by_halving(shape, lengths, new, listed, types):
+    """The policy's own, of queries that are rounded to halves."""
+    prompts, scale, keep = Prompts(types, *shape, lengths, new, listed, False), shape[2] ** -0.5, int(RNG.integers(1, 3))
+    options = {"keep": keep, "beam": keep + int(RNG.integers(6)), "stride": int(RNG.choice([1, 4, 5, 100])), "sink": 1}
+    policy = load_policy("prefill", "hip", options | {"step": int(RNG.choice([1, 8, 11, 32])), "recent": int(RNG.integers(3))})
+    found, out, (read, _) = prompts.run(policy)
+    for s, plan in found.items():
+        rounded = prompts.q[s].astype(np.float16).astype(np.float32)
+        expected = policy.select(rounded, list(prompts.keys(s)[0]), scale).union(shape[1]).blocks
+        differ = (plan.blocks != expected).mean()
+        assert differ < 0.01, f"{policy}: {100 * differ:.2f} % of the pages differ"
+        assert prompts.close(s, out, plan, scale) < 4e-3
+    assert abs(read - sum(map(pairs_of, found.values()))) < 0.5
+
+
 LITTLE = {"budget": 128, "least": 0, "fraction": 0.1, "recent": 0}  # for auto to read
 
 

@@ -221,8 +221,9 @@ def test_rows_of_an_index_are_the_cpu_s(deep, monkeypatch):
     ("sample_attention", {"columns": 0.1, "slashes": 0.05, "recent": 1}, None), ("sparge_attn", {"fraction": 0.3, "recent": 0}, None),
     ("dhsa", {"density": 0.2, "mode": "vs", "recent": 0}, None), ("dhsa", {"density": 0.3, "mode": "vsb", "recent": 0}, None),
     ("seer_attention", {"fraction": 0.2, "recent": 0}, None), ("pbs_attn", {"tau": 0.3, "segment": 64, "recent": 0}, None),
-    ("dhsa_chunks", {"budget": 130, "recent": 0}, None), ("streaming", {"sink": 1, "recent": 2}, "delta"),
-    ("streaming", {"sink": 1, "recent": 2}, "tail")])
+    ("dhsa_chunks", {"budget": 130, "recent": 0}, None), ("anchor", {"theta": 4.7, "step": 2, "recent": 0}, None),
+    ("proxy_attn", {"gamma": 0.4, "budget": 0, "recent": 0}, None), ("hip", {"keep": 1, "beam": 2, "sink": 1, "recent": 0}, None),
+    ("streaming", {"sink": 1, "recent": 2}, "delta"), ("streaming", {"sink": 1, "recent": 2}, "tail")])
 @pytest.mark.parametrize("cache", ["f16", "int4"])
 def test_a_prompt_that_reads_a_part(folder, cache, method, options, correction):
     prompt, found, read = RNG.integers(3, 150, 320), [], []
@@ -244,6 +245,17 @@ def test_a_prompt_that_reads_a_part_of_rotated_keys(folder, method, options):
     apart, whole = error(found[1], found[0]), error(found[2], found[0])
     print(f"{method}: {apart:.4f}, of what reads everything {whole:.4f}")
     assert apart < whole / 2
+
+
+def test_duo_s_kv_heads_choose_each_by_itself(folder, monkeypatch):
+    """Where they hold different numbers of tokens, proxy_attn has no means of several."""
+    monkeypatch.setattr(runtime, "head_classes", lambda *given: np.array([[True, False], [False, True]]))
+    prompt, found, read, options = RNG.integers(3, 150, 450), [], [], PrefillOptions("proxy_attn", {"gamma": 0.4, "budget": 0}, 0)
+    for model in both(folder, CacheOptions("f16", "f16", heads="duo"), prefill=options):
+        a = model.new_sequence()
+        found.append(model.forward([(a, prompt)], "all"))
+        read.append(model.prefill.figures()["read"])
+    assert len(set(a.counts[0])) == 2 and error(found[1], found[0]) < 0.3 and abs(read[1] - read[0]) < 0.05 and read[1] < 0.95
 
 
 def test_a_prompt_without_room_for_its_lists_reads_everything(folder):

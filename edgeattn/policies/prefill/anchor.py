@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from edgeattn.policies.prefill import PrefillPolicy
+from edgeattn.policies.prefill import EVERY, PrefillPolicy
 from edgeattn.prefill_plan import PAGE, QUERIES, causal, partial_softmax, pool, shape_of, spread
 
 
@@ -28,6 +28,12 @@ class Anchor(PrefillPolicy):
         super().__post_init__()
         if self.step < 1:
             raise ValueError(f"need step >= 1 query blocks, got {self.step}")
+
+    def operators(self):
+        return [("choose_by_anchors", {"sink": self.sink, "recent": self.recent, "step": self.step, "theta": float(self.theta)})]
+
+    def single_keys(self, assets, group):
+        return EVERY
 
     def choose(self, q, k, scale, layer, head, assets):
         n, m = q.shape[1], len(k)

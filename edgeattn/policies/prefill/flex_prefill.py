@@ -26,7 +26,7 @@ class FlexPrefill(PrefillPolicy):
     budget: int = 512
 
     def operators(self):
-        about = {"sink": self.sink, "recent": self.recent, "sampled": QUERIES, "segment": 0, "fewest": -(-self.budget // PAGE)}
+        about = {"sink": self.sink, "recent": self.recent, "sampled": QUERIES, "apart": 1, "segment": 0, "fewest": -(-self.budget // PAGE)}
         parts = {"part_down": float(self.gamma), "part_across": float(self.gamma), "below": float(self.tau ** 2)}
         return [("choose_by_samples", about | parts)]
 

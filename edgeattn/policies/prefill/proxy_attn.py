@@ -30,6 +30,10 @@ class ProxyAttn(PrefillPolicy):
         if self.stride < 1 or PAGE % self.stride or self.proxies < 1:
             raise ValueError(f"need a stride that divides {PAGE} and proxies >= 1, got {self.stride=} {self.proxies=}")
 
+    def operators(self):
+        about = {"sink": self.sink, "recent": self.recent, "proxies": self.proxies, "stride": self.stride}
+        return [("choose_by_proxies", about | {"part": float(self.gamma), "budget": self.budget // PAGE})]
+
     def select(self, q, k, scale, layer=0, assets=None):
         n, kv_heads, group, sampled, shares = q.shape[1], len(k), len(q) // len(k), [], []
         for head in range(kv_heads):

@@ -32,7 +32,7 @@ class SampleAttention(PrefillPolicy):
     def operators(self):
         if self.segment < QUERIES or self.rows > self.segment:
             return []
-        return [("choose_by_samples", {"sink": self.sink, "recent": self.recent, "sampled": self.rows, "segment": self.segment,
+        return [("choose_by_samples", {"sink": self.sink, "recent": self.recent, "sampled": self.rows, "apart": 1, "segment": self.segment,
                                        "part_down": float(self.columns), "part_across": float(self.slashes), "fewest": 0, "below": 0.0})]
 
     def choose(self, q, k, scale, layer, head, assets):
