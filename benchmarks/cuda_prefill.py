@@ -28,8 +28,8 @@ SETTINGS = [("auto", {"fraction": 0.19}), ("auto", {"fraction": 0.1}), ("xattent
             ("xattention", {"tau": 0.05, "stride": 16}), ("sale", {"threshold": 0.35}), ("minference", {"n_v": 500, "n_s": 112}),
             ("dhsa", {"density": 0.03}), ("flex_prefill", {"gamma": 0.03, "budget": 64}),
             ("sample_attention", {"columns": 0.02, "slashes": 0.01}), ("sparge_attn", {"fraction": 0.03}),
-            ("pbs_attn", {"tau": 0.03}), ("dhsa_chunks", {"budget": 4096}),
-            ("streaming", {}), ("streaming", {"correction": "delta"})]  # at most a fifth of 32,768 tokens
+            ("pbs_attn", {"tau": 0.03}), ("dhsa_chunks", {"budget": 4096}), ("hip", {}),
+            ("streaming", {}), ("streaming", {"correction": "delta"}), ("streaming", {"correction": "tail"})]  # at most a fifth of 32,768 tokens
 
 
 class Prompt:

@@ -50,9 +50,9 @@ build
 case $part in
 tests) tests "$@" ;;
 figures)
-  figure prefill benchmarks/cuda_prefill.py
   figure decode benchmarks/cuda_decode.py $made/1b -r 30
   figure attention benchmarks/cuda_attention.py --types f16 int4
+  figure prefill benchmarks/cuda_prefill.py
   figure kernels benchmarks/cuda_kernels.py ;;
 *) echo "wanted: tests or figures" >&2; exit 2 ;;
 esac
