@@ -193,7 +193,7 @@ def launches_of(monkeypatch, model):
     ("int4", "lines", ("minference", {}, "delta")), ("f16", "spans", ("streaming", {})), ("int8", "ranks", ("dhsa", {})),
     ("int8", "crossings", ("dhsa", {"mode": "vs"})), ("f16", "crossings", ("dhsa", {"mode": "vsb"})),
     ("int4", "samples", ("flex_prefill", {})), ("int8", "likeness", ("sparge_attn", {"similarity": 0.3})),
-    ("f16", "anchors", ("anchor", {"step": 3})), ("int4", "proxies", ("proxy_attn", {})),
+    ("f16", "anchors", ("anchor", {"step": 3})), ("int4", "proxies", ("proxy_attn", {})), ("int8", "search", ("hip", {})),
     ("f16", "samples", ("sample_attention", {}, "delta"))])
 def test_launches_of_every_bucket(monkeypatch, nano_int4, cache, choosing, prefill):
     kept = []
@@ -277,7 +277,7 @@ def test_devices_by_name(monkeypatch):
 
 @pytest.mark.parametrize("line, said", [
     (["generate", "-p", "x", "--device", "cuda", "--kv-storage", "hadamard"], "--kv-storage hadamard cannot run on the GPU"),
-    (["generate", "-p", "x", "--device", "cuda", "--sparse-prefill", "hip"], "--sparse-prefill hip: the GPU has no kernels"),
+    (["generate", "-p", "x", "--device", "cuda", "--sparse-prefill", "oracle"], "--sparse-prefill oracle: the GPU has no kernels"),
     (["generate", "-p", "x", "--device", "cuda", "--sparse-attention", "top_theta"], "--sparse-attention top_theta: the GPU's kernels"),
     (["calibrate", "--device", "cuda"], "on the CPU"), (["chat", "--device", "tpu"], "invalid choice"),
     (["generate", "-p", "x", "--device", "cuda"], "no NVIDIA driver"), (["verify", "FOLDER", "--device", "cuda"], "no NVIDIA driver")])

@@ -55,7 +55,8 @@ def test_contexts_and_chunks_of_a_length():
     ("minference", None, Pages(80), "have 80"), ("proxy_attn", None, Pages(80), "have 80"),
     ("minference", None, Pages(64, ANY), "caches of f16"), ("xattention", None, Pages(64, INT4, rotated=True), "caches of f16"),
     ("auto", "delta", Pages(128, ANY), "--prefill-correction delta read"), ("minference", "delta", Pages(80), "choose in this way"),
-    ("auto", None, Pages(80, ANY), ""), ("moa", None, Pages(256, ANY), ""), ("dhsa", None, Pages(96, INT4, rotated=True), ""),
+    ("auto", None, Pages(80, ANY), ""), ("moa", None, Pages(256, ANY), ""), ("hip", None, Pages(96, ANY), ""),
+    ("dhsa", None, Pages(96, INT4, rotated=True), ""),
     ("sale", None, Pages(128, ANY), ""), ("minference", "delta", Pages(128, INT4), "")])
 def test_prompts_of_some_heads_and_caches(method, correction, pages, said):
     why = prefill_refusal(load_policy("prefill", method), correction, pages=pages)
@@ -71,7 +72,7 @@ def test_what_is_asked_for_by_name_is_refused_without_a_model():
     off = SparseOptions("off"), PrefillOptions("off")
     assert not asked_refusal(CacheOptions(), *AUTO) and not asked_refusal(CacheOptions(), *off)
     assert asked_refusal(CacheOptions(), SparseOptions("top_theta"), off[1]).startswith("--sparse-attention top_theta: ")
-    assert asked_refusal(CacheOptions(), off[0], PrefillOptions("hip")).endswith("use --sparse-prefill off")
+    assert asked_refusal(CacheOptions(), off[0], PrefillOptions("hip", {"beam": 4096})).endswith("use --sparse-prefill off")
     assert "--prefill-correction" in asked_refusal(CacheOptions(), off[0], PrefillOptions("streaming", correction="tail"))
     options = CacheOptions(storage="hadamard", k_type="int4", v_type="int4")
     assert "--kv-storage hadamard" in asked_refusal(options, SparseOptions("top_theta"), off[1])

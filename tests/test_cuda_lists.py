@@ -42,7 +42,8 @@ def test_a_call_tells_which_prompts_read_lists(monkeypatch):
 
 
 @pytest.mark.parametrize("name, options, works", [
-    ("auto", {}, True), ("sale", {}, True), ("xattention", {}, True), ("xattention", {"stride": 4}, False), ("hip", {}, False),
+    ("auto", {}, True), ("sale", {}, True), ("xattention", {}, True), ("xattention", {"stride": 4}, False),
+    ("hip", {}, True), ("hip", {"beam": 2049}, False),
     ("anchor", {}, True), ("proxy_attn", {}, True), ("proxy_attn", {"stride": 32, "proxies": 99}, True),
     ("minference", {}, True), ("minference", {"rows": 65}, False), ("moa", {}, True), ("streaming", {}, True), ("dhsa", {}, True),
     ("dhsa", {"mode": "vs"}, True), ("dhsa", {"mode": "vsb"}, True), ("flex_prefill", {}, True), ("sample_attention", {}, True),

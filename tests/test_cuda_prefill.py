@@ -201,6 +201,23 @@ def test_lists_are_of_keys_near_an_anchor(shape, lengths, new, listed, types, wh
     assert abs(read - total) < 0.5
 
 
+@pytest.mark.parametrize("types", ["f16", "int4", "int8"])
+@pytest.mark.parametrize("shape, lengths, new, listed", SHAPES)
+def test_lists_are_found_by_halving(shape, lengths, new, listed, types):
+    """The policy's own, of queries that are rounded to halves."""
+    prompts, scale, keep = Prompts(types, *shape, lengths, new, listed, False), shape[2] ** -0.5, int(RNG.integers(1, 3))
+    options = {"keep": keep, "beam": keep + int(RNG.integers(6)), "stride": int(RNG.choice([1, 4, 5, 100])), "sink": 1}
+    policy = load_policy("prefill", "hip", options | {"step": int(RNG.choice([1, 8, 11, 32])), "recent": int(RNG.integers(3))})
+    found, out, (read, _) = prompts.run(policy)
+    for s, plan in found.items():
+        rounded = prompts.q[s].astype(np.float16).astype(np.float32)
+        expected = policy.select(rounded, list(prompts.keys(s)[0]), scale).union(shape[1]).blocks
+        differ = (plan.blocks != expected).mean()
+        assert differ < 0.01, f"{policy}: {100 * differ:.2f} % of the pages differ"
+        assert prompts.close(s, out, plan, scale) < 4e-3
+    assert abs(read - sum(map(pairs_of, found.values()))) < 0.5
+
+
 LITTLE = {"budget": 128, "least": 0, "fraction": 0.1, "recent": 0}  # for auto to read
 
 

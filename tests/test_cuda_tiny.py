@@ -152,7 +152,8 @@ def test_rows_of_an_index_are_the_cpu_s(deep, monkeypatch):
     ("sample_attention", {"columns": 0.1, "slashes": 0.05, "recent": 1}, None), ("sparge_attn", {"fraction": 0.3, "recent": 0}, None),
     ("dhsa", {"density": 0.2, "mode": "vs", "recent": 0}, None), ("dhsa", {"density": 0.3, "mode": "vsb", "recent": 0}, None),
     ("anchor", {"theta": 4.7, "step": 2, "recent": 0}, None),
-    ("proxy_attn", {"gamma": 0.4, "budget": 0, "recent": 0}, None), ("streaming", {"sink": 1, "recent": 2}, "delta")])
+    ("proxy_attn", {"gamma": 0.4, "budget": 0, "recent": 0}, None),
+    ("hip", {"keep": 1, "beam": 2, "sink": 1, "recent": 0}, None), ("streaming", {"sink": 1, "recent": 2}, "delta")])
 @pytest.mark.parametrize("cache", ["f16", "int4"])
 def test_a_prompt_that_reads_a_part(folder, cache, method, options, correction):
     prompt, found, read = RNG.integers(3, 150, 320), [], []

@@ -12,6 +12,8 @@ import numpy as np
 from edgeattn.policies.prefill import PrefillPolicy
 from edgeattn.prefill_plan import PAGE, QUERIES, best, shape_of
 
+WIDEST = 2048  # beam of which a block of a GPU holds all ranges
+
 
 @dataclass(frozen=True)
 class Hip(PrefillPolicy):
@@ -32,6 +34,10 @@ class Hip(PrefillPolicy):
         if not 1 <= self.keep <= self.beam or self.stride < 1 or not 1 <= self.step <= PAGE:
             raise ValueError(f"need 1 <= keep <= beam, stride >= 1 and step 1 to {PAGE}, "
                              f"got {self.keep=} {self.beam=} {self.stride=} {self.step=}")
+
+    def operators(self):
+        about = {name: getattr(self, name) for name in ("sink", "recent", "keep", "beam", "stride", "step")}
+        return [("choose_by_search", about)] if self.beam <= WIDEST else []
 
     def choose(self, q, k, scale, layer, head, assets):
         n, m = q.shape[1], len(k)
