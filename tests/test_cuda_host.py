@@ -256,7 +256,7 @@ def test_devices_by_name(monkeypatch):
 
 
 @pytest.mark.parametrize("line, said", [
-    (["generate", "-p", "x", "--device", "cuda", "--sparse-prefill", "hip"], "--sparse-prefill hip: the GPU has no kernels"),
+    (["generate", "-p", "x", "--device", "cuda", "--sparse-prefill", "oracle"], "--sparse-prefill oracle: the GPU has no kernels"),
     (["calibrate", "--device", "cuda"], "on the CPU"), (["chat", "--device", "tpu"], "invalid choice"),
     (["generate", "-p", "x", "--device", "cuda"], "no NVIDIA driver"), (["verify", "FOLDER", "--device", "cuda"], "no NVIDIA driver")])
 def test_commands_say_it_in_one_line(edgeattn, monkeypatch, nano_int4, line, said):
