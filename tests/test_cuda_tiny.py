@@ -66,7 +66,7 @@ def test_prompt_and_decode(folder, cache):
         assert error(a, b) < CLOSE[cache]
 
 
-@pytest.mark.parametrize("storage, types", [("hadamard", "int2"), ("bitnet", "int3"), ("akvq", "int2"), ("zipcache", "int3"),
+@pytest.mark.parametrize("storage, types", [("hadamard", "int2"), ("bitnet", "int3"), ("akvq", "int3"), ("zipcache", "int3"),
                                             ("delta", "delta/int4")])
 def test_other_ways_to_quantise(folder, storage, types):
     """Nearer to the same on the CPU than that is to pages that are not quantised; most tokens are sorted as there."""
