@@ -9,6 +9,7 @@ chosen is compared with float32 on some rows; "read" is the part of the pairs of
 """
 import argparse
 import json
+import math
 import warnings
 from importlib import import_module
 
@@ -70,20 +71,22 @@ class Prompt:
     def error(self, listed, correction):
         """Of 64 rows, against float32 over what they read."""
         rows = torch.randint(0, self.tokens, (64,), device="cuda")
-        expected = self.attend(rows, listed)
+        expected = self.attend(rows, listed, correction == "tail")
         if correction == "delta":
             first = rows // QUERIES * QUERIES
             expected += self.attend(first, False) - self.attend(first, True)
         got = torch.as_tensor(self.tensors["out"], device="cuda")[rows].flatten()
         return float((got - expected).norm() / expected.norm())
 
-    def attend(self, rows, listed):
+    def attend(self, rows, listed, tail=False):
         k, v = (torch.as_tensor(x, device="cuda") for x in self.cache.read(0))
         q = torch.as_tensor(self.tensors["q"], device="cuda").reshape(self.tokens, KV_HEADS, -1, HEAD_DIM)[rows]
         scores = torch.einsum("rhgd,hmd->rhgm", q, k) * HEAD_DIM ** -0.5
         seen = torch.arange(k.shape[1], device="cuda") <= (self.depth + rows)[:, None]
         seen = seen[:, None].repeat(1, KV_HEADS, 1)
+        whole = seen
         if listed:
+            seen = seen.clone()
             lists, blocks = self.lists.get(), -(-self.tokens // QUERIES)
             for i, row in enumerate(rows.tolist()):
                 for head in range(KV_HEADS):
@@ -93,6 +96,13 @@ class Prompt:
                     keys = pages.repeat_interleave(PAGE)[:k.shape[1]]
                     keys[torch.as_tensor(lists[alone:alone + columns]).long()] = True
                     seen[i, head] &= keys.cuda()
+        if tail:  # pages that are seen whole and not read count as their means
+            full = k.shape[1] // PAGE
+            by_page = [x[..., :full * PAGE].unflatten(-1, (full, PAGE)) for x in (whole, seen)]
+            means = [x[:, :full * PAGE].unflatten(1, (full, PAGE)).mean(2) for x in (k, v)]
+            pages = torch.einsum("rhgd,hmd->rhgm", q, means[0]) * HEAD_DIM ** -0.5 + math.log(PAGE)
+            scores = torch.cat([scores, pages], -1)
+            seen, v = torch.cat([seen, by_page[0].all(-1) & ~by_page[1].any(-1)], -1), torch.cat([v, means[1]], 1)
         weights = torch.softmax(scores.masked_fill(~seen[:, :, None], float("-inf")), -1)
         return torch.einsum("rhgm,hmd->rhgd", weights, v).flatten()
 

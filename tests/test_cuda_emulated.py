@@ -12,12 +12,13 @@ from emulated_gpu.translate import translate
 
 TESTS = Path(__file__).parent
 PARTS = {  # run side by side, for two cores; a GPU runs all of them
-    "products and models": "test_cuda_kernels.py test_cuda_fused.py test_cuda_tiny.py test_cuda_chosen.py -k 'not (caote or zipvl or "
-                           "h2o and int4 or snapkv and f16 or int2 or f16 and (anchor or hip or flex or sample_attention or sparge or "
-                           "dhsa) or proxy or pbs or dhsa_chunks or f16 and seer or come_back and f16 or tail and f16 or duo or "
-                           "many_pages or budgets and not options0 or other_scores and not (less_is_more and f16 or hisa and int4) or "
+    "products and models": "test_cuda_kernels.py test_cuda_fused.py test_cuda_tiny.py test_cuda_tiny_prompts.py test_cuda_chosen.py "
+                           "-k 'not (caote or zipvl or h2o and int4 or snapkv and f16 or int2 or f16 and (anchor or hip or flex or "
+                           "sample_attention or sparge or dhsa) or proxy or pbs or dhsa_chunks or f16 and seer or come_back and f16 or "
+                           "tail and f16 or duo or many_pages or budgets and not options0 or "
+                           "other_scores and not (less_is_more and f16 or hisa and int4) or "
                            "other_pages or rotated_keys and not quest or other_ways and not akvq)'",
-    "attention": "test_cuda_attention.py test_cuda_in_part.py test_cuda_prefill.py test_cuda_parts.py -k '"
+    "attention": "test_cuda_attention.py test_cuda_in_part.py test_cuda_moves.py test_cuda_prefill.py test_cuda_parts.py -k '"
                  "(not behind or 64 and f16) and (shape4 or not (lists_are or lines_are or heavy or delta_adds or tail_counts or "
                  "samples_say or alike) or shape3 and int4) and not (True and (ranks or spans or lines_are or heavy or samples_say or "
                  "alike or anchor) or delta_adds and minference or tail_counts and (True or shape3 or not int4))'",

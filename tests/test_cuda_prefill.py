@@ -5,7 +5,7 @@ from cuda_device import needs_cuda
 from cuda_prompts import LAST, SHAPES, Prompts, pairs_of
 
 from edgeattn.kernels_cuda.prefill_call import QUERIES
-from edgeattn.page_formats import PAGE, PageFormat
+from edgeattn.page_formats import PAGE
 from edgeattn.policies import load_policy
 from edgeattn.policies.prefill.dhsa import vertical_slash
 from edgeattn.policies.prefill.minference import A_SHAPE, BLOCK_SPARSE, SLASHES, VERTICAL_SLASH, VERTICALS
@@ -20,6 +20,12 @@ METHODS = {"auto": ("auto", {"budget": 256, "least": 64, "fraction": 0.2, "recen
            "ranks": ("dhsa", {"density": 0.3, "mode": "a", "recent": 0}, 0.01),
            "likeness": ("sparge_attn", {"fraction": 0.3}, 0.01),
            "spans": ("moa", {"alpha": 70, "beta": 0.25}, 1e-9)}  # policy, options, part of the pages that may differ
+
+
+def nearly_same(chosen, expected, tolerance):
+    """Pages; of few of them rounding may decide about two."""
+    differ = chosen != expected
+    assert differ.mean() < max(tolerance, 3 / differ.size), f"{100 * differ.mean():.2f} % of the pages differ"
 
 
 @pytest.mark.parametrize("whole", [False, True])
@@ -44,8 +50,8 @@ def test_lists_are_what_the_policy_chooses(method, shape, lengths, new, listed, 
             if whole:
                 expected[:, -LAST:] = causal(n, m)[-LAST:]
             plan = found[s]
-            differ = (plan.blocks != expected).mean()
-            assert plan.blocks.sum(2).min() > 0 and differ < tolerance, f"{100 * differ:.2f} % of the pages differ"
+            assert plan.blocks.sum(2).min() > 0
+            nearly_same(plan.blocks, expected, tolerance)
             total += pairs_of(plan)
         assert prompts.close(s, out, plan, scale) < 4e-3
     assert abs(read - total) < 0.5 and pairs == sum(shape[1] * (n * past + n * (n + 1) // 2) for s, (past, n) in
@@ -212,8 +218,7 @@ def test_lists_are_found_by_halving(shape, lengths, new, listed, types):
     for s, plan in found.items():
         rounded = prompts.q[s].astype(np.float16).astype(np.float32)
         expected = policy.select(rounded, list(prompts.keys(s)[0]), scale).union(shape[1]).blocks
-        differ = (plan.blocks != expected).mean()
-        assert differ < 0.01, f"{policy}: {100 * differ:.2f} % of the pages differ"
+        nearly_same(plan.blocks, expected, 0.01)
         assert prompts.close(s, out, plan, scale) < 4e-3
     assert abs(read - sum(map(pairs_of, found.values()))) < 0.5
 
@@ -260,42 +265,3 @@ def test_tail_counts_what_is_left_out_as_its_mean(name, options, shape, lengths,
 def test_heads_that_are_not_corrected(correction):
     with pytest.raises(ValueError, match="of heads of 64 or 128"):
         Prompts("f16", 8, 2, 80, [300], [70], [0], False).run(load_policy("prefill", "auto"), correction)
-
-
-@pytest.mark.parametrize("kind, head_dim", [("f16", 64), ("f16", 80), ("f32", 128)])
-def test_tokens_move_to_earlier_slots(kind, head_dim):
-    """As after an eviction, several KV heads at once: what HostPages.move does."""
-    def part(own):
-        keep = np.sort(RNG.permutation(PAGE * len(own))[:RNG.integers(1, PAGE * len(own))])
-        places = [own[slots // PAGE] * PAGE + slots % PAGE for slots in (keep, np.arange(len(keep)))]
-        return [x[keep != np.arange(len(keep))] for x in places]
-    check_moves(kind, head_dim, "move", lambda numbers: [part(own) for own in np.split(numbers, (20, 21, 28, 58))])
-
-
-@pytest.mark.parametrize("kind, head_dim", [("f16", 64), ("f16", 80), ("f32", 128)])
-def test_tokens_change_places(kind, head_dim):
-    """As where pages are sorted before they are quantised: several heads at once, what becomes of that once more."""
-    def part(own):
-        slots = (own[:, None] * PAGE + np.arange(PAGE)).ravel()
-        some = RNG.permutation(slots)[:RNG.integers(0, len(slots) + 1)]
-        return some, RNG.permutation(some)
-    check_moves(kind, head_dim, "permute", lambda numbers: [[part(numbers[:8]), part(numbers[8:13]), part(numbers[13:15])], [],
-                                                            [part(numbers[6:10])], [part(numbers[:2]), part(numbers[2:3])]])
-
-
-def check_moves(kind, head_dim, name, make):
-    from edgeattn.cache.pages import HostPages
-    from edgeattn.device_pages import DevicePages
-    from edgeattn.kernels_cuda import device
-    xp, page_format = device.cupy(), PageFormat(head_dim, kind, kind)
-    pages, host, parts = DevicePages(page_format, 60, xp.cuda.Stream()), HostPages(page_format, 60), make(RNG.permutation(60))
-    for array, copy in zip(pages.arrays().values(), host.arrays().values()):
-        copy[:] = RNG.integers(0, 256, copy.shape)
-        array[:] = xp.asarray(copy)
-    xp.cuda.Device().synchronize()
-    before = host.k.copy()
-    for where in (pages, host):
-        getattr(where, name)(parts)
-    for array, copy in zip(pages.arrays().values(), host.arrays().values()):
-        np.testing.assert_array_equal(array.get(), copy)
-    assert (host.k != before).any()
