@@ -20,8 +20,10 @@ class Batch:
     prefill_lists  [sequences] int64, the same for what a chunk of a prompt reads, which each layer writes anew (prefill_scheduler.py)
     logit_rows   [rows]                    int64, rows of the hidden state that need logits
     state        [4]                       int64, the counts; probes: how many last rows of each sequence are probed for attention
+    list_bytes   memory that lists of prompts have beside it: a GPU's
     Addresses never change, so that kernels (and CUDA graphs) hold them.
     """
+    list_bytes = 0
 
     def __init__(self, max_tokens: int, max_rows: int, max_sequences: int):
         new = self._array

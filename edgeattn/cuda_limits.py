@@ -49,6 +49,8 @@ def prefill_refusal(policy, correction: str | None = None, heads: int = 1, kv_he
         return "the GPU has no kernels that choose in this way yet"
     if why := _sizes_refusal(heads, kv_heads, pages, prefill_call.MOST_PAGES):
         return why
+    if pages.rotated and not all(getattr(kernel, "ROTATED", True) for kernel in kernels):
+        return "the GPU's kernels that choose in this way read keys that are not rotated"
     found = [_pages_refusal("that choose in this way", pages, kernel.HEAD_DIMS, kernel.FRAGMENTS)
              for kernel in kernels if hasattr(kernel, "HEAD_DIMS")]
     if (correction := correction or policy.correction) != "none":

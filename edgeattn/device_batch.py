@@ -76,6 +76,10 @@ class DeviceBatch(Batch):
     def holds_lists(self) -> bool:
         return self._prompts is not None
 
+    @property
+    def list_bytes(self) -> int:
+        return self._prompts.nbytes if self.holds_lists else 0
+
     def hold_lists(self, kv_heads: int, columns: int = 0) -> None:
         """Make room for what prompts read (list_prompt): pages, and so many single keys of a KV head. ValueError: too much."""
         self._each_list = list_ints(kv_heads, self._columns, columns)

@@ -71,9 +71,15 @@ class DeviceSequence:
 
     def reordered(self, slots: list[slice]) -> None:
         """Mass that was fetched has changed places here."""
+        mass = self._mass()
         with self._stream:
             for part in slots:
-                self._held["mass"][..., part] = device.cupy().asarray(np.ascontiguousarray(self._fetched["mass"][..., part]))
+                self._held["mass"][..., part] = device.cupy().asarray(np.ascontiguousarray(mass[..., part]))
+
+    def _mass(self):
+        """As the device is to have it: the host leaves what was in slots that hold nothing now."""
+        mass = self._fetched["mass"]
+        return np.where(np.arange(mass.shape[-1]) < self._counts[..., None], mass, np.float32(0))
 
     def upload(self, send, probes: bool) -> None:
         """send(rows, first, last, address): copies columns of rows of int32 to an array of the same shape on the device. probes: whether
@@ -93,9 +99,7 @@ class DeviceSequence:
         if self._moved:
             with self._stream:
                 if "mass" in self._held:
-                    mass = self._fetched["mass"]
-                    used = np.arange(mass.shape[-1]) < self._counts[..., None]
-                    self._held["mass"].set(np.where(used, mass, np.float32(0)))
+                    self._held["mass"].set(self._mass())
                 for name in {"confidence", "value_sums"} & self._held.keys():
                     self._held[name].set(self._fetched[name])
                 if "compensation" in self._held:

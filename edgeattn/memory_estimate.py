@@ -15,7 +15,7 @@ class Estimate:
     weights    of the mapped file; on a GPU, copied there
     kv_layers  pages of each layer's keys and values
     kv_state   page lists, positions, indexes and whatever else a sequence has
-    workspace  values between operators, and their scratch memory
+    workspace  values between operators, and their scratch memory; on a GPU lists of what prompts read
     runtime    Python, libraries, compiled code: measured
     token_bytes  of one token more in the cache
     available  free memory, and what the model has taken of it by now: of the GPU, if the model is there
@@ -43,7 +43,7 @@ def estimate(model) -> Estimate:
     cache, plan = model.cache, model.plan
     weights, runtime = plan.graph.mapped_bytes, psutil.Process().memory_info().rss
     layers = layer_bytes(cache, model.ctx_size, model.ubatch)
-    workspace = plan.touched_bytes({"tokens": model.ubatch, "rows": 1, "sequences": 1, "probes": 0})
+    workspace = plan.touched_bytes({"tokens": model.ubatch, "rows": 1, "sequences": 1, "probes": 0}) + model._batch.list_bytes
     own, available = 0, psutil.virtual_memory().available
     if model.device != "cpu":
         free, (taken, shared) = model.backend.free_bytes()[0], model.backend.device_bytes()  # the weights are there by now

@@ -39,12 +39,14 @@ class PrefillOptions(MethodOptions):
             raise ValueError(f"a correction must be one of {', '.join(CORRECTIONS)}, got {self.correction!r}")
 
 
-def refusal(cache_options, window: int) -> str:
-    """Why no plan goes with a cache or with a model of sliding windows; "" where it does."""
+def refusal(policy, cache_options, window: int) -> str:
+    """Why a policy's plan does not go with a cache or with a model of sliding windows; "" where it does."""
     if window:
         return "this model's layers see a window of recent tokens only"
     if cache_options.releases:
         return f"--kv-eviction {cache_options.method} drops and rebuilds pages that a plan may name"
+    if policy and policy.unrotates and cache_options.quantised and cache_options.storage_policy().rotated:
+        return f"--kv-storage {cache_options.storage} rotates keys once more, which it would have to undo"
     return ""
 
 

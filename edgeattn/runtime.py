@@ -84,7 +84,7 @@ class Model:
             several = "layers and heads" if policy.shared else "heads"
             raise ValueError(f"{sparse.method} selects pages for several {several} at once, which eviction, head classes and sorted pages "
                              "would tell apart: use --kv-eviction none, --kv-heads none and --kv-storage kivi")
-        self.prefill = self._prefill(prefill, whole_because or prefill_refusal(options, about["window"]), about)
+        self.prefill = self._prefill(prefill, whole_because or prefill_refusal(prefill.policy(), options, about["window"]), about)
         self.cache = KVCache(*shape, options, self.ubatch, classes, selection, self.backend)
         self.ubatch, self.ctx_size = self.cache.plan.chunk, self.cache.capacity
         if self.prefill and prefill.min_len is None and self.device != "cpu":
@@ -290,7 +290,7 @@ class Model:
         """Bytes by what they are for. `runtime` is the process's other private memory: Python, libraries, compiled code. On a GPU all but
         that is the device's memory, `device` being all that this process has of it; where both share one memory, `rss` counts it too."""
         rss = psutil.Process().memory_full_info()
-        kv, workspace = self.kv_bytes(), self.plan.arena.nbytes + self.plan.workspace.nbytes
+        kv, workspace = self.kv_bytes(), self.plan.arena.nbytes + self.plan.workspace.nbytes + self._batch.list_bytes
         if self.device != "cpu":
             taken, shared = self.backend.device_bytes()
             return {"weights": self.backend.weight_bytes, "kv": kv, "workspace": workspace, "device": taken, "runtime": rss.uss,

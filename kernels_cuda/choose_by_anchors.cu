@@ -169,7 +169,7 @@ template <int D> __device__ __forceinline__ void near_keys(const Call& call, con
 #pragma unroll
             for (int r = 0; r < 2; r++) {
                 const int row = 16 * t + g + 8 * r;
-                limit[r] = row < rows ? at<float>(anchors.limits)[tile * 16 + row] : infinity();
+                limit[r] = row < rows ? at<float>(anchors.limits)[tile * 16 + row] : __int_as_float(0x7fc00000);  // no score reaches it
             }
 #pragma unroll
             for (int k = 0; k < D / 16; k++) {

@@ -80,6 +80,7 @@ KERNEL choose_by_chunks(CALL_PARAMETERS CHOICE_PARAMETERS CHUNK_PARAMETERS)
             sum += at<float>(queries)[(here.place * call.kv_heads + h) * depth + c];
         query[c] = sum / (here.rows * call.group() * heads.count);
     }
+    if (call.keys_rotated) hadamard(query, 1, depth, MOST_DEPTH);
     __syncthreads();
     float* weight = at<float>(scores) + (here.place * call.kv_heads + head) * call.max_pages * PAGE_CHUNKS;
     for (int j = warp; j < count && !here.whole; j += CHOICE_WARPS) {

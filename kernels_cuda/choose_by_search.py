@@ -9,6 +9,7 @@ OWN = "keep", "beam", "stride", "step"
 ARGS = (*prefill_call.ARGS, *OWN, "pages")
 FOR_PROMPTS = True        # launched where some sequence has lists
 WORKSPACE_ROWS = "tokens"
+ROTATED = False           # keys that it reads: queries become halves before any other rotation
 MIDDLES, TILE = 2, 16     # keys of a page that stand for ranges; queries of a tile
 
 

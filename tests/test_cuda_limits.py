@@ -63,6 +63,7 @@ def test_contexts_and_chunks_of_a_length():
     ("auto", None, Pages(80, ANY), ""), ("moa", None, Pages(256, ANY), ""), ("hip", None, Pages(96, ANY), ""),
     ("dhsa", None, Pages(96, INT4, rotated=True), ""),
     ("sale", None, Pages(128, ANY), ""), ("sale", None, Pages(64, rotated=True), "not rotated"),
+    ("hip", None, Pages(64, rotated=True), "not rotated"), ("dhsa_chunks", None, Pages(64, ANY, rotated=True), ""),
     ("minference", "delta", Pages(128, INT4), "")])
 def test_prompts_of_some_heads_and_caches(method, correction, pages, said):
     why = prefill_refusal(load_policy("prefill", method), correction, pages=pages)

@@ -39,7 +39,7 @@ def test_a_prompt_that_reads_a_part(folder, cache, method, options, correction):
 
 @pytest.mark.parametrize("method, options", [
     ("auto", {"budget": 96, "least": 64, "fraction": 0.1, "recent": 1}), ("dhsa", {"density": 0.2}),
-    ("sparge_attn", {"fraction": 0.3, "recent": 0})])
+    ("sparge_attn", {"fraction": 0.3, "recent": 0}), ("dhsa_chunks", {"budget": 130, "recent": 0})])
 def test_a_prompt_that_reads_a_part_of_rotated_keys(folder, method, options):
     prompt, found, cache = RNG.integers(3, 150, 320), [], CacheOptions("int4", "int4", "hadamard")
     for model in (*both(folder, cache, prefill=PrefillOptions(method, options, 0)), both(folder, cache)[0]):

@@ -30,6 +30,7 @@ class PrefillPolicy:
     reference: ClassVar[bool] = False  # an end of the scale, not a method
     min_len: ClassVar[int] = 1024      # tokens in the context below which chunks are read whole
     correction: ClassVar[str] = "none"  # a function of prefill_corrections.py, where the user asks for no other
+    unrotates: ClassVar[bool] = False  # whether it looks at keys as they were before rotary embedding
     skip: ClassVar[float] = 1e30        # powers of 2 below a row's largest weight so far at which a page's largest is left out
 
     def __post_init__(self):

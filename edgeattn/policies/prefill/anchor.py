@@ -30,7 +30,8 @@ class Anchor(PrefillPolicy):
             raise ValueError(f"need step >= 1 query blocks, got {self.step}")
 
     def operators(self):
-        return [("choose_by_anchors", {"sink": self.sink, "recent": self.recent, "step": self.step, "theta": float(self.theta)})]
+        about = {"sink": self.sink, "recent": self.recent, "step": min(self.step, EVERY), "theta": float(self.theta)}
+        return [("choose_by_anchors", about)]
 
     def single_keys(self, assets, group):
         return EVERY

@@ -36,7 +36,7 @@ class Hip(PrefillPolicy):
                              f"got {self.keep=} {self.beam=} {self.stride=} {self.step=}")
 
     def operators(self):
-        about = {name: getattr(self, name) for name in ("sink", "recent", "keep", "beam", "stride", "step")}
+        about = {name: getattr(self, name) for name in ("sink", "recent", "keep", "beam", "step")} | {"stride": min(self.stride, QUERIES)}
         return [("choose_by_search", about)] if self.beam <= WIDEST else []
 
     def choose(self, q, k, scale, layer, head, assets):

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from edgeattn.policies.prefill import PrefillPolicy
+from edgeattn.policies.prefill import EVERY, PrefillPolicy
 from edgeattn.prefill_plan import PAGE, QUERIES, best, causal, cover, shape_of, softmax, true_weights
 
 
@@ -32,7 +32,7 @@ class ProxyAttn(PrefillPolicy):
 
     def operators(self):
         about = {"sink": self.sink, "recent": self.recent, "proxies": self.proxies, "stride": self.stride}
-        return [("choose_by_proxies", about | {"part": float(self.gamma), "budget": self.budget // PAGE})]
+        return [("choose_by_proxies", about | {"part": float(self.gamma), "budget": min(self.budget // PAGE, EVERY)})]
 
     def select(self, q, k, scale, layer=0, assets=None):
         n, kv_heads, group, sampled, shares = q.shape[1], len(k), len(q) // len(k), [], []

@@ -8,6 +8,7 @@ The paper's code also reads everything for a prompt's last two query blocks: a c
 """
 from dataclasses import dataclass
 from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 
@@ -32,6 +33,8 @@ class SeerAttention(PrefillPolicy):
     """
     threshold: float = 5e-4
     fraction: float = 0.0
+
+    unrotates: ClassVar[bool] = True
 
     def __post_init__(self):
         super().__post_init__()
@@ -94,6 +97,9 @@ class SeerAttention(PrefillPolicy):
         half = attributes(node)["rotary_dim"] // 2
         cos, sin = (graph.initializers[name][:, :half] for name in node.input[3:5])
         gate = {"cos": cos, "sin": sin, "interleaved": attributes(node)["interleaved"]} | gate
+        tables = [gate[name] for name in ("gate_cos", "gate_sin") if name in gate]
+        if tables and (len(tables) < 2 or tables[0].shape != tables[1].shape or len(tables[0]) < len(cos)):
+            raise ValueError(f"{path}: gate_cos and gate_sin must be of one shape, with a row for each of the model's {len(cos)} positions")
         if 2 * gate.get("gate_cos", cos).shape[1] > width:
             raise ValueError(f"{path}: rotary tables of {half} pairs do not fit a gate of {width} channels: add gate_cos and gate_sin")
         return gate
