@@ -201,7 +201,7 @@ def test_weights_are_counted_once(nano_int4):
 def test_inspect_prints_what_goes_together(edgeattn):
     done = edgeattn("inspect", "--matrix")
     assert "zipcache" in done.stdout and "refused: " in done.stdout and not done.returncode
-    assert "--sparse-prefill off anchor auto dhsa" in done.stdout and "--prefill-correction delta" in done.stdout
+    assert "--sparse-prefill off anchor auto dhsa" in done.stdout and "--prefill-correction tail and delta" in done.stdout
     assert "give an exported folder" in edgeattn("inspect").stderr
 
 
